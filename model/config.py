@@ -1,0 +1,89 @@
+"""Everything the engine can be told at start. Frozen; "auto" becomes a new, resolved config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+DEMO = "demo"
+DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+DRAFTERS = ("auto", "flash", "off")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it and says what would do."""
+
+
+def _has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16) and torch can use it."""
+    import torch
+
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return bool(native and torch.backends.mkldnn.is_available())
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    model: str = DEMO  # "demo", a folder, or a hub id
+    draft: str | None = None  # folder of a trained draft; None: the bundled one for "demo", else none
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+    dtype: str = "auto"
+    drafter: Literal["auto", "flash", "off"] = "auto"
+    max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
+    max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to 4096
+    kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
+    prefill_chunk: int = 512  # prompt tokens computed in one step, over all prompts
+    max_rows: int = 96  # rows (tokens and draft nodes) verified in one step, over all sequences
+    max_nodes: int = 15  # draft nodes per sequence and step
+    tree_width: int = 4  # candidates kept at each depth
+    encoder_cache_bytes: int = 256 << 20
+    threads: int | None = None  # CPU threads; None: all
+
+    def __post_init__(self) -> None:
+        if self.drafter not in DRAFTERS:
+            raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}; got {self.drafter!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        at_least = {
+            "max_num_seqs": 1,
+            "prefill_chunk": 16,
+            "max_rows": 1,
+            "max_nodes": 0,
+            "tree_width": 1,
+            "encoder_cache_bytes": 0,
+        }
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+
+    def resolved(self) -> EngineConfig:
+        """The same configuration with "demo" and "auto" replaced by what they stand for here."""
+        import torch
+
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu")
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if device != "cpu" or _has_bfloat16_products() else "float32"
+        model, draft = self.model, self.draft
+        if model == DEMO:
+            model = str(DEMO_WEIGHTS / "target")
+            if draft is None and (DEMO_WEIGHTS / "draft" / "config.json").exists():
+                draft = str(DEMO_WEIGHTS / "draft")
+        if self.drafter == "flash" and draft is None:
+            raise ConfigError(
+                "drafter 'flash' needs a trained draft for this model: give --draft PATH, or --drafter off"
+            )
+        drafter: Literal["flash", "off"] = "off" if self.drafter == "off" or draft is None else "flash"
+        if draft is not None and drafter != "off" and not (Path(draft) / "config.json").exists():
+            raise ConfigError(f"draft {draft!r} is not a folder with config.json and model.safetensors")
+        return replace(self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(cls))

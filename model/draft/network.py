@@ -1,0 +1,191 @@
+"""The FLASH draft as a network: fuse the target's hidden states, compress the visual ones, draft a block per pass.
+
+Source of the method: arXiv 2505.12728, sections "latent-aware token compression" and "semi-autoregressive
+drafting". Ours departs from the paper in three ways (see DECISIONS.md): the context enters every layer as keys and
+values, a low-rank sequential head restores the dependence between the tokens of a block, and text positions of the
+context keep their full resolution.
+
+Knows nothing of requests, caches or trees. Attention is a function handed in, so that training (many blocks over one
+context, at once) and serving (one block over a KV cache) run the same layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+# (layer, queries, keys, values) -> mixed values, all (batch, heads, rows, head_dim)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Shape of a draft. `tap_layers` are the target's decoder layers whose outputs it reads."""
+
+    hidden_size: int
+    target_hidden_size: int
+    vocab_size: int
+    tap_layers: tuple[int, ...]
+    num_layers: int = 2
+    num_heads: int = 4
+    intermediate_size: int = 512
+    block: int = 7  # tokens proposed per pass
+    num_latents: int = 16  # per image or video
+    sequential_rank: int = 64  # 0: positions of a block are independent
+    rope_theta: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class Fuse(nn.Module):
+    """Hidden states of several target layers to one context vector: linear, then RMSNorm."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        width = config.target_hidden_size
+        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=1e-6) for _ in config.tap_layers])
+        self.linear = nn.Linear(width * len(config.tap_layers), config.hidden_size, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+
+    def forward(self, taps: Tensor) -> Tensor:
+        """(..., num_taps * target_hidden) -> (..., hidden)."""
+        parts = taps.chunk(len(self.norms), -1)
+        scaled = torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)], -1)
+        fused: Tensor = self.norm(self.linear(scaled))
+        return fused
+
+
+class LatentCompressor(nn.Module):
+    """Pools the visual positions of one medium into a few latents: softmax(Q K(F)^T / sqrt d) V(F), Q learned."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.queries = nn.Parameter(torch.randn(config.num_latents, config.hidden_size) * 0.5)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """(batch, visual positions, hidden) -> (batch, num_latents, hidden)."""
+        batch = fused.shape[0]
+        queries = self.queries.expand(batch, -1, -1)
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (queries, self.key(fused), self.value(fused))
+        )
+        pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        latents: Tensor = self.norm(self.out(pooled))
+        return latents
+
+
+def rotary_table(config: DraftConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions (batch, rows), computed in float32: each (batch, 1, rows, head_dim), sin's first half
+    negated, so that `rotate` need only swap halves."""
+    half = config.head_dim // 2
+    speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angle = positions[:, None, :, None] * speed
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (batch, heads, rows, head_dim) by the tables of `rotary_table`."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((right, left), -1) * sin
+
+
+class DraftLayer(nn.Module):
+    """One transformer layer whose queries are the block and whose keys and values are context and block."""
+
+    def __init__(self, config: DraftConfig, index: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.index, self.heads = index, config.num_heads
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.kv(x).chunk(2, -1)
+        return rotate(self.split(keys), cos, sin), self.split(values)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x: (batch, rows, hidden), the block(s) being drafted; cos, sin: see `rotary_table`."""
+        y = self.attention_norm(x)
+        keys, values = self.keys_values(y, cos, sin)
+        mixed = attend(self.index, rotate(self.split(self.q(y)), cos, sin), keys, values)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        result: Tensor = x + self.down(F.silu(gate) * up)
+        return result
+
+
+class SequentialHead(nn.Module):
+    """Low-rank bigram bias W2 W1[previous token]: what the token just before says about this one."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.before = nn.Embedding(config.vocab_size, config.sequential_rank)
+        self.after = nn.Linear(config.sequential_rank, config.vocab_size, bias=False)
+        nn.init.normal_(self.before.weight, std=0.5)
+        nn.init.zeros_(self.after.weight)
+
+    def forward(self, previous: Tensor) -> Tensor:
+        """Token ids (...,) -> logit bias (..., vocab)."""
+        bias: Tensor = self.after(self.before(previous))
+        return bias
+
+
+class DraftNetwork(nn.Module):
+    """Everything that is trained. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fuse = Fuse(config)
+        self.compressor = LatentCompressor(config) if config.num_latents else None
+        self.embed = nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)
+        self.masks = nn.Parameter(torch.randn(config.block - 1, config.hidden_size) * 0.5)
+        self.embed_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.layers = nn.ModuleList([DraftLayer(config, i) for i in range(config.num_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.out = nn.Linear(config.hidden_size, config.target_hidden_size, bias=False)
+        self.sequential = SequentialHead(config) if config.sequential_rank else None
+
+    def context_keys_values(self, context: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of context (batch, rows, hidden) at positions (batch, rows) for every layer:
+        each (batch, heads, rows, head_dim)."""
+        cos, sin = rotary_table(self.config, positions, context.dtype)
+        return [layer.keys_values(context, cos, sin) for layer in self.layers]  # type: ignore[operator]
+
+    def block_hidden(self, last: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One pass over blocks.
+
+        last: (batch, blocks, target_hidden), the target's embedding of the newest token of each block;
+        positions: (batch, blocks), its position in the context. Returns (batch, blocks, block, target_hidden), to be
+        read by the target's lm_head: row j proposes the token j + 1 places after the newest one.
+        """
+        batch, blocks = positions.shape
+        masks = self.masks.expand(batch, blocks, -1, -1)
+        x = self.embed_norm(torch.cat((self.embed(last)[:, :, None], masks), 2)).flatten(1, 2)
+        places = positions[:, :, None] + torch.arange(self.config.block, device=positions.device)
+        cos, sin = rotary_table(self.config, places.flatten(1), x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        hidden: Tensor = self.out(self.norm(x)).unflatten(1, (blocks, self.config.block))
+        return hidden

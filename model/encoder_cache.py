@@ -1,0 +1,41 @@
+"""Visual features by content: the same picture is encoded once. Least recently used goes first, under a byte budget."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+from torch import Tensor
+
+from model.request import Medium
+
+
+class EncoderCache:
+    """Keys are SHA-256 over bytes, shape, kind and `version`, so that nothing else can be mistaken for a medium."""
+
+    def __init__(self, budget: int, version: str) -> None:
+        self._budget, self._version = budget, version.encode()
+        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def key(self, medium: Medium) -> bytes:
+        digest = hashlib.sha256(self._version)
+        digest.update(f"|{medium.kind}|{medium.frames.shape}|{medium.frames.dtype}|".encode())
+        digest.update(medium.frames.tobytes())
+        return digest.digest()
+
+    def get(self, key: bytes) -> Tensor | None:
+        features = self._held.get(key)
+        if features is not None:
+            self._held.move_to_end(key)
+        return features
+
+    def put(self, key: bytes, features: Tensor) -> None:
+        size = features.numel() * features.element_size()
+        if size > self._budget or key in self._held:
+            return
+        self._held[key] = features
+        self._bytes += size
+        while self._bytes > self._budget:
+            _, oldest = self._held.popitem(last=False)
+            self._bytes -= oldest.numel() * oldest.element_size()

@@ -1,0 +1,323 @@
+"""The FLASH engine: schedule, draft, verify, prefill, emit. Knows nothing of HTTP, processes or clocks on the wall.
+
+A request's way: `add` (template, tokenise, refuse what cannot be served) -> waiting -> `step` admits it to a slot of
+the KV cache, encodes its media, prefills its prompt in chunks -> from then on every `step` drafts a tree for it,
+verifies the tree in one pass of the target, and emits what the target agrees with plus one token -> finished, the slot
+is free again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from model import attention, sampling, tree, verify
+from model.config import ConfigError, EngineConfig
+from model.detokenize import Detokenizer, StopStrings
+from model.draft import checkpoint
+from model.drafters.flash import FlashDrafter
+from model.encoder_cache import EncoderCache
+from model.kv_cache import KVCache
+from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
+from model.scheduler import Chunk, Decision, Scheduler
+from model.sequence import Sequence
+from model.stats import Counters
+from model.targets.base import load as load_target
+from model.tree import Trees
+
+DEFAULT_MAX_MODEL_LEN = 4096
+
+
+class Engine:
+    """One target and its draft on one device. Not thread-safe: one caller at a time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config = config.resolved()
+        if config.threads and config.device == "cpu":
+            torch.set_num_threads(config.threads)
+        self.target = target = load_target(config)
+        self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
+        margin = config.max_nodes + 1
+        num_slots = self._num_slots(margin)
+        self.cache = KVCache(
+            num_layers=target.num_layers,
+            num_slots=num_slots,
+            num_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            capacity=self.max_model_len,
+            margin=margin,
+            dtype=target.dtype,
+            device=target.device,
+        )
+        self.drafter: FlashDrafter | None = None
+        if config.drafter == "flash":
+            assert config.draft is not None
+            network = checkpoint.load(Path(config.draft), target)
+            self.drafter = FlashDrafter(
+                target,
+                network,
+                num_slots=num_slots,
+                capacity=self.max_model_len,
+                margin=margin,
+                width=config.tree_width,
+            )
+        self.scheduler = Scheduler(config)
+        self.counters = Counters()
+        self.features = EncoderCache(
+            config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
+        )
+        self.info = EngineInfo(
+            model=config.model,
+            device=config.device,
+            dtype=config.dtype,
+            drafter=config.drafter,
+            max_model_len=self.max_model_len,
+            max_num_seqs=num_slots,
+            tokens_per_image=target.tokens_per_image,
+            geometry=target.geometry,
+        )
+
+    def _num_slots(self, margin: int) -> int:
+        """As many slots as were asked for and as the KV budget holds."""
+        if self.config.kv_cache_bytes is None:
+            return self.config.max_num_seqs
+        each = KVCache.bytes_per_slot(
+            num_layers=self.target.num_layers,
+            num_heads=self.target.num_kv_heads,
+            head_dim=self.target.head_dim,
+            positions=self.max_model_len + margin,
+            dtype=self.target.dtype,
+        )
+        fitting = self.config.kv_cache_bytes // each
+        if fitting < 1:
+            raise ConfigError(
+                f"kv_cache_bytes {self.config.kv_cache_bytes} holds no sequence; "
+                f"one of {self.max_model_len} tokens takes {each}"
+            )
+        return min(self.config.max_num_seqs, fitting)
+
+    # --- requests
+
+    def add(self, request: Request) -> None:
+        """Take a request in. RequestError, and nothing taken, if it cannot be served."""
+        if self.scheduler.find(request.request_id):
+            raise RequestError(f"request id {request.request_id!r} is already in use", param="request_id")
+        prompt = self.target.prompt(request.messages)
+        length, wanted = len(prompt.ids), request.params.max_tokens
+        if length + wanted > self.max_model_len:
+            raise RequestError(
+                f"the prompt takes {length} tokens and max_tokens is {wanted}, together more than "
+                f"the {self.max_model_len} that fit; send fewer or shorter media, a shorter prompt, "
+                "or a smaller max_tokens",
+                param="max_tokens" if length < self.max_model_len else "messages",
+                code="context_length_exceeded",
+            )
+        detokenizer = Detokenizer(self.target.tokenizer, self.target.eos_ids)
+        self.scheduler.add(Sequence(request, prompt, detokenizer, StopStrings(request.params.stop)))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request at once and free all it holds; its last output, or None if it is not here."""
+        sequence = self.scheduler.find(request_id)
+        return None if sequence is None else self._finish(sequence, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def pop_stats(self) -> EngineStats:
+        """Gauges of now and counts since the last call."""
+        return self.counters.pop(
+            running=len(self.scheduler.running), waiting=len(self.scheduler.waiting), kv_cache_usage=self.cache.usage
+        )
+
+    # --- the step
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Advance every running request; returns what came of it, at most one output per request."""
+        decision = self.scheduler.schedule(self.cache.num_free)
+        outputs = self._admit(decision)
+        if decision.decoding:
+            trees = self._draft(decision)
+            outputs += self._verify(decision, trees)
+        for chunk in decision.chunks:
+            if chunk.sequence.finish_reason is None:
+                outputs += self._prefill(chunk)
+        self._compact()
+        self.counters.batch_sizes.append(len(decision.decoding) + len(decision.chunks))
+        return outputs
+
+    def _admit(self, decision: Decision) -> list[RequestOutput]:
+        """Give admitted sequences a slot; turn prompt and media into embeddings. A failure stays the request's own."""
+        failed = []
+        for sequence in decision.admitted:
+            sequence.slot = self.cache.allocate()
+            if self.drafter:
+                self.drafter.start(sequence.slot)
+            try:
+                self._embed(sequence)
+            except Exception as error:  # whatever a processor or tower may raise; the others must not suffer for it
+                failed.append(
+                    self._finish(sequence, "error", f"the request's media could not be encoded: {type(error).__name__}")
+                )
+        return failed
+
+    def _embed(self, sequence: Sequence) -> None:
+        prompt, target = sequence.prompt, self.target
+        sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
+        sequence.positions = target.positions(prompt)
+        sequence.next_position = int(sequence.positions.max()) + 1
+        for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
+            key = self.features.key(medium)
+            self.counters.encoder_cache_queries += 1
+            features = self.features.get(key)
+            if features is None:
+                with self.counters.timed("vision"):
+                    features = target.encode(medium)
+                self.features.put(key, features)
+            else:
+                self.counters.encoder_cache_hits += 1
+            sequence.embeds[start:end] = features
+
+    def _draft(self, decision: Decision) -> Trees:
+        """One tree per slot from 0 to the highest decoding one; slots that do not decode get an idle root."""
+        by_slot = {s.slot: (s, nodes) for s, nodes in zip(decision.decoding, decision.nodes, strict=True)}
+        slots = 1 + max(slot for slot in by_slot if slot is not None)
+        newest, budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        for slot, (sequence, nodes) in by_slot.items():
+            newest[slot], budgets[slot] = sequence.tokens[-1], nodes
+        if self.drafter is None or not budgets.any():
+            return tree.roots(newest)
+        with self.counters.timed("draft"):
+            return self.drafter.propose(newest, budgets)
+
+    def _verify(self, decision: Decision, trees: Trees) -> list[RequestOutput]:
+        """One pass of the target over all trees; keep what it agrees with."""
+        target, slots = self.target, len(trees.tokens)
+        by_slot: list[Sequence | None] = [None] * slots
+        for sequence in decision.decoding:
+            assert sequence.slot is not None
+            by_slot[sequence.slot] = sequence
+        with self.counters.timed("verify"):
+            starts = torch.tensor(self.cache.lengths[:slots], device=target.device)
+            visible = torch.from_numpy(trees.visible()).to(target.device)
+            rows = attention.plan(self.cache, 0, starts, visible, target.dtype)
+            offsets = np.array([s.next_position + len(s.tokens) - 1 if s else 0 for s in by_slot])
+            positions = torch.from_numpy(offsets[:, None] + trees.depths).to(target.device)
+            embeds = target.embed(torch.from_numpy(trees.tokens).to(target.device))
+            hidden, taps = target.forward(embeds, positions[None], rows)
+            answered = [
+                [len(s.tokens) + int(d) for d in trees.depths[b, : trees.sizes[b]]] if s else []
+                for b, s in enumerate(by_slot)
+            ]
+            params = [s.request.params if s else sampling.GREEDY for s in by_slot]
+            chosen = sampling.choose(target.logits(hidden), params, answered)
+            verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
+            self.cache.keep(list(range(slots)), [v.path for v in verdicts])
+        if self.drafter:
+            with self.counters.timed("draft"):
+                self.drafter.observe(taps, [v.path for v in verdicts])
+        outputs = []
+        for b, (each, verdict) in enumerate(zip(by_slot, verdicts, strict=True)):
+            if each is not None:
+                each.computed += len(verdict.path)
+                outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(trees.sizes[b]) - 1))
+        return outputs
+
+    def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
+        """Compute one chunk of a prompt; after the last one the first token is known."""
+        sequence, target = chunk.sequence, self.target
+        slot, count = sequence.slot, chunk.end - chunk.start
+        assert slot is not None
+        assert sequence.embeds is not None
+        assert sequence.positions is not None
+        if chunk.start == 0:
+            sequence.started = self.counters.now()
+        with self.counters.timed("prefill"):
+            causal = torch.ones(1, count, count, dtype=torch.bool, device=target.device).tril()
+            starts = torch.tensor([chunk.start], device=target.device)
+            rows = attention.plan(self.cache, slot, starts, causal, target.dtype)
+            embeds = sequence.embeds[None, chunk.start : chunk.end]
+            hidden, taps = target.forward(embeds, sequence.positions[:, None, chunk.start : chunk.end], rows)
+            self.cache.keep([slot], [list(range(count))])
+            if self.drafter:
+                self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)
+        sequence.computed = chunk.end
+        self.counters.prompt_tokens += count
+        if sequence.prefilling:
+            return []
+        sequence.embeds = sequence.positions = None
+        first = sampling.choose(target.logits(hidden[:, -1:]), [sequence.request.params], [[0]])
+        return [self._emit(sequence, [int(first[0, 0])], 0, 0)]
+
+    # --- what comes of it
+
+    def _emit(self, sequence: Sequence, tokens: list[int], accepted: int, proposed: int) -> RequestOutput:
+        """Append tokens, of which the first `accepted` came from the draft, as far as the request wants them."""
+        params, eos = sequence.request.params, self.target.eos_ids
+        sequence.last_token = self.counters.now()
+        sequence.first_token = sequence.first_token or sequence.last_token
+        emitted: list[Token] = []
+        text, finish = "", None
+        for i, token in enumerate(tokens):
+            sequence.tokens.append(token)
+            piece = sequence.detokenizer.decode(token)
+            emitted.append(Token(token, piece, "draft" if i < accepted else "target"))
+            text += sequence.stops.decode(piece)
+            if sequence.stops.stopped or (token in eos and not params.ignore_eos):
+                finish = "stop"
+            elif sequence.remaining == 0:
+                finish = "length"
+            if finish:
+                break
+        self.counters.generation_tokens += len(emitted)
+        if proposed:
+            used = min(accepted, len(emitted))
+            self.counters.drafted(proposed, used, len(emitted))
+            sequence.drafts += 1
+            sequence.draft_tokens += proposed
+            sequence.accepted_tokens += used
+        output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
+        return self._finish(sequence, finish, so_far=output) if finish else output  # type: ignore[arg-type]
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, so_far: RequestOutput | None = None
+    ) -> RequestOutput:
+        """End a sequence, whatever state it is in, and free its slot."""
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
+        sequence.embeds = sequence.positions = None
+        if sequence.slot is not None:
+            self.cache.free(sequence.slot)
+            if self.drafter:
+                self.drafter.free(sequence.slot)
+            sequence.slot = None
+        text, tokens = (so_far.text, so_far.tokens) if so_far else ("", ())
+        if reason in ("stop", "length"):
+            text += sequence.stops.decode(sequence.detokenizer.flush()) + sequence.stops.flush()
+        return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error)
+
+    def _compact(self) -> None:
+        """Move sequences from high slots into low free ones, so that a batch spans no more slots than it needs."""
+        running = self.scheduler.running
+        for sequence in sorted(running, key=lambda s: -(s.slot or 0)):
+            lowest = self.cache.lowest_free()
+            if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:
+                break
+            self.cache.move(sequence.slot, lowest)
+            if self.drafter:
+                self.drafter.move(sequence.slot, lowest)
+            sequence.slot = lowest
+
+    def check_integrity(self) -> None:
+        """Slots, lengths and sequences agree; for tests and debugging."""
+        self.cache.check_integrity()
+        held = {s.slot: s.computed for s in self.scheduler.running if s.slot is not None}
+        assert len(held) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
+        assert all(self.cache.lengths[slot] == computed for slot, computed in held.items()), "a slot's length is off"
+        if self.drafter:
+            self.drafter.cache.check_integrity()
+            assert self.drafter.cache.num_free == self.cache.num_free, "draft and target hold different slots"

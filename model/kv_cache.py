@@ -1,0 +1,120 @@
+"""Keys and values of every sequence, allocated once. Knows slots and positions; nothing of tokens, trees or requests.
+
+One slot a sequence, all slots of equal length, so that the slots of a batch are one strided view and attention copies
+nothing:
+
+    data[layer, 0 = keys | 1 = values, slot, head, position, :]
+
+    position   0 ............ lengths[slot]) ......... capacity) ... capacity + margin
+               kept for good | scratch of this step: rows being verified, overwritten by the next
+
+What a step writes beyond `lengths` is scratch until `keep` moves the accepted rows down and advances the length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """`margin` positions beyond `capacity` are scratch, so that a full slot can still be verified against."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_heads: int,
+        head_dim: int,
+        capacity: int,
+        margin: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.capacity, self.num_slots, self.num_heads, self.stride = capacity, num_slots, num_heads, capacity + margin
+        self.data = torch.zeros(num_layers, 2, num_slots, num_heads, self.stride, head_dim, dtype=dtype, device=device)
+        self.lengths = [0] * num_slots
+        self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
+        # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors
+        heads = torch.arange(num_slots * num_heads, device=device) * self.stride
+        self._base = heads.view(num_slots, num_heads, 1)
+
+    @staticmethod
+    def bytes_per_slot(*, num_layers: int, num_heads: int, head_dim: int, positions: int, dtype: torch.dtype) -> int:
+        return num_layers * 2 * num_heads * head_dim * positions * dtype.itemsize
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def lowest_free(self) -> int | None:
+        return self._free[0] if self._free else None
+
+    @property
+    def usage(self) -> float:
+        """Positions held for good over positions that fit, 0..1."""
+        return sum(self.lengths) / (self.num_slots * self.capacity)
+
+    def allocate(self) -> int:
+        """The lowest free slot, now taken and empty."""
+        return self.take(self._free[0])
+
+    def take(self, slot: int) -> int:
+        """This slot, which must be free: how a second cache follows the first."""
+        self._free.remove(slot)
+        self.lengths[slot] = 0
+        return slot
+
+    def free(self, slot: int) -> None:
+        assert slot not in self._free, f"slot {slot} freed twice"
+        self.lengths[slot] = 0
+        self._free.append(slot)
+        self._free.sort()
+
+    def move(self, source: int, target: int) -> None:
+        """Give the sequence in `source` the free slot `target` instead."""
+        held = self.lengths[source]
+        self._free.remove(target)
+        self.data[:, :, target, :, :held] = self.data[:, :, source, :, :held]
+        self.lengths[target] = held
+        self.free(source)
+
+    def locations(self, first_slot: int, positions: Tensor) -> Tensor:
+        """Where rows at `positions` (batch, rows) of slots first_slot.. go: flat indices (batch * heads * rows,)."""
+        batch = positions.shape[0]
+        return (self._base[first_slot : first_slot + batch] + positions[:, None, :]).flatten()
+
+    def write(self, layer: int, locations: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values, each (batch, heads, rows, head_dim), at `locations`."""
+        width = keys.shape[-1]
+        for which, rows in ((0, keys), (1, values)):
+            self.data[layer, which].view(-1, width).index_copy_(0, locations, rows.reshape(-1, width))
+
+    def read(self, layer: int, first_slot: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Views (batch, heads, length, head_dim) of the keys and values of consecutive slots."""
+        both = self.data[layer, :, first_slot : first_slot + batch, :, :length]
+        return both[0], both[1]
+
+    def keep(self, slots: list[int], paths: list[list[int]]) -> None:
+        """Of the rows written beyond each slot's length keep those in `paths` (ascending row numbers), in order."""
+        sources, targets = [], []
+        for slot, path in zip(slots, paths, strict=True):
+            held = self.lengths[slot]
+            for new, old in enumerate(path):
+                if new != old:
+                    base = slot * self.num_heads * self.stride + held
+                    sources += [base + head * self.stride + old for head in range(self.num_heads)]
+                    targets += [base + head * self.stride + new for head in range(self.num_heads)]
+            self.lengths[slot] = held + len(path)
+        if sources:
+            # Rows move down only, and all sources are read before any target is written.
+            flat = self.data.view(self.data.shape[0] * 2, -1, self.data.shape[-1])
+            device = self.data.device
+            moved = flat.index_select(1, torch.tensor(sources, device=device))
+            flat.index_copy_(1, torch.tensor(targets, device=device), moved)
+
+    def check_integrity(self) -> None:
+        assert sorted(set(self._free)) == self._free, "free slots repeat"
+        assert all(self.lengths[slot] == 0 for slot in self._free), "a free slot holds something"
+        assert all(0 <= length <= self.capacity for length in self.lengths), "a slot holds more than fits"

@@ -1,0 +1,166 @@
+"""What goes into the engine and what comes out of it: plain frozen data, no tensors, no torch.
+
+This module is the whole border between `model/` and whoever drives it (the service's worker, the
+command line, the benchmark). It can be imported without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+TokenSource = Literal["draft", "target"]
+
+
+class RequestError(ValueError):
+    """The request cannot be served as asked; the message tells its sender what to change.
+
+    `param` names the offending field, `code` is a short machine-readable reason.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature == 0` is greedy; `seed` alone fixes all randomness."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": 0.0 <= self.temperature <= 100.0,
+            "top_p": 0.0 < self.top_p <= 1.0,
+            "top_k": self.top_k >= 0,
+            "min_p": 0.0 <= self.min_p <= 1.0,
+            "stop": all(self.stop),
+        }
+        for name, ok in checks.items():
+            if not ok:
+                raise RequestError(f"{name} is out of range: {getattr(self, name)!r}", param=name)
+
+
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """One image (one frame) or one video (its sampled frames), decoded and already at the target's geometry.
+
+    frames: (num_frames, height, width, 3) uint8 RGB.
+    """
+
+    kind: Literal["image", "video"]
+    frames: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One chat turn. `content` holds text and media in the order in which the user gave them."""
+
+    role: Literal["system", "user", "assistant"]
+    content: tuple[str | Medium, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    request_id: str
+    messages: tuple[Message, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    speculation: bool = True
+
+
+@dataclass(frozen=True)
+class Token:
+    """One emitted token; `text` is what it added to the answer (may be empty, see detokenize.py)."""
+
+    id: int
+    text: str
+    source: TokenSource
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What one finished request cost. Times in seconds, measured inside the engine."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    drafts: int  # verify steps that carried draft tokens
+    draft_tokens: int  # tree nodes proposed and verified
+    accepted_tokens: int
+    queue: float  # from add() to the first prefill chunk
+    time_to_first_token: float  # from add() to the first token
+    decode: float  # from the first token to the last
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step did for one request. Exactly one output per request carries a `finish_reason`; it is the last."""
+
+    request_id: str
+    text: str  # the text this step added
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason | None = None
+    stats: RequestStats | None = None  # with finish_reason
+    error: str | None = None  # with finish_reason == "error"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The size to which the target's image processor brings a frame, so that decoding can do it early.
+
+    Same steps and order as transformers' CLIP-style processors: resize (with PIL's `resample` filter), then
+    centre-crop. `exact` resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`.
+    """
+
+    exact: tuple[int, int] | None  # (height, width)
+    shortest_edge: int | None
+    crop: tuple[int, int] | None  # (height, width)
+    resample: int  # PIL.Image.Resampling value
+    default_num_frames: int
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine tells about itself."""
+
+    model: str  # name or path it was loaded from
+    device: str
+    dtype: str
+    drafter: str  # "flash" or "off"
+    max_model_len: int  # prompt + answer, tokens
+    max_num_seqs: int
+    tokens_per_image: int
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges now, and everything counted since the previous call of `Engine.pop_stats`."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float  # 0..1, exact: tokens held / tokens that fit
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()  # index 0: first draft position
+    encoder_cache_queries: int = 0
+    encoder_cache_hits: int = 0
+    acceptance_lengths: tuple[int, ...] = ()  # one per verify step and sequence that had a draft; bonus token included
+    batch_sizes: tuple[int, ...] = ()  # sequences in each step
+    step_seconds: tuple[tuple[str, float], ...] = ()  # ("vision"|"prefill"|"draft"|"verify", seconds)

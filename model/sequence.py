@@ -1,0 +1,59 @@
+"""One request on its way through the engine. Counts tokens, not phases: computed against known; the rest is derived."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from model.detokenize import Detokenizer, StopStrings
+from model.request import FinishReason, Request, RequestStats
+from model.targets.base import Prompt
+
+
+@dataclass(eq=False)
+class Sequence:
+    request: Request
+    prompt: Prompt
+    detokenizer: Detokenizer
+    stops: StopStrings
+    arrived: float = field(default_factory=time.perf_counter)
+    slot: int | None = None  # of the KV cache, once admitted
+    embeds: Tensor | None = None  # (prompt tokens, hidden), once admitted, until prefilled
+    positions: Tensor | None = None  # (axes, prompt tokens), likewise
+    next_position: int = 0  # position id of the first answer token
+    computed: int = 0  # tokens whose keys and values are held
+    tokens: list[int] = field(default_factory=list)  # the answer so far
+    started: float = 0.0  # when the first prefill chunk ran
+    first_token: float = 0.0
+    last_token: float = 0.0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def known(self) -> int:
+        return len(self.prompt.ids) + len(self.tokens)
+
+    @property
+    def prefilling(self) -> bool:
+        return self.computed < len(self.prompt.ids)
+
+    @property
+    def remaining(self) -> int:
+        """Answer tokens it may still emit."""
+        return self.request.params.max_tokens - len(self.tokens)
+
+    def stats(self) -> RequestStats:
+        return RequestStats(
+            prompt_tokens=len(self.prompt.ids),
+            completion_tokens=len(self.tokens),
+            drafts=self.drafts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            queue=max(0.0, self.started - self.arrived),
+            time_to_first_token=max(0.0, self.first_token - self.arrived),
+            decode=max(0.0, self.last_token - self.first_token),
+        )

@@ -1,0 +1,68 @@
+"""Counts what the engine does between two readings. Knows nothing of how the figures are published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from model.request import EngineStats
+
+Phase = Literal["vision", "prefill", "draft", "verify"]
+
+
+class Counters:
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.prompt_tokens = self.generation_tokens = 0
+        self.drafts = self.draft_tokens = self.accepted_tokens = 0
+        self.encoder_cache_queries = self.encoder_cache_hits = 0
+        self.accepted_per_position: list[int] = []
+        self.acceptance_lengths: list[int] = []
+        self.batch_sizes: list[int] = []
+        self.step_seconds: list[tuple[str, float]] = []
+
+    @staticmethod
+    def now() -> float:
+        return time.perf_counter()
+
+    @contextmanager
+    def timed(self, phase: Phase) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.step_seconds.append((phase, time.perf_counter() - begun))
+
+    def drafted(self, proposed: int, accepted: int, emitted: int) -> None:
+        """One verify step of one sequence: `proposed` nodes, of which `accepted` (one per position, none after the
+        first miss) were emitted; `emitted` counts the bonus token too."""
+        self.drafts += 1
+        self.draft_tokens += proposed
+        self.accepted_tokens += accepted
+        self.acceptance_lengths.append(emitted)
+        missing = accepted - len(self.accepted_per_position)
+        self.accepted_per_position += [0] * max(0, missing)
+        for position in range(accepted):
+            self.accepted_per_position[position] += 1
+
+    def pop(self, *, running: int, waiting: int, kv_cache_usage: float) -> EngineStats:
+        stats = EngineStats(
+            running=running,
+            waiting=waiting,
+            kv_cache_usage=kv_cache_usage,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            drafts=self.drafts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            accepted_per_position=tuple(self.accepted_per_position),
+            encoder_cache_queries=self.encoder_cache_queries,
+            encoder_cache_hits=self.encoder_cache_hits,
+            acceptance_lengths=tuple(self.acceptance_lengths),
+            batch_sizes=tuple(self.batch_sizes),
+            step_seconds=tuple(self.step_seconds),
+        )
+        self.reset()
+        return stats

@@ -1,0 +1,93 @@
+"""What the engine needs of a target model. One file per family implements it; `load` picks by the checkpoint's type.
+
+An adapter holds only what differs between families: where the visual tokens are, how features are computed, position
+ids, the chat template, how a video becomes tokens. The layers are transformers' own and stay unforked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from model.attention import Rows
+from model.config import ConfigError, EngineConfig
+from model.request import Geometry, Medium, Message
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised conversation. `spans[i]` is the half-open range of visual tokens that media[i] takes in `ids`."""
+
+    ids: list[int]
+    media: tuple[Medium, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+class Target(Protocol):
+    """Tensors are on the target's device, in its dtype."""
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    eos_ids: frozenset[int]
+    tokens_per_image: int
+    geometry: Geometry
+    tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
+
+    def prompt(self, messages: tuple[Message, ...]) -> Prompt:
+        """Template and tokenise; user text never becomes special tokens. Raises RequestError."""
+        ...
+
+    def encode(self, media: Medium) -> Tensor:
+        """Features of all visual tokens of one medium: (tokens, hidden)."""
+        ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings: (...,) -> (..., hidden)."""
+        ...
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        """Position ids of the prompt: (axes, tokens). Generated tokens go on from the largest, on every axis."""
+        ...
+
+    def forward(self, embeds: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """One pass: embeds (batch, rows, hidden), positions (axes, batch, rows).
+
+        Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
+        (batch, rows, num_taps * hidden).
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """lm_head: (..., hidden) -> (..., vocab). Differentiable in `hidden`: drafts are trained through it."""
+        ...
+
+
+def evenly_spaced(num_layers: int, count: int = 3) -> tuple[int, ...]:
+    """Early, middle and late decoder layers; of deep ones not the last: its output serves the next token alone."""
+    places = (round(num_layers * (i + 1) / (count + 1)) for i in range(count))
+    return tuple(dict.fromkeys(min(place, num_layers - 1) for place in places))
+
+
+def load(config: EngineConfig) -> Target:
+    """The target that a resolved config names."""
+    from model.targets.llava import LlavaTarget
+
+    families = {"llava": LlavaTarget}
+    try:
+        kind = AutoConfig.from_pretrained(config.model).model_type
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
+    if kind not in families:
+        raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(families)}")
+    return families[kind](config)

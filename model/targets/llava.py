@@ -1,0 +1,190 @@
+"""LLaVA (1.5 style): a CLIP tower, a projector, a Llama-like language model; one-dimensional positions.
+
+A video is its frames: the marker <|video|> where the checkpoint has one, then every frame's tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+from model import attention
+from model.attention import Rows
+from model.config import EngineConfig
+from model.linear import pack
+from model.request import Geometry, Medium, Message, RequestError
+from model.targets.base import Prompt, evenly_spaced
+from model.targets.fused import FusedDecoder
+
+FRAMES_AT_ONCE = 8  # frames that pass through the tower together
+
+
+class LlavaTarget:
+    """See `model.targets.base.Target`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        attention.register()
+        self.device = torch.device(config.device)
+        self.dtype = getattr(torch, config.dtype)
+        self.processor = AutoProcessor.from_pretrained(config.model)
+        self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            config.model, dtype=self.dtype, attn_implementation="sdpa"
+        )
+        self.model.to(self.device).eval().requires_grad_(False)
+        self.model.model.language_model.set_attn_implementation(attention.NAME)
+        text = self.model.config.text_config
+        self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
+        self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.max_positions = text.max_position_embeddings
+        eos = self.model.generation_config.eos_token_id
+        self.eos_ids = frozenset(
+            eos if isinstance(eos, list) else [eos if eos is not None else self.tokenizer.eos_token_id]
+        )
+        self.image_id: int = self.model.config.image_token_index
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        # User text must not be read as these; whole-string tokenising is only safe where none occurs in it.
+        specials = sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self.geometry = self._geometry()
+        self.tap_layers = evenly_spaced(self.num_layers)
+        decoder = self.model.model.language_model
+        self.fused = FusedDecoder(decoder, self.model.lm_head, self.tap_layers) if FusedDecoder.fits(decoder) else None
+        pack(self.model.model.vision_tower)
+        pack(self.model.model.multi_modal_projector)
+        self._taps: dict[int, Tensor] = {}
+        for layer in self.tap_layers if self.fused is None else ():
+            decoder.layers[layer].register_forward_hook(self._tap(layer))
+        vision = self.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        self.tokens_per_image = patches + (self.model.config.vision_feature_select_strategy == "full")
+
+    def _tap(self, layer: int) -> Any:
+        def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            self._taps[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def _geometry(self) -> Geometry:
+        images = self.processor.image_processor
+        size, crop = images.size, images.crop_size
+        exact = (int(size["height"]), int(size["width"])) if size.get("height") else None
+        return Geometry(
+            exact=exact,
+            shortest_edge=None if exact else int(size["shortest_edge"]),
+            crop=(int(crop["height"]), int(crop["width"])) if images.do_center_crop else None,
+            resample=int(images.resample),
+            default_num_frames=6,
+        )
+
+    # --- prompt
+
+    def prompt(self, messages: tuple[Message, ...]) -> Prompt:
+        """Render the checkpoint's chat template around stand-ins for the users' texts, then tokenise."""
+        media: list[Medium] = []
+        texts: list[str] = []
+        turns = []
+        for message in messages:
+            parts: list[dict[str, str]] = []
+            for part in message.content:
+                if isinstance(part, Medium):
+                    if not len(part.frames):
+                        raise RequestError(f"a {part.kind} has no frames", param="messages")
+                    media.append(part)
+                    if part.kind == "video":
+                        parts.append({"type": "video"})
+                    parts += [{"type": "image"}] * len(part.frames)
+                else:
+                    if not part.isascii() and any("\ud800" <= c <= "\udfff" for c in part):
+                        raise RequestError(
+                            "a text holds half of a surrogate pair, which is no character", param="messages"
+                        )
+                    parts.append({"type": "text", "text": self._stand_in(len(texts))})
+                    texts.append(part)
+            turns.append({"role": message.role, "content": parts})
+        try:
+            rendered = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        except Exception as error:  # jinja raises what the template's author chose
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return self._placed(self._tokenised(rendered, texts), tuple(media))
+
+    @staticmethod
+    def _stand_in(number: int) -> str:
+        return f"\ue000{number}\ue001"
+
+    def _tokenised(self, rendered: str, texts: list[str]) -> list[int]:
+        def fill(match: re.Match[str]) -> str:
+            return texts[int(match[1])]
+
+        mark = re.compile("\ue000(\\d+)\ue001")
+        filled = mark.sub(fill, rendered)
+        # Counted in the whole: a special token may also be spelt across two texts that stand side by side.
+        if self._special is None or len(self._special.findall(filled)) == len(self._special.findall(rendered)):
+            return list(self.tokenizer(filled, add_special_tokens=False).input_ids)
+        ids: list[int] = []
+        for number, piece in enumerate(mark.split(rendered)):  # odd pieces are the numbers of texts
+            text = texts[int(piece)] if number % 2 else piece
+            ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=bool(number % 2)).input_ids
+        return ids
+
+    def _placed(self, ids: list[int], media: tuple[Medium, ...]) -> Prompt:
+        """Widen every image placeholder to as many tokens as an image has."""
+        if ids.count(self.image_id) != sum(len(m.frames) for m in media):
+            raise RequestError("the model's chat template has no place for these media", param="messages")
+        placed: list[int] = []
+        spans: list[tuple[int, int]] = []
+        frames_left = 0
+        following = iter(media)
+        for token in ids:
+            if token != self.image_id:
+                placed.append(token)
+                continue
+            if frames_left == 0:
+                frames_left = len(next(following).frames)
+                start = len(placed)
+            placed += [token] * self.tokens_per_image
+            frames_left -= 1
+            if frames_left == 0:
+                spans.append((start, len(placed)))
+        return Prompt(placed, media, tuple(spans))
+
+    def positions(self, prompt: Prompt) -> Tensor:
+        return torch.arange(len(prompt.ids), device=self.device)[None]
+
+    # --- tensors
+
+    def encode(self, media: Medium) -> Tensor:
+        images = [Image.fromarray(frame) for frame in media.frames]
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"].to(
+            self.device, self.dtype
+        )
+        features = []
+        for group in pixels.split(FRAMES_AT_ONCE):
+            features += self.model.model.get_image_features(pixel_values=group).pooler_output
+        return torch.cat([f.flatten(0, -2) for f in features])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.model.model.language_model.embed_tokens(ids)
+        return embedded
+
+    def forward(self, embeds: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.fused is not None:
+            return self.fused(embeds, positions[0], rows)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions[0], use_cache=False, rows=rows
+        ).last_hidden_state
+        return hidden, torch.cat([self._taps[layer] for layer in self.tap_layers], -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        # A packed product knows no gradient, and a draft learns through this one.
+        packed = None if hidden.requires_grad else self.fused
+        scores: Tensor = self.model.lm_head(hidden) if packed is None else packed.logits(hidden)
+        return scores

@@ -1,0 +1,111 @@
+"""Candidate trees: which drafted continuations to verify. Knows logits and probabilities; nothing of targets or caches.
+
+A tree hangs from the newest token (the root, row 0). Best-first: of all candidates the `budget` with the highest
+cumulative log-probability are verified; as a child is never likelier than its parent, they always form a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trees:
+    """One tree per sequence of a batch, each padded to the same number of rows; row 0 is the root.
+
+    tokens: (batch, rows) int64, the root's is the newest token; parents: (batch, rows), -1 for the root and for
+    padding; depths: (batch, rows), 0 for the root; sizes: (batch,), rows in use; scores: (batch, rows) cumulative
+    log-probability. A parent always comes before its children.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    depths: np.ndarray
+    sizes: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def visible(self) -> np.ndarray:
+        """(batch, rows, rows) bool: every row sees itself and its ancestors."""
+        batch, rows = self.tokens.shape
+        seen = np.zeros((batch, rows, rows), bool)
+        every = np.arange(batch)
+        for row in range(rows):
+            parent = self.parents[:, row]
+            seen[:, row] = seen[every, parent] & (parent >= 0)[:, None]
+            seen[:, row, row] = True
+        return seen
+
+
+def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
+    """Trees of a root alone: plain decoding. tokens: (batch,)."""
+    batch = len(tokens)
+    padded = np.zeros((batch, rows), np.int64)
+    padded[:, 0] = tokens
+    return Trees(
+        padded,
+        np.full((batch, rows), -1),
+        np.zeros((batch, rows), np.int64),
+        np.ones(batch, np.int64),
+        np.zeros((batch, rows)),
+    )
+
+
+def best_first(
+    newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
+) -> Trees:
+    """The `budgets[b]` likeliest drafted nodes of each sequence.
+
+    newest: (batch,) int64; logits: (batch, block, vocab) of one draft pass; bias: the sequential head, previous tokens
+    (...,) -> (..., vocab), added along each path. At every depth the `width` best candidates are looked at further:
+    exact best-first whenever the budget does not reach beyond them.
+    """
+    batch, block, vocab = logits.shape
+    frontier = newest[:, None]  # (batch, candidates)
+    reach = torch.zeros(batch, 1, device=logits.device)  # their cumulative log-probability
+    levels_token, levels_parent, levels_score = [], [], []
+    first = 0  # number of the frontier's first node; nodes are numbered level by level after the root
+    for depth in range(block):
+        scores = logits[:, depth, None, :]
+        if bias is not None:
+            scores = scores + bias(frontier)
+        scores = scores.float().log_softmax(-1)
+        best, token = scores.expand(-1, frontier.shape[1], -1).topk(width, -1)
+        total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
+        reach, place = total.topk(min(width, total.shape[1]), -1)
+        levels_parent.append(first + torch.div(place, width, rounding_mode="floor"))
+        frontier = token.flatten(1).gather(1, place)
+        levels_token.append(frontier)
+        levels_score.append(reach)
+        first = 1 + depth * width
+    tokens, parents, scores_all = (torch.cat(x, 1).cpu().numpy() for x in (levels_token, levels_parent, levels_score))
+    return _pruned(newest.cpu().numpy(), tokens, parents, scores_all, width, np.minimum(budgets, tokens.shape[1]))
+
+
+def _pruned(
+    newest: np.ndarray, tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, width: int, budgets: np.ndarray
+) -> Trees:
+    """Keep each sequence's best nodes and number them anew. 0 is the root; nodes are 1.., by level, `width` a level."""
+    batch, count = tokens.shape
+    rows = 1 + int(budgets.max(initial=0))
+    trees = roots(newest, rows)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    number = np.zeros((batch, count + 1), np.int64)  # old number -> row
+    for b in range(batch):
+        kept = np.sort(order[b, : budgets[b]])
+        size = 1 + len(kept)
+        number[b, kept + 1] = np.arange(1, size)
+        trees.tokens[b, 1:size] = tokens[b, kept]
+        trees.parents[b, 1:size] = number[b, parents[b, kept]]
+        trees.depths[b, 1:size] = 1 + kept // width
+        trees.scores[b, 1:size] = scores[b, kept]
+        trees.sizes[b] = size
+    return trees

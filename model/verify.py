@@ -1,0 +1,43 @@
+"""Sample and match: how far the target agrees with a tree. Knows tokens only.
+
+At each visited node the target's own token is already known (sampling.choose). If a child of the node carries it, that
+child is accepted and visited next; otherwise the token is emitted as the bonus and the step ends. No draft probability
+is used, so nothing about the draft can bias what is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.tree import Trees
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """path: accepted rows, the root's 0 first; tokens: what is emitted, the bonus token last (len(path) tokens)."""
+
+    path: list[int]
+    tokens: list[int]
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.path) - 1
+
+
+IDLE = Verdict([], [])  # of a slot that does not decode
+
+
+def walk(trees: Trees, b: int, chosen: np.ndarray) -> Verdict:
+    """Descend tree b. chosen: (rows,) the target's token at every row of it."""
+    size = int(trees.sizes[b])
+    tokens, parents = trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist()
+    children = {
+        (parent, token): row for row, (parent, token) in enumerate(zip(parents, tokens, strict=True)) if parent >= 0
+    }
+    path, emitted = [0], [int(chosen[0])]
+    while (child := children.get((path[-1], emitted[-1]))) is not None:
+        path.append(child)
+        emitted.append(int(chosen[child]))
+    return Verdict(path, emitted)

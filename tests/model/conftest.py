@@ -1,0 +1,71 @@
+"""Tiny checkpoints, made once a session; see tiny.py. Nothing here takes more than a second or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.engine import Engine
+from model.targets.base import Target
+from tests.model import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models this small only lose by being shared out."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real LLaVA checkpoint: 4 layers, width 64, 2 heads; 16 tokens an image."""
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "target")
+
+
+@pytest.fixture(scope="session")
+def tiny_gqa_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape with one head of keys and values for both query heads, and other weights."""
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny_gqa") / "target", kv_heads=1, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_draft(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained FLASH draft for `tiny_checkpoint`: it proposes, and is nearly always wrong."""
+    return tiny.save_draft(tmp_path_factory.mktemp("tiny") / "draft", tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_gqa_draft(tiny_gqa_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_draft(tmp_path_factory.mktemp("tiny_gqa") / "draft", tiny_gqa_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def plain_engine(tiny_checkpoint: Path) -> Engine:
+    """One sequence at a time, no drafting: what every other way of running must equal. Left idle by every test."""
+    return Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
+
+
+@pytest.fixture(scope="session")
+def crowd_engine(tiny_checkpoint: Path, tiny_draft: Path) -> Engine:
+    """Up to sixteen sequences and the untrained FLASH draft; prompts in chunks of 16. Left idle by every test."""
+    return Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=16, prefill_chunk=16))
+
+
+@pytest.fixture
+def crowd(crowd_engine: Engine) -> Iterator[Engine]:
+    """`crowd_engine`, whose drafter a test may replace; its counters start at nought."""
+    drafter = crowd_engine.drafter
+    crowd_engine.pop_stats()
+    yield crowd_engine
+    for sequence in (*crowd_engine.scheduler.running, *crowd_engine.scheduler.waiting):  # of a test that failed
+        crowd_engine.abort(sequence.request.request_id)
+    crowd_engine.drafter = drafter
+    tiny.assert_idle(crowd_engine)
+
+
+@pytest.fixture(scope="session")
+def tiny_target(plain_engine: Engine) -> Target:
+    return plain_engine.target

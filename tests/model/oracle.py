@@ -1,0 +1,115 @@
+"""A drafter that knows the answer, and corrupts it on purpose: paths of every length and branching get accepted.
+
+It has FlashDrafter's interface and looks nothing like it, so that what it shows is the engine's own. It also notes what
+the engine tells it: what enters its context must be what the target has kept, or the two would drift apart unnoticed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.engine import Engine
+from model.kv_cache import KVCache
+from model.tree import Trees
+
+
+class OracleDrafter:
+    """`known`: request id -> the answer that decoding without a draft gives."""
+
+    def __init__(self, engine: Engine, known: Mapping[str, list[int]], seed: int = 0, truth: float = 0.75) -> None:
+        self.engine, self.known, self.truth = engine, known, truth
+        self.rng = random.Random(seed)
+        self.cache = KVCache(
+            num_layers=1,
+            num_slots=engine.cache.num_slots,
+            num_heads=1,
+            head_dim=1,
+            capacity=engine.cache.capacity,
+            margin=engine.config.max_nodes + 1,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        self.shapes: set[tuple[int, int]] = set()  # (nodes proposed, accepted)
+        self._sizes: list[int] = []  # nodes of this step's trees, if there are any
+
+    def start(self, slot: int) -> None:
+        self.cache.take(slot)
+
+    def free(self, slot: int) -> None:
+        self.cache.free(slot)
+
+    def move(self, source: int, target: int) -> None:
+        self.cache.move(source, target)
+
+    def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
+        assert taps.ndim == 2
+        assert start == self.cache.lengths[slot], "a prompt's chunks come out of order"
+        self.cache.lengths[slot] += len(taps)
+
+    def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
+        assert taps.shape[0] == len(paths)
+        for slot, path in enumerate(paths):
+            assert path == sorted(set(path))
+            self.cache.lengths[slot] += len(path)
+            if path and self._sizes and self._sizes[slot]:
+                self.shapes.add((self._sizes[slot], len(path) - 1))
+        self._sizes = []
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """Trees that hold some of what will come, and decoys at every depth."""
+        batch, rows = len(newest), 1 + int(budgets.max())
+        by_slot = {s.slot: s for s in self.engine.scheduler.running}
+        trees = Trees(
+            np.zeros((batch, rows), np.int64),
+            np.full((batch, rows), -1),
+            np.zeros((batch, rows), np.int64),
+            np.ones(batch, np.int64),
+            np.zeros((batch, rows)),
+        )
+        trees.tokens[:, 0] = newest
+        for slot in range(batch):
+            if not budgets[slot]:
+                continue
+            sequence = by_slot[slot]
+            assert sequence.tokens[-1] == newest[slot]
+            assert self.cache.lengths[slot] == sequence.computed, "the draft's context is not what the target kept"
+            coming = self.known[sequence.request.request_id][len(sequence.tokens) :]
+            self._grow(trees, slot, coming, self.rng.randint(0, int(budgets[slot])))
+        self._sizes = (trees.sizes - 1).tolist()
+        return trees
+
+    def _grow(self, trees: Trees, b: int, coming: list[int], nodes: int) -> None:
+        """Hang `nodes` nodes from the root: mostly the true next token of a random node, else a decoy."""
+        vocab = self.engine.target.vocab_size
+        right = {0: 0}  # row -> depth, of rows on the true path
+        children: dict[int, set[int]] = {}
+        for row in range(1, nodes + 1):
+            tip = max(right, key=lambda r: right[r])
+            if self.rng.random() < self.truth and right[tip] < len(coming):
+                parent, token = tip, coming[right[tip]]
+            else:
+                parent, token = self.rng.randrange(row), self.rng.randrange(vocab)
+            depth = int(trees.depths[b, parent])
+            if token in children.setdefault(parent, set()):
+                continue  # siblings differ, as a drafter's do; the row is not used
+            size = int(trees.sizes[b])
+            if parent >= size:
+                continue
+            children[parent].add(token)
+            trees.tokens[b, size], trees.parents[b, size], trees.depths[b, size] = token, parent, depth + 1
+            if parent in right and depth < len(coming) and token == coming[depth]:
+                right[size] = depth + 1
+            trees.sizes[b] = size + 1
+
+
+def with_oracle(engine: Engine, known: Mapping[str, list[int]], seed: int = 0, truth: float = 0.75) -> OracleDrafter:
+    """Give an idle engine this drafter instead of its own."""
+    assert not engine.has_work
+    oracle = OracleDrafter(engine, known, seed, truth)
+    engine.drafter = oracle  # type: ignore[assignment]
+    return oracle

@@ -1,0 +1,234 @@
+"""The benchmark measures what it says, and the equality check finds what it is there to find."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from model import sampling, verify
+from model.bench import __main__ as bench
+from model.bench import equality, figures
+from model.bench.arms import Run
+from model.bench.margins import margin
+from model.bench.reference import Reference
+from model.engine import Engine
+from model.request import Message, SamplingParams
+from model.tree import Trees
+from service.cli import app
+from tests.model import tiny
+
+
+def models(checkpoint: Path, draft: Path) -> list[str]:
+    return ["--model", str(checkpoint), "--draft", str(draft), "--device", "cpu", "--dtype", "float32"]
+
+
+# -- the benchmark
+
+
+def test_the_last_line_is_the_json_of_the_contract(
+    tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--tasks", "image caption,video-question", "--batches", "1,3", "--prompts", "3", "--repeats", "1"]
+    asked += ["--max-tokens", "6", "--output", str(tmp_path / "figures.json")]
+    bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
+    out, _ = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert json.loads((tmp_path / "figures.json").read_text()) == result
+    assert set(result) == {"machine", "command", "rows"}
+    assert result["machine"]["dtype"] == "float32"
+    assert "--batches 1,3" in result["command"]
+    rows = result["rows"]
+    seen = {(row["task"], row["batch"], row["drafter"]) for row in rows}
+    tasks, arms = ("image caption", "video question"), ("generate", "off", "flash")
+    assert seen == {(task, batch, arm) for task in tasks for batch in (1, 3) for arm in arms}
+    assert len(seen) == len(rows)
+    for row in rows:
+        assert row["target"] == "target"
+        assert row["sampling"] == "greedy"
+        assert row["requests"] == 3
+        assert row["same_tokens_as_plain"] == 1.0
+        assert 1.0 <= row["acceptance_length"] <= 6.0
+        assert row["tokens_per_second"] > 0
+        if row["drafter"] != "generate":
+            assert sum(row["share"].values()) == pytest.approx(1.0, abs=1e-3)
+        for base in ("off", "generate"):  # of a single repeat, the median ratio is the ratio of the speeds
+            other = next(r for r in rows if (r["task"], r["batch"], r["drafter"]) == (row["task"], row["batch"], base))
+            name = f"speedup_over_{'plain' if base == 'off' else base}"
+            expected = row["tokens_per_second"] / other["tokens_per_second"]
+            assert row[name] == pytest.approx(expected, rel=0.01)
+            assert row[f"{name}_range"] == [row[name]] * 2
+
+
+def test_a_ratio_is_taken_within_a_repeat_and_never_across() -> None:
+    """A machine that is slow for a while would otherwise decide which arm is the faster one."""
+
+    def run(seconds: float) -> Run:
+        return Run(((1, 2, 3, 4),), seconds, seconds / 2, 0.1)
+
+    slowing = {"off": [run(1.0), run(10.0), run(100.0)], "flash": [run(0.5), run(2.0), run(25.0)]}
+    _, flash = figures.rows(slowing, task="t", target="m", sampling="greedy", batch=1)
+    assert flash["speedup_over_plain"] == 4.0
+    assert flash["speedup_over_plain_range"] == [2.0, 5.0]
+    assert flash["tokens_per_second"] == 2.0
+    assert flash["decode_tokens_per_second"] == 3.0
+    assert flash["speedup_over_generate"] is None
+
+
+@pytest.mark.parametrize("wrong", [["--drafters", "eagle"], ["--batches", "0"], ["--image", "x.png"], ["--tasks", "x"]])
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(wrong)
+    assert stopped.value.code == 2
+
+
+def test_the_processor_and_the_engine_see_the_same_prompt(plain_engine: Engine, tiny_checkpoint: Path) -> None:
+    """The yardstick shares no code with the engine: were its prompts others, every comparison would be void."""
+    reference = Reference(str(tiny_checkpoint), device="cpu", dtype="float32")
+    conversation = (
+        Message("user", (tiny.image(0), "What is this?", tiny.video(1), "And this?")),
+        Message("assistant", ("A star.",)),
+        Message("user", ("Where is it?",)),
+    )
+    ids = reference.inputs([conversation])["input_ids"][0].tolist()
+    assert ids == plain_engine.target.prompt(conversation).ids
+
+
+# -- the equality check
+
+
+def check(checkpoint: Path, draft: Path, output: Path, *more: str) -> tuple[int, dict[str, Any]]:
+    asked = ["--quick", "--cases", "4", "--max-tokens", "12", "--output", str(output)]
+    code = equality.main([*models(checkpoint, draft), *asked, *more])
+    return code, json.loads(output.read_text())
+
+
+def test_an_honest_engine_passes(tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path) -> None:
+    code, result = check(tiny_checkpoint, tiny_draft, tmp_path / "equality.json")
+    assert code == 0
+    assert result["passed"]
+    compared = {(row["comparison"], row["setting"]): row for row in result["comparisons"]}
+    assert len(compared) == 5
+    assert all(row["requests"] >= 4 and row["tokens"] > 0 for row in compared.values())
+    assert all(difference["excused"] for difference in result["differences"])
+
+
+def test_a_planted_difference_is_found(
+    tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verification that takes the draft's word: the very bug that the check exists for."""
+    honest = verify.walk
+
+    def credulous(trees: Trees, b: int, chosen: np.ndarray) -> verify.Verdict:
+        if trees.sizes[b] < 2:
+            return honest(trees, b, chosen)
+        return verify.Verdict([0, 1], [int(trees.tokens[b, 1]), int(chosen[1])])
+
+    monkeypatch.setattr(verify, "walk", credulous)
+    code, result = check(tiny_checkpoint, tiny_draft, tmp_path / "equality.json")
+    assert code == 1
+    assert not result["passed"]
+    wrong = [difference for difference in result["differences"] if not difference["excused"]]
+    assert {difference["comparison"] for difference in wrong} == {"plain = flash, alone", "plain = in a crowd"}
+    assert result["float64"]["differences"], "finer numbers must not wash a bug away"
+    # What runs without speculation was not touched, and must not be blamed.
+    assert not any(row["differences"] for row in result["comparisons"] if row["comparison"] == "generate = plain")
+
+
+# -- margins
+
+
+LOGITS = torch.tensor([4.0, 3.0, 3.0, -6.0], dtype=torch.float64)
+
+
+def test_a_greedy_margin_is_the_gap_as_a_share_of_the_range() -> None:
+    assert margin(LOGITS, SamplingParams(), 0, (0, 1)) == pytest.approx(0.1)
+    assert margin(LOGITS, SamplingParams(), 0, (1, 2)) == pytest.approx(0.1), "neither was the best"
+    assert margin(LOGITS, SamplingParams(), 0, (0, 3)) == pytest.approx(1.0)
+
+
+def test_a_sampled_margin_is_the_distance_to_the_boundary() -> None:
+    params = SamplingParams(temperature=1.0, seed=7)
+    drawn = sampling.uniform(7, 3)
+    probs = sampling.distribution(LOGITS[None], params)[0]
+    ends = probs.cumsum(0).tolist()
+    mine = int(sampling.invert(probs[None], torch.tensor([drawn], dtype=torch.float64))[0])
+    below = min((abs(drawn - end), i) for i, end in enumerate(ends[:-1]))
+    neighbours = {below[1], below[1] + 1}
+    assert mine in neighbours
+    (other,) = neighbours - {mine}
+    assert margin(LOGITS, params, 3, (mine, other)) == pytest.approx(below[0])
+
+
+def test_a_token_that_top_p_cuts_far_off_is_never_excused() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.5, seed=7)
+    assert margin(LOGITS, params, 0, (0, 3)) == math.inf
+
+
+def test_a_close_call_of_top_p_itself_is_seen() -> None:
+    """Whether the second token stays is nearly a tie; with it, the draw falls elsewhere."""
+    first = float(LOGITS.softmax(0)[0])
+    seed = next(s for s in range(100) if sampling.uniform(s, 0) > 0.9)
+    params = SamplingParams(temperature=1.0, top_p=first - 1e-9, seed=seed)
+    assert margin(LOGITS, params, 0, (0, 1)) < 1e-8
+
+
+# -- the command line
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.fromarray(tiny.picture(0)[0]).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def test_generate_says_what_the_engine_says(
+    tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
+) -> None:
+    request = tiny.ask("a", tiny.image(0), "Describe the image.", max_tokens=10, ignore_eos=False)
+    expected = tiny.text_of(tiny.drain(plain_engine, [request])["a"])
+    asked = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "10"]
+    asked += models(tiny_checkpoint, tiny_draft)
+    plain = CliRunner().invoke(app, asked)
+    assert (plain.exit_code, plain.stdout) == (0, expected + "\n")
+    told = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert told["text"] == expected
+    assert set(told) == {"text", "finish_reason", "usage", "speculation", "timings"}
+    assert told["usage"]["completion_tokens"] <= 10
+    assert told["speculation"]["drafts"] > 0
+    assert told["timings"]["time_to_first_token"] > told["timings"]["media"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--temperature", "-1"], "temperature is out of range"),
+        (["--drafter", "eagle"], "not built yet"),
+        (["--model", "/nowhere"], "cannot be loaded"),
+    ],
+)
+def test_generate_explains_what_it_cannot_do(more: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, ["generate", "--prompt", "hello", *more])
+    assert done.exit_code == 1
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_over_http_the_same_tokens_come_as_in_process(tiny_checkpoint: Path, tiny_draft: Path) -> None:
+    asked = ["bench", "--service", *models(tiny_checkpoint, tiny_draft), "--tasks", "image-question"]
+    asked += ["--batches", "2", "--prompts", "4", "--repeats", "1", "--max-tokens", "8"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.stderr
+    engine, service = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (engine["through"], service["through"]) == ("engine", "service")
+    assert service["same_tokens"] == 1.0
+    expected = service["tokens_per_second"] / engine["tokens_per_second"]
+    assert service["share_of_engine"] == pytest.approx(expected, rel=0.01)

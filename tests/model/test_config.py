@@ -1,0 +1,89 @@
+"""What the engine can be told, and what it says of what it cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import ConfigError, EngineConfig
+from model.engine import Engine
+from model.targets.base import evenly_spaced
+from tests.model import tiny
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("drafter", "eagles"),
+        ("dtype", "int8"),
+        ("max_num_seqs", 0),
+        ("prefill_chunk", 15),
+        ("max_rows", 0),
+        ("max_nodes", -1),
+        ("tree_width", 0),
+        ("encoder_cache_bytes", -1),
+    ],
+)
+def test_a_bad_setting_fails_at_start_by_its_name(name: str, value: object) -> None:
+    """Not at the first request, and not with the name of some function."""
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_resolving_makes_a_new_config_without_any_auto(tiny_checkpoint: Path, tiny_draft: Path) -> None:
+    given = EngineConfig(model=str(tiny_checkpoint), device="cpu")
+    resolved = given.resolved()
+    assert given.dtype == "auto"
+    assert (resolved.device, resolved.drafter) == ("cpu", "off")
+    assert resolved.dtype in ("float32", "bfloat16")
+    assert dataclasses.replace(given, draft=str(tiny_draft)).resolved().drafter == "flash"
+    assert dataclasses.replace(given, draft=str(tiny_draft), drafter="off").resolved().drafter == "off"
+    assert resolved.resolved() == resolved
+
+
+def test_a_drafter_without_a_draft_says_what_would_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--draft"):
+        EngineConfig(model=str(tiny_checkpoint), drafter="flash", device="cpu").resolved()
+    with pytest.raises(ConfigError, match="nowhere"):
+        EngineConfig(model=str(tiny_checkpoint), draft=str(tmp_path / "nowhere"), device="cpu").resolved()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there_says_so(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="cuda"):
+        EngineConfig(model=str(tiny_checkpoint), device="cuda").resolved()
+
+
+def test_a_model_that_cannot_be_served_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="missing"):
+        Engine(tiny.config(tmp_path / "missing"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ConfigError, match="bert.*llava"):
+        Engine(tiny.config(tmp_path))
+
+
+def test_the_models_own_limit_on_length_holds(tiny_checkpoint: Path) -> None:
+    """Positions beyond it were never trained; a setting cannot stretch them."""
+    engine = Engine(EngineConfig(model=str(tiny_checkpoint), device="cpu", max_num_seqs=1))
+    assert engine.max_model_len == 512
+    engine = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1, max_model_len=4096))
+    assert engine.max_model_len == 512
+
+
+@pytest.mark.parametrize("layers", range(1, 60))
+def test_tapped_layers_exist_and_are_spread(layers: int) -> None:
+    taps = evenly_spaced(layers)
+    assert list(taps) == sorted(set(taps))
+    assert all(0 <= t < layers for t in taps)
+    assert taps[-1] >= layers / 2 or layers == 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_model_of_very_few_layers_can_be_served(layers: int, tmp_path: Path) -> None:
+    """Tiny models are what everyone's tests use: their tapped layers must exist, too."""
+    engine = Engine(tiny.config(tiny.save_checkpoint(tmp_path / "few", layers=layers), max_num_seqs=1))
+    assert len(tiny.answers(engine, [tiny.ask("r", "Hi", max_tokens=3)])["r"]) == 3

@@ -1,0 +1,246 @@
+"""The demo's world: what is said of a scene can be read back, and training scenes are not those of the evaluation."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from model.demo import captions, prompts, scenes, vision
+from model.demo.captions import Claim
+from model.demo.scenes import Scene, Thing
+from model.demo.vision import GRID, QUESTIONS
+
+IMAGES = [scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(300)]
+VIDEOS = [scenes.random_video_scene(scenes.scene_seed("heldout", "video", i)) for i in range(300)]
+
+
+# -- reading captions back
+
+
+def claimed(thing: Thing) -> tuple[str, str, str, str]:
+    return thing.size, thing.colour, thing.texture, thing.shape
+
+
+@pytest.mark.parametrize("write", [captions.detailed_caption, captions.brief_caption, captions.item_list])
+def test_every_object_of_an_image_is_read_back_with_its_place(write: object) -> None:
+    """The evaluation counts by this: an object misread would be charged to the model."""
+    assert callable(write)
+    for number, scene in enumerate(IMAGES):
+        for turn in range(3):
+            text = write(scene, random.Random(number * 10 + turn))
+            found = captions.named_objects(text)
+            assert [(c.size, c.colour, c.texture, c.shape) for c in found] == [claimed(t) for t in scene.things], text
+            places = [captions.claimed_place(c) for c in found]
+            assert places == [captions.cell_name(t.row, t.column) for t in scene.things], text
+
+
+@pytest.mark.parametrize("write", [captions.video_caption, captions.brief_video_caption])
+def test_every_object_of_a_video_is_read_back_with_its_motion(write: object) -> None:
+    assert callable(write)
+    for number, scene in enumerate(VIDEOS):
+        for turn in range(3):
+            text = write(scene, random.Random(number * 10 + turn))
+            found = captions.named_objects(text)
+            assert [(c.size, c.colour, c.texture, c.shape) for c in found] == [claimed(t) for t in scene.things], text
+            assert [c.rest for c in found] == [captions.moving(scene, t) for t in scene.things], text
+
+
+def test_what_is_only_referred_to_is_not_claimed() -> None:
+    text = "A small red dotted ring is at the top left. The red ring is above the blue star. There is nothing else."
+    assert captions.named_objects(text) == [Claim("small", "red", "dotted", "ring", "is at the top left")]
+    assert captions.named_objects("No, there is no green cross in the image.") == []
+
+
+def test_questions_of_every_kind_have_answers_that_are_true() -> None:
+    """Spot checks that need no parser: counts, and what an answer introduces is there."""
+    for number, scene in enumerate(IMAGES):
+        rng = random.Random(number)
+        there = {claimed(t) for t in scene.things}
+        for _ in range(12):
+            turn = captions.image_turn(scene, rng)
+            assert turn.question[-1] in "?."
+            assert turn.answer[0].isupper()
+            assert turn.answer[-1] == "."
+            assert {(c.size, c.colour, c.texture, c.shape) for c in captions.named_objects(turn.answer)} <= there
+            if turn.question in ("How many objects are there?", "Count the objects."):
+                assert captions.NUMBERS[len(scene.things)] in turn.answer
+    for number, scene in enumerate(VIDEOS):
+        rng = random.Random(number)
+        there = {claimed(t) for t in scene.things}
+        for _ in range(8):
+            turn = captions.video_turn(scene, rng)
+            assert {(c.size, c.colour, c.texture, c.shape) for c in captions.named_objects(turn.answer)} <= there
+
+
+# -- scenes
+
+
+def test_seeds_of_different_splits_and_kinds_never_meet() -> None:
+    """A held-out scene that was trained on is not held out."""
+    seeds = [
+        {scenes.scene_seed(split, kind, i) for i in (*range(3000), *range(5_000_000, 5_003_000))}
+        for split in ("train", "heldout")
+        for kind in ("image", "video")
+    ]
+    for one, other in combinations(seeds, 2):
+        assert not one & other
+
+
+def test_prompts_of_the_splits_show_different_scenes() -> None:
+    """By pixels, not by seeds: what the draft is measured on, it has not seen."""
+
+    def pictures(split: object) -> set[bytes]:
+        found = set()
+        for i in range(20):
+            content = prompts.messages(i, split=split)[0].content  # type: ignore[arg-type]
+            found |= {p.frames.tobytes() for p in content if not isinstance(p, str)}
+        return found
+
+    train, heldout = pictures("train"), pictures("heldout")
+    assert len(train) == len(heldout) == 20
+    assert not train & heldout
+
+
+def test_prompts_are_of_their_task_and_the_same_each_time() -> None:
+    for i in range(20):
+        content = prompts.messages(i)[0].content
+        again = prompts.messages(i)[0].content
+        medium = content[0]
+        assert not isinstance(medium, str)
+        assert medium.kind == prompts.task_of(i).split()[0]
+        assert content[1] == again[1]
+        assert np.array_equal(medium.frames, again[0].frames)  # type: ignore[union-attr]
+        assert medium.frames.shape[1:] == (192, 192, 3)
+
+
+def test_objects_of_an_image_never_touch_and_lie_inside() -> None:
+    """Two objects in one place cannot be told apart by anyone."""
+    for scene in IMAGES:
+        assert 1 <= len(scene.things) <= 5
+        for a, b in combinations(scene.things, 2):
+            assert math.dist(a.start, b.start) > a.radius + b.radius
+            assert (a.row, a.column) != (b.row, b.column)
+            assert (a.shape, a.colour) != (b.shape, b.colour)
+        for thing in scene.things:
+            assert all(thing.radius <= v <= 1 - thing.radius for v in thing.start)
+        assert [(t.row, t.column) for t in scene.things] == sorted((t.row, t.column) for t in scene.things)
+
+
+def test_objects_of_a_video_never_run_through_each_other() -> None:
+    """Those that collide come to touch at the middle of the clip, and nothing else ever touches."""
+    for scene in VIDEOS:
+        for a, b in combinations(scene.things, 2):
+            nearest = min(math.dist(a.at(t / 100), b.at(t / 100)) for t in range(101))
+            assert nearest > (a.radius + b.radius) * 0.98 - 0.025
+            if a.motion.kind == b.motion.kind == "collide":
+                assert math.dist(a.at(0.5), b.at(0.5)) == pytest.approx(a.radius + b.radius, abs=0.03)
+
+
+def test_motions_are_what_they_are_called() -> None:
+    """'Enters' begins outside and ends inside; 'moves right' ends further right; 'slowly' is slower than 'quickly'."""
+    travelled: dict[str, list[float]] = {"slowly": [], "quickly": []}
+
+    def outside(thing: Thing, time: float) -> bool:
+        return any(v < -thing.radius or v > 1 + thing.radius for v in thing.at(time))
+
+    for scene in VIDEOS:
+        for thing in scene.things:
+            m = thing.motion
+            (x0, y0), (x1, y1) = thing.at(0.0), thing.at(1.0)
+            assert outside(thing, 0.0) == (m.kind == "enter")
+            assert outside(thing, 1.0) == (m.kind == "leave")
+            if m.kind == "still":
+                assert (x0, y0) == (x1, y1)
+            elif m.kind != "collide":
+                along = {"right": x1 - x0, "left": x0 - x1, "down": y1 - y0, "up": y0 - y1}[m.direction or ""]
+                assert along > 0.1
+                if m.kind == "move":
+                    assert m.speed is not None
+                    travelled[m.speed].append(along)
+    assert max(travelled["slowly"]) < min(travelled["quickly"])
+
+
+def test_a_scene_is_drawn_from_its_seed_alone() -> None:
+    for make in (scenes.random_image_scene, scenes.random_video_scene):
+        assert make(7) == make(7)
+        assert make(7) != make(8)
+    frames = scenes.render_clip(VIDEOS[0], 4, 48)
+    assert frames.shape == (4, 48, 48, 3)
+    assert frames.dtype == np.uint8
+    assert np.array_equal(frames[0], scenes.render(VIDEOS[0], 48, 0.0))
+    assert np.array_equal(frames[3], scenes.render(VIDEOS[0], 48, 1.0))
+    assert scenes.render_clip(VIDEOS[0], 1, 48).shape == (1, 48, 48, 3)
+
+
+def test_an_object_is_drawn_where_it_is_said_to_be_in_its_colour() -> None:
+    """Pixels of a solid object's own colour have their middle at its centre."""
+    checked = 0
+    for scene in IMAGES[:60]:
+        frame = scenes.render(scene, 96).astype(int)
+        for thing in scene.things:
+            if thing.texture != "solid" or thing.shape not in ("circle", "square", "diamond"):
+                continue
+            ys, xs = np.nonzero((abs(frame - np.array(scenes.COLOURS[thing.colour])) <= 2).all(-1))
+            if any(t.colour == thing.colour and t is not thing for t in scene.things):
+                continue
+            assert (xs.mean() + 0.5) / 96 == pytest.approx(thing.start[0], abs=0.02)
+            assert (ys.mean() + 0.5) / 96 == pytest.approx(thing.start[1], abs=0.02)
+            checked += 1
+    assert checked > 10
+
+
+# -- labels of patches
+
+
+def labels(scene: Scene, moment: float = 0.0) -> dict[str, np.ndarray]:
+    every = vision.patch_labels(scene, moment)
+    assert every.shape == (GRID * GRID, len(QUESTIONS))
+    return {name: every[:, i].reshape(GRID, GRID) for i, name in enumerate(QUESTIONS)}
+
+
+def test_every_object_has_one_anchor_patch_that_tells_all_about_it() -> None:
+    """The tower learns from these alone: a label that lies teaches it to."""
+    for scene in IMAGES:
+        told = labels(scene)
+        anchors = np.argwhere(told["anchor"] == 1)
+        assert len(anchors) == len(scene.things)
+        for thing in scene.things:
+            column, row = int(thing.start[0] * GRID), int(thing.start[1] * GRID)
+            here = {name: int(told[name][row, column]) for name in QUESTIONS}
+            assert here == {
+                "shape": scenes.SHAPES.index(thing.shape) + 1,
+                "colour": list(scenes.COLOURS).index(thing.colour) + 1,
+                "size": list(scenes.SIZES).index(thing.size) + 1,
+                "texture": scenes.TEXTURES.index(thing.texture) + 1,
+                "cell": thing.row * 3 + thing.column + 1,
+                "x": column + 1,
+                "y": row + 1,
+                "anchor": 1,
+                "background": list(scenes.BACKGROUNDS).index(scene.background),
+            }
+
+
+def test_patches_far_from_every_object_are_background() -> None:
+    for scene in IMAGES:
+        told = labels(scene)
+        for row in range(GRID):
+            for column in range(GRID):
+                centre = ((column + 0.5) / GRID, (row + 0.5) / GRID)
+                if all(math.dist(centre, t.start) > t.radius * 1.2 + 1.0 / GRID for t in scene.things):
+                    assert all(told[name][row, column] == 0 for name in QUESTIONS if name != "background")
+
+
+def test_labels_stay_in_range_when_objects_leave_the_frame() -> None:
+    """An index beyond its question's classes would crash a training after hours."""
+    for scene in VIDEOS[:150]:
+        for moment in (0.0, 0.37, 0.5, 1.0):
+            told = labels(scene, moment)
+            for name, classes in QUESTIONS.items():
+                assert told[name].min() >= 0
+                assert told[name].max() < classes, name
+            visible = [t for t in scene.things if all(0 <= v < 1 for v in t.at(moment))]
+            assert told["anchor"].sum() == len(visible)

@@ -1,0 +1,156 @@
+"""Text comes out whole: no character split, no stop string shown, whatever the tokens are."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from itertools import pairwise
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from model.demo import checkpoint as demo
+from model.detokenize import REPLACEMENT, Detokenizer, StopStrings
+from model.targets.base import Target
+from tests.model import tiny
+
+TEXTS = (
+    "",
+    "plain words, twice as many spaces  as   usual ",
+    " a leading space",
+    "na\u00efve fa\u00e7ade \u00df \u0153",
+    "e\u0301 o\u0308 n\u0303 (combining)",
+    "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \uc548\ub155",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+    "\U0001f600\U0001f680\U0001f9d1\u200d\U0001f4bb\U0001f1e9\U0001f1ea\U0001f44d\U0001f3fd",
+    "line\nline\r\n\ttab\x00nul\x7f",
+    "\U0010ffff\ue000\ufeff\u2028",
+    "ends in half a family: \U0001f468\u200d",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_target: Target) -> PreTrainedTokenizerBase:
+    return tiny_target.tokenizer
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: frozenset[int] = frozenset()) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, skip)
+    return [*(detokenizer.decode(i) for i in ids), detokenizer.flush()]
+
+
+def random_text(rng: random.Random) -> str:
+    """Any code points that may stand in text, of every encoded length."""
+    ranges = ((0x20, 0x7F), (0xA0, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFC), (0x1F300, 0x1FAFF), (0x20000, 0x2FFFF))
+    return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 40)))
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_the_pieces_make_up_the_whole(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Byte tokens shown one by one are U+FFFD in the stream and nonsense in the client."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    shown = pieces(tokenizer, ids)
+    assert "".join(shown) == tokenizer.decode(ids) == text
+    assert REPLACEMENT not in "".join(shown)
+
+
+def test_random_text_of_every_script_comes_out_as_it_went_in(tokenizer: PreTrainedTokenizerBase) -> None:
+    rng = random.Random(0)
+    for _ in range(150):
+        text = random_text(rng)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        shown = pieces(tokenizer, ids)
+        assert "".join(shown) == text
+        assert all(REPLACEMENT not in piece for piece in shown)
+        assert all(unicodedata.category(c) != "Cs" for piece in shown for c in piece)
+
+
+def test_a_character_comes_with_its_last_token_and_no_later(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Held back longer, a stream would stutter."""
+    ids = tokenizer("a\U0001f680b", add_special_tokens=False).input_ids
+    assert pieces(tokenizer, ids) == ["a", *[""] * (len(ids) - 3), "\U0001f680", "b", ""]
+
+
+def test_an_answer_cut_inside_a_character_ends_with_what_it_has(tokenizer: PreTrainedTokenizerBase) -> None:
+    """max_tokens may fall anywhere; what is left is flushed as the tokenizer itself would show it."""
+    ids = tokenizer("so \U0001f680", add_special_tokens=False).input_ids[:-1]
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_bytes_that_never_become_a_character_hold_nothing_up(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model gone mad may emit continuation bytes for ever; text after them still comes, and none of it is lost."""
+    lone = tokenizer("\u4f60", add_special_tokens=False).input_ids[-1]
+    plain = tokenizer(" fine", add_special_tokens=False).input_ids
+    for count in (1, 7, 8, 9, 30):
+        shown = pieces(tokenizer, [lone] * count + plain)
+        assert "".join(shown).endswith(" fine")
+        assert "".join(shown) == tokenizer.decode([lone] * count + plain)
+        assert any(shown[:8]) or count < 8
+
+
+def test_random_tokens_show_what_the_whole_decode_shows(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sampled at a high temperature, a byte-level vocabulary yields broken UTF-8 often."""
+    rng = random.Random(1)
+    for _ in range(300):
+        ids = [rng.randrange(len(demo.SPECIAL), tiny.VOCABULARY) for _ in range(rng.randint(1, 60))]
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_special_tokens_and_the_end_leave_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """With ignore_eos the end marker comes in the middle, even in the middle of a character's bytes."""
+    end, image = (tokenizer.convert_tokens_to_ids(t) for t in (demo.END, demo.IMAGE))
+    rocket = tokenizer("\U0001f680", add_special_tokens=False).input_ids
+    ids = [*rocket[:2], end, *rocket[2:], image, end, *tokenizer("go", add_special_tokens=False).input_ids]
+    assert "".join(pieces(tokenizer, ids, frozenset([end]))) == "\U0001f680go"
+
+
+# -- stop strings
+
+
+def through(stops: tuple[str, ...], chunks: list[str]) -> tuple[str, bool, list[str]]:
+    filter_ = StopStrings(stops)
+    shown = [filter_.decode(chunk) for chunk in chunks]
+    return "".join(shown) + filter_.flush(), filter_.stopped, shown
+
+
+def test_a_stop_string_is_found_across_any_split_of_the_text() -> None:
+    """It comes in as many tokens as the model likes; neither it nor any of what follows is shown."""
+    rng = random.Random(0)
+    text = "one two STOP three"
+    for _ in range(200):
+        cuts = sorted({0, len(text), *rng.sample(range(len(text)), rng.randint(0, 12))})
+        chunks = [text[a:b] for a, b in pairwise(cuts)]
+        out, stopped, _ = through(("STOP",), chunks)
+        assert (out, stopped) == ("one two ", True)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    """Text that was shown cannot be taken back, and text held back without need makes the stream stutter."""
+    out, stopped, shown = through(("###",), ["a", "#", "b", "##", "c#", "##d"])
+    assert shown == ["a", "", "#b", "", "##c", ""]
+    assert (out, stopped) == ("a#b##c", True)
+    assert through(("###",), ["end##"]) == ("end##", False, ["end"])
+
+
+def test_a_false_start_may_hide_a_true_one() -> None:
+    """'aab' in 'aaab': after the first 'aa' the third 'a' makes the first of them free, not all."""
+    for chunks in (list("xaaaby"), ["xaa", "aby"], ["xa", "aab", "y"], ["xaaaby"]):
+        out, stopped, _ = through(("aab",), chunks)
+        assert (out, stopped) == ("xa", True)
+
+
+def test_of_several_stop_strings_the_earliest_ends_the_text() -> None:
+    for chunks in (["a cat and a dog"], list("a cat and a dog")):
+        assert through(("dog", "cat", "and"), chunks)[:2] == ("a ", True)
+    for chunks in (["hello world"], ["hello wor", "ld"]):
+        assert through(("world", "o world"), chunks)[:2] == ("hell", True)
+
+
+def test_nothing_comes_after_the_stop() -> None:
+    filter_ = StopStrings(("x",))
+    assert filter_.decode("ax") == "a"
+    assert [filter_.decode("more"), filter_.flush(), filter_.decode("x"), filter_.flush()] == ["", "", "", ""]
+
+
+def test_without_stop_strings_text_passes_at_once() -> None:
+    assert through((), ["a", "", "b"]) == ("ab", False, ["a", "", "b"])

@@ -1,0 +1,288 @@
+"""The FLASH draft: what it is served with is what it was trained with, and it is bound to its target."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model import tree
+from model.config import ConfigError
+from model.draft import checkpoint
+from model.draft.network import DraftConfig, DraftNetwork, rotary_table, rotate
+from model.drafters.flash import FlashDrafter
+from model.engine import Engine
+from model.request import Message
+from model.targets.base import Target
+from model.train import trainer
+from model.train.loss import block_loss
+from model.train.trainer import TrainConfig
+from model.tree import Trees
+from tests.model import tiny
+from tests.model.oracle import OracleDrafter
+
+# -- serving and training
+
+
+class Watched(FlashDrafter):
+    """The real drafter, context and all, whose trees are an oracle's: paths of every length enter its context.
+
+    drafted: (request, answer tokens known) -> the logits of its block.
+    """
+
+    def __init__(self, engine: Engine, known: dict[str, list[int]], seed: int) -> None:
+        assert isinstance(engine.drafter, FlashDrafter)
+        self.__dict__.update(engine.drafter.__dict__)
+        self.oracle = OracleDrafter(engine, known, seed, truth=0.3)
+        self.engine = engine
+        self.drafted: dict[tuple[str, int], Tensor] = {}
+
+    def start(self, slot: int) -> None:
+        super().start(slot)
+        self.oracle.start(slot)
+
+    def free(self, slot: int) -> None:
+        super().free(slot)
+        self.oracle.free(slot)
+
+    def move(self, source: int, target: int) -> None:
+        super().move(source, target)
+        self.oracle.move(source, target)
+
+    def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
+        super().prefill(slot, taps, start, spans)
+        self.oracle.prefill(slot, taps, start, spans)
+
+    def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
+        super().observe(taps, paths)
+        self.oracle.observe(taps, paths)
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        super().propose(newest, budgets)  # see `drafted` in the test, which listens to what it makes its tree of
+        return self.oracle.propose(newest, budgets)
+
+
+class Places(random.Random):
+    """Anchors where the test wants them: `randint` gives the offsets of a list, one after another."""
+
+    def __init__(self, offsets: list[int]) -> None:
+        super().__init__(0)
+        self.offsets = offsets
+
+    def randint(self, a: int, b: int) -> int:
+        self.offsets = [*self.offsets[1:], self.offsets[0]]
+        return a + self.offsets[-1]
+
+
+CONVERSATIONS: dict[str, tuple[Message, ...]] = {
+    "media": (Message("user", (tiny.video(1, 3), "What is it, and ", tiny.image(2), "is it there?")),),
+    "last": (Message("user", ("Describe the image.", tiny.image(3))),),
+    "text": (Message("user", ("How many objects are there on a white background?",)),),
+}
+
+
+@pytest.mark.parametrize(("chunk", "seed"), [(16, 0), (17, 1), (23, 2), (500, 3)])
+@pytest.mark.parametrize("shape", [{}, {"num_latents": 0}, {"sequential_rank": 0}], ids=["whole", "blind", "flat"])
+def test_served_blocks_are_the_blocks_that_were_trained(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, seed: int, shape: dict[str, int]
+) -> None:
+    """Else a well trained draft is served on contexts it never saw, and only the acceptance length tells, by being low.
+
+    Media split over chunks, latents in their place, positions of the context, rollback after every accepted path, moves
+    between slots: for each step in which the engine drafted, the trainer's own code makes the same logits.
+    """
+    draft = tiny.save_draft(tmp_path / "draft", tiny_checkpoint, **shape)
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(draft), max_num_seqs=4, prefill_chunk=chunk))
+    plain = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1))
+    requests = [tiny.ask(name, *messages[0].content, max_tokens=40) for name, messages in CONVERSATIONS.items()]
+    # One that ends early sits in the lowest slot, so that the others move.
+    known = tiny.answers(plain, [tiny.ask("brief", "Hi", max_tokens=6), *requests])
+
+    watched = Watched(engine, known, seed)
+    engine.drafter = watched
+    served: dict[tuple[str, int], Tensor] = {}
+    best_first = tree.best_first
+
+    def listen(newest: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Trees:
+        for sequence in engine.scheduler.running:
+            if not sequence.prefilling and sequence.slot is not None:
+                served[sequence.request.request_id, len(sequence.tokens)] = logits[sequence.slot].clone()
+        return best_first(newest, logits, *args, **kwargs)
+
+    monkeypatch.setattr(tree, "best_first", listen)
+    assert tiny.answers(engine, [tiny.ask("brief", "Hi", max_tokens=6), *requests]) == known
+
+    taught: list[Tensor] = []
+
+    def learn(drafted: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        taught.append(drafted)
+        return block_loss(drafted, *rest, **named)
+
+    monkeypatch.setattr(trainer, "block_loss", learn)
+    network, target = watched.network, engine.target
+    offsets = list(range(34))
+    with torch.no_grad():
+        seen = trainer.capture(
+            target, [target.prompt(m) for m in CONVERSATIONS.values()], [tuple(known[name]) for name in CONVERSATIONS]
+        )
+        trainer.draft_loss(target, network, seen, TrainConfig(anchors=len(offsets)), Places([*offsets]))
+    block = network.config.block
+    drafted = taught[0].view(len(CONVERSATIONS), len(offsets), block, -1)
+    compared = 0
+    for b, name in enumerate(CONVERSATIONS):
+        for offset in offsets:
+            ours = served.get((name, offset + 1))
+            if ours is None:
+                continue
+            if network.sequential is not None:
+                previous = torch.tensor(known[name][offset : offset + block])
+                ours = ours + network.sequential(previous)
+            torch.testing.assert_close(ours, drafted[b, offset], atol=2e-3, rtol=1e-3)
+            compared += 1
+    assert compared > 20
+    assert drafted.std() > 0.5, "logits that all lie at nought would be equal without meaning anything"
+
+
+def test_the_trainer_sees_what_the_target_serves(tiny_target: Target, plain_engine: Engine) -> None:
+    """The logits it teaches by must be those from which the answer came: each answer token is their best."""
+    name = "media"
+    answer = tiny.answers(plain_engine, [tiny.ask(name, *CONVERSATIONS[name][0].content, max_tokens=30)])[name]
+    prompt = tiny_target.prompt(CONVERSATIONS[name])
+    with torch.no_grad():
+        seen = trainer.capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])])
+    assert seen[0].taught[:30].argmax(-1).tolist() == answer
+    assert seen[1].taught[:9].argmax(-1).tolist() == answer[:9]
+
+
+# -- the network
+
+
+def test_a_block_does_not_see_another_block(tiny_target: Target) -> None:
+    """Several blocks over one context are trained at once; in serving each is alone."""
+    network = tiny.new_draft(tiny_target)
+    torch.manual_seed(0)
+    last = torch.randn(1, 3, tiny_target.hidden_size)
+    positions = torch.tensor([[5, 9, 9]])
+
+    def alone(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = q.shape[2] // network.config.block
+        owner = torch.arange(q.shape[2]) // network.config.block
+        mask = owner[:, None] == owner[None] if blocks > 1 else None
+        mixed: Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return mixed
+
+    with torch.no_grad():
+        together = network.block_hidden(last, positions, alone)
+        for i in range(3):
+            single = network.block_hidden(last[:, i : i + 1], positions[:, i : i + 1], alone)
+            torch.testing.assert_close(together[:, i], single[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_latents_are_as_many_as_configured_whatever_the_medium(tiny_target: Target) -> None:
+    """And their norm stays that of text rows: both stand in one context."""
+    network = tiny.new_draft(tiny_target, num_latents=3)
+    assert network.compressor is not None
+    with torch.no_grad():
+        for visual in (1, 16, 96):
+            latents = network.compressor(torch.randn(2, visual, 32))
+            assert latents.shape == (2, 3, 32)
+            torch.testing.assert_close(latents.pow(2).mean(-1), torch.ones(2, 3), atol=1e-2, rtol=0)
+
+
+def test_rotary_positions_are_relative() -> None:
+    """A key's place matters only by its distance: cached keys stay right while the block moves on."""
+    config = DraftConfig(hidden_size=32, target_hidden_size=64, vocab_size=9, tap_layers=(0,), num_heads=2)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+
+    def score(at: int, key_at: int) -> Tensor:
+        tables = [rotary_table(config, torch.tensor([[p]]), torch.float32) for p in (at, key_at)]
+        return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum(-1)
+
+    torch.testing.assert_close(score(7, 3), score(107, 103), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(score(7, 3), score(7, 4), atol=1e-2)
+
+
+# -- the checkpoint
+
+
+def test_a_saved_draft_comes_back_as_it_was(tiny_target: Target, tmp_path: Path) -> None:
+    network = tiny.new_draft(tiny_target, num_layers=1, block=3)
+    checkpoint.save(tmp_path, network, tiny_target, command="train it", acceptance_length={"caption": 4.5})
+    loaded = checkpoint.load(tmp_path, tiny_target)
+    assert loaded.config == network.config
+    assert {n: v.to(torch.bfloat16).float().tolist() for n, v in network.state_dict().items()} == {
+        n: v.tolist() for n, v in loaded.state_dict().items()
+    }
+    assert not any(p.requires_grad for p in loaded.parameters())
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["command"] == "train it"
+    assert described["acceptance_length"] == {"caption": 4.5}
+    assert described["target_fingerprint"] == checkpoint.fingerprint(tiny_target)
+
+
+def test_a_draft_for_another_target_is_refused(tiny_draft: Path, tiny_gqa_checkpoint: Path, tmp_path: Path) -> None:
+    """It would run, be wrong nearly always, and say nothing. Of the same shape with other weights, too."""
+    with pytest.raises(ConfigError, match="another target"):
+        Engine(tiny.config(tiny_gqa_checkpoint, draft=str(tiny_draft)))
+    other = tiny.save_checkpoint(tmp_path / "other", seed=7)
+    with pytest.raises(ConfigError, match="another target"):
+        Engine(tiny.config(other, draft=str(tiny_draft)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_draft_fits_its_target_in_every_dtype(tiny_checkpoint: Path, tiny_draft: Path, dtype: str) -> None:
+    """Trained in float32, served in bfloat16: the fingerprint is of the checkpoint, not of how it was loaded."""
+    Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), dtype=dtype, max_num_seqs=1))
+
+
+@pytest.mark.parametrize(
+    "broken", ["no folder", "json", "field", "fingerprint", "no weights", "weights", "shape", "names"]
+)
+def test_a_broken_draft_is_a_clear_error(tiny_target: Target, tmp_path: Path, broken: str) -> None:
+    """Whoever starts the service reads one line that names the folder, not a traceback from inside a library."""
+    folder = tmp_path / "draft"
+    checkpoint.save(folder, tiny.new_draft(tiny_target), tiny_target)
+    described = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    match broken:
+        case "no folder":
+            folder = tmp_path / "nothing"
+        case "json":
+            (folder / "config.json").write_text("{")
+        case "field":
+            described["draft"]["colour"] = "red"
+            (folder / "config.json").write_text(json.dumps(described))
+        case "fingerprint":
+            del described["target_fingerprint"]
+            (folder / "config.json").write_text(json.dumps(described))
+        case "no weights":
+            weights.unlink()
+        case "weights":
+            weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        case "shape":
+            described["draft"]["block"] += 1
+            (folder / "config.json").write_text(json.dumps(described))
+        case "names":
+            safetensors.torch.save_file({"x": torch.zeros(1)}, weights)
+    with pytest.raises(ConfigError, match=str(folder)):
+        checkpoint.load(folder, tiny_target)
+
+
+def test_a_draft_that_reads_other_layers_is_refused(tiny_target: Target, tmp_path: Path) -> None:
+    config = DraftConfig(
+        hidden_size=32,
+        target_hidden_size=tiny_target.hidden_size,
+        vocab_size=tiny_target.vocab_size,
+        tap_layers=tuple(t - 1 for t in tiny_target.tap_layers),
+    )
+    checkpoint.save(tmp_path, DraftNetwork(config), tiny_target)
+    with pytest.raises(ConfigError, match="layers"):
+        checkpoint.load(tmp_path, tiny_target)

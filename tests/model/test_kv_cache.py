@@ -1,0 +1,191 @@
+"""The KV cache, without a model: every row carries a number that says which token it belongs to."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from model.kv_cache import KVCache
+
+LAYERS, HEADS, DIM = 2, 3, 4
+
+
+def cache(num_slots: int = 4, capacity: int = 40, margin: int = 8) -> KVCache:
+    return KVCache(
+        num_layers=LAYERS,
+        num_slots=num_slots,
+        num_heads=HEADS,
+        head_dim=DIM,
+        capacity=capacity,
+        margin=margin,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def write(kv: KVCache, first_slot: int, names: list[list[float]]) -> None:
+    """Write rows behind what slots first_slot.. hold; every row, in every layer and head, is told by its name."""
+    batch, rows = len(names), len(names[0])
+    starts = torch.tensor(kv.lengths[first_slot : first_slot + batch])
+    locations = kv.locations(first_slot, starts[:, None] + torch.arange(rows))
+    mark = torch.tensor(names)[:, None, :, None] + torch.arange(HEADS)[:, None, None] / 8
+    for layer in range(LAYERS):
+        keys = (mark + layer / 64).expand(batch, HEADS, rows, DIM)
+        kv.write(layer, locations, keys, -keys)
+
+
+def held(kv: KVCache, slot: int) -> list[float]:
+    """The names of the rows a slot holds; fails if layers, heads, keys and values disagree."""
+    length = kv.lengths[slot]
+    names = None
+    for layer in range(LAYERS):
+        keys, values = kv.read(layer, slot, 1, length)
+        assert torch.equal(keys, -values)
+        bare = keys[0] - torch.arange(HEADS)[:, None, None] / 8 - layer / 64
+        assert torch.equal(bare, bare[:1, :, :1].expand_as(bare)), "heads or columns of one row are not of one token"
+        row = bare[0, :, 0].tolist()
+        assert names is None or names == row
+        names = row
+    assert names is not None
+    return names
+
+
+def test_rows_written_are_read_back_by_slot_and_head() -> None:
+    """Strides mixed up between slots and heads would show one sequence another one's keys."""
+    kv = cache()
+    slots = [kv.allocate() for _ in range(3)]
+    write(kv, 0, [[10, 11], [20, 21], [30, 31]])
+    kv.keep(slots, [[0, 1]] * 3)
+    assert [held(kv, s) for s in slots] == [[10, 11], [20, 21], [30, 31]]
+
+
+def test_keep_moves_the_accepted_rows_down_in_order() -> None:
+    """A node kept at its place in the tree, not on its path, would be attended to as another token."""
+    kv = cache()
+    slots = [kv.allocate() for _ in range(3)]
+    write(kv, 0, [[1, 2], [3, 4], [5, 6]])
+    kv.keep(slots, [[0, 1], [0, 1], [0]])
+    write(kv, 0, [[10, 11, 12, 13, 14], [20, 21, 22, 23, 24], [30, 31, 32, 33, 34]])
+    kv.keep(slots, [[0, 2, 3], [0, 1, 4], [0]])
+    assert held(kv, 0) == [1, 2, 10, 12, 13]
+    assert held(kv, 1) == [3, 4, 20, 21, 24]
+    assert held(kv, 2) == [5, 30]
+    write(kv, 0, [[40, 41], [50, 51], [60, 61]])
+    kv.keep(slots, [[0], [0, 1], []])  # an idle slot keeps nothing
+    assert [held(kv, s) for s in slots] == [[1, 2, 10, 12, 13, 40], [3, 4, 20, 21, 24, 50, 51], [5, 30]]
+
+
+def test_keep_reads_all_rows_before_it_writes_any() -> None:
+    """Rows 1..6 to 0..5: each target is the next one's source."""
+    kv = cache()
+    slot = kv.allocate()
+    write(kv, 0, [[0, 1, 2, 3, 4, 5, 6]])
+    kv.keep([slot], [[1, 2, 3, 4, 5, 6]])
+    assert held(kv, slot) == [1, 2, 3, 4, 5, 6]
+
+
+def test_move_takes_the_rows_along_and_frees_the_source() -> None:
+    kv = cache()
+    first, second = kv.allocate(), kv.allocate()
+    write(kv, 0, [[1, 2, 3], [4, 5, 6]])
+    kv.keep([first, second], [[0, 1, 2], [0, 1, 2]])
+    kv.free(first)
+    kv.move(second, first)
+    kv.check_integrity()
+    assert held(kv, first) == [4, 5, 6]
+    assert kv.lengths == [3, 0, 0, 0]
+    assert kv.allocate() == second, "the source is free again, and the lowest"
+
+
+def test_usage_is_exact() -> None:
+    """The gauge that autoscaling reads: not rounded to blocks, and zero when nothing runs."""
+    kv = cache(num_slots=4, capacity=40)
+    assert kv.usage == 0.0
+    a, b = kv.allocate(), kv.allocate()
+    assert kv.usage == 0.0
+    write(kv, 0, [[1, 2, 3], [4, 5, 6]])
+    assert kv.usage == 0.0, "scratch is not held"
+    kv.keep([a, b], [[0, 1, 2], [0, 2]])
+    assert kv.usage == 5 / 160
+    kv.free(a)
+    assert kv.usage == 2 / 160
+    kv.free(b)
+    assert kv.usage == 0.0
+
+
+def test_a_freed_slot_starts_empty_and_the_lowest_goes_first() -> None:
+    """A length left over from the slot's last tenant would show its rows to the next."""
+    kv = cache()
+    assert [kv.allocate() for _ in range(4)] == [0, 1, 2, 3]
+    write(kv, 0, [[1.0]] * 4)
+    kv.keep([0, 1, 2, 3], [[0]] * 4)
+    kv.free(2)
+    kv.free(1)
+    assert kv.lowest_free() == 1
+    assert [kv.allocate(), kv.allocate()] == [1, 2]
+    assert kv.lengths == [1, 0, 0, 1]
+    assert kv.lowest_free() is None
+
+
+def test_a_slot_is_not_freed_twice_nor_taken_twice() -> None:
+    """Two requests in one slot is the worst that can happen: one user's answer from another's picture."""
+    kv = cache()
+    kv.take(2)
+    with pytest.raises(ValueError, match="not in list"):
+        kv.take(2)
+    kv.free(2)
+    with pytest.raises(AssertionError, match="freed twice"):
+        kv.free(2)
+
+
+def test_check_integrity_sees_what_is_wrong() -> None:
+    kv = cache()
+    kv.lengths[1] = 3
+    with pytest.raises(AssertionError, match="free slot holds"):
+        kv.check_integrity()
+    kv = cache()
+    kv.lengths[kv.allocate()] = 41
+    with pytest.raises(AssertionError, match="more than fits"):
+        kv.check_integrity()
+
+
+def test_bytes_per_slot_is_what_is_allocated() -> None:
+    """Else a budget in bytes would not be one."""
+    kv = cache(num_slots=3, capacity=40, margin=8)
+    each = KVCache.bytes_per_slot(num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, positions=48, dtype=torch.float32)
+    assert kv.data.numel() * kv.data.element_size() == 3 * each
+
+
+def test_a_long_random_life_keeps_every_row() -> None:
+    """Against a dictionary of lists: allocate, write, keep, move, free in random order."""
+    rng = random.Random(0)
+    kv, truth = cache(num_slots=5, capacity=60, margin=8), dict[int, list[float]]()
+    name = 0.0
+    for _ in range(400):
+        action = rng.choice(("allocate", "step", "step", "step", "move", "free"))
+        if action == "allocate" and kv.num_free:
+            truth[kv.allocate()] = []
+        elif action == "step" and truth:
+            rows, slots = rng.randint(1, 8), 1 + max(truth)
+            names = [[name := name + 1 for _ in range(rows)] for _ in range(slots)]
+            write(kv, 0, names)
+            paths = []
+            for slot in range(slots):
+                fits = slot in truth and len(truth[slot]) + rows <= kv.capacity
+                paths.append(sorted(rng.sample(range(rows), rng.randint(0, rows))) if fits else [])
+                if fits:
+                    truth[slot] += [names[slot][r] for r in paths[-1]]
+            kv.keep(list(range(slots)), paths)
+        elif action == "move" and truth and kv.num_free:
+            source, lowest = rng.choice(list(truth)), kv.lowest_free()
+            assert lowest is not None
+            kv.move(source, lowest)
+            truth[lowest] = truth.pop(source)
+        elif action == "free" and truth:
+            slot = rng.choice(list(truth))
+            kv.free(slot)
+            del truth[slot]
+        kv.check_integrity()
+        assert {s: held(kv, s) for s in truth} == truth

@@ -1,0 +1,239 @@
+"""Training a draft: it learns, it resumes as if never stopped, and what it learnt is what is served."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.draft import checkpoint
+from model.draft.network import DraftNetwork
+from model.engine import Engine
+from model.request import Message, Request, SamplingParams
+from model.targets.base import Target
+from model.train import trainer
+from model.train.data import Example, read_answers, write_answers
+from model.train.loss import block_loss
+from model.train.trainer import TrainConfig, train
+from tests.model import tiny
+
+QUESTIONS = ("Describe the image.", "How many objects are there?", "What do you see?")
+
+
+def messages(number: int) -> tuple[Message, ...]:
+    medium = tiny.image(number) if number % 2 else tiny.video(number, 2)
+    return (Message("user", (medium, QUESTIONS[number % 3])),)
+
+
+def group(number: int) -> object:
+    return number % 2
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+    """What the tiny target answers to six prompts."""
+    engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=6))
+    file = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    return write_answers(engine, messages, range(6), file, temperatures=(0.0,), max_tokens=30)
+
+
+def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The loss of each step, as they come."""
+    seen: list[float] = []
+
+    def listen(*args: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, hits = block_loss(*args, **named)
+        seen.append(loss.item())
+        return loss, hits
+
+    monkeypatch.setattr(trainer, "block_loss", listen)
+    return seen
+
+
+def settings(steps: int, **more: Any) -> TrainConfig:
+    return TrainConfig(
+        **{"steps": steps, "batch": 3, "anchors": 8, "warmup": 5, "rate": 5e-3, "autocast": False, **more}
+    )
+
+
+def fresh(target: Target) -> DraftNetwork:
+    return tiny.new_draft(target).train()
+
+
+# -- training
+
+
+def test_a_trained_draft_is_accepted_when_it_is_served(
+    tiny_checkpoint: Path, tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way: answers, training, checkpoint, engine. The prompts are the trained ones: it need only remember."""
+    losses = losses_of(monkeypatch)
+    network = fresh(tiny_target)
+    train(tiny_target, network, examples, messages, settings(160), tmp_path / "draft.pt", group)
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    checkpoint.save(tmp_path / "draft", network, tiny_target)
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tmp_path / "draft"), max_num_seqs=6, prefill_chunk=20))
+    params = SamplingParams(max_tokens=30)
+    answers = tiny.answers(engine, [Request(str(e.number), messages(e.number), params) for e in examples])
+    assert answers == {str(e.number): list(e.answer) for e in examples}
+    lengths = engine.pop_stats().acceptance_lengths
+    assert sum(lengths) / len(lengths) > 2.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_reaches_every_weight_of_the_draft(tiny_checkpoint: Path, examples: list[Example], dtype: str) -> None:
+    """Weights packed for serving know no gradient: through a packed lm_head a draft would learn nothing, silently."""
+    target = Engine(tiny.config(tiny_checkpoint, dtype=dtype, max_num_seqs=1)).target
+    network = tiny.new_draft(target).float().train()
+    prompts = [target.prompt(messages(e.number)) for e in examples[:2]]
+    with torch.no_grad():
+        seen = trainer.capture(target, prompts, [e.answer for e in examples[:2]])
+    loss, _ = trainer.draft_loss(target, network, seen, settings(1), random.Random(0))
+    loss.backward()
+    for name, weight in network.named_parameters():
+        assert weight.grad is not None, name
+        assert weight.grad.abs().sum() > 0, name
+
+
+def test_a_training_that_was_killed_ends_where_it_would_have_ended(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: batches, rates and anchors follow from the step alone, and the optimiser's state is kept."""
+    whole = fresh(tiny_target)
+    train(tiny_target, whole, examples, messages, settings(12), tmp_path / "whole.pt", group)
+
+    calls = 0
+    config = settings(12, save_every=0.0, memory_bytes=0)  # each example is read again each time
+    for kill_after in (10, 16):  # in the middle of a step; each takes three prompts
+
+        def killed(number: int, kill_after: int = kill_after) -> tuple[Message, ...]:
+            nonlocal calls
+            calls += 1
+            if calls > kill_after:
+                raise KeyboardInterrupt
+            return messages(number)
+
+        calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_target, fresh(tiny_target), examples, killed, config, tmp_path / "killed.pt", group)
+    resumed = fresh(tiny_target)
+    with torch.no_grad():
+        for weight in resumed.parameters():
+            weight.add_(1.0)  # what was in memory is lost
+    train(tiny_target, resumed, examples, messages, config, tmp_path / "killed.pt", group)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    assert not list(tmp_path.glob("*.tmp")), "saved beside and moved into place"
+
+
+def test_a_finished_training_is_not_done_again(
+    tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = fresh(tiny_target)
+    train(tiny_target, network, examples, messages, settings(2), tmp_path / "draft.pt", group)
+    losses = losses_of(monkeypatch)
+    again = fresh(tiny_target)
+    train(tiny_target, again, examples, messages, settings(2), tmp_path / "draft.pt", group)
+    assert losses == []
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+
+
+def test_the_target_stays_as_it_is(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """Embeddings and lm_head are its own and frozen: a draft must not bend the model whose output it may not change."""
+    model: torch.nn.Module = tiny_target.model  # type: ignore[attr-defined]
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    train(tiny_target, fresh(tiny_target), examples, messages, settings(3), tmp_path / "draft.pt", group)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+        assert weight.grad is None
+
+
+def test_batches_are_of_one_group(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
+    """A batch of images beside videos would be mostly padding."""
+    seen: list[int] = []
+
+    def listening(number: int) -> tuple[Message, ...]:
+        seen.append(number)
+        return messages(number)
+
+    train(tiny_target, fresh(tiny_target), examples, listening, settings(8), tmp_path / "draft.pt", group)
+    batches = [seen[i : i + 3] for i in range(0, len(seen), 3)]
+    assert all(len({group(n) for n in batch}) == 1 for batch in batches)
+    assert {group(n) for n in seen} == {0, 1}
+
+
+# -- the loss
+
+
+def test_the_loss_is_nought_for_a_draft_that_is_sure_of_the_right_token() -> None:
+    labels = torch.tensor([[1, 2], [0, -100]])
+    sure = torch.nn.functional.one_hot(labels.clamp_min(0), 4) * 100.0
+    loss, hits = block_loss(sure, sure, labels, gamma=5.0)
+    assert loss.item() == pytest.approx(0.0, abs=1e-5)
+    assert hits.tolist() == [1.0, 1.0]
+
+
+def test_later_positions_weigh_less_and_missing_ones_nothing() -> None:
+    """w_j = exp(-(j - 1) / gamma): a token is of no use unless all before it were accepted."""
+    torch.manual_seed(0)
+    drafted, taught = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    labels = torch.tensor([[1, 2, 3], [4, 0, -100]])
+    loss, _ = block_loss(drafted, taught, labels, gamma=2.0)
+    total = weights = 0.0
+    for b in range(2):
+        for j in range(3):
+            if labels[b, j] == -100:
+                continue
+            p, q = drafted[b, j].softmax(-1), taught[b, j].softmax(-1)
+            weight = math.exp(-j / 2.0)
+            total += weight * (-math.log(p[labels[b, j]].item()) + (p - q).abs().sum().item())
+            weights += weight
+    assert loss.item() == pytest.approx(total / weights, rel=1e-5)
+    changed = drafted.clone()
+    changed[1, 2] += 7.0 * torch.randn(5)
+    assert block_loss(changed, taught, labels, gamma=2.0)[0].item() == pytest.approx(loss.item())
+
+
+# -- the answers it learns from
+
+
+def test_answers_are_the_targets_own_and_written_once(
+    tiny_checkpoint: Path, plain_engine: Engine, examples: list[Example], tmp_path: Path
+) -> None:
+    for example in examples[:2]:
+        request = Request("x", messages(example.number), SamplingParams(max_tokens=30))
+        assert tiny.answers(plain_engine, [request])["x"] == list(example.answer)
+    file = tmp_path / "answers.jsonl"
+    engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=2))
+    first = write_answers(engine, messages, range(3), file, max_tokens=5)
+    text = file.read_text()
+    assert read_answers(file) == first
+    more = write_answers(engine, messages, range(5), file, max_tokens=5)
+    assert more[:3] == first
+    assert file.read_text().startswith(text)
+    assert [e.number for e in read_answers(file)] == [e.number for e in more] == list(range(5))
+
+
+def test_an_answer_half_written_when_the_run_was_killed_is_written_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The next line must not be glued to the torn one: both would be lost, or the file unreadable."""
+    file = tmp_path / "answers.jsonl"
+    engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=1))
+    whole = write_answers(engine, messages, range(3), file, max_tokens=5)
+    lines = file.read_text()
+    for torn in (lines[:-1], lines[:-2], lines[:-9], lines[: lines.rindex("{") + 1]):
+        file.write_text(torn)
+        assert write_answers(engine, messages, range(4), file, max_tokens=5)[:3] == whole
+        assert [e.number for e in read_answers(file)] == [0, 1, 2, 3]
+        assert all(json.loads(line) for line in file.read_text().splitlines() if line.endswith("}"))
+
+
+def test_only_what_was_asked_for_is_returned(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A smaller run over the same file must not train on more than it says it does."""
+    engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=4))
+    write_answers(engine, messages, range(4), tmp_path / "a.jsonl", max_tokens=5)
+    assert [e.number for e in write_answers(engine, messages, range(2), tmp_path / "a.jsonl", max_tokens=5)] == [0, 1]

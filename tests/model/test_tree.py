@@ -1,0 +1,175 @@
+"""Candidate trees and the walk down them, against the same ideas written slowly."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model import verify
+from model.tree import Trees, best_first, roots
+
+VOCAB = 12
+
+
+def bigram(seed: int) -> Callable[[Tensor], Tensor]:
+    table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+    return lambda previous: table[previous]
+
+
+def paths_of(trees: Trees, b: int) -> dict[tuple[int, ...], float]:
+    """Every node of tree b as its path of tokens from the root, with its score."""
+    paths: dict[int, tuple[int, ...]] = {0: ()}
+    for row in range(1, int(trees.sizes[b])):
+        paths[row] = (*paths[int(trees.parents[b, row])], int(trees.tokens[b, row]))
+    return {path: float(trees.scores[b, row]) for row, path in paths.items() if row}
+
+
+def slow_best_first(
+    newest: int, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, budget: int
+) -> dict[tuple[int, ...], float]:
+    """The `budget` likeliest paths of at most `block` tokens, by a heap over all of them."""
+    block = len(logits)
+
+    def children(path: tuple[int, ...], score: float) -> list[tuple[float, tuple[int, ...]]]:
+        if len(path) == block:
+            return []
+        row = logits[len(path)]
+        if bias is not None:
+            row = row + bias(torch.tensor(path[-1] if path else newest))
+        return [(-(score + p - 1e-6), (*path, t)) for t, p in enumerate(row.double().log_softmax(-1).tolist())]
+
+    heap, taken = children((), 0.0), dict[tuple[int, ...], float]()
+    heapq.heapify(heap)
+    while len(taken) < budget and heap:
+        score, path = heapq.heappop(heap)
+        taken[path] = -score
+        for child in children(path, -score):
+            heapq.heappush(heap, child)
+    return taken
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool) -> None:
+    """Width 12 is the whole vocabulary, so no candidate is cut off before its time and the tree must be exact."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 4, VOCAB, generator=generator) * 2.5
+    newest = torch.tensor([3, 0, 11])
+    bias = bigram(seed) if with_bias else None
+    budgets = np.array([10, 1, 7])
+    trees = best_first(newest, logits, bias, width=VOCAB, budgets=budgets)
+    for b in range(3):
+        expected = slow_best_first(int(newest[b]), logits[b], bias, int(budgets[b]))
+        found = paths_of(trees, b)
+        assert found.keys() == expected.keys()
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_width_narrows_the_tree_and_changes_nothing_else() -> None:
+    """With width 2 the best chain is still there, and each level has two candidates at most."""
+    logits = torch.randn(1, 5, VOCAB, generator=torch.Generator().manual_seed(1))
+    trees = best_first(torch.tensor([2]), logits, bigram(1), width=2, budgets=np.array([50]))
+    assert trees.sizes.tolist() == [11], "a budget beyond what the width holds takes all of it"
+    assert np.bincount(trees.depths[0]).tolist() == [1, 2, 2, 2, 2, 2]
+    wide = best_first(torch.tensor([2]), logits, bigram(1), width=VOCAB, budgets=np.array([1]))
+    assert paths_of(wide, 0).keys() <= paths_of(trees, 0).keys()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_tree_is_a_tree_within_its_budget(seed: int) -> None:
+    """Parents before children, ancestors closed, siblings different, padding hangs from nothing; budget 0 is a root."""
+    rng = np.random.default_rng(seed)
+    logits = torch.randn(6, 5, VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
+    if seed == 3:
+        logits[:, :, 0] = 60.0  # certain at every position: child and parent score the same in float32
+    budgets = np.array([0, 1, 5, 15, 3, 0])
+    newest = torch.from_numpy(rng.integers(0, VOCAB, 6))
+    trees = best_first(newest, logits, bigram(seed), width=3, budgets=budgets)
+    assert trees.sizes.tolist() == (1 + budgets).tolist()
+    assert trees.rows == 16
+    assert trees.tokens[:, 0].tolist() == newest.tolist()
+    for b in range(6):
+        size = int(trees.sizes[b])
+        assert trees.parents[b, 0] == -1
+        for row in range(1, size):
+            parent = int(trees.parents[b, row])
+            assert 0 <= parent < row
+            assert trees.depths[b, row] == trees.depths[b, parent] + 1
+            assert trees.scores[b, row] <= trees.scores[b, parent]
+        pairs = list(zip(trees.parents[b, 1:size].tolist(), trees.tokens[b, 1:size].tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
+        assert (trees.parents[b, size:] == -1).all()
+        assert (trees.depths[b, size:] == 0).all()
+
+
+def test_a_row_sees_itself_and_its_ancestors() -> None:
+    """What it may not see: siblings, descendants, and from padding anything at all."""
+    parents = np.array([[-1, 0, 0, 1, 3, -1]])
+    trees = Trees(np.zeros((1, 6), np.int64), parents, np.array([[0, 1, 1, 2, 3, 0]]), np.array([5]), np.zeros((1, 6)))
+    seen = {row: set(np.flatnonzero(trees.visible()[0, row]).tolist()) for row in range(6)}
+    assert seen == {0: {0}, 1: {0, 1}, 2: {0, 2}, 3: {0, 1, 3}, 4: {0, 1, 3, 4}, 5: {5}}
+
+
+def test_all_budgets_zero_make_roots() -> None:
+    trees = best_first(torch.tensor([4, 5]), torch.randn(2, 3, VOCAB), None, width=2, budgets=np.array([0, 0]))
+    plain = roots(np.array([4, 5]))
+    assert trees.rows == plain.rows == 1
+    assert trees.tokens.tolist() == plain.tokens.tolist() == [[4], [5]]
+    assert plain.visible().tolist() == [[[True]], [[True]]]
+
+
+# -- the walk
+#
+#   row    0      1      2      3      4      5      6
+#   token  7      10     20     11     30     12     99 (padding)
+#          root - 10 --- 11 --- 12
+#               \ 20 --- 30
+TREE = Trees(
+    np.array([[7, 10, 20, 11, 30, 12, 99]]),
+    np.array([[-1, 0, 0, 1, 2, 3, -1]]),
+    np.array([[0, 1, 1, 2, 2, 3, 0]]),
+    np.array([6]),
+    np.zeros((1, 7)),
+)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "path", "tokens"),
+    [
+        ([55, 0, 0, 0, 0, 0, 0], [0], [55]),  # nothing fits: the bonus alone
+        ([10, 55, 0, 0, 0, 0, 0], [0, 1], [10, 55]),
+        ([10, 11, 0, 12, 0, 55, 0], [0, 1, 3, 5], [10, 11, 12, 55]),  # the whole longest path, and the bonus after it
+        ([20, 11, 30, 12, 55, 0, 0], [0, 2, 4], [20, 30, 55]),  # the other branch
+        ([11, 11, 11, 11, 11, 11, 0], [0], [11]),  # 11 is drafted, but not there: not accepted
+        ([10, 12, 0, 12, 0, 55, 0], [0, 1], [10, 12]),  # first miss: 12 fits one place later and does not count
+        ([99, 0, 0, 0, 0, 0, 5], [0], [99]),  # padding is not a child of the root
+        ([7, 7, 7, 7, 7, 7, 7], [0], [7]),  # nor is the root its own child
+    ],
+)
+def test_the_walk_descends_while_a_child_carries_the_targets_token(
+    chosen: list[int], path: list[int], tokens: list[int]
+) -> None:
+    """Sample and match: what is emitted is always what the target chose at the node before."""
+    verdict = verify.walk(TREE, 0, np.array(chosen))
+    assert (verdict.path, verdict.tokens) == (path, tokens)
+    assert verdict.num_accepted == len(path) - 1
+
+
+def test_of_two_children_alike_one_is_followed() -> None:
+    """A drafter should not propose twins; if it does, nothing is emitted twice."""
+    trees = Trees(
+        np.array([[7, 10, 10, 11]]),
+        np.array([[-1, 0, 0, 2]]),
+        np.array([[0, 1, 1, 2]]),
+        np.array([4]),
+        np.zeros((1, 4)),
+    )
+    verdict = verify.walk(trees, 0, np.array([10, 11, 11, 5]))
+    assert verdict.tokens[0] == 10
+    assert verdict.path in ([0, 1], [0, 2, 3])
+    assert len(verdict.tokens) == len(verdict.path)

@@ -1,0 +1,173 @@
+"""A LLaVA checkpoint small enough for tests, yet real: what transformers saves, and what it loads again.
+
+Weights are random but *wide*: with the usual initialisation a random model hardly looks back (a wrong mask or position
+would go unnoticed) and its best tokens nearly tie (rounding would decide). Here attention matters and gaps are healthy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from model.config import EngineConfig
+from model.demo import checkpoint as demo
+from model.draft import checkpoint
+from model.draft.network import DraftConfig, DraftNetwork
+from model.engine import Engine
+from model.request import Medium, Message, Request, RequestOutput, SamplingParams
+from model.targets.base import Target
+
+SIDE, PATCH = 32, 8
+TOKENS_PER_IMAGE = (SIDE // PATCH) ** 2
+VOCABULARY = 384
+CORPUS = (
+    "Describe the image. What do you see in the video? The red circle is to the left of the blue square.",
+    "How many objects are there? There are two objects on a white background: a large star and a small ring.",
+    "The quick brown fox jumps over the lazy dog; where, when, why, and how quickly?",
+)
+
+
+def save_checkpoint(folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: int = 4) -> Path:
+    """Four layers of width 64, two heads; a tower that makes 16 tokens of a 32 x 32 picture."""
+    tokenizer = demo.train_tokenizer(CORPUS, VOCABULARY)
+    assert len(tokenizer) == VOCABULARY
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in demo.SPECIAL}
+    special = {"bos_token_id": ids[demo.BOS], "eos_token_id": ids[demo.END], "pad_token_id": ids[demo.PAD]}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=SIDE,
+            patch_size=PATCH,
+            projection_dim=32,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            **special,
+        ),
+        image_token_index=ids[demo.IMAGE],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=TOKENS_PER_IMAGE,
+        tie_word_embeddings=False,
+        **special,
+    )
+    torch.manual_seed(seed)
+    target = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in target.named_parameters():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=0.3 if "embed_tokens" in name else 0.25)
+        target.lm_head.weight.mul_(2.0)
+    target.save_pretrained(folder)
+    demo.processor(tokenizer, SIDE, PATCH).save_pretrained(folder)
+    return folder
+
+
+def new_draft(target: Target, *, seed: int = 0, **shape: Any) -> DraftNetwork:
+    """An untrained draft for a tiny target, with a sequential head that says something."""
+    settings = {"num_layers": 2, "num_heads": 2, "intermediate_size": 48, "block": 5, "num_latents": 4}
+    config = DraftConfig(
+        hidden_size=32,
+        target_hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        tap_layers=target.tap_layers,
+        **{**settings, "sequential_rank": 8, **shape},
+    )
+    torch.manual_seed(seed)
+    network = DraftNetwork(config)
+    if network.sequential is not None:
+        torch.nn.init.normal_(network.sequential.after.weight, std=0.5)
+    return network.to(target.device, target.dtype).eval()
+
+
+def save_draft(folder: Path, model: Path, **shape: Any) -> Path:
+    target = Engine(config(model)).target
+    checkpoint.save(folder, new_draft(target, **shape), target, command="a test")
+    return folder
+
+
+def config(model: Path, **settings: Any) -> EngineConfig:
+    """The tiny checkpoint on the CPU in float32, without a draft unless one is given."""
+    given = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "encoder_cache_bytes": 1 << 20, **settings}
+    return EngineConfig(model=str(model), **given)
+
+
+# -- requests
+
+
+def picture(seed: int, num_frames: int = 1) -> np.ndarray:
+    """(num_frames, SIDE, SIDE, 3) uint8: blocks of colour, different for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (num_frames, 4, 4, 3), np.uint8)
+    return blocks.repeat(SIDE // 4, 1).repeat(SIDE // 4, 2)
+
+
+def image(seed: int) -> Medium:
+    return Medium("image", picture(seed))
+
+
+def video(seed: int, num_frames: int = 3) -> Medium:
+    return Medium("video", picture(seed, num_frames))
+
+
+def ask(request_id: str, *content: str | Medium, speculation: bool = True, **params: Any) -> Request:
+    settings: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, **params}
+    return Request(request_id, (Message("user", content),), SamplingParams(**settings), speculation)
+
+
+def drain(engine: Engine, requests: Iterable[Request] = (), *, every: int = 0) -> dict[str, list[RequestOutput]]:
+    """Run the engine dry with its integrity checked at every step; all outputs by request.
+
+    The requests come all at once, or one every so many steps.
+    """
+    outputs: dict[str, list[RequestOutput]] = {}
+    coming, steps = list(requests), 0
+    while coming or engine.has_work:
+        while coming and (not every or steps % every == 0):
+            request = coming.pop(0)
+            engine.add(request)
+            outputs[request.request_id] = []
+            if every:
+                break
+        steps += 1
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        engine.check_integrity()
+    assert_idle(engine)
+    for request_id, each in outputs.items():
+        assert [o.finish_reason is not None for o in each] == [False] * (len(each) - 1) + [True], request_id
+    return outputs
+
+
+def assert_idle(engine: Engine) -> None:
+    assert not engine.has_work
+    assert engine.cache.num_free == engine.cache.num_slots, "the engine is idle, yet a slot is taken"
+    assert engine.cache.usage == 0.0
+    engine.check_integrity()
+
+
+def token_ids(outputs: Iterable[RequestOutput]) -> list[int]:
+    return [token.id for output in outputs for token in output.tokens]
+
+
+def text_of(outputs: Iterable[RequestOutput]) -> str:
+    return "".join(output.text for output in outputs)
+
+
+def answers(engine: Engine, requests: Iterable[Request], *, every: int = 0) -> dict[str, list[int]]:
+    """Token ids of every request's whole answer."""
+    return {request_id: token_ids(outputs) for request_id, outputs in drain(engine, requests, every=every).items()}
