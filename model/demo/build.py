@@ -1,0 +1,51 @@
+"""Rebuild the bundled model from its seeds: tower, target, draft, evaluation. Every stage resumes where it was stopped.
+
+python -m model.demo.build [--folder runs/demo] [--install]
+
+Some hours on 2 cores. Stages can also be run alone: model.demo.vision, .target, .draft, .evaluate. With --install
+the result replaces what lies in model/demo/weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from model.config import DEMO_WEIGHTS
+
+LARGEST = 26_000_000  # bytes of all weights together: they live in the repository
+
+
+def install(folder: Path, weights: Path) -> None:
+    """Copy the finished target and draft, if together they are small enough."""
+    size = sum((folder / part / "model.safetensors").stat().st_size for part in ("target", "draft"))
+    if size > LARGEST:
+        sys.exit(f"the weights take {size} bytes, more than {LARGEST}")
+    for part in ("target", "draft"):
+        shutil.copytree(folder / part, weights / part, dirs_exist_ok=True)
+    print(f"installed {size / 1e6:.1f} MB in {weights}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--install", action="store_true")
+    arguments = parser.parse_args()
+    folder = str(arguments.folder)
+    for stage in (
+        ["model.demo.vision", "--folder", folder],
+        ["model.demo.target", "--folder", folder],
+        ["model.demo.draft", "--folder", folder],
+        ["model.demo.evaluate", f"{folder}/target"],
+    ):
+        print("==", *stage, flush=True)
+        subprocess.run([sys.executable, "-m", *stage], check=True)  # noqa: S603
+    if arguments.install:
+        install(arguments.folder, DEMO_WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Does the bundled target truly see? Counts, on held-out scenes, what its captions name against what is there.
+
+Plain transformers `generate`, greedy, so that the figures are about the model alone and not about our engine.
+`python -m model.demo.evaluate CHECKPOINT` prints them and writes `evaluation.json` beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from model.demo import captions, scenes
+
+SIDE = 192
+BATCH = 16
+VIDEO_FRAMES = 6
+
+
+def prompt(question: str, num_frames: int, *, video: bool) -> str:
+    marker = "<|video|>" if video else ""
+    return f"<s><|user|>{marker}{'<image>' * num_frames}{question}<|end|><|assistant|>"
+
+
+def _answers(folder: Path, frames: list[list[Image.Image]], question: str, *, video: bool, progress: bool) -> list[str]:
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    target = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    answers: list[str] = []
+    for start in tqdm(range(0, len(frames), BATCH), desc="video" if video else "image", disable=not progress):
+        group = frames[start : start + BATCH]
+        texts = [prompt(question, len(f), video=video) for f in group]
+        inputs = processor(
+            text=texts, images=[i for f in group for i in f], return_tensors="pt", add_special_tokens=False
+        )
+        with torch.inference_mode():
+            out = target.generate(**inputs, max_new_tokens=140, do_sample=False)
+        answers += processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def image_scores(folder: Path, count: int, *, progress: bool = False) -> dict[str, float]:
+    """precision: named objects that are there with colour, shape and position right; recall: those there named so."""
+    drawn = [scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(count)]
+    frames = [[Image.fromarray(scenes.render(s, SIDE))] for s in drawn]
+    texts = _answers(folder, frames, captions.DETAILED[0], video=False, progress=progress)
+    named = there = right = whole = perfect = 0
+    for scene, text in zip(drawn, texts, strict=True):
+        claims = captions.named_objects(text)
+        truth = {(t.colour, t.shape, captions.cell_name(t.row, t.column)): t for t in scene.things}
+        found = {(c.colour, c.shape, captions.claimed_place(c)): c for c in claims}
+        hits = truth.keys() & found.keys()
+        full = [k for k in hits if (truth[k].size, truth[k].texture) == (found[k].size, found[k].texture)]
+        named, there, right, whole = named + len(claims), there + len(truth), right + len(hits), whole + len(full)
+        perfect += len(full) == len(truth) == len(claims)
+    return {
+        "scenes": count,
+        "objects": there,
+        "precision": round(right / max(1, named), 4),
+        "recall": round(right / max(1, there), 4),
+        "with_size_and_texture": round(whole / max(1, there), 4),
+        "perfect_captions": round(perfect / count, 4),
+    }
+
+
+def video_scores(folder: Path, count: int, *, progress: bool = False) -> dict[str, float]:
+    """motions: objects there whose motion (kind, direction, speed, lane) is told right, under the right name."""
+    drawn = [scenes.random_video_scene(scenes.scene_seed("heldout", "video", i)) for i in range(count)]
+    frames = [[Image.fromarray(f) for f in scenes.render_clip(s, VIDEO_FRAMES, SIDE)] for s in drawn]
+    texts = _answers(folder, frames, captions.VIDEO[0], video=True, progress=progress)
+    there = named = right = 0
+    for scene, text in zip(drawn, texts, strict=True):
+        told = {(c.colour, c.shape): c.rest for c in captions.named_objects(text)}
+        there += len(scene.things)
+        named += sum((t.colour, t.shape) in told for t in scene.things)
+        right += sum(told.get((t.colour, t.shape)) == captions.moving(scene, t) for t in scene.things)
+    return {"clips": count, "objects": there, "named": round(named / there, 4), "motions": round(right / there, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=Path(__file__).parent / "weights" / "target")
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--clips", type=int, default=200)
+    arguments = parser.parse_args()
+    result = {
+        "image": image_scores(arguments.checkpoint, arguments.scenes, progress=True),
+        "video": video_scores(arguments.checkpoint, arguments.clips, progress=True),
+    }
+    (arguments.checkpoint / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

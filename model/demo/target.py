@@ -1,0 +1,311 @@
+"""Second stage of the bundled model: the language model learns to talk about what the tower sees.
+
+The tower goes on learning, from the answers and, at a smaller weight, from its dense labels (see vision.py).
+
+A training sample is one conversation about one image, two images, or one clip: a caption and several questions,
+so that the many visual tokens are paid for once. Batch i depends on i alone: a resumed run goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from model.demo import captions, scenes
+from model.demo.captions import Turn
+from model.demo.checkpoint import (
+    ASSISTANT,
+    BOS,
+    END,
+    IMAGE,
+    PAD,
+    TOKENS_PER_IMAGE,
+    USER,
+    VIDEO,
+    new_target,
+    processor,
+    target_config,
+    train_tokenizer,
+)
+from model.demo.evaluate import image_scores, video_scores
+from model.demo.motion import LAYER, MOTION_QUESTIONS, motion_labels, motion_loss
+from model.demo.vision import QUESTIONS, SIDE, PatchReader, normalised, patch_labels, patch_loss, weathered
+
+TEXT_TOKENS = 176  # text of one sample; turns are added while they fit
+FRAME_COUNTS = ((4, 6, 8), (6, 3, 1))  # how many frames a training clip has, and how often
+KINDS = {"image": 0.45, "pair": 0.05, "video": 0.5}  # how often a batch is of which kind, once all are trained
+DENSE, MOTION = 0.15, 0.1  # weights of the dense losses beside that of the answers
+
+
+def _turns(scene: scenes.Scene, rng: random.Random, kind: str) -> Iterator[Turn]:
+    make = captions.image_turn if kind == "image" else captions.video_turn
+    yield make(scene, rng, caption=rng.random() < 0.7)
+    while True:
+        yield make(scene, rng, caption=rng.random() < 0.2)
+
+
+def _pair_turns(first: scenes.Scene, second: scenes.Scene, rng: random.Random) -> Iterator[Turn]:
+    while True:
+        word, scene = rng.choice((("first", first), ("second", second)))
+        if rng.random() < 0.6:
+            yield Turn(f"Describe the {word} image.", captions.detailed_caption(scene, rng))
+        else:
+            turn = captions.image_turn(scene, rng)
+            yield Turn(f"In the {word} image: {turn.question}", turn.answer)
+
+
+class Conversations(IterableDataset[dict[str, torch.Tensor]]):
+    """Endless batches of one kind each: input_ids, labels (batch, tokens); pixel_values (frames, 3, SIDE, SIDE)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, first: int, image_only: int, image_batch: int = 16) -> None:
+        self.tokenizer, self.first, self.image_only, self.image_batch = tokenizer, first, image_only, image_batch
+        self.ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, END, IMAGE, VIDEO, USER, ASSISTANT)}
+
+    def _text(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def sample(self, media: list[int], turns: Iterator[Turn], rng: random.Random) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one conversation that begins with the media's tokens."""
+        special = self.ids
+        tokens, labels = [special[BOS]], [-100]
+        room, seen = TEXT_TOKENS, set[str]()
+        attempts = 0
+        for turn in turns:
+            attempts += 1
+            if turn.question in seen:
+                if attempts > 25:
+                    break
+                continue
+            seen.add(turn.question)
+            question, answer = self._text(turn.question), [*self._text(turn.answer), special[END]]
+            if len(question) + len(answer) + 4 > room:
+                break
+            room -= len(question) + len(answer) + 4
+            content = question if len(seen) > 1 else (question + media if rng.random() < 0.12 else media + question)
+            prompt = [special[USER], *content, special[END], special[ASSISTANT]]
+            tokens += prompt + answer
+            labels += [-100] * len(prompt) + answer
+        return tokens, labels
+
+    def batch(self, index: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(index * 7919 + 5)
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0] if index >= self.image_only else "image"
+        count = self.image_batch if kind == "image" else self.image_batch // 2
+        num_frames = {"image": 1, "pair": 2}.get(kind) or rng.choices(*FRAME_COUNTS)[0]
+        image, video = self.ids[IMAGE], self.ids[VIDEO]
+        rows, frames, patches, motions = [], [], [], []
+        for j in range(count):
+            number = index * 64 + j * 2
+            if kind == "video":
+                scene = scenes.random_video_scene(scenes.scene_seed("train", "video", number))
+                clip = scenes.render_clip(scene, num_frames, SIDE)
+                frames += [weathered(f, rng) for f in clip]
+                moments = [i / (num_frames - 1) for i in range(num_frames)]
+                patches += [patch_labels(scene, moment) for moment in moments]
+                motions.append(motion_labels(scene, moments))
+                media = [video] + [image] * (TOKENS_PER_IMAGE * num_frames)
+                turns = _turns(scene, rng, "video")
+            else:
+                drawn = [
+                    scenes.random_image_scene(scenes.scene_seed("train", "image", number + k))
+                    for k in range(num_frames)
+                ]
+                frames += [weathered(scenes.render(s, SIDE), rng) for s in drawn]
+                patches += [patch_labels(s, 0.0) for s in drawn]
+                media = [image] * (TOKENS_PER_IMAGE * num_frames)
+                turns = _turns(drawn[0], rng, "image") if kind == "image" else _pair_turns(drawn[0], drawn[1], rng)
+            rows.append(self.sample(media, turns, rng))
+            if kind == "image" and j == 0 and rng.random() < 0.3:  # a conversation without media now and then
+                frames.pop()
+                patches.pop()
+                rows[-1] = self.sample([], iter(rng.sample(captions.SMALL_TALK, len(captions.SMALL_TALK))), rng)
+        width = max(len(tokens) for tokens, _ in rows)
+        ids = torch.tensor([t + [self.ids[PAD]] * (width - len(t)) for t, _ in rows])
+        labels = torch.tensor([v + [-100] * (width - len(v)) for _, v in rows])
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "pixel_values": normalised(np.stack(frames)),
+            "patches": torch.from_numpy(np.stack(patches)),
+            **({"motions": torch.from_numpy(np.concatenate(motions))} if motions else {}),
+        }
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        torch.set_num_threads(1)
+        index = self.first
+        while True:
+            yield self.batch(index)
+            index += 1
+
+
+@dataclass
+class Losses:
+    """What one batch says: cross-entropy over answer tokens, the dense losses, and shares told right."""
+
+    answers: torch.Tensor
+    dense: torch.Tensor
+    motion: torch.Tensor
+    told: float
+    shapes: float
+    motions: list[float]
+
+
+def losses(
+    target: LlavaForConditionalGeneration, heads: nn.Linear, motion_head: nn.Linear, batch: dict[str, torch.Tensor]
+) -> Losses:
+    seen = target.model.vision_tower(batch["pixel_values"]).last_hidden_state[:, 1:]
+    embeds = target.model.language_model.embed_tokens(batch["input_ids"])
+    features = target.model.multi_modal_projector(seen).flatten(0, 1).to(embeds.dtype)
+    is_image = batch["input_ids"] == target.config.image_token_index
+    embeds = embeds.masked_scatter(is_image[:, :, None].expand_as(embeds), features)
+    out = target.model.language_model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
+    wanted = batch["labels"][:, 1:]
+    asked = wanted != -100
+    logits = target.lm_head(out.last_hidden_state[:, :-1][asked]).float()
+    dense, right = patch_loss(list(heads(seen).float().split(list(QUESTIONS.values()), -1)), batch["patches"])
+    motion, moved = torch.zeros(()), [math.nan] * len(MOTION_QUESTIONS)
+    if "motions" in batch:
+        motion, moved = motion_loss(motion_head(out.hidden_states[LAYER][is_image]), batch["motions"].flatten(0, 1))
+    told = (logits.argmax(-1) == wanted[asked]).float().mean().item()
+    return Losses(F.cross_entropy(logits, wanted[asked]), dense, motion, told, right[0], moved)
+
+
+@torch.no_grad()
+def wire_heads(
+    target: LlavaForConditionalGeneration, heads: nn.Linear, questions: tuple[str, ...], seen: torch.Tensor
+) -> None:
+    """Let the least used units of the projector begin with what the dense heads read for these questions.
+
+    Left to itself the language model found sizes, textures and shapes, but after 800 steps still no trace of colours,
+    though one linear map reads them from the tower: they are small beside the rest. seen: (patches, width), a sample.
+    """
+    projector = target.model.multi_modal_projector
+    starts = dict(zip(QUESTIONS, np.cumsum([0, *QUESTIONS.values()]).tolist(), strict=False))
+    rows = torch.cat([torch.arange(starts[q], starts[q] + QUESTIONS[q]) for q in questions])
+    use = projector.act(projector.linear_1(seen)).std(0) * projector.linear_2.weight.norm(dim=0)
+    units = use.argsort()[: len(rows)]
+    read = heads.weight[rows] @ seen.T + heads.bias[rows][:, None]
+    scale = 2.0 / read.std(1)
+    projector.linear_1.weight[units] = heads.weight[rows] * scale[:, None]
+    projector.linear_1.bias[units] = (heads.bias[rows] - read.mean(1)) * scale
+    said = projector.linear_2(projector.act(projector.linear_1(seen))).std()
+    columns = torch.randn(projector.linear_2.weight.shape[0], len(rows), generator=torch.Generator().manual_seed(1))
+    projector.linear_2.weight[:, units] = columns * said * 0.35
+
+
+def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> None:
+    """Train (or resume) the target on top of `folder`/vision.pt; leaves a LLaVA checkpoint in `folder`/target."""
+    checkpoint, step = folder / "target.pt", 0
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target") if checkpoint.exists() else train_tokenizer()
+    target = new_target(target_config(tokenizer))
+    reader = PatchReader()
+    reader.load_state_dict(torch.load(folder / "vision.pt", weights_only=True)["model"])
+    target.model.vision_tower.load_state_dict(reader.tower.state_dict())
+    heads = reader.heads
+    sample = Conversations(tokenizer, 0, 0).batch(0)["pixel_values"][:16]
+    wire_heads(target, heads, ("colour",), target.model.vision_tower(sample).last_hidden_state[:, 1:].flatten(0, 1))
+    motion_head = nn.Linear(target.config.text_config.hidden_size, sum(MOTION_QUESTIONS.values()))
+    seeing = [*target.model.vision_tower.parameters(), *heads.parameters()]
+    matrices = [p for p in target.model.language_model.layers.parameters() if p.ndim == 2]
+    apart = {id(p) for p in [*seeing, *matrices]}
+    others = [p for p in target.parameters() if id(p) not in apart] + [*motion_head.parameters()]
+    # Muon for the decoder's matrices: in a race of 40 steps it was at a loss that AdamW reached in about twice as many.
+    optimisers = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.7 * rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True),
+        torch.optim.AdamW(seeing, lr=0.1 * rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True),
+    ]
+    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        target.load_state_dict(saved["model"])
+        heads.load_state_dict(saved["heads"])
+        motion_head.load_state_dict(saved["motion_head"])
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        step = saved["step"]
+    data = iter(
+        DataLoader(Conversations(tokenizer, step, image_only), batch_size=None, num_workers=1, prefetch_factor=4)
+    )
+    begun, started_at, saved_at = time.time(), step, time.time()
+    recent: list[tuple[float, ...]] = []
+    while step < steps:
+        batch = next(data)
+        share = min(1.0, (step + 1) / 50, 0.01 + 1.25 * (1 - step / steps))
+        for optimiser, peak in zip(optimisers, peaks, strict=True):
+            optimiser.param_groups[0]["lr"] = share * peak
+            optimiser.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            said = losses(target, heads, motion_head, batch)
+        (said.answers + DENSE * said.dense + MOTION * said.motion).backward()
+        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
+        nn.utils.clip_grad_norm_(seeing, 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+        recent = [*recent[-39:], (said.answers.item(), said.told, said.dense.item(), said.shapes, *said.motions)]
+        if step % 20 == 0:
+            pace = (time.time() - begun) / (step - started_at)
+            means = np.nanmean(recent, 0)
+            left = (steps - step) * pace / 60
+            print(
+                f"target {step}/{steps} loss {means[0]:.4f} right {means[1]:.4f} dense {means[2]:.2f} "
+                f"shape {means[3]:.3f} motion {' '.join(f'{m:.2f}' for m in means[4:])} "
+                f"({pace:.2f} s/step, {left:.0f} min left)",
+                flush=True,
+            )
+        if step % 300 == 0 and step > image_only // 2:
+            target.eval()
+            save_target(target, tokenizer, folder / "target")
+            print(
+                "  held out:",
+                image_scores(folder / "target", 24),
+                video_scores(folder / "target", 16) if step > image_only else "",
+                flush=True,
+            )
+            target.train()
+        if time.time() - saved_at > 50 or step == steps:
+            saved_at = time.time()
+            scratch = checkpoint.with_suffix(".tmp")
+            torch.save(
+                {
+                    "model": target.state_dict(),
+                    "heads": heads.state_dict(),
+                    "motion_head": motion_head.state_dict(),
+                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+                    "step": step,
+                },
+                scratch,
+            )
+            scratch.replace(checkpoint)
+    save_target(target, tokenizer, folder / "target")
+
+
+def save_target(target: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the checkpoint in bfloat16, as it is shipped."""
+    shipped = new_target(target.config)
+    shipped.load_state_dict(target.state_dict())
+    shipped.to(torch.bfloat16).save_pretrained(folder)
+    processor(tokenizer).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--steps", type=int, default=1450)
+    parser.add_argument("--image-only", type=int, default=600)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    arguments = parser.parse_args()
+    train(arguments.folder, arguments.steps, arguments.image_only, arguments.rate)
