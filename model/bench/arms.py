@@ -1,0 +1,128 @@
+"""The ways of answering that are compared, behind one method. An arm measures itself and knows of no other."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from model.bench.reference import Conversation, Reference
+from model.engine import Engine
+from model.request import Request, SamplingParams
+
+PHASES = ("vision", "prefill", "draft", "verify")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a number of requests took, all together. Times in seconds."""
+
+    answers: tuple[tuple[int, ...], ...]
+    seconds: float
+    decode_seconds: float  # without tokenising, vision and prefill
+    first_token_seconds: float  # summed over requests: from their submission to their first token
+    phases: dict[str, float] = field(default_factory=dict)  # empty where an arm cannot tell
+    drafts: int = 0
+    accepted: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """The first token of an answer comes out of prefill. 0 where no answer has a second one."""
+        tokens = self.num_tokens - len(self.answers)
+        return tokens / self.decode_seconds if tokens and self.decode_seconds > 0 else 0.0
+
+
+def joined(runs: Sequence[Run]) -> Run:
+    phases: Counter[str] = Counter()
+    for run in runs:
+        phases.update(run.phases)
+    return Run(
+        answers=tuple(answer for run in runs for answer in run.answers),
+        seconds=sum(run.seconds for run in runs),
+        decode_seconds=sum(run.decode_seconds for run in runs),
+        first_token_seconds=sum(run.first_token_seconds for run in runs),
+        phases=dict(phases),
+        drafts=sum(run.drafts for run in runs),
+        accepted=sum(run.accepted for run in runs),
+    )
+
+
+class Arm(Protocol):
+    name: str
+
+    def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
+        """Answer all of them, submitted at once. Request i is sampled with seed `params.seed + i`."""
+        ...
+
+
+class GenerateArm:
+    name = "generate"
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
+        begun = time.perf_counter()
+        generated = self._reference.generate(list(conversations), params)
+        ended = time.perf_counter()
+        first = generated.first_token_at - begun
+        return Run(generated.tokens, ended - begun, ended - generated.first_token_at, first * len(conversations))
+
+
+class EngineArm:
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self.engine = engine
+
+    def run(
+        self, conversations: Sequence[Conversation], params: SamplingParams, *, in_flight: int | None = None
+    ) -> Run:
+        """With `in_flight`, not all at once: that many are kept going until none is left."""
+        engine = self.engine
+        engine.pop_stats()
+        answers: dict[str, list[int]] = {str(i): [] for i in range(len(conversations))}
+        unsent = deque(
+            Request(str(i), conversation, replace(params, seed=params.seed + i))
+            for i, conversation in enumerate(conversations)
+        )
+        drafts = accepted = 0
+        first_token_seconds = adding = 0.0
+        begun = time.perf_counter()
+        running = 0
+        while unsent or engine.has_work:
+            before = time.perf_counter()
+            while unsent and (in_flight is None or running < in_flight):
+                engine.add(unsent.popleft())
+                running += 1
+            adding += time.perf_counter() - before
+            for output in engine.step():
+                answers[output.request_id] += [token.id for token in output.tokens]
+                if output.stats is not None:
+                    running -= 1
+                    drafts, accepted = drafts + output.stats.drafts, accepted + output.stats.accepted_tokens
+                    first_token_seconds += output.stats.time_to_first_token
+                if output.finish_reason not in (None, "stop", "length"):
+                    raise RuntimeError(f"a request ended with {output.finish_reason}: {output.error}")
+        seconds = time.perf_counter() - begun
+        phases = dict.fromkeys(PHASES, 0.0)
+        for phase, spent in engine.pop_stats().step_seconds:
+            phases[phase] += spent
+        return Run(
+            answers=tuple(tuple(answer) for answer in answers.values()),
+            seconds=seconds,
+            decode_seconds=seconds - adding - phases["vision"] - phases["prefill"],
+            first_token_seconds=first_token_seconds,
+            phases=phases,
+            drafts=drafts,
+            accepted=accepted,
+        )

@@ -1,0 +1,80 @@
+"""From runs to the rows of the table: medians over repeats, and ratios taken within a repeat."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from model.bench.arms import Run
+
+BASES = {"plain": "off", "generate": "generate"}  # speedup_over_<key>: over the arm of that name
+
+
+def rows(runs: dict[str, list[Run]], *, task: str, target: str, sampling: str, batch: int) -> list[dict[str, Any]]:
+    """One row per arm. runs[arm][r]: what the arm did in repeat r, with the same prompts as all others."""
+    return [
+        {
+            "task": task,
+            "target": target,
+            "drafter": arm,
+            "sampling": sampling,
+            "batch": batch,
+            **_speed(runs[arm]),
+            **_speculation(runs[arm]),
+            **_ratios(runs, arm),
+            "same_tokens_as_plain": _agreement(runs, arm),
+        }
+        for arm in runs
+    ]
+
+
+def _speed(repeats: list[Run]) -> dict[str, Any]:
+    requests = len(repeats[0].answers)
+    return {
+        "tokens_per_second": round(median(run.tokens_per_second for run in repeats), 2),
+        "decode_tokens_per_second": round(median(run.decode_tokens_per_second for run in repeats), 2),
+        "time_to_first_token": round(median(run.first_token_seconds / requests for run in repeats), 4),
+        "requests": requests,
+        "tokens": repeats[0].num_tokens,
+        "repeats": len(repeats),
+    }
+
+
+def _speculation(repeats: list[Run]) -> dict[str, Any]:
+    """Acceptance length: tokens a verify step with a draft emitted, the bonus token included. 1: nothing is drafted."""
+    drafts, accepted = sum(run.drafts for run in repeats), sum(run.accepted for run in repeats)
+    seconds = sum(run.seconds for run in repeats)
+    share = {phase: sum(run.phases[phase] for run in repeats) / seconds for phase in repeats[0].phases}
+    if share:
+        share["other"] = 1.0 - sum(share.values())
+    return {
+        "acceptance_length": round(1.0 + accepted / drafts, 3) if drafts else 1.0,
+        "share": {phase: round(value, 4) for phase, value in share.items()} or None,
+    }
+
+
+def _ratios(runs: dict[str, list[Run]], arm: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for base, other in BASES.items():
+        for kind, speed in (("", "tokens_per_second"), ("decode_", "decode_tokens_per_second")):
+            name = f"{kind}speedup_over_{base}"
+            ratios = [
+                getattr(mine, speed) / getattr(theirs, speed)
+                for mine, theirs in zip(runs[arm], runs.get(other, []), strict=False)
+                if getattr(theirs, speed)
+            ]
+            found[name] = round(median(ratios), 3) if ratios else None
+            found[f"{name}_range"] = [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None
+    return found
+
+
+def _agreement(runs: dict[str, list[Run]], arm: str) -> float | None:
+    """The share of requests with the tokens of plain decoding; for what differs, see model.bench.equality."""
+    if "off" not in runs:
+        return None
+    pairs = [
+        mine == plain
+        for own, plain_run in zip(runs[arm], runs["off"], strict=True)
+        for mine, plain in zip(own.answers, plain_run.answers, strict=True)
+    ]
+    return round(sum(pairs) / len(pairs), 4)

@@ -1,0 +1,103 @@
+"""One run of the benchmark: load every arm once, let them take turns on the same prompts, print what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from model.bench import figures, report, workload
+from model.bench.arms import Arm, EngineArm, GenerateArm, Run, joined
+from model.bench.options import Options
+from model.bench.reference import Conversation, Reference
+from model.config import EngineConfig
+from model.engine import Engine
+from model.request import SamplingParams
+
+WARM_UP_TOKENS = 32
+NOTES = """\
+tokens/s: whole requests, all tokens / all seconds (tokenising, vision and prefill included); its "x" are the headline.
+decode/s: tokens after each first one / seconds without vision and prefill.   accept: tokens per verify step.
+x: median [min-max] of ratios within a repeat.   vision/...: shares of the time. same: requests with `off`'s tokens."""
+
+
+def run(options: Options, command: str) -> dict[str, Any]:
+    """Measure; print the table and, last, the JSON object. Returns that object."""
+    logging.disable_progress_bar()  # ours is enough
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = EngineConfig(
+        model=options.model,
+        draft=options.draft,
+        device=options.device,
+        dtype=options.dtype,
+        max_num_seqs=max(options.batches),
+        encoder_cache_bytes=0,  # prompts return in every repeat: a cache would spare the engine's arms the vision tower
+    )
+    config = replace(config, drafter="flash" if "flash" in options.arms else "off").resolved()
+    machine = report.machine(config.device, config.dtype)
+    rows: list[dict[str, Any]] = []
+    arms = [_arm(name, config) for name in options.arms]
+    sampling = "greedy" if options.sampling == "greedy" else "seeded (temperature 1)"
+    for task, batch, runs in _measured(options, arms):
+        target = report.target_name(options.model)
+        rows += figures.rows(runs, task=task, target=target, sampling=sampling, batch=batch)
+    result = {"machine": machine, "command": command, "rows": rows}
+    show(result, f"{report.table(rows)}\n\n{NOTES}", options)
+    return result
+
+
+def show(result: dict[str, Any], table: str, options: Options) -> None:
+    described = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
+    print(f"\n{table}\n\n{described}\n")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    sys.stdout.flush()
+
+
+def _arm(name: str, config: EngineConfig) -> Arm:
+    if name == "generate":
+        return GenerateArm(Reference(config.model, device=config.device, dtype=config.dtype))
+    return EngineArm(name, Engine(replace(config, drafter="flash" if name == "flash" else "off")))
+
+
+def _measured(options: Options, arms: Sequence[Arm]) -> Iterator[tuple[str, int, dict[str, list[Run]]]]:
+    """Every task at every batch size: the runs of each arm, one per repeat."""
+    total = len(options.tasks) * len(options.batches) * (options.repeats + 1) * len(arms)
+    params = SamplingParams(
+        max_tokens=options.max_tokens, temperature=0.0 if options.sampling == "greedy" else 1.0, seed=1
+    )
+    with tqdm(total=total, unit="run", disable=None) as progress:
+        for task in options.tasks:
+            measured = workload.conversations(options, task)
+            warm_up = workload.conversations(options, task, first=workload.WARM_UP, count=max(options.batches))
+            for batch in options.batches:
+                progress.set_description(f"{task}, {batch} at once")
+                few = replace(params, max_tokens=min(WARM_UP_TOKENS, params.max_tokens))
+                for arm in arms:
+                    arm.run(warm_up[:batch], few)
+                    progress.update()
+                runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
+                for repeat in range(options.repeats):
+                    first = repeat % len(arms)  # nobody always goes first
+                    for arm in (*arms[first:], *arms[:first]):
+                        runs[arm.name].append(_rounds(arm, measured, batch, params))
+                        progress.update()
+                yield task, batch, runs
+
+
+def _rounds(arm: Arm, conversations: list[Conversation], batch: int, params: SamplingParams) -> Run:
+    """Every prompt once, `batch` at a time; prompts come again from the first where the last round needs more."""
+    count = -(-len(conversations) // batch) * batch
+    cycled = [conversations[i % len(conversations)] for i in range(count)]
+    return joined([
+        arm.run(cycled[start : start + batch], replace(params, seed=params.seed + start))
+        for start in range(0, count, batch)
+    ])  # fmt: skip
