@@ -1,0 +1,196 @@
+"""A media URL to the bytes behind it: data: URIs, and http(s) from domains that the operator allows.
+
+Fetching what a stranger names, from inside somebody's network, is how servers are made to reach what they should not.
+So: no domain is allowed by default; a URL is parsed once, and what was parsed is what is fetched; a name is resolved
+once, every address it has must be a public one, and the connection goes to the address that was checked; each redirect
+starts over; bytes and time are capped while they are spent; and errors say nothing of what was found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import functools
+import ipaddress
+import socket
+import ssl
+
+import httpx
+
+from service.errors import BadRequest, ServiceError, TooLarge
+from service.media.limits import MediaLimits
+
+MAX_URL = 8192  # characters of an http(s) URL
+SLICE = 1024 * 1024  # characters of base64 decoded at a time; a multiple of 4
+DEFAULT_PORTS = {"http": 80, "https": 443}
+REDIRECTS = (301, 302, 303, 307, 308)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address, possibly a private one, in IPv6's clothes
+
+
+async def resolve(
+    url: str, *, limits: MediaLimits, allowed_domains: tuple[str, ...] = (), allow_private: bool = False
+) -> bytes:
+    """The bytes behind a URL.
+
+    `allowed_domains`: "example.com", "*.example.com" (its subdomains), each optionally with ":port"; without one, the
+    scheme's own port only. `allow_private` lets addresses through that are not public: for tests and closed networks.
+
+    Raises BadRequest (malformed, not allowed, not there, too slow) and TooLarge.
+    """
+    scheme = url[:8].partition(":")[0].lower()
+    if scheme == "data":
+        return await _decode_data_uri(url, limits.max_bytes)
+    if scheme in DEFAULT_PORTS:
+        return await _fetch(url, limits, allowed_domains, allow_private)
+    raise BadRequest("a media URL must be a data: URI, or http(s) where allowed", code="unsupported_url")
+
+
+async def _decode_data_uri(url: str, max_bytes: int) -> bytes:
+    """`data:[type];base64,...`. The type is not looked at: the bytes tell."""
+    comma = url.find(",", 0, 1024)
+    if comma < 0 or not url[:comma].lower().endswith(";base64"):
+        raise BadRequest("a data: URI must look like data:image/png;base64,...", code="invalid_data_uri")
+    num_chars = len(url) - comma - 1
+    if num_chars // 4 * 3 - 2 > max_bytes:  # so many bytes at least
+        raise _too_large(max_bytes)
+    if num_chars <= SLICE:
+        data = _decode_base64(url, comma + 1)
+    else:
+        data = await asyncio.to_thread(_decode_base64, url, comma + 1)
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes)
+    return data
+
+
+def _decode_base64(text: str, start: int) -> bytes:
+    """Strict base64 from `start` on. In slices: each call holds Python's lock, and the loop wants it back soon."""
+    decoded = bytearray()
+    try:
+        for at in range(start, len(text), SLICE):
+            if len(decoded) % 3:
+                raise ValueError("padding before the end")
+            decoded += binascii.a2b_base64(text[at : at + SLICE], strict_mode=True)
+    except ValueError:
+        raise BadRequest("the data: URI's content is not valid base64", code="invalid_data_uri") from None
+    return bytes(decoded)
+
+
+async def _fetch(url: str, limits: MediaLimits, allowed_domains: tuple[str, ...], allow_private: bool) -> bytes:
+    try:
+        async with asyncio.timeout(limits.fetch_seconds):
+            target = _parse(url)
+            for _ in range(limits.max_redirects + 1):
+                _check_allowed(target, allowed_domains)
+                address = await _public_address(target, allow_private)
+                answer = await _get(target, address, limits)
+                if isinstance(answer, bytes):
+                    return answer
+                target = _parse(answer, base=target)
+    except TimeoutError:
+        raise BadRequest("the media URL took too long to fetch", code="fetch_timeout") from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError):
+        raise _not_fetched() from None
+    raise BadRequest("the media URL redirects too often", code="fetch_failed")
+
+
+def _parse(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
+    """The one and only reading of a URL; everything after this works on its parts."""
+    if len(url) > MAX_URL:
+        raise BadRequest(f"a media URL may have at most {MAX_URL} characters", code="invalid_url")
+    try:
+        parsed = httpx.URL(url) if base is None else base.join(url)
+    except (httpx.InvalidURL, ValueError):
+        raise BadRequest("the media URL is malformed", code="invalid_url") from None
+    if parsed.scheme not in DEFAULT_PORTS or not parsed.host or parsed.userinfo:
+        raise BadRequest("the media URL must be plain http(s) without user and password", code="invalid_url")
+    return parsed
+
+
+def _check_allowed(url: httpx.URL, allowed_domains: tuple[str, ...]) -> None:
+    host = url.raw_host.decode("ascii").lower().removesuffix(".")
+    default = DEFAULT_PORTS[url.scheme]
+    port = url.port or default
+    for entry in allowed_domains:
+        domain, _, entry_port = entry.lower().partition(":")
+        matches = host.endswith(domain[1:]) if domain.startswith("*.") else host == domain
+        if matches and str(port) == (entry_port or str(default)):
+            return
+    raise BadRequest(
+        "media of this URL's domain are not fetched here; send the file as a data: URI, or have the operator add the "
+        "domain to FLASH_ALLOWED_MEDIA_DOMAINS (--allowed-media-domains)",
+        code="domain_not_allowed",
+    )
+
+
+async def _public_address(url: httpx.URL, allow_private: bool) -> str:
+    """Resolve the host, once. One address that is not public spoils them all: who mixes them means no good."""
+    port = url.port or DEFAULT_PORTS[url.scheme]
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(url.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
+    addresses = [str(entry[4][0]) for entry in found]
+    if not addresses or not (allow_private or all(is_public(address) for address in addresses)):
+        raise _not_fetched()
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet, however it is dressed up."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif ip.sixtofour is not None or ip.teredo is not None or ip in NAT64 or ip.scope_id is not None:
+            return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+
+
+async def _get(url: httpx.URL, address: str, limits: MediaLimits) -> bytes | str:
+    """One request to one checked address: the body, or where it redirects to."""
+    async with await _client(limits) as client:
+        request = client.build_request(
+            "GET",
+            url.copy_with(host=address, fragment=None),
+            headers={"Host": url.netloc.decode("ascii"), "Accept": "image/*, video/*", "Accept-Encoding": "identity"},
+            extensions={"sni_hostname": url.raw_host.decode("ascii")},  # certificates are checked against this name
+        )
+        response = await client.send(request, stream=True)
+        try:
+            if response.status_code in REDIRECTS and "location" in response.headers:
+                return response.headers["location"]
+            if response.status_code != 200 or response.headers.get("content-encoding", "identity") != "identity":
+                raise _not_fetched()
+            return await _read(response, limits.max_bytes)
+        finally:
+            await response.aclose()
+
+
+async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+    if int(response.headers.get("content-length", 0)) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    async for piece in response.aiter_raw():
+        body += piece
+        if len(body) > max_bytes:  # whatever the header said
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+async def _client(limits: MediaLimits) -> httpx.AsyncClient:
+    """A client for one request: no proxies and keys from the environment, no cookies, no redirects of its own."""
+    context = await asyncio.to_thread(_ssl_context)  # reads a file of certificates, the first time
+    return httpx.AsyncClient(
+        verify=context, trust_env=False, follow_redirects=False, timeout=httpx.Timeout(limits.fetch_seconds)
+    )
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context(trust_env=False)
+
+
+def _not_fetched() -> ServiceError:
+    return BadRequest("the media URL could not be fetched", code="fetch_failed")
+
+
+def _too_large(max_bytes: int) -> ServiceError:
+    return TooLarge(f"the medium has more than {max_bytes} bytes", code="too_many_bytes")

@@ -1,0 +1,62 @@
+"""A decoded picture brought to the target's size, as transformers' PIL image processors (CLIP style) would do it.
+
+Same steps, same rounding, so that preprocessing here or there gives the same pixels. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import numpy as np
+from PIL import Image
+
+from model.request import Geometry
+from service.media.limits import MediaLimits
+from service.media.refusal import Refusal
+
+
+def check_size(width: int, height: int, *, max_pixels: int, limits: MediaLimits, geometry: Geometry) -> None:
+    """Refuse a picture by its size alone; call it before the pixels exist.
+
+    The size after resizing counts as well: with a fixed shortest edge, an 8x16384 strip would grow two-hundredfold.
+    """
+    if min(width, height) < limits.min_side:
+        raise Refusal("too_small", width=width, height=height, min_side=limits.min_side)
+    if width * height > max_pixels or max(width, height) > limits.max_side:
+        raise Refusal("too_many_pixels", width=width, height=height, max_pixels=max_pixels, max_side=limits.max_side)
+    new_width, new_height = resized(width, height, geometry)
+    if geometry.exact is None and new_width * new_height > max(limits.max_pixels, width * height):
+        raise Refusal("too_narrow", width=width, height=height)
+
+
+def resized(width: int, height: int, geometry: Geometry) -> tuple[int, int]:
+    """(width, height) after the resize step."""
+    if geometry.exact is not None:
+        return geometry.exact[1], geometry.exact[0]
+    if geometry.shortest_edge is None:
+        return width, height
+    short, long = min(width, height), max(width, height)
+    new_long = int(geometry.shortest_edge * long / short)  # truncated, not rounded: as transformers does
+    return (geometry.shortest_edge, new_long) if width <= height else (new_long, geometry.shortest_edge)
+
+
+def to_geometry(image: Image.Image, geometry: Geometry) -> np.ndarray:
+    """image: RGB. Returns (height, width, 3) uint8."""
+    if geometry.exact is not None or geometry.shortest_edge is not None:
+        image = image.resize(resized(*image.size, geometry), resample=Image.Resampling(geometry.resample))
+    pixels = np.asarray(image)
+    return pixels if geometry.crop is None else _centre_crop(pixels, *geometry.crop)
+
+
+def _centre_crop(pixels: np.ndarray, crop_height: int, crop_width: int) -> np.ndarray:
+    """pixels: (height, width, 3). A picture smaller than the crop is set in the middle of black."""
+    height, width = pixels.shape[:2]
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2  # may be negative
+    if top < 0 or left < 0:
+        # Rounded up here and down above, as transformers does: odd differences shift by one pixel otherwise.
+        padded_height, padded_width = max(crop_height, height), max(crop_width, width)
+        top_pad, left_pad = ceil((padded_height - height) / 2), ceil((padded_width - width) / 2)
+        padded = np.zeros((padded_height, padded_width, 3), dtype=pixels.dtype)
+        padded[top_pad : top_pad + height, left_pad : left_pad + width] = pixels
+        pixels, top, left = padded, max(0, top + top_pad), max(0, left + left_pad)
+    return pixels[top : top + crop_height, left : left + crop_width]

@@ -1,0 +1,132 @@
+"""One decoding child as its parent sees it: start, hand over a job, kill, reap. Knows nothing of media.
+
+Every read and write is asyncio's and in pieces, so that a large file never holds up the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+import service
+from service.media import wire
+
+PIECE = 256 * 1024  # bytes written between two looks at the loop
+PACKAGE_ROOT = Path(service.__file__).resolve().parents[1]
+
+
+class ChildGone(Exception):
+    """The child died, or stopped making sense. `accepted`: it had the whole job, so the job may be the reason."""
+
+    def __init__(self, *, accepted: bool) -> None:
+        super().__init__("the decoding child is gone")
+        self.accepted = accepted
+
+
+def _environment() -> dict[str, str]:
+    """What a child may know: no keys, no tokens, no proxies; and one thread and few arenas, for its memory limit."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
+    kept["PATH"] = os.defpath  # decord's import wants one
+    threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    return {**kept, **threads, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+class Child:
+    """Owned by one task at a time, except that anyone may `kill()`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, stdin: asyncio.StreamWriter, stdout: asyncio.StreamReader):
+        self._process = process
+        self._stdin, self._stdout = stdin, stdout
+        self.num_jobs = 0
+
+    @classmethod
+    async def spawn(cls, setup: wire.Setup) -> Child:
+        """A new process, not yet warm. Raises OSError when there can be none."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "service.media.child", msgspec.json.encode(setup).decode()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,  # its own group to kill, and no Ctrl-C meant for the service
+        )
+        if process.stdin is None or process.stdout is None:
+            raise AssertionError("both are pipes")
+        return cls(process, process.stdin, process.stdout)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.returncode is None
+
+    async def ready(self) -> None:
+        """Returns when the child is warm. Raises ChildGone when it will never be."""
+        try:
+            await self._expect(wire.Ready())
+        except (OSError, EOFError, wire.WireError) as error:
+            raise ChildGone(accepted=False) from error
+
+    async def run(self, job: wire.Job, data: bytes, *, max_reply: int) -> tuple[wire.Reply, np.ndarray]:
+        """Hand over one job and wait for its answer: the message, and the payload as (bytes,) uint8.
+
+        Raises ChildGone. When it raises anything, cancellation included, the child is of no further use: kill it.
+        """
+        self.num_jobs += 1
+        accepted = False
+        try:
+            await self._send(job, data)
+            await self._expect(wire.Accepted())
+            accepted = True
+            return await self._receive(max_reply)
+        except (OSError, EOFError, wire.WireError) as error:
+            raise ChildGone(accepted=accepted) from error
+
+    def kill(self) -> None:
+        """At once, and for good; `reap()` must follow."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def reap(self) -> None:
+        """Wait for the end of a killed child and close its pipes."""
+        self._stdin.close()
+        # Unread output would keep the pipe's reader paused, and so its file descriptor open.
+        with contextlib.suppress(OSError):
+            while await self._stdout.read(PIECE):
+                pass
+        await self._process.wait()
+
+    async def _send(self, job: wire.Job, data: bytes) -> None:
+        self._stdin.write(wire.pack(job, len(data)))
+        view = memoryview(data)
+        for start in range(0, len(view), PIECE):
+            self._stdin.write(view[start : start + PIECE])
+            await self._stdin.drain()
+
+    async def _receive(self, max_payload: int) -> tuple[wire.Reply, np.ndarray]:
+        prefix = await self._stdout.readexactly(wire.PREFIX.size)
+        num_message, num_payload = wire.unpack_prefix(prefix, max_payload=max_payload)
+        reply = wire.unpack_reply(await self._stdout.readexactly(num_message))
+        payload = np.empty(num_payload, dtype=np.uint8)
+        view, filled = payload.data, 0
+        while filled < num_payload:
+            piece = await self._stdout.read(min(PIECE, num_payload - filled))
+            if not piece:
+                raise EOFError
+            view[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return reply, payload
+
+    async def _expect(self, expected: wire.Reply) -> None:
+        reply, _ = await self._receive(max_payload=0)
+        if reply != expected:
+            raise wire.WireError(f"expected {expected}")

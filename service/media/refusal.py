@@ -1,0 +1,69 @@
+"""Why a medium was refused, in the few words that may cross from a decoding child to a client.
+
+A child runs decoders on hostile bytes, so it is not trusted with free text: it sends the name of a refusal and numbers,
+and the parent writes the sentence. Thus no library's message, path or address can reach a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from service.errors import BadRequest, ServiceError, TooLarge
+
+_SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
+    "image_not_decodable": (
+        BadRequest,
+        "the image could not be decoded: it is truncated, corrupt or of a variant that is not supported",
+    ),
+    "video_not_decodable": (
+        BadRequest,
+        "the video could not be decoded: it has no frames, is truncated or corrupt, or has an unsupported codec",
+    ),
+    "too_small": (
+        BadRequest,
+        "the medium is {width}x{height} pixels; its smallest side must be at least {min_side} pixels",
+    ),
+    "too_many_pixels": (
+        TooLarge,
+        "the medium is {width}x{height} pixels; at most {max_pixels} pixels and {max_side} a side are allowed",
+    ),
+    "too_narrow": (
+        BadRequest,
+        "the medium is {width}x{height} pixels: its sides differ too much for the model's picture size",
+    ),
+    "too_many_source_frames": (
+        TooLarge,
+        "the video holds {frames} frames; at most {max_source_frames} are allowed",
+    ),
+    "too_long": (
+        TooLarge,
+        "the video lasts {seconds} seconds; at most {max_video_seconds} are allowed",
+    ),
+    "out_of_memory": (TooLarge, "the medium needs more memory to decode than is allowed"),
+    "out_of_time": (BadRequest, "the medium takes longer to decode than is allowed"),
+    "decoder_crashed": (
+        BadRequest,
+        "the medium could not be decoded: it is truncated, corrupt or of a variant that is not supported",
+    ),
+}
+
+# Refusals of sound files: the child's decoders are in order, and it can go on as it is.
+HARMLESS = frozenset({"too_small", "too_many_pixels", "too_narrow", "too_many_source_frames", "too_long"})
+
+
+class Refusal(Exception):
+    """Raised by a decoder: `name` is a key of the table above, `numbers` fill its sentence."""
+
+    def __init__(self, name: str, /, **numbers: int) -> None:
+        super().__init__(name)
+        self.name = name
+        self.numbers = numbers
+
+
+def client_error(name: str, numbers: Mapping[str, int]) -> ServiceError:
+    """The error a client sees. Unknown names and wrong numbers (a child gone mad) give the most general one."""
+    try:
+        error, sentence = _SENTENCES[name]
+        return error(sentence.format(**numbers), code=name)
+    except (KeyError, ValueError):
+        return client_error("decoder_crashed", {})
