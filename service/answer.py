@@ -1,0 +1,206 @@
+"""One client request from its slot to its last token: deadline, choices, times, and the account at the end.
+
+Knows nothing of how answers are written down: routes turn its outputs into JSON or events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Literal, Self
+
+from starlette.requests import ClientDisconnect
+
+from model.request import FinishReason, RequestOutput, RequestStats, SamplingParams
+from service.errors import EngineFailure, ServiceError, TimedOut
+from service.log import fields
+from service.pool.generation import Event, Generation
+from service.pool.messages import Accepted, Submit, WireMessage
+from service.prompt import Prompt
+from service.schemas.sampling import seed_of_choice
+from service.state import Service
+
+log = logging.getLogger("flashserve.request")
+
+NO_STATS = RequestStats(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
+
+
+@dataclass
+class Choice:
+    generation: Generation
+    accepted: bool = False
+    finish_reason: FinishReason | None = None
+    stats: RequestStats = NO_STATS
+    num_tokens: int = 0
+    num_first_tokens: int = 0  # that came together, in the first output
+    first_at: float | None = None
+    last_at: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return self.generation.text
+
+    @property
+    def decode_seconds(self) -> float:
+        return 0.0 if self.first_at is None else self.last_at - self.first_at
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of the tokens after the first output: those in it cost no decoding that could be seen."""
+        later = self.num_tokens - self.num_first_tokens
+        return self.decode_seconds / later if later > 0 else None
+
+    def take(self, output: RequestOutput, now: float) -> None:
+        if output.tokens:
+            self.last_at = now
+            if self.first_at is None:
+                self.first_at, self.num_first_tokens = now, len(output.tokens)
+            self.num_tokens += len(output.tokens)
+        if output.finish_reason is not None:
+            self.finish_reason, self.stats = output.finish_reason, output.stats or NO_STATS
+
+
+class Answer:
+    """A context: on leaving it, whatever still runs is aborted, the slots are free and the request is on record."""
+
+    def __init__(self, service: Service, prefix: str, *, key: str | None) -> None:
+        """Takes the first slot, or raises NoCapacity or KeyLimit: before body, media and work."""
+        self.id = prefix + secrets.token_hex(12)
+        self.created = int(time.time())
+        self.model = service.settings.model_name
+        self.choices: list[Choice] = []
+        self.media_seconds = 0.0
+        self.deadline = asyncio.get_running_loop().time() + service.settings.request_timeout
+        self._service = service
+        self._arrived = time.monotonic()
+        self._slots = service.admission.enter(key)
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._early: deque[tuple[int, RequestOutput]] = deque()  # came while other choices were not yet accepted
+        self._num_media = 0
+        self._error: BaseException | None = None
+
+    def take_slots(self, number: int) -> None:
+        self._slots.take(number)
+
+    async def begin(
+        self, preparing: Awaitable[Prompt], params: SamplingParams, *, n: int, speculation: Literal["auto", "off"]
+    ) -> None:
+        """Hand it to the engine; returns when that has taken every choice, so that refusals come before a 200."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                prompt = await preparing
+        except TimeoutError:
+            raise self._timed_out() from None
+        self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
+        messages = tuple(WireMessage.pack(message) for message in prompt.messages)
+        for index in range(n):
+            own = replace(params, seed=seed_of_choice(params.seed, index))
+            submit = Submit(f"{self.id}-{index}", messages, own, speculation == "auto")
+            self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
+        while not all(choice.accepted for choice in self.choices):
+            index, event = await self._next_event()
+            if isinstance(event, Accepted):
+                self.choices[index].accepted = True
+            else:
+                self._early.append((index, event))
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """What the engine says, choice by choice as it comes, to the end of all; raises where one cannot be ended."""
+        while any(choice.finish_reason is None for choice in self.choices):
+            index, event = self._early.popleft() if self._early else await self._next_event()
+            if isinstance(event, RequestOutput):
+                self._take(self.choices[index], event)
+                yield index, event
+
+    async def finish(self) -> None:
+        async for _ in self.outputs():
+            pass
+
+    def time_to_first_token(self, choice: Choice) -> float:
+        return 0.0 if choice.first_at is None else choice.first_at - self._arrived
+
+    def _deliver(self, index: int, event: Event) -> None:
+        self._events.put_nowait((index, event))
+
+    async def _next_event(self) -> tuple[int, Accepted | RequestOutput]:
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                index, event = await self._events.get()
+            if isinstance(event, ServiceError):
+                raise event
+            return index, event
+        except TimeoutError:
+            raise self._timed_out() from None
+        except ServiceError as error:
+            self._error = error
+            raise
+
+    def _timed_out(self) -> TimedOut:
+        self._error = error = TimedOut(f"not done within {self._service.settings.request_timeout:g} s")
+        return error
+
+    def _take(self, choice: Choice, output: RequestOutput) -> None:
+        was_first = choice.first_at is None
+        choice.take(output, time.monotonic())
+        if was_first and choice.first_at is not None:
+            self._service.metrics.first_token(self.time_to_first_token(choice))
+        if choice.finish_reason is not None:
+            self._slots.give_back(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                self._service.pool.abort(choice.generation)
+        self._slots.release()
+        self._record(_outcome(self._error or error))
+
+    def _record(self, outcome: str) -> None:
+        """`outcome` is that of the choices which did not end by themselves."""
+        metrics, latency = self._service.metrics, time.monotonic() - self._arrived
+        accepted = [choice for choice in self.choices if choice.accepted]
+        if accepted and outcome == "refused":
+            outcome = "error"  # it had been taken: the workers went away under it
+        for choice in accepted:
+            metrics.answered(choice.finish_reason or outcome, latency, choice.seconds_per_token)
+            if choice.finish_reason is not None:
+                metrics.queued(choice.stats.queue)
+        if not accepted and outcome != "refused":
+            metrics.answered(outcome, latency, None)
+        stats = [choice.stats for choice in accepted]
+        log.info(
+            "request %s",
+            fields(
+                id=self.id,
+                outcome=",".join(choice.finish_reason or outcome for choice in accepted) or outcome,
+                media=self._num_media,
+                prompt_tokens=max((one.prompt_tokens for one in stats), default=0),
+                completion_tokens=sum(choice.num_tokens for choice in accepted),
+                drafts=sum(one.drafts for one in stats),
+                accepted_tokens=sum(one.accepted_tokens for one in stats),
+                media_seconds=self.media_seconds,
+                queue=max((one.queue for one in stats), default=0.0),
+                time_to_first_token=self.time_to_first_token(accepted[0]) if accepted else None,
+                seconds=latency,
+            ),
+        )
+
+
+def _outcome(error: BaseException | None) -> str:
+    if isinstance(error, TimedOut | TimeoutError):
+        return "timeout"
+    if isinstance(error, EngineFailure):
+        return "error"
+    if isinstance(error, ServiceError):
+        return "refused"
+    gone = error is None or isinstance(error, ClientDisconnect) or not isinstance(error, Exception)
+    return "abort" if gone else "error"

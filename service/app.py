@@ -1,0 +1,83 @@
+"""The application: routes, the one place where errors become HTTP, and the service's life around it all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+import model
+from service.deps import service_of
+from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
+from service.routes import generate, openai, ops, playground
+from service.settings import Settings
+from service.state import Service
+from service.stream import json_response
+
+log = logging.getLogger("flashserve")
+
+
+def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
+    """`on_fatal`: told why the service can never become ready, once that is known."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        app.state.started = time.time()
+        app.state.service = service = Service(settings, on_fatal)
+        service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    # No generated documentation: routes read their bodies themselves, so it would know little, and its page would
+    # load scripts from elsewhere.
+    app = FastAPI(title="FlashServe", version=model.__version__, lifespan=life, openapi_url=None)
+    for router in (openai.router, generate.router, ops.router, playground.router):
+        app.include_router(router)
+    _map_errors(app)
+    return app
+
+
+def _map_errors(app: FastAPI) -> None:
+    """Every error a client can see passes through `refused`."""
+
+    @app.exception_handler(ServiceError)
+    async def refused(request: Request, error: ServiceError) -> Response:
+        if not isinstance(error, EngineFailure | TimedOut):  # those had been taken, and are counted as such
+            service_of(request).metrics.rejected(error.code or error.type)
+        response = json_response(error.envelope(), error.headers())
+        response.status_code = error.status
+        if error.status == 413:
+            response.headers["Connection"] = "close"  # what the client is still sending need not arrive
+        return response
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path[:128]
+        if error.status_code == 404:
+            return await refused(request, NotFound(f"there is nothing at {path}"))
+        if error.status_code == 405:
+            return await refused(request, MethodNotAllowed(f"{path} does not take {request.method}"))
+        return await refused(request, BadRequest("the request is not valid"))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, _: RequestValidationError) -> Response:
+        """No route lets FastAPI parse a body; should one ever, it still is a 400."""
+        return await refused(request, BadRequest("the request is not valid"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, _: Exception) -> Response:
+        """Ours; Starlette logs it with its traceback. The client learns nothing about it."""
+        return await refused(request, EngineFailure("internal error", code="internal_error"))

@@ -1,0 +1,102 @@
+"""The command line. Each command imports what it needs when it runs: `flashserve --help` loads no torch.
+
+The options of `serve` are the fields of `Settings`, one for one; so are the `FLASH_*` variables.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+import model
+from service.commands.bench import bench
+from service.commands.generate import generate
+from service.settings import Settings
+
+app = typer.Typer(
+    name="flashserve",
+    help="Serve vision-language models over HTTP, decoding with FLASH speculation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for every setting; it gets those that were set on the command line, as text."""
+
+    def run(**given: str | None) -> None:
+        command(**{name: value for name, value in given.items() if value is not None})
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, keyword, default=None, annotation=Annotated[str | None, _option(name, field)])
+        for name, field in Settings.model_fields.items()
+    ]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    """Text to typer: that it is a number in range is for `Settings` to say, to option and variable alike."""
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    default = "" if field.default in (None, ()) else f" Default: {field.default}."
+    return typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=f"{field.description}{default}",
+        metavar="TEXT" if isinstance(field.default, str | tuple | None) else "NUMBER",
+        envvar=f"FLASH_{name.upper()}",
+        show_default=False,
+        hidden=bool(extra["hidden"]),
+        rich_help_panel=str(extra["panel"]),
+    )
+
+
+@app.command()
+@with_settings_options
+def serve(**given: Any) -> None:
+    """Serve a model over HTTP.
+
+    Without options it serves the bundled model on http://127.0.0.1:8000, with a page to try it at /.
+    """
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        for problem in error.errors():
+            typer.echo(f"flashserve: {_complaint(problem)}", err=True)
+        raise typer.Exit(2) from None
+    from service.server import run
+
+    sys.exit(run(settings))
+
+
+def _complaint(problem: Any) -> str:
+    """One line that names the setting, as an option and as a variable."""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    return f"--{name.replace('_', '-')} (FLASH_{name.upper()}): {message}"
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"flashserve {model.__version__}")
+
+
+app.command()(generate)
+# The benchmark reads its own options, as `python -m model.bench` does.
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+
+
+if __name__ == "__main__":
+    app()

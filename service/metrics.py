@@ -1,0 +1,167 @@
+"""What is measured, under the names that dashboards rely on; all of it lives in the API process.
+
+Workers send what their engine counted (`EngineStats`); answers report their own times. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import generate_latest
+
+from model.request import EngineStats
+
+# A third of all lines, and nobody asks for them.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+RATE_WINDOW = 10.0
+PHASES = ("vision", "prefill", "draft", "verify")
+
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+LONG = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
+PER_TOKEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+BATCH = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+ACCEPTANCE = tuple(range(1, 18))
+
+
+class Metrics:
+    def __init__(self, model: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model
+        self._clock = clock
+        self._recent: deque[tuple[float, int]] = deque()  # (when, tokens) of the last RATE_WINDOW
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, ("model", *labels), registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, ("model", *labels), registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, ("model", *labels), registry=self.registry, buckets=buckets)
+
+        # Speculation
+        self._acceptance_length = histogram(
+            "flash_acceptance_length", "Tokens a verify step emitted, bonus token included.", ACCEPTANCE
+        )
+        self._drafts = counter("flash_spec_drafts_total", "Verify steps that carried a draft.", "worker")
+        self._draft_tokens = counter("flash_spec_draft_tokens_total", "Draft tokens verified.", "worker")
+        self._accepted = counter("flash_spec_accepted_tokens_total", "Draft tokens accepted.", "worker")
+        self._accepted_at = counter(
+            "flash_spec_accepted_tokens_per_position_total", "Draft tokens accepted, by place in the draft.", "position"
+        )
+
+        # Work
+        self._tokens_per_second = gauge("flash_tokens_per_second", "Generated tokens a second over the last 10 s.")
+        self._prompt_tokens = counter("flash_prompt_tokens_total", "Prompt tokens computed.", "worker")
+        self._generated = counter("flash_generation_tokens_total", "Tokens generated.", "worker")
+        self._requests = counter("flash_requests_total", "Answers ended, by how.", "outcome")
+        self._rejected = counter("flash_requests_rejected_total", "Requests not taken, by why.", "reason")
+        self._cache_queries = counter("flash_encoder_cache_queries_total", "Media looked up in the cache.", "worker")
+        self._cache_hits = counter("flash_encoder_cache_hits_total", "Media found in the cache.", "worker")
+
+        # State
+        self._running = gauge("flash_requests_running", "Requests being decoded.", "worker")
+        self._waiting = gauge("flash_requests_waiting", "Requests taken in, not yet decoded.", "worker")
+        self._kv_usage = gauge("flash_kv_cache_usage_ratio", "Part of the KV memory in use, 0 to 1.", "worker")
+        self._worker_up = gauge("flash_worker_up", "1 where the worker can take requests.", "worker")
+        self._restarts = counter("flash_worker_restarts_total", "Workers that died and were replaced.", "worker")
+
+        # Times
+        self._ttft = histogram("flash_time_to_first_token_seconds", "From arrival to the first token.", LONG)
+        self._tpot = histogram(
+            "flash_time_per_output_token_seconds", "(Last - first) / tokens after the first output.", PER_TOKEN
+        )
+        self._latency = histogram("flash_request_latency_seconds", "From arrival to the end of the answer.", LONG)
+        self._queue = histogram("flash_queue_seconds", "From the engine's taking it to its first computation.", SHORT)
+        self._media = histogram("flash_media_seconds", "Fetching and decoding one medium.", SHORT, "kind")
+        self._step = histogram("flash_step_seconds", "Parts of an engine step.", SHORT, "phase")
+        self._batch_size = histogram("flash_batch_size", "Sequences in an engine step.", BATCH)
+
+        # A series that first appears with its first event has no rate: let all that are known be there from the start.
+        self._tokens_per_second.labels(model).set_function(self.tokens_per_second)
+        for one in (self._acceptance_length, self._ttft, self._tpot, self._latency, self._queue, self._batch_size):
+            one.labels(model)
+        for outcome in ("stop", "length", "abort", "error", "timeout"):
+            self._requests.labels(model, outcome)
+        for reason in ("queue_full", "draining", "loading", "no_worker", "invalid_request"):
+            self._rejected.labels(model, reason)
+        for kind in ("image", "video"):
+            self._media.labels(model, kind)
+        for phase in PHASES:
+            self._step.labels(model, phase)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def tokens_per_second(self) -> float:
+        while self._recent and self._recent[0][0] <= self._clock() - RATE_WINDOW:
+            self._recent.popleft()
+        return sum(tokens for _, tokens in self._recent) / RATE_WINDOW
+
+    # From the pool
+
+    def worker_up(self, worker: int, up: bool) -> None:
+        name = (self._model, str(worker))
+        self._worker_up.labels(*name).set(up)
+        for counted in (
+            *(self._drafts, self._draft_tokens, self._accepted, self._prompt_tokens, self._generated),
+            *(self._cache_queries, self._cache_hits, self._restarts),
+        ):
+            counted.labels(*name)
+        if not up:  # a dead worker holds nothing
+            for gauge in (self._running, self._waiting, self._kv_usage):
+                gauge.labels(*name).set(0)
+
+    def worker_restarting(self, worker: int) -> None:
+        self._restarts.labels(self._model, str(worker)).inc()
+
+    def engine_stats(self, worker: int, stats: EngineStats) -> None:
+        model, name = self._model, (self._model, str(worker))
+        self._running.labels(*name).set(stats.running)
+        self._waiting.labels(*name).set(stats.waiting)
+        self._kv_usage.labels(*name).set(stats.kv_cache_usage)
+        self._prompt_tokens.labels(*name).inc(stats.prompt_tokens)
+        self._generated.labels(*name).inc(stats.generation_tokens)
+        self._drafts.labels(*name).inc(stats.drafts)
+        self._draft_tokens.labels(*name).inc(stats.draft_tokens)
+        self._accepted.labels(*name).inc(stats.accepted_tokens)
+        self._cache_queries.labels(*name).inc(stats.encoder_cache_queries)
+        self._cache_hits.labels(*name).inc(stats.encoder_cache_hits)
+        for position, accepted in enumerate(stats.accepted_per_position):
+            self._accepted_at.labels(model, str(position)).inc(accepted)
+        for length in stats.acceptance_lengths:
+            self._acceptance_length.labels(model).observe(length)
+        for size in stats.batch_sizes:
+            self._batch_size.labels(model).observe(size)
+        for phase, seconds in stats.step_seconds:
+            self._step.labels(model, phase).observe(seconds)
+        if stats.generation_tokens:
+            self._recent.append((self._clock(), stats.generation_tokens))
+
+    # From the way of a request
+
+    def watch_unassigned(self, count: Callable[[], float]) -> None:
+        """Requests that wait before any worker has them (media, no worker alive) are those of the worker ''."""
+        self._waiting.labels(self._model, "").set_function(count)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(self._model, reason).inc()
+
+    def media_done(self, kind: str, seconds: float) -> None:
+        self._media.labels(self._model, kind).observe(seconds)
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.labels(self._model).observe(seconds)
+
+    def queued(self, seconds: float) -> None:
+        self._queue.labels(self._model).observe(seconds)
+
+    def answered(self, outcome: str, latency: float, per_token: float | None) -> None:
+        self._requests.labels(self._model, outcome).inc()
+        self._latency.labels(self._model).observe(latency)
+        if per_token is not None:
+            self._tpot.labels(self._model).observe(per_token)

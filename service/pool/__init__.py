@@ -1,0 +1,1 @@
+"""One supervised engine process per device, and the streams that survive them."""

@@ -1,0 +1,167 @@
+"""The whole protocol between the API process and a worker: plain structs as msgpack, each after its length.
+
+    API                         worker
+     |-- Load ------------------>|
+     |<-------- Ready | LoadFailed
+     |-- Submit ---------------->|
+     |<--------------- Accepted  |   the engine took it
+     |<--------------- Outputs   |   any number of times; the one with a finish_reason is the last
+     |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
+     |<--------------- Refused   |   instead of Accepted: cannot be served as asked
+     |<--------------- Stats     |   unasked, at most ten times a second
+     |-- Stop ------------------>|   the worker exits with 0
+
+Every Submit ends in exactly one terminal message: Refused, or an output with a finish_reason. A worker that dies
+ends nothing: its requests are sent to another one. What engine and service share is in model/request.py; this
+module adds only what a socket needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from model.request import (
+    EngineInfo,
+    EngineStats,
+    Medium,
+    Message,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+
+HEADER_BYTES = 4
+MAX_FRAME_BYTES = 2**31
+
+
+class WireMedium(msgspec.Struct, frozen=True, tag="medium"):
+    kind: Literal["image", "video"]
+    shape: tuple[int, int, int, int]
+    frames: memoryview
+
+    @classmethod
+    def pack(cls, medium: Medium) -> WireMedium:
+        frames = np.ascontiguousarray(medium.frames, dtype=np.uint8)
+        num_frames, height, width, channels = frames.shape
+        return cls(medium.kind, (num_frames, height, width, channels), frames.reshape(-1).data)
+
+    def unpack(self) -> Medium:
+        return Medium(self.kind, np.frombuffer(self.frames, dtype=np.uint8).reshape(self.shape))
+
+
+class WireMessage(msgspec.Struct, frozen=True):
+    role: Literal["system", "user", "assistant"]
+    content: tuple[str | WireMedium, ...]
+
+    @classmethod
+    def pack(cls, message: Message) -> WireMessage:
+        parts = (part if isinstance(part, str) else WireMedium.pack(part) for part in message.content)
+        return cls(message.role, tuple(parts))
+
+    def unpack(self) -> Message:
+        return Message(self.role, tuple(part if isinstance(part, str) else part.unpack() for part in self.content))
+
+
+# API -> worker
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    options: dict[str, Any]
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request_id: str
+    messages: tuple[WireMessage, ...]
+    params: SamplingParams
+    speculation: bool
+
+    def unpack(self) -> Request:
+        messages = tuple(message.unpack() for message in self.messages)
+        return Request(self.request_id, messages, self.params, self.speculation)
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_id: str
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    pass
+
+
+# worker -> API
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    info: EngineInfo
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
+    reason: str
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    request_id: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    request_id: str
+    message: str
+    param: str | None
+    code: str
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    outputs: tuple[RequestOutput, ...]
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    stats: EngineStats
+
+
+ToWorker = Load | Submit | Abort | Stop
+FromWorker = Ready | LoadFailed | Accepted | Refused | Outputs | Stats
+
+_encoder = msgspec.msgpack.Encoder()
+to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def frame(message: ToWorker | FromWorker) -> bytearray:
+    buffer = bytearray(HEADER_BYTES)
+    _encoder.encode_into(message, buffer, HEADER_BYTES)
+    buffer[:HEADER_BYTES] = _length(len(buffer) - HEADER_BYTES).to_bytes(HEADER_BYTES, "big")
+    return buffer
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    """One frame's payload; `asyncio.IncompleteReadError` at the end of the stream."""
+    header = await reader.readexactly(HEADER_BYTES)
+    return await reader.readexactly(_length(int.from_bytes(header, "big")))
+
+
+def receive_frame(sock: socket.socket) -> bytearray | None:
+    """One frame's payload from a blocking socket; None at the end of the stream."""
+    header = _receive(sock, HEADER_BYTES)
+    return None if header is None else _receive(sock, _length(int.from_bytes(header, "big")))
+
+
+def _receive(sock: socket.socket, num_bytes: int) -> bytearray | None:
+    buffer = bytearray(num_bytes)
+    view = memoryview(buffer)
+    while view:
+        received = sock.recv_into(view)
+        if received == 0:
+            return None
+        view = view[received:]
+    return buffer
+
+
+def _length(num_bytes: int) -> int:
+    if num_bytes > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {num_bytes} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return num_bytes

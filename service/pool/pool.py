@@ -1,0 +1,188 @@
+"""All workers as one engine: each request goes to the least loaded, and outlives the worker that it went to.
+
+Knows requests only as `Submit` messages and their `Generation`s; knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from model.request import EngineInfo, EngineStats
+from service.errors import EngineFailure, NoCapacity
+from service.pool import messages as m
+from service.pool.generation import Event, Generation
+from service.pool.supervisor import STOP_GRACE, Worker, WorkerPlan
+
+log = logging.getLogger("flashserve.pool")
+
+# Requests that were there when two workers died are tried one at a time: the one that kills workers then dies alone.
+DEATHS_OF_A_SUSPECT = 2
+
+
+class PoolObserver(Protocol):
+    """Who wants to know; the metrics do."""
+
+    def worker_up(self, worker: int, up: bool) -> None: ...
+    def worker_restarting(self, worker: int) -> None: ...
+    def engine_stats(self, worker: int, stats: EngineStats) -> None: ...
+
+
+class Pool:
+    def __init__(self, plans: list[WorkerPlan], *, max_request_retries: int, observer: PoolObserver) -> None:
+        self.workers = [Worker(index, plan, self) for index, plan in enumerate(plans)]
+        self.has_news = asyncio.Event()  # set when a worker became ready or was given up
+        self._max_attempts = 1 + max_request_retries
+        self._observer = observer
+        self._generations: dict[Worker, dict[str, Generation]] = {worker: {} for worker in self.workers}
+        self._parked: list[Generation] = []  # taken in, and waiting for a worker, or for another suspect to end
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # What its owner sees
+
+    @property
+    def ready_workers(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state == "ready"]
+
+    @property
+    def beyond_hope(self) -> bool:
+        return all(worker.state == "given_up" for worker in self.workers)
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return next((worker.info for worker in self.workers if worker.info is not None), None)
+
+    @property
+    def load_error(self) -> str | None:
+        """Why the model could not be loaded, where none ever could be."""
+        return None if self.info else next((worker.load_error for worker in self.workers if worker.load_error), None)
+
+    @property
+    def num_parked(self) -> int:
+        return len(self._parked)
+
+    @property
+    def num_generations(self) -> int:
+        return len(self._parked) + sum(map(len, self._generations.values()))
+
+    def num_at(self, worker: Worker) -> int:
+        return len(self._generations[worker])
+
+    def start(self) -> None:
+        for worker in self.workers:
+            self._observer.worker_up(worker.index, False)
+            self._tasks.append(asyncio.create_task(worker.supervise(), name=f"worker-{worker.index}"))
+
+    async def stop(self) -> None:
+        """Ends the workers, and with an error whatever they still had."""
+        self.fail_all(NoCapacity("the server is shutting down", code="draining"))
+        for worker in self.workers:
+            worker.stop()
+        if self._tasks:
+            _, hanging = await asyncio.wait(self._tasks, timeout=STOP_GRACE)
+            for task in hanging:
+                task.cancel()  # in the middle of loading, or deaf: killed on the way out
+            await asyncio.gather(*hanging, return_exceptions=True)
+
+    def submit(self, submit: m.Submit, deliver: Callable[[Event], None]) -> Generation:
+        generation = Generation(submit, deliver)
+        self._dispatch(generation)
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """The consumer is gone: frees the engine, and delivers nothing more."""
+        generation.finished = True
+        if generation in self._parked:
+            self._parked.remove(generation)
+        for worker, generations in self._generations.items():
+            if generation.request_id in generations:
+                self._forget(worker, generation, engine_done=False)
+
+    def fail_all(self, error: NoCapacity) -> None:
+        """Every consumer is told, and every engine freed."""
+        self._fail_parked(error)
+        for worker, generations in self._generations.items():
+            for generation in list(generations.values()):
+                generation.fail(error)
+                self._forget(worker, generation, engine_done=False)
+
+    # What workers tell it
+
+    def on_ready(self, worker: Worker) -> None:
+        self._observer.worker_up(worker.index, True)
+        self.has_news.set()
+        self._dispatch_parked()
+
+    def on_message(self, worker: Worker, message: m.FromWorker) -> None:
+        generations = self._generations[worker]
+        if isinstance(message, m.Outputs):
+            for output in message.outputs:
+                # One that is not known any more was aborted while this was on its way.
+                if (generation := generations.get(output.request_id)) is not None:
+                    generation.feed(output)
+                    if generation.finished:
+                        worker.did_well()
+                        self._forget(worker, generation, engine_done=output.finish_reason is not None)
+        elif isinstance(message, m.Stats):
+            self._observer.engine_stats(worker.index, message.stats)
+        elif isinstance(message, m.Accepted) and message.request_id in generations:
+            generations[message.request_id].accept(message)
+        elif isinstance(message, m.Refused) and message.request_id in generations:
+            generations[message.request_id].refuse(message)
+            self._forget(worker, generations[message.request_id], engine_done=True)
+
+    def on_death(self, worker: Worker) -> None:
+        self._observer.worker_up(worker.index, False)
+        if worker.state == "given_up":
+            self.has_news.set()
+        else:
+            self._observer.worker_restarting(worker.index)
+        orphans, self._generations[worker] = self._generations[worker], {}
+        for generation in orphans.values():
+            self._dispatch(generation)
+        if self.beyond_hope:
+            self._fail_parked(NoCapacity("no worker is left", code="no_worker"))
+
+    def is_busy(self, worker: Worker) -> bool:
+        return bool(self._generations[worker])
+
+    # Its own
+
+    def _dispatch(self, generation: Generation) -> None:
+        if generation.attempts >= self._max_attempts:
+            generation.fail(EngineFailure("the workers that took this request died", code="worker_died"))
+        elif self.beyond_hope:
+            generation.fail(NoCapacity("no worker is left", code="no_worker"))
+        elif not (ready := self.ready_workers) or self._must_wait(generation):
+            self._parked.append(generation)
+        else:
+            worker = min(ready, key=self.num_at)
+            if generation.attempts:
+                log.warning("request %s goes on at worker %d", generation.request_id, worker.index)
+            generation.begin_attempt()
+            worker.send(generation.submit)
+            self._generations[worker][generation.request_id] = generation
+
+    def _must_wait(self, generation: Generation) -> bool:
+        if generation.attempts < DEATHS_OF_A_SUSPECT:
+            return False
+        running = (one for generations in self._generations.values() for one in generations.values())
+        return any(one.attempts > DEATHS_OF_A_SUSPECT for one in running)
+
+    def _dispatch_parked(self) -> None:
+        parked, self._parked = self._parked, []
+        for generation in parked:
+            self._dispatch(generation)
+
+    def _forget(self, worker: Worker, generation: Generation, *, engine_done: bool) -> None:
+        del self._generations[worker][generation.request_id]
+        if not engine_done:
+            worker.send(m.Abort(generation.request_id))
+        self._dispatch_parked()
+
+    def _fail_parked(self, error: NoCapacity) -> None:
+        parked, self._parked = self._parked, []
+        for generation in parked:
+            generation.fail(error)

@@ -1,0 +1,178 @@
+"""One worker slot: a child process that is started, listened to, and started again when it dies.
+
+Tells its owner what happens through `WorkerEvents` and knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from model.request import EngineInfo
+from service.pool import messages as m
+
+log = logging.getLogger("flashserve.pool")
+
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.1, 30.0
+STEADY_AFTER = 60.0  # seconds up, after which earlier deaths are forgotten
+STOP_GRACE = 5.0
+WATCH_INTERVAL = 1.0
+
+State = Literal["loading", "ready", "dead", "given_up", "stopped"]
+
+
+class WorkerEvents(Protocol):
+    def on_ready(self, worker: Worker) -> None: ...
+    def on_message(self, worker: Worker, message: m.FromWorker) -> None: ...
+    def on_death(self, worker: Worker) -> None: ...
+    def is_busy(self, worker: Worker) -> bool: ...
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How a worker is started, and how much is put up with."""
+
+    engine: str
+    options: dict[str, Any]
+    load_timeout: float
+    stall_timeout: float
+    max_restarts: int
+
+
+class Worker:
+    def __init__(self, index: int, plan: WorkerPlan, events: WorkerEvents) -> None:
+        self.index = index
+        self.state: State = "loading"
+        self.info: EngineInfo | None = None
+        self.pid: int | None = None
+        self.restarts = 0
+        self.load_error: str | None = None
+        self._plan = plan
+        self._events = events
+        self._deaths_in_a_row = 0
+        self._heard_at = 0.0
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._stopping = asyncio.Event()
+
+    async def supervise(self) -> None:
+        """Keep one process alive until stopped or beyond hope."""
+        while not self._stopping.is_set():
+            self.state = "loading"
+            code, seconds_up = await self._run_once()
+            if self._stopping.is_set():
+                break
+            self._deaths_in_a_row = 1 if seconds_up >= STEADY_AFTER else self._deaths_in_a_row + 1
+            beyond_hope = self._deaths_in_a_row > self._plan.max_restarts or self._never_loads()
+            self.state = "given_up" if beyond_hope else "dead"
+            log.error("worker %d (pid %s) died: exit code %s", self.index, self.pid, code)
+            self._events.on_death(self)
+            if beyond_hope:
+                log.critical("worker %d is given up after %d deaths in a row", self.index, self._deaths_in_a_row)
+                return
+            backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 4.0 ** (self._deaths_in_a_row - 1))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff)
+            self.restarts += 1
+        self.state = "stopped"
+
+    def send(self, message: m.ToWorker) -> None:
+        """Never waits: what the socket does not take at once is kept. A dead worker's mail is dropped."""
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(m.frame(message))
+
+    def did_well(self) -> None:
+        """It finished a request: it is fit for work, and earlier deaths were not its own fault."""
+        self._deaths_in_a_row = 0
+
+    def stop(self) -> None:
+        """A worker that is ready ends after its present step; one that is still loading is not waited for."""
+        self._stopping.set()
+        if self.state == "ready":
+            self.send(m.Stop())
+        else:
+            self.kill()
+
+    def kill(self) -> None:
+        # By its handle, which knows when it has ended: its number may be another process's by then.
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+
+    def _never_loads(self) -> bool:
+        """It said why it cannot load and never could: settings are wrong, trying again is no cure."""
+        return self.load_error is not None and self.info is None
+
+    async def _run_once(self) -> tuple[int | None, float]:
+        """One life of the process: its exit code and how many seconds it was ready."""
+        ours, theirs = socket.socketpair()
+        command = ["-m", "service.pool.worker", "--fd", str(theirs.fileno()), "--engine", self._plan.engine]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+            )
+        except OSError:
+            log.exception("worker %d cannot be started", self.index)
+            ours.close()
+            return None, 0.0
+        finally:
+            theirs.close()
+        self._process, self.pid = process, process.pid
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._heard_at = time.monotonic()
+        ready_at: float | None = None
+        watchdog = asyncio.create_task(self._watch())
+        try:
+            self.send(m.Load(self._plan.options))
+            while True:
+                message = m.from_worker.decode(await m.read_frame(reader))
+                self._heard_at = time.monotonic()
+                if isinstance(message, m.Ready):
+                    ready_at = self._heard_at
+                    self.info, self.state = message.info, "ready"
+                    log.info("worker %d (pid %d) is ready on %s", self.index, process.pid, message.info.device)
+                    self._events.on_ready(self)
+                elif isinstance(message, m.LoadFailed):
+                    self.load_error = message.reason
+                else:
+                    self._events.on_message(self, message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except Exception:
+            log.exception("worker %d does not speak our language", self.index)
+            self.kill()
+        finally:
+            self.state = "dead"
+            watchdog.cancel()
+            self._writer.close()
+            code = await self._reap(process)
+        return code, 0.0 if ready_at is None else time.monotonic() - ready_at
+
+    async def _watch(self) -> None:
+        """Kill a process that is silent for too long: one that hangs is as dead as one that is gone."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            loading = self.state == "loading"
+            limit = self._plan.load_timeout if loading else self._plan.stall_timeout
+            if not loading and not self._events.is_busy(self):
+                self._heard_at = time.monotonic()
+            if time.monotonic() - self._heard_at > limit:
+                log.error("worker %d (pid %s) said nothing for %.0f s", self.index, self.pid, limit)
+                self.kill()
+
+    async def _reap(self, process: asyncio.subprocess.Process) -> int | None:
+        try:
+            async with asyncio.timeout(STOP_GRACE):
+                return await process.wait()
+        except TimeoutError:
+            self.kill()
+            return await process.wait()
+        except asyncio.CancelledError:
+            self.kill()
+            raise

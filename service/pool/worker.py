@@ -1,0 +1,203 @@
+"""The worker process: one engine, driven by messages from a socket.
+
+    python -m service.pool.worker --fd N [--engine module:callable]
+
+Between two steps it takes in what has arrived and never waits; it waits only when the engine has nothing to do. It
+knows nothing of HTTP. When the API process is gone it exits at once, whatever the engine is doing.
+
+Exit codes: 0 told to stop; 1 the engine broke; 2 the model could not be loaded; 3 the API process vanished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from model.request import EngineInfo, EngineStats, Request, RequestError, RequestOutput
+from service.pool import messages as m
+
+STATS_INTERVAL = 0.1
+EXIT_ENGINE_BROKE, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
+
+log = logging.getLogger("flashserve.worker")
+
+
+class Engine(Protocol):
+    """What a worker asks of an engine: `model.engine.Engine`, or a stand-in for it in tests."""
+
+    info: EngineInfo
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> RequestOutput | None: ...
+    def step(self) -> list[RequestOutput]: ...
+    def pop_stats(self) -> EngineStats: ...
+
+
+def load_engine(options: dict[str, Any]) -> Engine:
+    from model.config import EngineConfig
+    from model.engine import Engine as RealEngine
+
+    engine: Engine = RealEngine(EngineConfig(**options))
+    return engine
+
+
+class Link:
+    """The worker's end of the socket: a thread receives, so that large media arrive while the engine computes."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._inbox: queue.SimpleQueue[m.ToWorker] = queue.SimpleQueue()
+        self._unsent: deque[memoryview] = deque()
+        self._stopping = False
+        threading.Thread(target=self._receive_forever, name="link", daemon=True).start()
+
+    def receive(self, *, wait: bool) -> Iterator[m.ToWorker]:
+        """All messages that are here; with `wait`, at least one, unless bytes are still to be sent."""
+        try:
+            if wait:
+                yield self._inbox.get(timeout=0.01 if self._unsent else None)
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def send(self, message: m.FromWorker) -> None:
+        self._unsent.append(memoryview(m.frame(message)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes without waiting; the rest stays for the next call."""
+        while self._unsent:
+            try:
+                sent = self._sock.send(self._unsent[0], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                os._exit(EXIT_ORPHANED)
+            if sent == len(self._unsent[0]):
+                self._unsent.popleft()
+            else:
+                self._unsent[0] = self._unsent[0][sent:]
+
+    def _receive_forever(self) -> None:
+        try:
+            while (payload := m.receive_frame(self._sock)) is not None:
+                message = m.to_worker.decode(payload)
+                self._stopping |= isinstance(message, m.Stop)
+                self._inbox.put(message)
+        except OSError:
+            pass
+        # Nobody is left to serve. The main thread may be loading or computing for minutes: do not wait for it.
+        os._exit(0 if self._stopping else EXIT_ORPHANED)
+
+
+def serve(engine: Engine, link: Link) -> None:
+    """Step the engine whenever it has work, until told to stop."""
+    live: set[str] = set()  # accepted, no terminal message sent yet
+    stats = StatsReport(engine, link)
+    while True:
+        for message in link.receive(wait=not engine.has_work and not stats.owed):
+            stats.owed = True
+            if isinstance(message, m.Submit):
+                _add(engine, link, live, message)
+            elif isinstance(message, m.Abort) and message.request_id in live:
+                last = engine.abort(message.request_id) or RequestOutput(message.request_id, "", (), "abort")
+                live.discard(message.request_id)
+                link.send(m.Outputs((last,)))
+            elif isinstance(message, m.Stop):
+                return
+        if engine.has_work:
+            outputs = tuple(output for output in engine.step() if output.request_id in live)
+            live.difference_update(output.request_id for output in outputs if output.finish_reason)
+            if outputs:
+                link.send(m.Outputs(outputs))
+            stats.owed = True
+        stats.send_when_due()
+        link.flush()
+
+
+def _add(engine: Engine, link: Link, live: set[str], submit: m.Submit) -> None:
+    try:
+        engine.add(submit.unpack())
+    except RequestError as error:
+        link.send(m.Refused(submit.request_id, error.message, error.param, error.code))
+    except Exception as error:
+        # Templates and tokenizers meet strangers' text here: what they choke on is that request's own failure.
+        log.exception("request %s could not be taken in", submit.request_id)
+        link.send(m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),)))
+    else:
+        live.add(submit.request_id)
+        link.send(m.Accepted(submit.request_id))
+
+
+class StatsReport:
+    """Sends what the engine counted: every STATS_INTERVAL while it works, and once more when it falls idle."""
+
+    def __init__(self, engine: Engine, link: Link) -> None:
+        self._engine = engine
+        self._link = link
+        self._sent_at = 0.0
+        self.owed = True
+
+    def send_when_due(self) -> None:
+        now = time.monotonic()
+        if self.owed and (not self._engine.has_work or now - self._sent_at >= STATS_INTERVAL):
+            self._link.send(m.Stats(self._engine.pop_stats()))
+            self._sent_at = now
+            self.owed = self._engine.has_work
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="service.pool.worker", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--engine", default="service.pool.worker:load_engine")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # A signal to the whole process group must not break running answers: the API process decides when to stop us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    link = Link(socket.socket(fileno=arguments.fd))
+    load = next(link.receive(wait=True))
+    try:
+        if not isinstance(load, m.Load):
+            raise TypeError(f"the first message must be Load, not {load}")
+        engine = _factory(arguments.engine)(load.options)
+    except Exception as error:
+        log.exception("loading failed")
+        link.send(m.LoadFailed(f"{type(error).__name__}: {error}"))
+        return EXIT_LOAD_FAILED
+    link.send(m.Ready(engine.info))
+    try:
+        serve(engine, link)
+    except Exception:
+        log.exception("the engine broke")
+        return EXIT_ENGINE_BROKE
+    return 0
+
+
+def _factory(dotted: str) -> Callable[[dict[str, Any]], Engine]:
+    module, _, name = dotted.partition(":")
+    factory: Callable[[dict[str, Any]], Engine] = getattr(importlib.import_module(module), name)
+    return factory
+
+
+if __name__ == "__main__":
+    # Not sys.exit: a daemon thread that still reads the socket must not delay or disturb the end.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,112 @@
+"""From what a client sent to what an engine reads: media are fetched and decoded, everything keeps its order.
+
+Knows nothing of how media are decoded, nor of engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from starlette.datastructures import UploadFile
+
+from model.request import Medium, Message
+from service.errors import BadRequest, NoCapacity, ServiceError
+from service.media import fetch
+from service.schemas.generate import GenerateRequest
+from service.schemas.openai import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
+from service.schemas.sampling import SamplingFields
+from service.state import Service
+
+
+@dataclass(frozen=True)
+class Prompt:
+    messages: tuple[Message, ...]
+    num_media: int
+    seconds: float  # spent on media
+
+
+async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
+    started = time.monotonic()
+    loads: list[Awaitable[Medium]] = []
+    places: list[tuple[int, int]] = []
+    contents: list[list[str | Medium]] = []
+    for index, message in enumerate(ask.messages):
+        contents.append([])
+        for number, part in enumerate(message.parts()):
+            if isinstance(part, TextPart):
+                contents[index].append(part.text)
+            else:
+                contents[index].append("")  # until the medium is there
+                places.append((index, number))
+                loads.append(_from_url(service, ask, part, f"messages[{index}].content[{number}]"))
+    media = await _all(loads)
+    for (index, number), medium in zip(places, media, strict=True):
+        contents[index][number] = medium
+    _check_sampling_used(ask, media)
+    messages = (Message(_role(m), tuple(parts)) for m, parts in zip(ask.messages, contents, strict=True))
+    return Prompt(tuple(messages), len(media), time.monotonic() - started)
+
+
+async def from_form(service: Service, ask: GenerateRequest, files: Sequence[UploadFile]) -> Prompt:
+    started = time.monotonic()
+    media = await _all([_from_file(service, ask, file) for file in files])
+    _check_sampling_used(ask, media)
+    text = (ask.prompt,) if ask.prompt else ()
+    return Prompt((Message("user", (*media, *text)),), len(media), time.monotonic() - started)
+
+
+async def _from_url(service: Service, ask: ChatRequest, part: ImagePart | VideoPart, param: str) -> Medium:
+    kind: Literal["image", "video"] = "image" if isinstance(part, ImagePart) else "video"
+    url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
+    started = time.monotonic()
+    try:
+        domains = service.settings.allowed_media_domains
+        data = await fetch.resolve(url, limits=service.media_limits, allowed_domains=domains)
+        return await _decode(service, ask, data, kind, started)
+    except ServiceError as error:
+        error.param = error.param or param
+        raise
+
+
+async def _from_file(service: Service, ask: GenerateRequest, file: UploadFile) -> Medium:
+    started = time.monotonic()
+    try:
+        return await _decode(service, ask, await file.read(), None, started)
+    except ServiceError as error:
+        error.param = error.param or "media"
+        raise
+
+
+async def _decode(
+    service: Service, ask: SamplingFields, data: bytes, kind: Literal["image", "video"] | None, started: float
+) -> Medium:
+    if service.decoder is None:
+        raise NoCapacity("media cannot be decoded at the moment")
+    medium = await service.decoder.decode(data, kind=kind, num_frames=ask.num_frames, fps=ask.fps)
+    service.metrics.media_done(medium.kind, time.monotonic() - started)
+    return medium
+
+
+async def _all(loads: Sequence[Awaitable[Medium]]) -> list[Medium]:
+    """All at once; the first that fails stops the others."""
+    tasks = [asyncio.ensure_future(load) for load in loads]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_sampling_used(ask: SamplingFields, media: Sequence[Medium]) -> None:
+    for name in ("num_frames", "fps"):
+        if getattr(ask, name) is not None and all(medium.kind != "video" for medium in media):
+            raise BadRequest(f"{name} is for videos, and there is none", param=name)
+
+
+def _role(message: ChatMessage) -> Literal["system", "user", "assistant"]:
+    return "system" if message.role == "developer" else message.role

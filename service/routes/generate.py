@@ -1,0 +1,74 @@
+"""POST /v1/generate: media as uploaded files, and answers that tell where each token came from.
+
+Unlike OpenAI's route it is greedy unless a `temperature` is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import prompt, stream
+from service.answer import Answer
+from service.auth import require_key
+from service.body import read_form
+from service.deps import service_of
+from service.errors import ServiceError
+from service.schemas import generate as schema
+from service.schemas.sampling import sampling_params
+from service.stream import EventStream, event, json_response
+from service.usage import speculation, timings, usage
+
+DEFAULT_TEMPERATURE = 0.0
+MAX_FIELDS = 64
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+
+
+@router.post("/generate")
+async def generate(request: Request) -> Response:
+    service = service_of(request)
+    with ExitStack() as resources:
+        answer = resources.enter_context(Answer(service, "gen-", key=request.state.key))
+        form = await read_form(request, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
+        try:
+            ask, files = schema.read(form, service.settings)
+            params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
+            preparing = prompt.from_form(service, ask, files)
+            await stream.unless_gone(request.receive, answer.begin(preparing, params, n=1, speculation=ask.speculation))
+        finally:
+            await form.close()
+        headers = {"X-Request-Id": answer.id}
+        if ask.stream:
+            return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline, headers=headers)
+        await stream.unless_gone(request.receive, answer.finish())
+        return json_response(_result(answer), headers)
+
+
+def _result(answer: Answer) -> dict[str, Any]:
+    (choice,) = answer.choices
+    return {
+        "id": answer.id,
+        "model": answer.model,
+        "text": choice.text,
+        "finish_reason": choice.finish_reason,
+        "usage": usage(answer),
+        "speculation": speculation(choice),
+        "timings": timings(answer, choice),
+    }
+
+
+async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
+    try:
+        async for _, output in answer.outputs():
+            if output.tokens or output.text:
+                yield event({"type": "token", "text": output.text, "tokens": output.tokens})
+        yield event({"type": "done", **_result(answer)})
+    except ServiceError as error:
+        yield event(error.envelope())
+        yield stream.DONE

@@ -1,0 +1,118 @@
+"""POST /v1/chat/completions and /v1/models, as OpenAI's clients expect them.
+
+What differs from OpenAI's own: `temperature` defaults to 1 as there, `seed` is drawn where it is missing, and with
+`n` choice j > 0 gets a seed derived from (seed, j), so that choice 0 is what a request without `n` would get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import prompt, stream
+from service.answer import Answer
+from service.auth import require_key
+from service.body import read_json
+from service.deps import service_of
+from service.errors import ServiceError, UnknownModel
+from service.schemas import openai
+from service.schemas.sampling import sampling_params
+from service.stream import EventStream, event, json_response
+from service.usage import usage
+
+DEFAULT_TEMPERATURE = 1.0
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    service = service_of(request)
+    with ExitStack() as resources:
+        answer = resources.enter_context(Answer(service, "chatcmpl-", key=request.state.key))
+        ask = await read_json(request, openai.ChatRequest, service.settings)
+        openai.check(ask, service.settings)
+        params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
+        n = ask.n or 1
+        answer.take_slots(n - 1)
+        preparing = prompt.from_chat(service, ask)
+        await stream.unless_gone(request.receive, answer.begin(preparing, params, n=n, speculation=ask.speculation))
+        headers = {"X-Request-Id": answer.id}
+        if ask.stream:
+            with_usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
+            events = _events(answer, with_usage=with_usage)
+            return EventStream(events, resources.pop_all(), deadline=answer.deadline, headers=headers)
+        await stream.unless_gone(request.receive, answer.finish())
+        return json_response(_completion(answer), headers)
+
+
+@router.get("/models")
+async def models(request: Request) -> Response:
+    return json_response({"object": "list", "data": [_model(request)]})
+
+
+@router.get("/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    if name != service_of(request).settings.model_name:
+        raise UnknownModel(f"the model {name[:128]!r} is not served here", param="model")
+    return json_response(_model(request))
+
+
+def _completion(answer: Answer) -> dict[str, Any]:
+    return {
+        **_head(answer, "chat.completion"),
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(answer.choices)
+        ],
+        "usage": usage(answer),
+    }
+
+
+async def _events(answer: Answer, *, with_usage: bool) -> AsyncGenerator[bytes, None]:
+    """A chunk that opens each choice, one per output, one that closes each choice; then usage, where asked for."""
+    head = _head(answer, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
+
+    def chunk(index: int, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return event({**head, "choices": [choice]})
+
+    for index in range(len(answer.choices)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    try:
+        async for index, output in answer.outputs():
+            if output.text:
+                yield chunk(index, {"content": output.text})
+            if output.finish_reason is not None:
+                yield chunk(index, {}, output.finish_reason)
+        if with_usage:
+            yield event({**head, "choices": [], "usage": usage(answer)})
+    except ServiceError as error:
+        yield event(error.envelope())
+    yield stream.DONE
+
+
+def _head(answer: Answer, kind: str) -> dict[str, Any]:
+    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
+
+
+def _model(request: Request) -> dict[str, Any]:
+    service = service_of(request)
+    info = service.pool.info
+    return {
+        "id": service.settings.model_name,
+        "object": "model",
+        "created": int(request.app.state.started),
+        "owned_by": "flashserve",
+        "max_model_len": info.max_model_len if info else None,
+    }

@@ -1,0 +1,77 @@
+"""Health, metrics and version: open to all, and quick whatever else is going on.
+
+/livez    503 only where a restart is the cure: every worker was given up
+/readyz   503 while loading, draining or without a live worker
+/health   the same as /readyz, with details for people
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+import model
+from service.deps import service_of
+from service.stream import json_response
+
+router = APIRouter()
+
+
+@router.get("/livez")
+async def livez(request: Request) -> Response:
+    beyond_hope = service_of(request).beyond_hope
+    return _status({"status": "dead" if beyond_hope else "alive"}, healthy=not beyond_hope)
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    closed = service_of(request).closed_because()
+    return _status({"status": "ready" if closed is None else closed.code}, healthy=closed is None)
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    service = service_of(request)
+    closed, info = service.closed_because(), service.pool.info
+    workers = [
+        {
+            "worker": worker.index,
+            "state": worker.state,
+            "pid": worker.pid,
+            "restarts": worker.restarts,
+            "requests": service.pool.num_at(worker),
+        }
+        for worker in service.pool.workers
+    ]
+    # Not the path it was loaded from: nobody outside need know this machine's folders.
+    engine = {name: value for name, value in asdict(info).items() if name != "model"} if info else None
+    details = {
+        "status": "ready" if closed is None else closed.code,
+        "model": service.settings.model_name,
+        "requests": service.admission.in_use,
+        "workers": workers,
+        "engine": engine,
+    }
+    return _status(details, healthy=closed is None)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(service_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/version")
+async def version() -> Response:
+    return json_response({"name": "flashserve", "version": model.__version__, "python": platform.python_version()})
+
+
+def _status(details: dict[str, Any], *, healthy: bool) -> Response:
+    response = json_response(details, {"Cache-Control": "no-store"})
+    response.status_code = 200 if healthy else 503
+    return response

@@ -1,0 +1,1 @@
+"""What clients may send, and what they get: shapes and limits of single fields, no behaviour."""

@@ -1,0 +1,127 @@
+"""The fields that both POST routes share: how tokens are chosen, and what is known but not built yet."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from model.request import RequestError, SamplingParams
+from service.errors import BadRequest, UnknownModel
+from service.settings import Settings
+
+SEED_MASK = 2**63 - 1  # engines get seeds that fit a signed 64-bit integer and are not negative
+
+# Fields of the contract, or of OpenAI's API, that are not built yet: refused unless they ask for nothing.
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+}
+
+
+class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    model: str | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] | None = None  # 0 and -1: no limit
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | list[str] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    speculation: Literal["auto", "off"] = "auto"
+    num_frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    fps: Annotated[float, msgspec.Meta(gt=0.0, le=1000.0)] | None = None
+
+    logprobs: Any = None
+    top_logprobs: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    repetition_penalty: Any = None
+    logit_bias: Any = None
+    min_tokens: Any = None
+
+    def asked_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+def refuse_not_built(ask: msgspec.Struct, not_built: dict[str, tuple[Any, ...]]) -> None:
+    for name, harmless in not_built.items():
+        value = getattr(ask, name)
+        if value is not None and _plain(value) not in harmless:
+            raise BadRequest(f"{name} is not built yet; leave it out", param=name, code="not_built")
+
+
+def _plain(value: Any) -> Any:
+    """Forms carry text: `0` and `false` in them mean what they mean in JSON."""
+    try:
+        return msgspec.json.decode(value.lower()) if isinstance(value, str) else value
+    except msgspec.DecodeError:
+        return value
+
+
+def check_model(asked: str | None, settings: Settings) -> None:
+    if asked is not None and asked != settings.model_name:
+        raise UnknownModel(f"the model {asked[:128]!r} is not served here; GET /v1/models lists what is", param="model")
+
+
+def check_prompt_chars(number: int, settings: Settings, *, param: str) -> None:
+    if number > settings.max_prompt_chars:
+        raise BadRequest(
+            f"the prompt has {number} characters; at most {settings.max_prompt_chars} are allowed",
+            param=param,
+            code="prompt_too_long",
+        )
+
+
+def check_video_sampling(ask: SamplingFields, settings: Settings) -> None:
+    if ask.num_frames is not None and ask.fps is not None:
+        raise BadRequest("give num_frames or fps, not both", param="fps")
+    if ask.num_frames is not None and ask.num_frames > settings.max_frames:
+        raise BadRequest(f"num_frames must be at most {settings.max_frames}", param="num_frames")
+
+
+def sampling_params(ask: SamplingFields, settings: Settings, *, default_temperature: float) -> SamplingParams:
+    """What the engine gets, for the first choice. Without a seed, one is drawn: answers then differ each time."""
+    max_tokens = ask.asked_max_tokens() or settings.default_max_tokens
+    if max_tokens > settings.max_new_tokens:
+        raise BadRequest(f"max_tokens must be at most {settings.max_new_tokens}", param="max_tokens")
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=default_temperature if ask.temperature is None else ask.temperature,
+            top_p=1.0 if ask.top_p is None else ask.top_p,
+            top_k=max(0, ask.top_k or 0),
+            min_p=ask.min_p or 0.0,
+            seed=(secrets.randbits(63) if ask.seed is None else ask.seed) & SEED_MASK,
+            stop=_stop_strings(ask.stop, settings),
+            ignore_eos=bool(ask.ignore_eos),
+        )
+    except RequestError as error:
+        raise BadRequest(error.message, param=error.param, code=error.code) from None
+
+
+def seed_of_choice(seed: int, choice: int) -> int:
+    """Choice 0 has the request's own seed, so that `n` does not change it; the others have seeds of their own."""
+    if choice == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & SEED_MASK
+
+
+def _stop_strings(stop: str | list[str] | None, settings: Settings) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > settings.max_stop:
+        raise BadRequest(f"at most {settings.max_stop} stop strings are allowed", param="stop")
+    if any(not 0 < len(string) <= settings.max_stop_chars for string in strings):
+        raise BadRequest(f"a stop string must have 1 to {settings.max_stop_chars} characters", param="stop")
+    return strings

@@ -1,0 +1,137 @@
+"""Every knob of the service: one frozen object, read once at start from the command line and `FLASH_*` variables.
+
+A field here is an option of `flashserve serve` and an environment variable by the same name; its description is
+the help text. Nothing here knows what the values are used for, and nothing reads the environment later.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024 * 1024
+DRAFTERS_TO_COME = ("eagle", "medusa", "ngram")
+
+
+def option(panel: str, default: Any, description: str, *, hidden: bool = False, **bounds: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"panel": panel, "hidden": hidden}, **bounds)
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="FLASH_", frozen=True, extra="forbid", protected_namespaces=())
+
+    # The model and where it runs
+    model: str = option("Model", "demo", "Path or id of the target model; 'demo' is the bundled one.", min_length=1)
+    draft: str | None = option("Model", None, "Path of the FLASH draft; without it, the one beside the target.")
+    drafter: Literal["auto", "flash", "eagle", "medusa", "ngram", "off"] = option(
+        "Model", "auto", "How tokens are drafted: auto (flash where there is a draft), flash, off."
+    )
+    served_model_name: str | None = option("Model", None, "The name that clients use; by default the model's own.")
+    device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker on each of these.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("Model", "auto", "What the model computes in.")
+    workers: int = option("Model", 1, "Engine processes that share the CPU (on GPUs: one per device).", ge=1, le=64)
+    threads: int | None = option("Model", None, "CPU threads per worker; by default cores / workers.", ge=1)
+    max_num_seqs: int = option("Model", 16, "Sequences that a worker decodes in one batch.", ge=1, le=1024)
+    max_model_len: int | None = option(
+        "Model", None, "Prompt and answer together, tokens; by default the model's.", ge=16
+    )
+    kv_cache_bytes: int | None = option(
+        "Model", None, "KV memory per worker, bytes; by default the engine's choice.", ge=1
+    )
+
+    # Where it listens and who may ask
+    host: str = option("HTTP", "127.0.0.1", "Address to listen on.")
+    port: int = option("HTTP", 8000, "Port to listen on; 0 picks a free one.", ge=0, le=65535)
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = option(
+        "HTTP", (), "Keys of which each /v1 request must carry one (comma-separated); none: open to all."
+    )
+    allowed_media_domains: Annotated[tuple[str, ...], NoDecode] = option(
+        "HTTP", (), "Domains from which http(s) media may be fetched (comma-separated); none: no fetching."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = option("HTTP", "info", "How much is logged.")
+
+    # What one request may ask for
+    max_header_bytes: int = option("Limits", 32 * 1024, "Bytes of request line and headers.", ge=1024)
+    max_body_bytes: int = option("Limits", 64 * MIB, "Bytes of a request's body.", ge=1024)
+    max_media: int = option("Limits", 8, "Images and videos per request.", ge=0)
+    max_media_bytes: int = option("Limits", 32 * MIB, "Bytes of one image or video, encoded.", ge=1)
+    max_pixels: int = option("Limits", 50_000_000, "Pixels of one image, as sent.", ge=1)
+    max_video_pixels: int = option("Limits", 4096 * 2304, "Pixels of one frame of a video, as sent.", ge=1)
+    max_video_seconds: float = option("Limits", 600.0, "Seconds that a video may last.", gt=0)
+    max_frames: int = option("Limits", 32, "Frames sampled from one video.", ge=1)
+    max_prompt_chars: int = option("Limits", 32_768, "Characters of text per request.", ge=1)
+    max_messages: int = option("Limits", 64, "Chat messages per request.", ge=1)
+    max_new_tokens: int = option("Limits", 2048, "The largest max_tokens a request may ask for.", ge=1)
+    default_max_tokens: int = option("Limits", 256, "max_tokens where a request does not say.", ge=1)
+    max_n: int = option("Limits", 8, "Choices per request.", ge=1)
+    max_stop: int = option("Limits", 8, "Stop strings per request.", ge=0)
+    max_stop_chars: int = option("Limits", 128, "Characters of one stop string.", ge=1)
+    max_waiting: int = option("Limits", 64, "Requests that may wait beyond those decoded; then 503.", ge=0)
+    max_requests_per_key: int | None = option("Limits", None, "Requests that one API key may have inside.", ge=1)
+    body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive.", gt=0)
+    request_timeout: float = option("Limits", 300.0, "Seconds for a whole request.", gt=0)
+
+    # Keeping it up
+    media_workers: int = option("Processes", 2, "Child processes that decode media.", ge=1, le=64)
+    media_timeout: float = option("Processes", 20.0, "Seconds for decoding one image or video.", gt=0)
+    fetch_timeout: float = option("Processes", 10.0, "Seconds for fetching one image or video by URL.", gt=0)
+    media_memory_bytes: int = option("Processes", 1536 * MIB, "Address space of one decoding child.", ge=384 * MIB)
+    load_timeout: float = option("Processes", 900.0, "Seconds for a worker to load its model.", gt=0)
+    stall_timeout: float = option("Processes", 120.0, "Seconds of silence after which a busy worker is killed.", gt=0)
+    max_worker_restarts: int = option("Processes", 8, "Deaths in a row after which a worker is given up.", ge=0)
+    max_request_retries: int = option("Processes", 2, "Times a request is taken up again after its worker died.", ge=0)
+    drain_timeout: float = option("Processes", 30.0, "Seconds that running answers get at shutdown.", ge=0)
+    engine: str = option(
+        "Processes", "service.pool.worker:load_engine", "Engine factory, as module:callable.", hidden=True
+    )
+
+    @field_validator("api_key", "allowed_media_domains", mode="before")
+    @classmethod
+    def split_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("drafter")
+    @classmethod
+    def drafter_is_built(cls, value: str) -> str:
+        if value in DRAFTERS_TO_COME:
+            raise ValueError(f"the drafter {value!r} is not built yet; choose auto, flash or off")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def device_is_known(cls, value: str) -> str:
+        kind, _, indices = value.partition(":")
+        if value not in ("auto", "cpu", "cuda") and not (
+            kind == "cuda" and all(index.isdecimal() for index in indices.split(","))
+        ):
+            raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:0,1")
+        return value
+
+    @model_validator(mode="after")
+    def parts_agree(self) -> Self:
+        if "," in self.device and self.workers != 1:
+            raise ValueError("workers: with a list of devices there is one worker per device; leave workers out")
+        if self.default_max_tokens > self.max_new_tokens:
+            raise ValueError("default_max_tokens: must not exceed max_new_tokens")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients see: never a path of this machine."""
+        return self.served_model_name or Path(self.model).name
+
+    def engine_options(self) -> list[dict[str, Any]]:
+        """One set of engine options per worker; `None` leaves a choice to the engine and is left out."""
+        kind, _, indices = self.device.partition(":")
+        devices = [f"{kind}:{index}" for index in indices.split(",")] if indices else [self.device] * self.workers
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
+        shared = {
+            name: getattr(self, name)
+            for name in ("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes")
+        }
+        options = [{**shared, "device": device, "threads": threads} for device in devices]
+        return [{name: value for name, value in each.items() if value is not None} for each in options]

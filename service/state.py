@@ -1,0 +1,141 @@
+"""The service as one object: its parts, whether it takes requests, and how it opens, drains and closes.
+
+Knows nothing of HTTP; routes ask it, the server drives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from service.admission import Admission
+from service.errors import NoCapacity
+from service.log import fields
+from service.media import MediaDecoder, MediaLimits
+from service.metrics import Metrics
+from service.pool.pool import Pool
+from service.pool.supervisor import WorkerPlan
+from service.settings import Settings
+
+log = logging.getLogger("flashserve")
+
+
+class Service:
+    def __init__(self, settings: Settings, on_fatal: Callable[[str], None]) -> None:
+        """`on_fatal`: called once, with the reason, where the model cannot be loaded at all."""
+        self.settings = settings
+        self.metrics = Metrics(settings.model_name)
+        self.media_limits = _media_limits(settings)
+        self.decoder: MediaDecoder | None = None  # from the moment the target's geometry is known
+        self.draining = False
+        self.pool = Pool(_plans(settings), max_request_retries=settings.max_request_retries, observer=self.metrics)
+        self.admission = Admission(self._capacity, self.closed_because, settings.max_requests_per_key)
+        self.metrics.watch_unassigned(self._num_unassigned)
+        self._on_fatal = on_fatal
+        self._opening: asyncio.Task[None] | None = None
+
+    # Whether it takes requests
+
+    def closed_because(self) -> NoCapacity | None:
+        """Why no request can be taken now; None where it can."""
+        if self.draining:
+            return NoCapacity("the server is shutting down", code="draining", retry_after=5.0)
+        if self.pool.info is None or self.decoder is None:
+            return NoCapacity("the model is loading", code="loading", retry_after=5.0)
+        if not self.pool.ready_workers:
+            return NoCapacity("no worker is up at the moment", code="no_worker", retry_after=2.0)
+        return None
+
+    @property
+    def beyond_hope(self) -> bool:
+        """Only a restart of the whole service can help."""
+        return self.pool.beyond_hope
+
+    def _capacity(self) -> int:
+        decoded_at_once = sum(worker.info.max_num_seqs for worker in self.pool.ready_workers if worker.info)
+        return decoded_at_once + self.settings.max_waiting
+
+    def _num_unassigned(self) -> int:
+        return max(0, self.admission.in_use - self.pool.num_generations + self.pool.num_parked)
+
+    # Its life
+
+    def start(self) -> None:
+        self.pool.start()
+        self._opening = asyncio.create_task(self._open())
+
+    async def drain(self) -> None:
+        """Take nothing new, and let what runs finish, for as long as settings allow."""
+        self.draining = True
+        log.info("draining: %d requests are running", self.admission.in_use)
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self.admission.emptied()
+        except TimeoutError:
+            log.warning("%d requests did not end in time", self.admission.in_use)
+            self.pool.fail_all(NoCapacity("the server is shutting down", code="draining", retry_after=5.0))
+
+    async def stop(self) -> None:
+        self.draining = True
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.gather(self._opening, return_exceptions=True)
+        await self.pool.stop()
+        if self.decoder is not None:
+            await self.decoder.close()
+
+    async def _open(self) -> None:
+        """Wait for the first worker: only it knows the geometry that media are decoded to."""
+        while self.pool.info is None:
+            await self.pool.has_news.wait()
+            self.pool.has_news.clear()
+            if self.pool.beyond_hope:
+                self._on_fatal(self.pool.load_error or "the workers died while they loaded the model")
+                return
+        info = self.pool.info
+        decoder = MediaDecoder(self.media_limits, info.geometry, self.settings.media_workers)
+        try:
+            await decoder.start()
+        except RuntimeError as error:
+            self._on_fatal(str(error))
+            return
+        self.decoder = decoder
+        log.info(
+            "ready %s",
+            fields(
+                model=self.settings.model_name,
+                device=info.device,
+                dtype=info.dtype,
+                drafter=info.drafter,
+                max_model_len=info.max_model_len,
+                max_num_seqs=info.max_num_seqs,
+            ),
+        )
+
+
+def _plans(settings: Settings) -> list[WorkerPlan]:
+    return [
+        WorkerPlan(
+            engine=settings.engine,
+            options=options,
+            load_timeout=settings.load_timeout,
+            stall_timeout=settings.stall_timeout,
+            max_restarts=settings.max_worker_restarts,
+        )
+        for options in settings.engine_options()
+    ]
+
+
+def _media_limits(settings: Settings) -> MediaLimits:
+    return MediaLimits(
+        max_bytes=settings.max_media_bytes,
+        max_pixels=settings.max_pixels,
+        max_video_pixels=settings.max_video_pixels,
+        max_video_seconds=settings.max_video_seconds,
+        max_frames=settings.max_frames,
+        decode_seconds=settings.media_timeout,
+        cpu_seconds=max(1, round(settings.media_timeout)),
+        memory_bytes=settings.media_memory_bytes,
+        fetch_seconds=settings.fetch_timeout,
+    )

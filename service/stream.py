@@ -1,0 +1,82 @@
+"""Sending answers while watching for clients that leave: one waiting pattern, and server-sent events.
+
+Knows nothing of what is in an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import ExitStack, aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+SLOW_READER_GRACE = 2.0  # seconds past the deadline that a client gets to take the last event
+
+Result = TypeVar("Result")
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do the work, or drop it as soon as the client has left. The body must have been read before."""
+    doing = asyncio.create_task(work)
+    watching = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return doing.result()
+    finally:
+        doing.cancel()
+        watching.cancel()
+        await asyncio.gather(doing, watching, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends events as they come; `resources` are let go at the end, however it comes."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        resources: ExitStack,
+        *,
+        deadline: float,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(headers=headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self.headers["content-type"] = "text/event-stream; charset=utf-8"
+        del self.headers["content-length"]
+        self._events = events
+        self._resources = resources
+        self._deadline = deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        # A client that left, or that does not read, is not told anything more: the connection just ends.
+        with suppress(ClientDisconnect, TimeoutError), self._resources:
+            async with asyncio.timeout_at(self._deadline + SLOW_READER_GRACE):
+                await unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for chunk in events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,199 @@
+"""A stand-in for `model.engine.Engine`: the same interface, no tensors, text that depends on the request alone.
+
+Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th token of that request, but only where no
+process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
+taken in; "FAIL" ends the request with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
+text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD, FAKE_CRASH_DIR.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Geometry,
+    Medium,
+    Request,
+    RequestError,
+    RequestOutput,
+    RequestStats,
+    Token,
+)
+
+MAX_PROMPT_TOKENS = 2000
+BLOCK = 4  # tokens of a step with speculation: three from the draft, one from the target
+
+
+def load(options: dict[str, Any]) -> FakeEngine:
+    time.sleep(float(os.environ.get("FAKE_LOAD_DELAY", "0")))
+    if os.environ.get("FAKE_FAIL_LOAD"):
+        raise ValueError("model: there is no checkpoint at this path")
+    return FakeEngine(options)
+
+
+def answer_words(request: Request) -> list[str]:
+    """What the fake says to a request: as many words as max_tokens allow, or 40, then an end."""
+    digest = hashlib.sha256()
+    for message in request.messages:
+        digest.update(message.role.encode())
+        for part in message.content:
+            digest.update(part.frames.tobytes() if isinstance(part, Medium) else part.encode())
+    digest.update(repr((request.params.temperature, request.params.seed if request.params.temperature else 0)).encode())
+    state = int.from_bytes(digest.digest()[:8], "big")
+    words = []
+    for position in range(request.params.max_tokens):
+        if not request.params.ignore_eos and position >= 40:
+            break
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        words.append(f"w{state >> 54} ")
+    return words
+
+
+@dataclass
+class Sequence:
+    request: Request
+    words: list[str]
+    text: str  # of the prompt
+    added: float
+    said: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted: int = 0
+    first: float | None = None
+    text_said: str = field(default="")
+
+
+class FakeEngine:
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.delay = float(os.environ.get("FAKE_DELAY", "0.002"))
+        self.crash_dir = Path(os.environ.get("FAKE_CRASH_DIR", "/nonexistent"))
+        self.info = EngineInfo(
+            model="fake",
+            device=str(options["device"]),
+            dtype="float32",
+            drafter="flash",
+            max_model_len=4096,
+            max_num_seqs=int(options["max_num_seqs"]),
+            tokens_per_image=16,
+            geometry=Geometry(exact=None, shortest_edge=64, crop=(64, 64), resample=3, default_num_frames=4),
+        )
+        self.sequences: dict[str, Sequence] = {}
+        self._counts: dict[str, int] = {}
+        self._lengths: list[int] = []
+        self._sizes: list[int] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def add(self, request: Request) -> None:
+        text = " ".join(part for m in request.messages for part in m.content if isinstance(part, str))
+        if len(text.split()) > MAX_PROMPT_TOKENS:
+            raise RequestError("the prompt is too long for the model", param="messages", code="context_length_exceeded")
+        if "CHOKE" in text:
+            raise KeyError("a template's own trouble")
+        self.sequences[request.request_id] = Sequence(request, answer_words(request), text, time.monotonic())
+        self._count(prompt_tokens=len(text.split()))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        gone = self.sequences.pop(request_id, None)
+        return None if gone is None else RequestOutput(request_id, "", (), "abort")
+
+    def step(self) -> list[RequestOutput]:
+        time.sleep(self.delay)
+        running = list(self.sequences.values())[: self.info.max_num_seqs]
+        self._sizes.append(len(running))
+        return [self._advance(sequence) for sequence in running]
+
+    def pop_stats(self) -> EngineStats:
+        running = min(len(self.sequences), self.info.max_num_seqs)
+        stats = EngineStats(
+            running=running,
+            waiting=len(self.sequences) - running,
+            kv_cache_usage=running / self.info.max_num_seqs,
+            acceptance_lengths=tuple(self._lengths),
+            batch_sizes=tuple(self._sizes),
+            accepted_per_position=(self._counts.get("drafts", 0),) * (BLOCK - 1),
+            step_seconds=(("verify", self.delay),) if self._sizes else (),
+            **self._counts,
+        )
+        self._counts, self._lengths, self._sizes = {}, [], []
+        return stats
+
+    def _advance(self, s: Sequence) -> RequestOutput:
+        self._misbehave(s)
+        if "FAIL" in s.text:
+            del self.sequences[s.request.request_id]
+            return RequestOutput(s.request.request_id, "", (), "error", error="secret details of /a/path")
+        size = BLOCK if s.request.speculation and s.said else 1
+        words = s.words[s.said : s.said + size]
+        tokens = []
+        for place, word in enumerate(words):
+            word = f"p{os.getpid()} " if "DIVERGE" in s.text else word
+            tokens.append(Token(_id(word), word, "draft" if place < size - 1 else "target"))
+        if size > 1:
+            s.drafts += 1
+            s.draft_tokens += 7
+            s.accepted += len(words) - 1
+            self._count(drafts=1, draft_tokens=7, accepted_tokens=len(words) - 1)
+            self._lengths.append(len(words))
+        s.said += len(words)
+        s.first = s.first or time.monotonic()
+        self._count(generation_tokens=len(words))
+        return self._output(s, tokens)
+
+    def _output(self, s: Sequence, tokens: list[Token]) -> RequestOutput:
+        said, text = s.text_said + "".join(token.text for token in tokens), "".join(token.text for token in tokens)
+        cut = min((at for stop in s.request.params.stop if (at := said.find(stop)) >= 0), default=None)
+        reason: FinishReason | None = None
+        if cut is not None:
+            text, reason = text[: max(0, cut - len(s.text_said))], "stop"
+        elif s.said == len(s.words):
+            reason = "length" if s.said == s.request.params.max_tokens else "stop"
+        s.text_said = said
+        stats = None
+        if reason:
+            del self.sequences[s.request.request_id]
+            assert s.first is not None
+            stats = RequestStats(
+                prompt_tokens=len(s.text.split()),
+                completion_tokens=s.said,
+                drafts=s.drafts,
+                draft_tokens=s.draft_tokens,
+                accepted_tokens=s.accepted,
+                queue=0.0,
+                time_to_first_token=s.first - s.added,
+                decode=time.monotonic() - s.first,
+            )
+        return RequestOutput(s.request.request_id, text, tuple(tokens), reason, stats)
+
+    def _misbehave(self, s: Sequence) -> None:
+        crash = re.search(r"CRASH AT (\d+)", s.text)
+        if crash and s.said >= int(crash[1]):
+            marker = self.crash_dir / hashlib.sha256(s.text.encode()).hexdigest()
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        if "ALWAYS CRASH" in s.text:
+            raise RuntimeError("the engine is broken")
+        if "HANG" in s.text:
+            time.sleep(3600)
+
+    def _count(self, **counts: int) -> None:
+        for name, number in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + number
+
+
+def _id(word: str) -> int:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:3], "big")

@@ -1,0 +1,220 @@
+"""Small parts without processes: replayed streams, slots, settings, seeds, the rate gauge, messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.request import EngineStats, Medium, Message, RequestOutput, RequestStats, SamplingParams, Token
+from service.admission import Admission
+from service.errors import EngineFailure, KeyLimit, NoCapacity, ServiceError
+from service.metrics import Metrics
+from service.pool import messages as m
+from service.pool.generation import Event, Generation
+from service.schemas.sampling import seed_of_choice
+from service.settings import Settings
+
+# -- replay
+
+
+def output(ids: list[int], text: str | None = None, finish: Any = None) -> RequestOutput:
+    tokens = tuple(Token(i, f"t{i} ", "target") for i in ids)
+    said = "".join(token.text for token in tokens) if text is None else text
+    return RequestOutput("r", said, tokens, finish, RequestStats(1, 9, 0, 0, 0, 0, 0, 0) if finish else None)
+
+
+@pytest.fixture
+def delivered() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def generation(delivered: list[Event]) -> Generation:
+    generation = Generation(m.Submit("r", (), SamplingParams(), True), delivered.append)
+    generation.begin_attempt()
+    return generation
+
+
+@pytest.mark.parametrize("chunks", [[[1, 2, 3, 4, 5, 6]], [[1], [2], [3], [4], [5], [6]], [[1, 2], [3, 4, 5], [6]]])
+def test_a_replay_in_other_pieces_goes_on_where_the_stream_was(
+    generation: Generation, delivered: list[Event], chunks: list[list[int]]
+) -> None:
+    generation.accept(m.Accepted("r"))
+    generation.feed(output([1, 2, 3]))
+    generation.feed(output([4]))
+    generation.begin_attempt()
+    generation.accept(m.Accepted("r"))
+    for chunk in chunks:
+        generation.feed(output(chunk))
+    generation.feed(output([7], finish="stop"))
+    outputs = [event for event in delivered if isinstance(event, RequestOutput)]
+    assert sum(isinstance(event, m.Accepted) for event in delivered) == 1
+    assert [token.id for one in outputs for token in one.tokens] == [1, 2, 3, 4, 5, 6, 7]
+    assert "".join(one.text for one in outputs) == generation.text == "t1 t2 t3 t4 t5 t6 t7 "
+    assert all(one.tokens or one.text for one in outputs)
+    assert generation.finished
+
+
+def test_text_held_back_at_the_death_is_neither_lost_nor_doubled(
+    generation: Generation, delivered: list[Event]
+) -> None:
+    """Text and tokens do not keep step: the text of a token may come later, or with another one's."""
+    generation.feed(output([1, 2], text="t1 "))
+    generation.begin_attempt()
+    generation.feed(output([1], text=""))
+    generation.feed(output([2, 3], text="t1 t2 t3 "))
+    outputs = [event for event in delivered if isinstance(event, RequestOutput)]
+    assert [one.text for one in outputs] == ["t1 ", "t2 t3 "]
+    assert [token.id for one in outputs for token in one.tokens] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("replay", [output([1, 9]), output([1, 2], text="tX t2 ")])
+def test_a_replay_that_differs_ends_with_an_error(
+    generation: Generation, delivered: list[Event], replay: RequestOutput
+) -> None:
+    generation.feed(output([1, 2, 3]))
+    generation.begin_attempt()
+    generation.feed(replay)
+    generation.feed(output([3, 4]))
+    assert isinstance(delivered[-1], EngineFailure)
+    assert len(delivered) == 2, "after an error nothing more is said"
+
+
+# -- admission
+
+
+def test_slots_are_counted_for_all_and_for_each_key() -> None:
+    closed: list[NoCapacity] = []
+    admission = Admission(lambda: 4, lambda: closed[0] if closed else None, per_key=2)
+    first = admission.enter("a")
+    first.take(1)
+    with pytest.raises(KeyLimit):
+        admission.enter("a")
+    others = [admission.enter(None), admission.enter("b")]
+    with pytest.raises(NoCapacity) as full:
+        others[0].take(1)
+    assert (full.value.code, admission.in_use) == ("queue_full", 4)
+    first.give_back(1)
+    first.release()
+    first.release()
+    assert admission.in_use == 2
+    closed.append(NoCapacity("draining", retry_after=7))
+    with pytest.raises(NoCapacity) as draining:
+        admission.enter("a")
+    assert draining.value.headers() == {"Retry-After": "7"}
+
+
+# -- settings and the command line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("port", "70000", "less than or equal to 65535"),
+        ("workers", "0", "greater than or equal to 1"),
+        ("drafter", "eagle", "not built yet"),
+        ("drafter", "magic", "Input should be"),
+        ("device", "tpu", "none of auto, cpu, cuda"),
+        ("max_waiting", "many", "valid integer"),
+        ("dtype", "int4", "Input should be"),
+    ],
+)
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_bad_values_stop_the_start_and_name_the_setting(name: str, value: str, says: str, way: str) -> None:
+    option, variable = f"--{name.replace('_', '-')}", f"FLASH_{name.upper()}"
+    command = [sys.executable, "-m", "service.cli", "serve", *([option, value] if way == "option" else [])]
+    env = {"PATH": "/usr/bin"} | ({variable: value} if way == "variable" else {})
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=30)
+    assert done.returncode == 2
+    assert option in done.stderr
+    assert variable in done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_setting_is_an_option_with_a_description() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "service.cli", "serve", "--help"],
+        env={"PATH": "/usr/bin", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=30,
+    )
+    assert done.returncode == 0
+    for name, field in Settings.model_fields.items():
+        assert field.description
+        if name != "engine":
+            assert f"--{name.replace('_', '-')}" in done.stdout
+            assert f"FLASH_{name.upper()}" in done.stdout
+
+
+def test_devices_and_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    on_cpu = Settings(device="cpu", workers=2).engine_options()
+    assert [(one["device"], one["threads"]) for one in on_cpu] == [("cpu", 4), ("cpu", 4)]
+    assert [one["device"] for one in Settings(device="cuda:0,2").engine_options()] == ["cuda:0", "cuda:2"]
+    assert Settings(threads=3).engine_options()[0]["threads"] == 3
+    assert "draft" not in Settings().engine_options()[0], "what is not set is the engine's to choose"
+
+
+def test_clients_never_see_the_path_of_a_model() -> None:
+    assert Settings().model_name == "demo"
+    assert Settings(model="/srv/models/llava-7b").model_name == "llava-7b"
+    assert Settings(model="/srv/models/llava-7b", served_model_name="vlm").model_name == "vlm"
+
+
+def test_keys_do_not_show_in_what_settings_print() -> None:
+    assert "hunter2" not in repr(Settings.model_validate({"api_key": "hunter2,other"}))
+
+
+# -- the rest
+
+
+def test_seeds_of_choices_are_stable_and_apart() -> None:
+    assert seed_of_choice(7, 0) == 7
+    seeds = [seed_of_choice(seed, choice) for seed in (0, 7) for choice in range(50)]
+    assert len(set(seeds)) == 100
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of_choice(7, 1) == 6064367806889537054, "a released derivation must never change"
+
+
+def test_the_rate_falls_to_zero_when_nothing_happens() -> None:
+    now = [100.0]
+    metrics = Metrics("demo", clock=lambda: now[0])
+    for tokens in (50, 0, 150):
+        metrics.engine_stats(0, EngineStats(running=1, waiting=0, kv_cache_usage=0.5, generation_tokens=tokens))
+        now[0] += 4
+    assert metrics.tokens_per_second() == 15.0, "the first 50 are more than 10 s old"
+    now[0] += 10
+    assert b'flash_tokens_per_second{model="demo"} 0.0' in metrics.render()
+
+
+def test_media_cross_the_socket_unchanged() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    message = m.WireMessage.pack(Message("user", ("before", Medium("video", frames[:, ::-1]), "after")))
+    sent = m.frame(m.Submit("r", (message,), SamplingParams(stop=("x",), seed=2**63 - 1), False))
+    received = m.to_worker.decode(sent[m.HEADER_BYTES :])
+    assert isinstance(received, m.Submit)
+    request = received.unpack()
+    before, medium, after = request.messages[0].content
+    assert isinstance(medium, Medium)
+    assert (before, after, medium.kind) == ("before", "after", "video")
+    assert np.array_equal(medium.frames, frames[:, ::-1])
+    assert (request.params, request.speculation) == (SamplingParams(stop=("x",), seed=2**63 - 1), False)
+
+
+def test_every_error_has_a_status_a_type_and_the_envelope() -> None:
+    def tree(cls: type[ServiceError]) -> list[type[ServiceError]]:
+        return [cls, *(leaf for child in cls.__subclasses__() for leaf in tree(child))]
+
+    for cls in tree(ServiceError):
+        error = cls("message", param="p")
+        assert 400 <= cls.status < 600
+        assert cls.status != 422
+        assert error.envelope()["error"]["param"] == "p"

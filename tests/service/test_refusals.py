@@ -1,0 +1,290 @@
+"""What a server does not take, and how it says so: OpenAI's envelope, the right status, the field's name."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from service.app import create_app
+from service.settings import Settings
+from tests.service.conftest import StartServer
+from tests.service.server import Server, chat_body
+
+
+def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def png(width: int = 60, height: int = 40) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "green").save(file, "PNG")
+    return file.getvalue()
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -5}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 2**70}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 10_000}, "n"),
+        ({"stop": ["a"] * 100}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": "x" * 1000}, "stop"),
+        ({"messages": []}, "messages"),
+        ({"messages": [USER] * 1000}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [USER, {"role": "user", "content": [{"type": "sound"}]}]}, "messages[1].content[0].type"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x" * 40_000}]}, "messages"),
+        ({"speculation": "on"}, "speculation"),
+        ({"num_frames": 4, "fps": 1}, "fps"),
+        ({"num_frames": 4}, "num_frames"),
+        ({"num_frames": 10_000}, "num_frames"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"colour": "red"}, "colour"),
+        ({"chat_template_kwargs": {}}, "chat_template_kwargs"),
+    ],
+)
+def test_wrong_fields_are_named(server: Server, fields: dict[str, Any], param: str) -> None:
+    error = refusal(server.chat(**fields), 400)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"logprobs": True},
+        {"top_logprobs": 3},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -0.5},
+        {"repetition_penalty": 1.2},
+        {"logit_bias": {"5": 10}},
+        {"min_tokens": 4},
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_object"}},
+        {"modalities": ["audio"]},
+        {"reasoning_effort": "low"},
+    ],
+)
+def test_what_is_not_built_yet_is_refused_and_not_ignored(server: Server, field: dict[str, Any]) -> None:
+    (name,) = field
+    error = refusal(server.chat(**field), 400)
+    assert (error["param"], error["code"]) == (name, "not_built")
+    if name in ("logprobs", "min_tokens", "logit_bias"):
+        value = json.dumps(field[name])
+        assert refusal(server.http.post("/v1/generate", data={"prompt": "x", name: value}), 400)["code"] == "not_built"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"nope", b"[1]", b'"x"', b"\xff\xfe", b'{"messages":"\\ud800"}', b'{"logit_bias":' + b"[" * 10**5],
+)
+def test_bodies_that_are_no_request_are_a_400(server: Server, body: bytes) -> None:
+    refusal(server.http.post("/v1/chat/completions", content=body), 400)
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("data:image/png;base64,AAAA", 415),
+        ("data:image/png;base64,", 400),
+        ("data:image/png;base64,!!!", 400),
+        ("http://169.254.169.254/latest", 400),
+        ("https://example.com/a.png", 400),
+        ("file:///etc/passwd", 400),
+        ("", 400),
+    ],
+)
+def test_media_that_cannot_be_had_are_refused_and_named(server: Server, url: str, status: int) -> None:
+    error = refusal(server.http.post("/v1/chat/completions", json=image(url)), status)
+    assert error["param"] == "messages[0].content[0]"
+    assert "passwd" not in error["message"]
+
+
+def test_media_belong_to_users(server: Server) -> None:
+    body = image("data:,")
+    body["messages"][0]["role"] = "system"
+    assert refusal(server.http.post("/v1/chat/completions", json=body), 400)["param"] == "messages[0].content"
+
+
+def test_too_many_media_are_refused_before_any_is_looked_at(server: Server) -> None:
+    body = image("nonsense")
+    body["messages"][0]["content"] *= 100
+    assert refusal(server.http.post("/v1/chat/completions", json=body), 400)["code"] == "too_many_media"
+    files = [("media", ("x", b"nonsense"))] * 9
+    assert refusal(server.http.post("/v1/generate", data={"prompt": "x"}, files=files), 400)["code"] == "too_many_media"
+
+
+@pytest.mark.parametrize(
+    ("data", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x" * 40_000}, "prompt"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature"),
+        ({"prompt": "x", "temperature": "nan"}, "temperature"),
+        ({"prompt": "x", "max_tokens": "1e9"}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": "99999999"}, "max_tokens"),
+        ({"prompt": "x", "n": "2"}, "n"),
+        ({"prompt": "x", "stream": "maybe"}, "stream"),
+        ({"prompt": ["x", "y"]}, "prompt"),
+        ({"prompt": "x", "media": "not a file"}, "media"),
+        ({"prompt": "x", "colour": "red"}, "colour"),
+        ({"prompt": "x", "fps": "1"}, "fps"),
+        ({"prompt": "x", "model": "gpt-4"}, "model"),
+    ],
+)
+def test_wrong_form_fields_are_named(server: Server, data: dict[str, Any], param: str) -> None:
+    response = server.http.post("/v1/generate", data=data, files={"ignored": b""} if not data else None)
+    assert refusal(response, 404 if param == "model" else 400)["param"] == (param if data else "ignored")
+
+
+def test_the_native_route_wants_a_form(server: Server) -> None:
+    assert refusal(server.http.post("/v1/generate", json={"prompt": "x"}), 400)["param"] == "content-type"
+    for body, kind in ((b"--x\r\nnonsense", "multipart/form-data; boundary=x"), (b"", "multipart/form-data")):
+        refusal(server.http.post("/v1/generate", content=body, headers={"content-type": kind}), 400)
+
+
+def test_text_that_is_no_unicode_is_refused_and_leaves_nothing_behind(server: Server) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\\ud800\r\n--x--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=raw_unicode_escape"}
+    assert refusal(server.http.post("/v1/generate", content=body, headers=headers), 400)["code"] == "invalid_text"
+    assert server.health()["workers"][0]["requests"] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "status"), [(b"", 400), (b"plain text", 415), (png()[:60], 400), (png(1, 1), 400), (png(20, 60_000), 413)]
+)
+def test_files_that_are_no_good_are_refused(server: Server, data: bytes, status: int) -> None:
+    response = server.http.post("/v1/generate", data={"prompt": "x"}, files={"media": ("a.png", data, "image/png")})
+    assert refusal(response, status)["param"] == "media"
+
+
+def test_unknown_routes_and_methods_have_the_envelope_too(server: Server) -> None:
+    assert refusal(server.http.get("/v1/nothing"), 404)["code"] == "not_found"
+    assert refusal(server.http.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+    assert refusal(server.http.get("/static/../settings.py"), 404)["code"] == "not_found"
+    assert refusal(server.http.get("/static/%2e%2e%2fsettings.py"), 404)["code"] == "not_found"
+
+
+def test_a_body_over_the_limit_is_a_413_declared_or_not(start_server: StartServer) -> None:
+    server = start_server(max_body_bytes=2_000_000, max_media_bytes=500_000)
+    big = b"x" * 8_000_000
+    for path, kind in (
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/generate", "multipart/form-data; boundary=x"),
+    ):
+        headers = {"content-type": kind}
+        assert refusal(server.http.post(path, content=big, headers=headers), 413)["code"] == "body_too_large"
+        pieces = (big[i : i + 100_000] for i in range(0, len(big), 100_000))
+        prefix = (
+            b'{"messages":"'
+            if "json" in kind
+            else b'--x\r\nContent-Disposition: form-data; name="media"; filename="f"\r\n\r\n'
+        )
+        chunked = server.http.post(path, content=(piece for piece in (prefix, *pieces)), headers=headers)
+        assert refusal(chunked, 413)["code"] == "body_too_large"
+    medium = server.http.post("/v1/generate", data={"prompt": "x"}, files={"media": big[:1_000_000]})
+    assert refusal(medium, 413)["code"] == "too_many_bytes"
+    assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_a_body_that_never_ends_gives_its_slot_back(start_server: StartServer) -> None:
+    server = start_server(body_timeout=0.5)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        server.wait(lambda: server.health()["requests"] == 1)
+        assert b"400 Bad Request" in slow.recv(4096)
+    server.wait(lambda: server.health()["requests"] == 0)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /livez HTTP/1.1\r\nX: " + b"a" * 400_000,
+        b"GET /" + b"a" * 400_000,
+        b"GET /livez HTTP/1.1\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
+    ],
+    ids=["one header", "url", "many headers"],
+)
+def test_a_giant_head_is_cut_off(server: Server, head: bytes) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as sock:
+        try:
+            sock.sendall(head)
+            assert b" 400 " in sock.recv(4096)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it did not even wait for the end
+    assert server.http.get("/livez").status_code == 200
+
+
+def test_refusals_are_counted_by_reason(server: Server) -> None:
+    before = server.metric("flash_requests_rejected_total", reason="not_built")
+    server.chat(min_tokens=3)
+    assert server.metric("flash_requests_rejected_total", reason="not_built") == before + 1
+
+
+def test_with_keys_every_v1_route_wants_one_and_the_others_do_not(start_server: StartServer) -> None:
+    server = start_server(api_key="first,second")
+    requests = [("POST", "/v1/chat/completions"), ("POST", "/v1/generate")]
+    requests += [("GET", "/v1/models"), ("GET", "/v1/models/demo")]
+    paths = create_app(Settings(), on_fatal=print).openapi()["paths"]
+    assert {path for path in paths if path.startswith("/v1")} == {
+        path.replace("demo", "{name}") for _, path in requests
+    }, "a /v1 route that this test does not know"
+    for method, path in requests:
+        for header in (None, "Bearer wrong", "Bearer", "Basic first", "Bearer \xfc"):
+            headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
+            error = refusal(server.http.request(method, path, headers=headers), 401)
+            assert error["type"] == "authentication_error"
+    for key in ("first", "second"):
+        assert server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/livez", "/readyz", "/health", "/metrics", "/version", "/", "/static/app.js"):
+        assert server.http.get(path).status_code == 200
+    assert "first" not in server.log_text()
+
+
+def test_a_keys_own_limit_is_a_429_and_leaves_other_keys_alone(start_server: StartServer) -> None:
+    server = start_server(api_key="first,second", max_requests_per_key=1)
+    first, second = ({"Authorization": f"Bearer {key}"} for key in ("first", "second"))
+    body = chat_body(stream=True, max_tokens=2000, ignore_eos=True)
+    with server.http.stream("POST", "/v1/chat/completions", json=body, headers=first) as running:
+        lines = running.iter_lines()
+        next(lines)
+        again = server.http.post("/v1/chat/completions", json=chat_body(max_tokens=1), headers=first)
+        assert refusal(again, 429)["type"] == "rate_limit_error"
+        assert server.http.post("/v1/chat/completions", json=chat_body(max_tokens=1), headers=second).is_success
+    server.wait(lambda: server.health()["requests"] == 0)
+    assert server.http.post("/v1/chat/completions", json=chat_body(max_tokens=1), headers=first).is_success

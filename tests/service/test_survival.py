@@ -1,0 +1,298 @@
+"""Workers that die, clients that leave, queues that fill, servers that are told to stop: with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from tests.service.conftest import StartServer
+from tests.service.server import Server, chat_body
+
+LONG: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True}
+
+
+def text_of(events: list[dict[str, Any]]) -> str:
+    return "".join(event["choices"][0]["delta"].get("content", "") for event in events if event.get("choices"))
+
+
+def read_stream(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+@contextmanager
+def streaming(server: Server, prompt: str = "hello", **fields: Any) -> Iterator[Iterator[dict[str, Any]]]:
+    body = chat_body(prompt, stream=True, **fields)
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200, response.read()
+        yield read_stream(response)
+
+
+def kill_worker(server: Server, index: int = 0) -> None:
+    os.kill(server.worker_pids()[index], signal.SIGKILL)
+
+
+# -- a worker dies
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_stream_survives_the_death_of_its_worker(start_server: StartServer, workers: int, temperature: float) -> None:
+    server = start_server({"delay": 0.01}, workers=workers)
+    fields: dict[str, Any] = {"max_tokens": 300, "ignore_eos": True, "temperature": temperature, "seed": 5}
+    whole = server.chat("go on", **fields).json()
+    with streaming(server, "go on", stream_options={"include_usage": True}, **fields) as stream:
+        events = [next(stream) for _ in range(10)]
+        kill_worker(server, next(w["worker"] for w in server.health()["workers"] if w["requests"]))
+        events += list(stream)
+    assert text_of(events) == whole["choices"][0]["message"]["content"], "not one token lost, doubled or changed"
+    assert events[-1]["usage"] == whole["usage"]
+    assert server.metric("flash_worker_restarts_total") == 1
+    server.wait(lambda: server.metric("flash_worker_up") == workers)
+    assert "died: exit code -9" in server.log_text()
+
+
+def test_all_streams_survive_several_deaths(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.005}, workers=2)
+    prompts = [f"number {i}" for i in range(8)]
+    fields = {"max_tokens": 300, "ignore_eos": True}
+    alone = [server.chat(prompt, **fields).json()["choices"][0]["message"]["content"] for prompt in prompts]
+
+    def stream(prompt: str) -> str:
+        with streaming(server, prompt, **fields) as events:
+            return text_of(list(events))
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = [pool.submit(stream, prompt) for prompt in prompts]
+        for index in (0, 1):
+            time.sleep(0.15)
+            kill_worker(server, index)
+        assert [answer.result() for answer in answers] == alone
+    server.wait(lambda: server.health()["requests"] == 0)
+
+
+def test_a_request_that_kills_its_workers_fails_and_takes_no_other_with_it(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.02}, max_request_retries=2)
+    fields: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}
+    prompts = [f"innocent {i}" for i in range(4)]
+    alone = [server.chat(prompt, **fields).json()["choices"][0]["message"]["content"] for prompt in prompts]
+    with ThreadPoolExecutor(5) as pool:
+        innocent = [pool.submit(server.chat, prompt, **fields) for prompt in prompts]
+        server.wait(lambda: server.metric("flash_requests_running") == 4)
+        bad = pool.submit(server.chat, "ALWAYS CRASH").result()
+        texts = [one.result().json()["choices"][0]["message"]["content"] for one in innocent]
+    assert (bad.status_code, bad.json()["error"]["code"]) == (500, "worker_died")
+    assert texts == alone
+    assert server.metric("flash_requests_total", outcome="error") == 1
+    assert "RuntimeError: the engine is broken" in server.log_text(), "why it died stands in the log"
+
+
+def test_an_answer_that_a_second_worker_would_change_ends_with_an_error(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.02})
+    with streaming(server, "DIVERGE", **LONG) as stream:
+        events = [next(stream) for _ in range(4)]
+        kill_worker(server)
+        events += list(stream)
+    assert events[-1]["error"]["code"] == "replay_diverged"
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(start_server: StartServer) -> None:
+    server = start_server(stall_timeout=0.5, max_request_retries=0)
+    assert server.chat("HANG").json()["error"]["code"] == "worker_died"
+    server.wait_ready()
+    assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_without_a_worker_it_is_alive_but_not_ready(start_server: StartServer) -> None:
+    server = start_server({"load_delay": 1})
+    kill_worker(server)
+    server.wait(lambda: server.http.get("/readyz").status_code == 503)
+    assert server.http.get("/readyz").json() == {"status": "no_worker"}
+    assert server.metric("flash_worker_up") == 0
+    assert server.http.get("/livez").status_code == 200
+    refused = server.chat()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")
+    server.wait_ready()
+    assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_a_worker_beyond_hope_is_given_up_and_livez_says_so(start_server: StartServer) -> None:
+    server = start_server(max_worker_restarts=1)
+    first = server.chat("ALWAYS CRASH")
+    assert (first.status_code, first.json()["error"]["code"]) == (503, "no_worker")
+    assert server.http.get("/livez").status_code == 503
+    assert server.http.get("/readyz").status_code == 503
+    assert server.chat().status_code == 503
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(start_server: StartServer, workers: int) -> None:
+    server = start_server({"fail_load": 1, "load_delay": 1}, wait=False, workers=workers)
+    assert server.process.wait(15) == 1
+    assert "cannot serve: ValueError: model: there is no checkpoint at this path" in server.log_text()
+
+
+def test_workers_end_when_the_server_is_killed(start_server: StartServer) -> None:
+    server = start_server(workers=2)
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(children) >= 3, "two workers and a media child"
+    server.process.kill()
+    server.process.wait()
+    _, left = psutil.wait_procs(children, timeout=5)
+    assert not left
+
+
+# -- a client leaves
+
+
+def engine_is_idle(server: Server) -> bool:
+    health = server.health()
+    return health["requests"] == 0 and server.metric("flash_requests_running") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_generation(start_server: StartServer, stream: bool) -> None:
+    server = start_server({"delay": 0.02})
+    body = json.dumps(chat_body(stream=stream, **LONG)).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        server.wait(lambda: server.metric("flash_requests_running") == 1)
+    server.wait(lambda: engine_is_idle(server), 3)
+    assert server.metric("flash_requests_total", outcome="abort") == 1
+    assert server.metric("flash_generation_tokens_total") < 1000
+    assert "Traceback" not in server.log_text()
+
+
+def test_a_client_that_does_not_read_is_cut_off_in_the_end(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.0}, request_timeout=2, max_new_tokens=10**5)
+    body = json.dumps(chat_body(stream=True, n=8, max_tokens=40_000, ignore_eos=True)).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        server.wait(lambda: server.metric("flash_requests_total", outcome="timeout"))
+        server.wait(lambda: engine_is_idle(server))
+    assert "Traceback" not in server.log_text()
+
+
+def test_a_request_that_takes_too_long_times_out(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.05}, request_timeout=0.5)
+    late = server.chat(**LONG)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    with streaming(server, **LONG) as stream:
+        assert list(stream)[-1]["error"]["code"] == "timeout"
+    server.wait(lambda: engine_is_idle(server), 3)
+    assert server.metric("flash_requests_total", outcome="timeout") == 2
+
+
+# -- the queue is full
+
+
+def test_a_full_queue_says_so_at_once_and_empties_again(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=2)
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(lambda i: server.chat(f"number {i}", max_tokens=40), range(12)))
+    refused = [response for response in responses if response.status_code == 503]
+    assert len(refused) == 9, "one decoded, two waiting"
+    for response in refused:
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "queue_full"
+        assert response.elapsed.total_seconds() < 0.4
+    assert server.metric("flash_requests_rejected_total", reason="queue_full") == 9
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_choices_count_and_no_slot_is_lost_when_they_do_not_fit(start_server: StartServer) -> None:
+    server = start_server(max_num_seqs=1, max_waiting=2)
+    assert server.chat(n=4, max_tokens=1).status_code == 503
+    assert server.chat(n=3, max_tokens=1).status_code == 200
+    assert server.health()["requests"] == 0
+
+
+def test_the_slot_comes_before_the_body(start_server: StartServer) -> None:
+    """Else a full server would still take in, parse and decode everything that it then refuses."""
+    server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=0)
+    with streaming(server, **LONG) as stream:
+        next(stream)
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
+            assert client.recv(100).startswith(b"HTTP/1.1 503")
+
+
+# -- told to stop
+
+
+def test_a_drain_lets_answers_finish_and_takes_nothing_new(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.02}, drain_timeout=20)
+    whole = server.chat("last one", max_tokens=300, ignore_eos=True).json()["choices"][0]["message"]["content"]
+    with streaming(server, "last one", max_tokens=300, ignore_eos=True) as stream:
+        events = [next(stream)]
+        server.terminate()
+        server.wait(lambda: server.http.get("/readyz").status_code == 503)
+        assert server.http.get("/readyz").json() == {"status": "draining"}
+        assert server.http.get("/livez").status_code == 200
+        refused = server.chat()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        events += list(stream)
+    assert text_of(events) == whole
+    assert server.process.wait(10) == 0
+    assert "Traceback" not in server.log_text()
+
+
+def test_what_outlasts_the_drain_is_told(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.05}, drain_timeout=0.5)
+    with streaming(server, **LONG) as stream:
+        next(stream)
+        server.terminate()
+        assert list(stream)[-1]["error"]["code"] == "draining"
+    assert server.process.wait(10) == 0
+
+
+def test_it_can_be_stopped_while_it_loads(start_server: StartServer) -> None:
+    server = start_server({"load_delay": 60}, wait=False)
+    server.wait(lambda: server.http.get("/livez").status_code == 200)
+    assert server.http.get("/readyz").json() == {"status": "loading"}
+    refused = server.chat()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+    server.terminate()
+    assert server.process.wait(5) == 0
+
+
+def test_nothing_is_left_after_many_requests_of_which_some_are_dropped(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.001}, workers=2)
+    dropped = threading.Semaphore(0)
+
+    def one(i: int) -> None:
+        if i % 3:
+            assert server.chat(f"number {i}", max_tokens=5 + i % 20, n=1 + i % 2).status_code == 200
+            return
+        with streaming(server, f"number {i}", **LONG) as stream:
+            for _ in range(i % 5 + 1):
+                next(stream)
+        dropped.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(120)))
+    server.wait(lambda: engine_is_idle(server), 5)
+    server.wait(lambda: server.metric("flash_requests_total", outcome="abort") == 40, 5)
+    assert all(worker["requests"] == 0 for worker in server.health()["workers"])
+    assert server.metric("flash_kv_cache_usage_ratio") == 0
+    assert "Traceback" not in server.log_text()
