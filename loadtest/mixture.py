@@ -1,0 +1,129 @@
+"""What a soak sends, drawn from one seed: questions of every kind and size, in every way, some wrong, some dropped.
+
+Questions come from a limited stock, so that each is asked several times, in other ways and other company: the answers
+must be the same. Knows nothing of how requests are sent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loadtest import media
+from loadtest.asking import Leave, Question, Way
+from loadtest.media import File
+
+SIDES = (24, 64, 160, 320, 640, 1280)
+PROMPTS = (
+    "Describe the image.",
+    "What is there?",
+    "How many objects are there, and where is the largest one?",
+    "What do you see in the video? Tell me of everything that moves, and of what it meets on its way.",
+    "The quick brown fox jumps over the lazy dog. " * 3,
+    "<image> is what I typed, and <|end|> too.",
+)
+INVALID_SHARE = 0.06
+# What is sent how often.
+KINDS = {"text": 2, "image": 4, "images": 2, "video": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One request, what becomes of it, and what must come back."""
+
+    kind: str
+    question: Question
+    way: Way
+    statuses: frozenset[int] = frozenset({200})
+    leave: Leave | None = None
+
+    @property
+    def valid(self) -> bool:
+        return 200 in self.statuses
+
+
+class Mixture:
+    def __init__(self, seed: int, *, num_questions: int, num_frames: int, max_tokens: int) -> None:
+        self._rng = rng = random.Random(seed)
+        self._max_tokens, self._num_frames = max_tokens, num_frames
+        self._images = [self._image(i) for i in range(max(4, num_questions // 2))]
+        self._videos = [self._video(i) for i in range(max(3, num_questions // 12))]
+        kinds = rng.choices(tuple(KINDS), tuple(KINDS.values()), k=num_questions)
+        self._questions = [(kind, self._question(kind)) for kind in kinds]
+
+    def plans(self, number: int, *, abort_share: float) -> list[Plan]:
+        """That many requests, of which exactly that share is dropped by the client."""
+        dropped = set(self._rng.sample(range(number), round(number * abort_share)))
+        return [self._plan(index in dropped) for index in range(number)]
+
+    def _plan(self, dropped: bool) -> Plan:
+        rng = self._rng
+        if not dropped and rng.random() < INVALID_SHARE:
+            return self._invalid()
+        kind, question = rng.choice(self._questions)
+        if not dropped:
+            return Plan(kind, question, self._way(stream=rng.random() < 0.5))
+        # Long ones: whoever leaves must do so before the end.
+        longest = {"max_tokens": self._max_tokens, "ignore_eos": True, "stop": []}
+        leave = self._leave()
+        way = self._way(stream=leave.at == "stream" or rng.random() < 0.5)
+        return Plan(kind, Question(question.prompt, question.files, question.sampling | longest), way, leave=leave)
+
+    def _way(self, *, stream: bool) -> Way:
+        rng = self._rng
+        route: Literal["chat", "generate"] = rng.choice(("chat", "generate"))
+        n = rng.choice((1, 1, 1, 2, 3)) if route == "chat" else 1
+        return Way(route, stream, rng.choice(("auto", "auto", "off")), n)
+
+    def _leave(self) -> Leave:
+        """The amount of a wait is in units of what answers usually take: the soak scales it."""
+        at: Literal["upload", "wait", "stream"] = self._rng.choice(("upload", "wait", "wait", "stream"))
+        amount = {"upload": self._rng.random(), "wait": self._rng.random(), "stream": self._rng.randrange(4)}[at]
+        return Leave(at, amount)
+
+    def _question(self, kind: str) -> Question:
+        rng = self._rng
+        sampling: dict[str, Any] = {"max_tokens": rng.randint(1, self._max_tokens), "ignore_eos": rng.random() < 0.3}
+        if rng.random() < 0.5:
+            sampling |= {"temperature": rng.choice((0.3, 0.7, 1.0)), "seed": rng.randrange(2**31)}
+            sampling |= rng.choice(({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}))
+        if rng.random() < 0.2:
+            sampling["stop"] = rng.choice(("the", ["ring", "blue"], "e"))
+        files: tuple[File, ...] = ()
+        if kind in ("image", "images"):
+            files = tuple(rng.choices(self._images, k=1 if kind == "image" else rng.randint(2, 4)))
+        elif kind == "video":
+            files = (rng.choice(self._videos),)
+            sampling["num_frames"] = rng.randint(1, self._num_frames)
+        return Question(rng.choice(PROMPTS), files, sampling)
+
+    def _image(self, seed: int) -> File:
+        width, height = self._rng.choices(SIDES, k=2)
+        return media.image(seed, width, height, self._rng.choice(("JPEG", "PNG", "WEBP", "GIF", "BMP")))
+
+    def _video(self, seed: int) -> File:
+        width, height = self._rng.choices(SIDES[1:5], k=2)
+        format = self._rng.choice(("mp4", "webm", "avi"))
+        return media.video(seed, width, height, format, num_frames=self._rng.randint(8, 40))
+
+    def _invalid(self) -> Plan:
+        rng, prompt = self._rng, "Describe the image."
+        image, video = rng.choice(self._images), rng.choice(self._videos)
+        short = {"max_tokens": 4}
+        wrong: tuple[Callable[[], tuple[Question, set[int]]], ...] = (
+            lambda: (Question(prompt, (), short | {"temperature": 3}), {400}),
+            lambda: (Question(prompt, (), short | {"model": "another"}), {404}),
+            lambda: (Question(prompt, (), short | {"logprobs": True}), {400}),
+            lambda: (Question(prompt, (), {"max_tokens": 10**6}), {400}),
+            lambda: (Question("word " * 6000, (), short), {400}),
+            lambda: (Question(prompt, (image,) * 30, short), {400}),
+            lambda: (Question(prompt, (image.cut(rng.uniform(0.05, 0.5)),), short), {400, 413, 415}),
+            lambda: (Question(prompt, (video.cut(rng.uniform(0.05, 0.5)),), short), {400, 413, 415}),
+            lambda: (Question(prompt, (image, File("image", image.mime, rng.randbytes(500))), short), {415}),
+            lambda: (Question(prompt, (File("image", image.mime, b""),), short), {400}),
+        )
+        question, statuses = rng.choice(wrong)()
+        route: Literal["chat", "generate"] = rng.choice(("chat", "generate"))
+        return Plan("invalid", question, Way(route, rng.random() < 0.5), frozenset(statuses))
