@@ -304,7 +304,7 @@ def save_target(target: LlavaForConditionalGeneration, tokenizer: PreTrainedToke
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=1450)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--image-only", type=int, default=600)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     arguments = parser.parse_args()

@@ -8,10 +8,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
 
-from model.demo import captions, prompts, scenes, vision
+from model.config import DEMO_WEIGHTS
+from model.demo import captions, motion, prompts, scenes, vision
 from model.demo.captions import Claim
 from model.demo.scenes import Scene, Thing
+from model.demo.target import Conversations
 from model.demo.vision import GRID, QUESTIONS
 
 IMAGES = [scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(300)]
@@ -244,3 +248,64 @@ def test_labels_stay_in_range_when_objects_leave_the_frame() -> None:
                 assert told[name].max() < classes, name
             visible = [t for t in scene.things if all(0 <= v < 1 for v in t.at(moment))]
             assert told["anchor"].sum() == len(visible)
+
+
+# -- labels of motion, and the conversations a target is trained on
+
+
+def test_motion_labels_follow_the_object_that_covers_the_patch() -> None:
+    """Displacements are those of the object, frame by frame; background is asked nothing; kinds only at the end."""
+    moments = [0.0, 1 / 3, 2 / 3, 1.0]
+    still, absent = motion.REACH, motion.PLACES - 1
+    seen: set[str] = set()
+    for scene in VIDEOS[:120]:
+        every = motion.motion_labels(scene, moments)
+        for f, moment in enumerate(moments):
+            owner = vision.owners(scene, moment).flatten()
+            assert (every[f, owner < 0] == -100).all()
+            for index, thing in enumerate(scene.things):
+                rows = every[f, owner == index]
+                if not len(rows):
+                    continue
+                assert (rows == rows[0]).all()
+                frame, dx, dy, x, y, kind = rows[0].tolist()
+                assert frame == f
+                assert (kind >= 0) == (f == 3)
+                if f == 0:
+                    assert dx == dy == x == y == -100
+                    continue
+                seen.add(thing.motion.kind)
+                if thing.motion.kind == "still":
+                    assert dx == dy == x == y == still
+                if thing.motion.kind == "collide" and f == 3:
+                    assert x == y == still, "it is back where it began"
+                if thing.motion.kind == "enter" and f == 1:
+                    assert x == y == absent, "it was not there in the first frame"
+                if thing.motion.kind == "move":
+                    along = x if scene.lanes == "rows" else y
+                    assert (along > still) == (thing.motion.direction in ("right", "down")) or along == still
+    assert seen == set(motion.KINDS)
+
+
+def test_a_conversation_asks_nothing_of_questions_and_media() -> None:
+    """Labels are the answers' tokens and their ends; media tokens are as many as patches; a batch is of one kind."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(DEMO_WEIGHTS / "target")
+    data = Conversations(tokenizer, 0, 0, image_batch=4)
+    kinds = set()
+    for index in range(12):
+        batch, again = data.batch(index), data.batch(index)
+        assert all(torch.equal(batch[name], again[name]) for name in batch)
+        ids, labels = batch["input_ids"], batch["labels"]
+        frames = batch["pixel_values"].shape[0]
+        assert int((ids == data.ids["<image>"]).sum()) == frames * GRID * GRID
+        assert (labels[ids == data.ids["<image>"]] == -100).all()
+        asked = labels != -100
+        assert torch.equal(labels[asked], ids[asked])
+        for row in range(len(ids)):
+            answers = tokenizer.decode(labels[row][asked[row]])
+            assert answers.endswith("<|end|>")
+            assert "<|user|>" not in answers
+        kinds.add("video" if "motions" in batch else "image")
+        if "motions" in batch:
+            assert batch["motions"].shape == (frames, GRID * GRID, len(motion.MOTION_QUESTIONS))
+    assert kinds == {"image", "video"}
