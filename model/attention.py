@@ -26,8 +26,7 @@ class Rows:
     """Where the rows of one forward pass live.
 
     locations: where keys and values are written, see KVCache.locations.
-    mask: (batch, 1, rows, key length) additive, 0 where a row may look and -inf elsewhere; or None with
-    `key_length` == rows of a single causal prefill from an empty slot.
+    mask: (batch, 1, rows, key length) additive, 0 where a row may look and -inf elsewhere.
     """
 
     cache: KVCache
