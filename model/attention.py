@@ -19,6 +19,10 @@ from model.kv_cache import KVCache
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
 KEY_BUCKET = 64  # key lengths are rounded up to this, so that kernels see few shapes
+# Torch's CPU kernel cuts rows and keys into blocks. With AVX512's bfloat16 products, blocks of these sizes are summed
+# in another order than all others, and a row's bits would depend on its neighbours: found by trying, see test_exact.py.
+ROW_BLOCK, FEWEST_ROWS = 32, 4  # a block of fewer rows
+KEY_BLOCK, ODD_KEYS = 512, (256, 320)  # a block of that many keys
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class Rows:
     mask: Tensor
 
 
+def key_length(longest: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many keys are read where `longest` are held."""
+    length = -(-longest // KEY_BUCKET) * KEY_BUCKET
+    if dtype is torch.bfloat16 and device.type == "cpu":
+        while length % KEY_BLOCK in ODD_KEYS:
+            length += KEY_BUCKET
+    return length
+
+
 def plan(
     cache: KVCache,
     first_slot: int,
@@ -51,7 +64,7 @@ def plan(
     batch, rows = starts.shape[0], visible.shape[1]
     device = cache.data.device
     longest = int(starts.max()) + rows
-    length = min(-(-longest // KEY_BUCKET) * KEY_BUCKET, cache.stride)
+    length = min(key_length(longest, dtype, device), cache.stride)
     positions = starts[:, None] + torch.arange(rows, device=device)
     seen = torch.arange(length, device=device) < starts[:, None]  # (batch, length)
     allowed = seen[:, None, :].repeat(1, rows, 1)
@@ -71,12 +84,11 @@ def attend(rows: Rows, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     if groups > 1:  # query heads that share keys become further rows: nothing is copied
         queries = queries.reshape(rows.batch, keys.shape[1], groups * num_rows, -1)
         mask = mask.repeat(1, 1, groups, 1)
-    alone = queries.shape[2] == 1 and queries.dtype is torch.bfloat16 and queries.device.type == "cpu"
-    if alone:  # one row takes another kernel than several: slower on some processors, and rounding otherwise on all
-        queries, mask = queries.repeat(1, 1, 2, 1), mask.repeat(1, 1, 2, 1)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    if alone:
-        mixed = mixed[:, :, :1]
+    wanted = queries.shape[2]
+    short = FEWEST_ROWS - wanted % ROW_BLOCK if 0 < wanted % ROW_BLOCK < FEWEST_ROWS else 0
+    if short and queries.dtype is torch.bfloat16 and queries.device.type == "cpu":  # the last row is computed again
+        queries, mask = (torch.cat((x, x[:, :, -1:].expand(-1, -1, short, -1)), 2) for x in (queries, mask))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)[:, :, :wanted]
     if groups > 1:
         mixed = mixed.reshape(rows.batch, -1, num_rows, mixed.shape[-1])
     return mixed

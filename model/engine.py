@@ -40,7 +40,8 @@ class Engine:
             torch.set_num_threads(config.threads)
         self.target = target = load_target(config)
         self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
-        margin = config.max_nodes + 1
+        room = self.max_model_len + config.max_nodes + 1
+        margin = attention.key_length(room, target.dtype, target.device) - self.max_model_len
         num_slots = self._num_slots(margin)
         self.cache = KVCache(
             num_layers=target.num_layers,
