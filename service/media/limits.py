@@ -27,7 +27,7 @@ class MediaLimits:
     cpu_seconds: int = 20  # processor time of one decode
     memory_bytes: int = 1536 * 1024 * 1024  # RLIMIT_AS of a child; 50 million pixels of WebP take 1.1 GiB
     start_seconds: float = 60.0  # wall clock until a new child is ready
-    decodes_per_child: int = 100  # then it is replaced, so that nothing can pile up in it
+    decodes_per_child: int = 1000  # then it is replaced, so that nothing can pile up in it
 
     fetch_seconds: float = 10.0  # wall clock of a fetch: names, connections, redirects and body together
     max_redirects: int = 3
