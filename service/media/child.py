@@ -41,7 +41,8 @@ def main() -> None:
     setup = msgspec.json.decode(sys.argv[1], type=wire.Setup)
     confine(setup.limits)
     warm_up(setup)
-    with open(0, "rb", closefd=False) as source, open(silence(), "wb") as sink:
+    # Buffered as far as the pipes reach: most files come with one read, and most pictures go with one write.
+    with open(0, "rb", PIPE_BYTES, closefd=False) as source, open(silence(), "wb", PIPE_BYTES) as sink:
         for pipe in (source, sink):
             with contextlib.suppress(OSError, AttributeError):  # Linux only; smaller pipes work as well
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)

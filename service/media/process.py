@@ -54,6 +54,7 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=_environment(),
+            limit=PIECE,  # a picture fits: with less, the pipe is paused and resumed while it is read
             start_new_session=True,  # its own group to kill, and no Ctrl-C meant for the service
         )
         if process.stdin is None or process.stdout is None:
@@ -106,9 +107,10 @@ class Child:
         await self._process.wait()
 
     async def _send(self, job: wire.Job, data: bytes) -> None:
-        self._stdin.write(wire.pack(job, len(data)))
         view = memoryview(data)
-        for start in range(0, len(view), PIECE):
+        self._stdin.write(wire.pack(job, len(data)) + view[:PIECE])  # most files: one write
+        await self._stdin.drain()
+        for start in range(PIECE, len(view), PIECE):
             self._stdin.write(view[start : start + PIECE])
             await self._stdin.drain()
 
