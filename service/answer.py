@@ -85,6 +85,13 @@ class Answer:
         self._early: deque[tuple[int, RequestOutput]] = deque()  # came while other choices were not yet accepted
         self._num_media = 0
         self._error: BaseException | None = None
+        # One alarm for all events: a timeout around each would cost more than the event.
+        self._alarm = asyncio.get_running_loop().call_at(self.deadline, self._ring)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every choice has said its last."""
+        return all(choice.finish_reason is not None for choice in self.choices)
 
     def take_slots(self, number: int) -> None:
         self._slots.take(number)
@@ -97,7 +104,8 @@ class Answer:
             async with asyncio.timeout_at(self.deadline):
                 prompt = await preparing
         except TimeoutError:
-            raise self._timed_out() from None
+            self._error = self._timed_out()
+            raise self._error from None
         self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
         messages = tuple(WireMessage.pack(message) for message in prompt.messages)
         for index in range(n):
@@ -113,7 +121,7 @@ class Answer:
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """What the engine says, choice by choice as it comes, to the end of all; raises where one cannot be ended."""
-        while any(choice.finish_reason is None for choice in self.choices):
+        while not self.ended:
             index, event = self._early.popleft() if self._early else await self._next_event()
             if isinstance(event, RequestOutput):
                 self._take(self.choices[index], event)
@@ -130,21 +138,17 @@ class Answer:
         self._events.put_nowait((index, event))
 
     async def _next_event(self) -> tuple[int, Accepted | RequestOutput]:
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                index, event = await self._events.get()
-            if isinstance(event, ServiceError):
-                raise event
-            return index, event
-        except TimeoutError:
-            raise self._timed_out() from None
-        except ServiceError as error:
-            self._error = error
-            raise
+        index, event = await self._events.get()
+        if isinstance(event, ServiceError):
+            self._error = event
+            raise event
+        return index, event
+
+    def _ring(self) -> None:
+        self._deliver(0, self._timed_out())
 
     def _timed_out(self) -> TimedOut:
-        self._error = error = TimedOut(f"not done within {self._service.settings.request_timeout:g} s")
-        return error
+        return TimedOut(f"not done within {self._service.settings.request_timeout:g} s")
 
     def _take(self, choice: Choice, output: RequestOutput) -> None:
         was_first = choice.first_at is None
@@ -158,6 +162,7 @@ class Answer:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        self._alarm.cancel()
         for choice in self.choices:
             if choice.finish_reason is None:
                 self._service.pool.abort(choice.generation)

@@ -41,7 +41,8 @@ class Metrics:
             return Gauge(name, text, ("model", *labels), registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, text, ("model", *labels), registry=self.registry, buckets=buckets)
+            made = Histogram(name, text, ("model", *labels), registry=self.registry, buckets=buckets)
+            return made if labels else made.labels(model)  # looked up once: these are on every request's way
 
         # Speculation
         self._acceptance_length = histogram(
@@ -83,8 +84,6 @@ class Metrics:
 
         # A series that first appears with its first event has no rate: let all that are known be there from the start.
         self._tokens_per_second.labels(model).set_function(self.tokens_per_second)
-        for one in (self._acceptance_length, self._ttft, self._tpot, self._latency, self._queue, self._batch_size):
-            one.labels(model)
         for outcome in ("stop", "length", "abort", "error", "timeout"):
             self._requests.labels(model, outcome)
         for reason in ("queue_full", "draining", "loading", "no_worker", "invalid_request"):
@@ -134,9 +133,9 @@ class Metrics:
         for position, accepted in enumerate(stats.accepted_per_position):
             self._accepted_at.labels(model, str(position)).inc(accepted)
         for length in stats.acceptance_lengths:
-            self._acceptance_length.labels(model).observe(length)
+            self._acceptance_length.observe(length)
         for size in stats.batch_sizes:
-            self._batch_size.labels(model).observe(size)
+            self._batch_size.observe(size)
         for phase, seconds in stats.step_seconds:
             self._step.labels(model, phase).observe(seconds)
         if stats.generation_tokens:
@@ -155,13 +154,13 @@ class Metrics:
         self._media.labels(self._model, kind).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
-        self._ttft.labels(self._model).observe(seconds)
+        self._ttft.observe(seconds)
 
     def queued(self, seconds: float) -> None:
-        self._queue.labels(self._model).observe(seconds)
+        self._queue.observe(seconds)
 
     def answered(self, outcome: str, latency: float, per_token: float | None) -> None:
         self._requests.labels(self._model, outcome).inc()
-        self._latency.labels(self._model).observe(latency)
+        self._latency.observe(latency)
         if per_token is not None:
-            self._tpot.labels(self._model).observe(per_token)
+            self._tpot.observe(per_token)

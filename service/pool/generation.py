@@ -63,6 +63,8 @@ class Generation:
             self.fail(EngineFailure("the engine failed on this request"))
         elif output.finish_reason == "abort":
             self.fail(EngineFailure("the request was aborted", code="aborted"))
+        elif len(self._ids) == self._replayed_ids and len(self.text) == self._replayed_chars:
+            self._deliver_all(output)
         elif not self._repeats_itself(output):
             log.error("request %s: a second worker said something else", self.request_id)
             self.fail(EngineFailure("the answer could not be continued after a worker died", code="replay_diverged"))
@@ -83,10 +85,16 @@ class Generation:
         known_ids = len(self._ids) - self._replayed_ids
         known_chars = len(self.text) - self._replayed_chars
         new = replace(output, text=output.text[max(0, known_chars) :], tokens=output.tokens[max(0, known_ids) :])
+        self._replayed_ids += min(known_ids, len(output.tokens))
+        self._replayed_chars += min(known_chars, len(output.text))
+        self._deliver_all(new)
+
+    def _deliver_all(self, output: RequestOutput) -> None:
+        """What nobody has heard yet, from a worker that does not, or no longer, repeat another."""
+        self._ids.extend(token.id for token in output.tokens)
+        self.text += output.text
         self._replayed_ids += len(output.tokens)
         self._replayed_chars += len(output.text)
-        self._ids.extend(token.id for token in new.tokens)
-        self.text += new.text
-        self.finished = new.finish_reason is not None
-        if new.tokens or new.text or self.finished:
-            self._deliver(new)
+        self.finished = output.finish_reason is not None
+        if output.tokens or output.text or self.finished:
+            self._deliver(output)
