@@ -22,6 +22,10 @@ Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
 
 
+class Last(bytes):
+    """The end of a stream of events. It leaves in one write with what came just before it and with the body's end."""
+
+
 def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
@@ -51,7 +55,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come; `resources` are let go at the end, however it comes."""
+    """Sends events as they come, `Last` at the end; `resources` are let go then, however it comes."""
 
     def __init__(
         self,
@@ -78,5 +82,4 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             async for chunk in events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send({"type": "http.response.body", "body": chunk, "more_body": not isinstance(chunk, Last)})

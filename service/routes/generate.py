@@ -21,7 +21,7 @@ from service.deps import service_of
 from service.errors import ServiceError
 from service.schemas import generate as schema
 from service.schemas.sampling import sampling_params
-from service.stream import EventStream, event, json_response
+from service.stream import DONE, EventStream, Last, event, json_response
 from service.usage import speculation, timings, usage
 
 DEFAULT_TEMPERATURE = 0.0
@@ -64,11 +64,15 @@ def _result(answer: Answer) -> dict[str, Any]:
 
 
 async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
+    last = b""
     try:
         async for _, output in answer.outputs():
             if output.tokens or output.text:
-                yield event({"type": "token", "text": output.text, "tokens": output.tokens})
-        yield event({"type": "done", **_result(answer)})
+                said = event({"type": "token", "text": output.text, "tokens": output.tokens})
+                if answer.ended:
+                    last = said
+                else:
+                    yield said
+        yield Last(last + event({"type": "done", **_result(answer)}))
     except ServiceError as error:
-        yield event(error.envelope())
-        yield stream.DONE
+        yield Last(event(error.envelope()) + DONE)

@@ -22,7 +22,7 @@ from service.deps import service_of
 from service.errors import ServiceError, UnknownModel
 from service.schemas import openai
 from service.schemas.sampling import sampling_params
-from service.stream import EventStream, event, json_response
+from service.stream import DONE, EventStream, Last, event, json_response
 from service.usage import usage
 
 DEFAULT_TEMPERATURE = 1.0
@@ -89,17 +89,21 @@ async def _events(answer: Answer, *, with_usage: bool) -> AsyncGenerator[bytes, 
 
     for index in range(len(answer.choices)):
         yield chunk(index, {"role": "assistant", "content": ""})
+    last = b""
     try:
         async for index, output in answer.outputs():
-            if output.text:
-                yield chunk(index, {"content": output.text})
+            said = chunk(index, {"content": output.text}) if output.text else b""
             if output.finish_reason is not None:
-                yield chunk(index, {}, output.finish_reason)
+                said += chunk(index, {}, output.finish_reason)
+            if answer.ended:
+                last = said
+            elif said:
+                yield said
         if with_usage:
-            yield event({**head, "choices": [], "usage": usage(answer)})
+            last += event({**head, "choices": [], "usage": usage(answer)})
+        yield Last(last + DONE)
     except ServiceError as error:
-        yield event(error.envelope())
-    yield stream.DONE
+        yield Last(event(error.envelope()) + DONE)
 
 
 def _head(answer: Answer, kind: str) -> dict[str, Any]:
