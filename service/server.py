@@ -7,6 +7,7 @@ then it stops listening, ends workers and media children, and the exit code is 0
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from types import FrameType
 from typing import Any
@@ -62,6 +63,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        gc.freeze()  # what is here stays: the collector need not walk through it again and again, on the loop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Replaces uvicorn's, which would stop listening at once and end with the signal's exit code."""

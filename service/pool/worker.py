@@ -11,6 +11,7 @@ Exit codes: 0 told to stop; 1 the engine broke; 2 the model could not be loaded;
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import os
@@ -180,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("loading failed")
         link.send(m.LoadFailed(f"{type(error).__name__}: {error}"))
         return EXIT_LOAD_FAILED
+    gc.freeze()  # model and libraries stay: walking through all of it takes as long as many steps
     link.send(m.Ready(engine.info))
     try:
         serve(engine, link)
