@@ -1,4 +1,4 @@
-"""The client that measures the service: it reads streams as real ones do, and takes nothing for an answer that is none."""
+"""The client that measures the service: it reads streams as real ones do, and takes no half answer for a whole one."""
 
 from __future__ import annotations
 
