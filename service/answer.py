@@ -77,16 +77,18 @@ class Answer:
         self.model = service.settings.model_name
         self.choices: list[Choice] = []
         self.media_seconds = 0.0
-        self.deadline = asyncio.get_running_loop().time() + service.settings.request_timeout
+        self._loop = asyncio.get_running_loop()
+        self.deadline = self._loop.time() + service.settings.request_timeout
         self._service = service
         self._arrived = time.monotonic()
         self._slots = service.admission.enter(key)
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._waiter: asyncio.Future[None] | None = None  # for the next event, while there is none
         self._early: deque[tuple[int, RequestOutput]] = deque()  # came while other choices were not yet accepted
         self._num_media = 0
         self._error: BaseException | None = None
         # One alarm for all events: a timeout around each would cost more than the event.
-        self._alarm = asyncio.get_running_loop().call_at(self.deadline, self._ring)
+        self._alarm = self._loop.call_at(self.deadline, self._ring)
 
     @property
     def ended(self) -> bool:
@@ -109,7 +111,7 @@ class Answer:
         self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
         messages = tuple(WireMessage.pack(message) for message in prompt.messages)
         for index in range(n):
-            own = replace(params, seed=seed_of_choice(params.seed, index))
+            own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
             submit = Submit(f"{self.id}-{index}", messages, own, speculation == "auto")
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
         while not all(choice.accepted for choice in self.choices):
@@ -135,10 +137,16 @@ class Answer:
         return 0.0 if choice.first_at is None else choice.first_at - self._arrived
 
     def _deliver(self, index: int, event: Event) -> None:
-        self._events.put_nowait((index, event))
+        self._events.append((index, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def _next_event(self) -> tuple[int, Accepted | RequestOutput]:
-        index, event = await self._events.get()
+        # An asyncio.Queue would look up the running loop for every event, which takes a system call.
+        while not self._events:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        index, event = self._events.popleft()
         if isinstance(event, ServiceError):
             self._error = event
             raise event

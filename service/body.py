@@ -30,10 +30,9 @@ _parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
 def limited(request: Request, settings: Settings) -> Request:
     """The same request, which raises TooLarge as soon as its body is known to be too long."""
     limit = settings.max_body_bytes
-    too_large = TooLarge(f"the body is larger than {limit} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
-        raise too_large
+        raise _too_large(limit)
     received = 0
 
     async def receive() -> Message:
@@ -41,7 +40,7 @@ def limited(request: Request, settings: Settings) -> Request:
         message = await request.receive()
         received += len(message.get("body", b""))
         if received > limit:
-            raise too_large
+            raise _too_large(limit)
         return message
 
     return Request(request.scope, receive)
@@ -80,6 +79,10 @@ async def read_form(request: Request, settings: Settings, *, max_files: int, max
         raise _too_slow() from None
     except HTTPException as error:
         raise BadRequest(f"the form cannot be read: {error.detail}", code="invalid_form") from None
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {limit} bytes", code="body_too_large")
 
 
 def _too_slow() -> BadRequest:
