@@ -1,15 +1,20 @@
-"""The one attention of FlashServe: rows of consecutive slots against our KV cache, under a mask made once per step.
+"""The one attention of FlashServe: rows of consecutive slots against our KV cache.
 
-Registered with transformers under the name `kv_slots`, it serves every model family unforked: the model hands it raw
-queries, keys and values, and the keyword argument `rows` (a `Rows`) with which it was called says where they belong.
-Plain decoding, tree verification, chunked prefill and the draft's own blocks are all the same call.
+`Rows` says where the rows of one forward pass live and what they see; plain decoding, tree verification, chunked
+prefill and the draft's own blocks are all the same thing. Two implementations read it: the native one on CPUs
+(native/), and the one here in torch, for every other device and processor. Registered with transformers under the name
+`kv_slots`, the latter serves every model family unforked: the model hands it raw queries, keys and values, and the
+keyword argument `rows` with which it was called.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -18,60 +23,88 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from model.kv_cache import KVCache
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
-KEY_BUCKET = 64  # key lengths are rounded up to this, so that kernels see few shapes
-# Torch's CPU kernel cuts rows and keys into blocks. With AVX512's bfloat16 products, blocks of these sizes are summed
-# in another order than all others, and a row's bits would depend on its neighbours: found by trying, see test_exact.py.
-ROW_BLOCK, FEWEST_ROWS = 32, 4  # a block of fewer rows
-KEY_BLOCK, ODD_KEYS = 512, (256, 320)  # a block of that many keys
+KEY_BUCKET = 64  # torch: key lengths are rounded up to this, so that kernels see few shapes
+
+
+class Sight(IntEnum):
+    """What the rows of one sequence see of each other; of what came before them they see everything."""
+
+    CAUSAL = 0  # themselves and earlier rows
+    TREE = 1  # themselves and their ancestors
+    WHOLE = 2  # all
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of one forward pass live.
+    """The rows of one forward pass: as many for every one of some consecutive slots, written from `starts` on.
 
-    locations: where keys and values are written, see KVCache.locations.
-    mask: (batch, 1, rows, key length) additive, 0 where a row may look and -inf elsewhere.
+    starts: (batch,) int32, position of each slot's first row; counts: (batch,) int32, how many of a slot's rows are
+    real (0: the slot idles); what is computed for the others does not matter. parents: (batch, rows) int32, TREE only:
+    a row's parent, which comes before it, or -1.
     """
 
     cache: KVCache
     first_slot: int
-    batch: int
-    key_length: int
-    locations: Tensor
-    mask: Tensor
+    num: int  # rows per slot
+    starts: np.ndarray
+    counts: np.ndarray
+    sight: Sight
+    parents: np.ndarray | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.starts)
+
+    # What torch needs; made when first asked for.
+
+    @cached_property
+    def key_length(self) -> int:
+        """How many keys are read of every slot."""
+        longest = int(self.starts.max()) + self.num
+        return min(-(-longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(batch, rows) int64: where in its slot a row is written."""
+        starts = torch.from_numpy(self.starts).to(self.cache.data.device, torch.int64)
+        return starts[:, None] + torch.arange(self.num, device=starts.device)
+
+    @cached_property
+    def locations(self) -> Tensor:
+        """See KVCache.locations."""
+        return self.cache.locations(self.first_slot, self.positions)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(batch, 1, rows, key length) additive: 0 where a row may look and -inf elsewhere."""
+        positions, batch, rows = self.positions, self.batch, self.num
+        device, dtype = positions.device, self.cache.data.dtype
+        seen = torch.arange(self.key_length, device=device) < positions[:, :1]  # (batch, key length)
+        allowed = seen[:, None, :].repeat(1, rows, 1)
+        visible = torch.from_numpy(self.visible()).to(device)
+        allowed.scatter_(2, positions[:, None, :].expand(batch, rows, rows), visible.expand(batch, rows, rows))
+        mask = torch.zeros(batch, 1, rows, self.key_length, dtype=dtype, device=device)
+        return mask.masked_fill_(~allowed[:, None], float("-inf"))
+
+    def visible(self) -> np.ndarray:
+        """(batch or 1, rows, rows) bool: what each row sees of the others; every row sees itself."""
+        if self.sight is Sight.CAUSAL:
+            return np.tri(self.num, dtype=bool)[None]
+        if self.sight is Sight.WHOLE:
+            return np.ones((1, self.num, self.num), bool)
+        assert self.parents is not None
+        seen = np.zeros((self.batch, self.num, self.num), bool)
+        every = np.arange(self.batch)
+        for row in range(self.num):
+            parent = self.parents[:, row]
+            seen[:, row] = seen[every, parent] & (parent >= 0)[:, None]
+            seen[:, row, row] = True
+        return seen
 
 
-def key_length(longest: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many keys are read where `longest` are held."""
-    length = -(-longest // KEY_BUCKET) * KEY_BUCKET
-    if dtype is torch.bfloat16 and device.type == "cpu":
-        while length % KEY_BLOCK in ODD_KEYS:
-            length += KEY_BUCKET
-    return length
-
-
-def plan(
-    cache: KVCache,
-    first_slot: int,
-    starts: Tensor,
-    visible: Tensor,
-    dtype: torch.dtype,
-) -> Rows:
-    """Rows written from position starts (batch,) on, that see all before `starts` and each other as `visible` says.
-
-    visible: (batch or 1, rows, rows) bool, row by row; every row must see itself.
-    """
-    batch, rows = starts.shape[0], visible.shape[1]
-    device = cache.data.device
-    longest = int(starts.max()) + rows
-    length = min(key_length(longest, dtype, device), cache.stride)
-    positions = starts[:, None] + torch.arange(rows, device=device)
-    seen = torch.arange(length, device=device) < starts[:, None]  # (batch, length)
-    allowed = seen[:, None, :].repeat(1, rows, 1)
-    allowed.scatter_(2, positions[:, None, :].expand(batch, rows, rows), visible.expand(batch, rows, rows))
-    mask = torch.zeros(batch, 1, rows, length, dtype=dtype, device=device)
-    mask.masked_fill_(~allowed[:, None], float("-inf"))
-    return Rows(cache, first_slot, batch, length, cache.locations(first_slot, positions), mask)
+def prompt_rows(cache: KVCache, slot: int, start: int, count: int) -> Rows:
+    """A piece of one sequence, row by row."""
+    return Rows(cache, slot, count, np.array([start], np.int32), np.array([count], np.int32), Sight.CAUSAL)
 
 
 def attend(rows: Rows, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
@@ -84,11 +117,7 @@ def attend(rows: Rows, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     if groups > 1:  # query heads that share keys become further rows: nothing is copied
         queries = queries.reshape(rows.batch, keys.shape[1], groups * num_rows, -1)
         mask = mask.repeat(1, 1, groups, 1)
-    wanted = queries.shape[2]
-    short = FEWEST_ROWS - wanted % ROW_BLOCK if 0 < wanted % ROW_BLOCK < FEWEST_ROWS else 0
-    if short and queries.dtype is torch.bfloat16 and queries.device.type == "cpu":  # the last row is computed again
-        queries, mask = (torch.cat((x, x[:, :, -1:].expand(-1, -1, short, -1)), 2) for x in (queries, mask))
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)[:, :, :wanted]
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     if groups > 1:
         mixed = mixed.reshape(rows.batch, -1, num_rows, mixed.shape[-1])
     return mixed

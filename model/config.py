@@ -16,14 +16,6 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names it and says what would do."""
 
 
-def _has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AMX or AVX512-BF16) and torch can use it."""
-    import torch
-
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return bool(native and torch.backends.mkldnn.is_available())
-
-
 @dataclass(frozen=True)
 class EngineConfig:
     model: str = DEMO  # "demo", a folder, or a hub id
@@ -62,6 +54,8 @@ class EngineConfig:
         """The same configuration with "demo" and "auto" replaced by what they stand for here."""
         import torch
 
+        from model.native import library
+
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +63,8 @@ class EngineConfig:
             raise ConfigError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu")
         dtype = self.dtype
         if dtype == "auto":
-            dtype = "bfloat16" if device != "cpu" or _has_bfloat16_products() else "float32"
+            on_cpu = torch.device("cpu")
+            dtype = "bfloat16" if device != "cpu" or library.supports(torch.bfloat16, on_cpu) else "float32"
         model, draft = self.model, self.draft
         if model == DEMO:
             model = str(DEMO_WEIGHTS / "target")

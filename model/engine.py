@@ -14,13 +14,15 @@ import numpy as np
 import torch
 import transformers
 
-from model import attention, sampling, tree, verify
+from model import sampling, tree, verify
+from model.attention import Rows, Sight, prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings
 from model.draft import checkpoint
 from model.drafters.flash import FlashDrafter
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
+from model.native import library
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
 from model.scheduler import Chunk, Decision, Scheduler
 from model.sequence import Sequence
@@ -36,12 +38,13 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config = config.resolved()
-        if config.threads and config.device == "cpu":
-            torch.set_num_threads(config.threads)
+        if config.device == "cpu":
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            library.use_threads(torch.get_num_threads())
         self.target = target = load_target(config)
         self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
-        room = self.max_model_len + config.max_nodes + 1
-        margin = attention.key_length(room, target.dtype, target.device) - self.max_model_len
+        margin = config.max_nodes + 1
         num_slots = self._num_slots(margin)
         self.cache = KVCache(
             num_layers=target.num_layers,
@@ -89,7 +92,8 @@ class Engine:
             num_layers=self.target.num_layers,
             num_heads=self.target.num_kv_heads,
             head_dim=self.target.head_dim,
-            positions=self.max_model_len + margin,
+            capacity=self.max_model_len,
+            margin=margin,
             dtype=self.target.dtype,
         )
         fitting = self.config.kv_cache_bytes // each
@@ -203,13 +207,13 @@ class Engine:
             assert sequence.slot is not None
             by_slot[sequence.slot] = sequence
         with self.counters.timed("verify"):
-            starts = torch.tensor(self.cache.lengths[:slots], device=target.device)
-            visible = torch.from_numpy(trees.visible()).to(target.device)
-            rows = attention.plan(self.cache, 0, starts, visible, target.dtype)
-            offsets = np.array([s.next_position + len(s.tokens) - 1 if s else 0 for s in by_slot])
-            positions = torch.from_numpy(offsets[:, None] + trees.depths).to(target.device)
+            starts = np.array(self.cache.lengths[:slots], np.int32)
+            counts = np.where([s is not None for s in by_slot], trees.sizes, 0).astype(np.int32)
+            rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
+            offsets = np.array([s.next_position + len(s.tokens) - 1 if s else 0 for s in by_slot], np.int32)
+            positions = (offsets[:, None] + trees.depths)[None]
             embeds = target.embed(torch.from_numpy(trees.tokens).to(target.device))
-            hidden, taps = target.forward(embeds, positions[None], rows)
+            hidden, taps = target.forward(embeds, positions, rows)
             answered = [
                 [len(s.tokens) + int(d) for d in trees.depths[b, : trees.sizes[b]]] if s else []
                 for b, s in enumerate(by_slot)
@@ -238,11 +242,10 @@ class Engine:
         if chunk.start == 0:
             sequence.started = self.counters.now()
         with self.counters.timed("prefill"):
-            causal = torch.ones(1, count, count, dtype=torch.bool, device=target.device).tril()
-            starts = torch.tensor([chunk.start], device=target.device)
-            rows = attention.plan(self.cache, slot, starts, causal, target.dtype)
+            rows = prompt_rows(self.cache, slot, chunk.start, count)
             embeds = sequence.embeds[None, chunk.start : chunk.end]
-            hidden, taps = target.forward(embeds, sequence.positions[:, None, chunk.start : chunk.end], rows)
+            positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
+            hidden, taps = target.forward(embeds, positions, rows)
             self.cache.keep([slot], [list(range(count))])
             if self.drafter:
                 self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 
+ALIGNED = 64  # positions of a slot are a multiple of this: kernels read keys in blocks
+
+
 class KVCache:
-    """`margin` positions beyond `capacity` are scratch, so that a full slot can still be verified against."""
+    """At least `margin` positions beyond `capacity` are scratch, so that a full slot can still be verified against."""
 
     def __init__(
         self,
@@ -32,7 +35,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.capacity, self.num_slots, self.num_heads, self.stride = capacity, num_slots, num_heads, capacity + margin
+        self.capacity, self.num_slots, self.num_heads = capacity, num_slots, num_heads
+        self.stride = self.positions_per_slot(capacity, margin)
         self.data = torch.zeros(num_layers, 2, num_slots, num_heads, self.stride, head_dim, dtype=dtype, device=device)
         self.lengths = [0] * num_slots
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
@@ -41,7 +45,14 @@ class KVCache:
         self._base = heads.view(num_slots, num_heads, 1)
 
     @staticmethod
-    def bytes_per_slot(*, num_layers: int, num_heads: int, head_dim: int, positions: int, dtype: torch.dtype) -> int:
+    def positions_per_slot(capacity: int, margin: int) -> int:
+        return -(-(capacity + margin) // ALIGNED) * ALIGNED
+
+    @classmethod
+    def bytes_per_slot(
+        cls, *, num_layers: int, num_heads: int, head_dim: int, capacity: int, margin: int, dtype: torch.dtype
+    ) -> int:
+        positions = cls.positions_per_slot(capacity, margin)
         return num_layers * 2 * num_heads * head_dim * positions * dtype.itemsize
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from model.detokenize import Detokenizer, StopStrings
@@ -21,7 +22,7 @@ class Sequence:
     arrived: float = field(default_factory=time.perf_counter)
     slot: int | None = None  # of the KV cache, once admitted
     embeds: Tensor | None = None  # (prompt tokens, hidden), once admitted, until prefilled
-    positions: Tensor | None = None  # (axes, prompt tokens), likewise
+    positions: np.ndarray | None = None  # (axes, prompt tokens) int32, likewise
     next_position: int = 0  # position id of the first answer token
     computed: int = 0  # tokens whose keys and values are held
     tokens: list[int] = field(default_factory=list)  # the answer so far

@@ -18,8 +18,8 @@ from torch import Tensor
 class Trees:
     """One tree per sequence of a batch, each padded to the same number of rows; row 0 is the root.
 
-    tokens: (batch, rows) int64, the root's is the newest token; parents: (batch, rows), -1 for the root and for
-    padding; depths: (batch, rows), 0 for the root; sizes: (batch,), rows in use; scores: (batch, rows) cumulative
+    tokens: (batch, rows) int64, the root's is the newest token; parents: (batch, rows) int32, -1 for the root and for
+    padding; depths: (batch, rows) int32, 0 for the root; sizes: (batch,), rows in use; scores: (batch, rows) cumulative
     log-probability. A parent always comes before its children.
     """
 
@@ -33,17 +33,6 @@ class Trees:
     def rows(self) -> int:
         return int(self.tokens.shape[1])
 
-    def visible(self) -> np.ndarray:
-        """(batch, rows, rows) bool: every row sees itself and its ancestors."""
-        batch, rows = self.tokens.shape
-        seen = np.zeros((batch, rows, rows), bool)
-        every = np.arange(batch)
-        for row in range(rows):
-            parent = self.parents[:, row]
-            seen[:, row] = seen[every, parent] & (parent >= 0)[:, None]
-            seen[:, row, row] = True
-        return seen
-
 
 def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     """Trees of a root alone: plain decoding. tokens: (batch,)."""
@@ -52,8 +41,8 @@ def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     padded[:, 0] = tokens
     return Trees(
         padded,
-        np.full((batch, rows), -1),
-        np.zeros((batch, rows), np.int64),
+        np.full((batch, rows), -1, np.int32),
+        np.zeros((batch, rows), np.int32),
         np.ones(batch, np.int64),
         np.zeros((batch, rows)),
     )

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from model import __version__
 from model.config import ConfigError
 from model.draft.network import DraftConfig, DraftNetwork
-from model.linear import pack
 from model.targets.base import Target
 
 
@@ -65,5 +64,4 @@ def load(folder: Path, target: Target) -> DraftNetwork:
             f"draft {str(folder)!r} reads layers {config.tap_layers}; the target offers {target.tap_layers}"
         )
     network.to(target.device, target.dtype).eval().requires_grad_(False)
-    pack(network)
     return network

@@ -173,6 +173,12 @@ class DraftNetwork(nn.Module):
         cos, sin = rotary_table(self.config, positions, context.dtype)
         return [layer.keys_values(context, cos, sin) for layer in self.layers]  # type: ignore[operator]
 
+    def block_input(self, last: Tensor) -> Tensor:
+        """What enters the layers: (batch, blocks, target_hidden) -> (batch, blocks, block, hidden)."""
+        masks = self.masks.expand(*last.shape[:2], -1, -1)
+        entering: Tensor = self.embed_norm(torch.cat((self.embed(last)[:, :, None], masks), 2))
+        return entering
+
     def block_hidden(self, last: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One pass over blocks.
 
@@ -180,9 +186,8 @@ class DraftNetwork(nn.Module):
         positions: (batch, blocks), its position in the context. Returns (batch, blocks, block, target_hidden), to be
         read by the target's lm_head: row j proposes the token j + 1 places after the newest one.
         """
-        batch, blocks = positions.shape
-        masks = self.masks.expand(batch, blocks, -1, -1)
-        x = self.embed_norm(torch.cat((self.embed(last)[:, :, None], masks), 2)).flatten(1, 2)
+        blocks = positions.shape[1]
+        x = self.block_input(last).flatten(1, 2)
         places = positions[:, :, None] + torch.arange(self.config.block, device=positions.device)
         cos, sin = rotary_table(self.config, places.flatten(1), x.dtype)
         for layer in self.layers:

@@ -8,13 +8,19 @@ computed *and kept* enters it, so it is rolled back together with the target's c
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import attention, tree
-from model.draft.network import DraftNetwork
+from model.attention import Rows, Sight
+from model.draft.network import DraftNetwork, rotary_table
 from model.kv_cache import KVCache
+from model.linear import pack
+from model.native import library
+from model.native.library import LayerWeights, Norm, Rotary, Shape, Stack
 from model.targets.base import Target
 from model.tree import Trees
 
@@ -37,7 +43,8 @@ class FlashDrafter:
             device=target.device,
         )
         self._visual: dict[int, list[Tensor]] = {}  # slot -> fused states of a medium whose prefill is under way
-        self._whole_block = torch.ones(1, config.block, config.block, dtype=torch.bool, device=target.device)
+        self._layers = _native(network, self.cache.stride)
+        pack(network)
 
     def start(self, slot: int) -> None:
         self.cache.take(slot)
@@ -90,25 +97,70 @@ class FlashDrafter:
 
     def _append(self, first_slot: int, context: Tensor, counts: list[int]) -> None:
         """Write context (batch, rows, hidden) behind what slots first_slot.. hold; counts[b] rows of it are real."""
-        batch, rows = context.shape[:2]
-        held = self.cache.lengths[first_slot : first_slot + batch]
-        positions = torch.tensor(held, device=context.device)[:, None] + torch.arange(rows, device=context.device)
-        locations = self.cache.locations(first_slot, positions)
-        for layer, (keys, values) in enumerate(self.network.context_keys_values(context, positions)):
-            self.cache.write(layer, locations, keys, values)
+        batch, num = context.shape[:2]
+        starts = np.array(self.cache.lengths[first_slot : first_slot + batch], np.int32)
+        rows = Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+        if self._layers is not None:
+            self._layers.hold(context, _places(rows), rows)
+        else:
+            for layer, (keys, values) in enumerate(self.network.context_keys_values(context, rows.positions)):
+                self.cache.write(layer, rows.locations, keys, values)
         for b, count in enumerate(counts):
             self.cache.lengths[first_slot + b] += count
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """A tree for each of slots 0.., of at most budgets[b] nodes. newest: (slots,) the last token of each."""
-        slots = len(newest)
-        starts = torch.tensor(self.cache.lengths[:slots], device=self.target.device)
-        rows = attention.plan(self.cache, 0, starts, self._whole_block, self.target.dtype)
+        starts = np.array(self.cache.lengths[: len(newest)], np.int32)
+        counts = np.where(budgets > 0, self.block, 0).astype(np.int32)
+        rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
         last = torch.from_numpy(newest).to(self.target.device)
-        hidden = self.network.block_hidden(
-            self.target.embed(last)[:, None],
-            starts[:, None],
-            lambda layer, q, k, v: attention.attend(rows, layer, q, k, v),
-        )
-        logits = self.target.logits(hidden[:, 0])
+        embedded = self.target.embed(last)[:, None]
+        if self._layers is not None:
+            mixed, _ = self._layers.forward(self.network.block_input(embedded)[:, 0], _places(rows), rows)
+            hidden = self.network.out(mixed)
+        else:
+            hidden = self.network.block_hidden(
+                embedded, rows.positions[:, :1], lambda layer, q, k, v: attention.attend(rows, layer, q, k, v)
+            )[:, 0]
+        logits = self.target.logits(hidden)
         return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
+
+
+def _places(rows: Rows) -> np.ndarray:
+    """Position ids of rows that follow one another: (1, batch, rows) int32."""
+    return (rows.starts[:, None] + np.arange(rows.num, dtype=np.int32))[None]
+
+
+def _native(network: DraftNetwork, positions: int) -> Stack | None:
+    """The draft's layers and its last norm in the native stack, where that can run them; released from the network."""
+    config, weight = network.config, network.masks
+    shape = Shape(
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_heads,
+        head_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        eps=1e-6,
+    )
+    if not (shape.fits and library.supports(weight.dtype, weight.device)):
+        return None
+    layers: list[Any] = list(network.layers)
+    cos, sin = rotary_table(config, torch.arange(positions + config.block)[None], weight.dtype)
+    stack = Stack(
+        shape,
+        [
+            LayerWeights(
+                norm1=Norm(layer.attention_norm.weight),
+                qkv=torch.cat((layer.q.weight, layer.kv.weight)),
+                out=layer.out.weight,
+                norm2=Norm(layer.mlp_norm.weight),
+                up=layer.gate_up.weight,
+                down=layer.down.weight,
+            )
+            for layer in layers
+        ],
+        rotary=Rotary(cos[0, 0], sin[0, 0], np.zeros(config.head_dim, np.int32)),
+        final_norm=Norm(network.norm.weight),
+    )
+    network.layers = nn.ModuleList()
+    return stack

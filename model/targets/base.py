@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -56,15 +57,15 @@ class Target(Protocol):
         """Token embeddings: (...,) -> (..., hidden)."""
         ...
 
-    def positions(self, prompt: Prompt) -> Tensor:
-        """Position ids of the prompt: (axes, tokens). Generated tokens go on from the largest, on every axis."""
+    def positions(self, prompt: Prompt) -> np.ndarray:
+        """Position ids of the prompt: (axes, tokens) int32. Generated tokens go on from the largest, on every axis."""
         ...
 
-    def forward(self, embeds: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """One pass: embeds (batch, rows, hidden), positions (axes, batch, rows).
+    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+        """One pass: embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
 
         Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
-        (batch, rows, num_taps * hidden).
+        (batch, rows, num_taps * hidden). What they hold in rows that are not real (see Rows) does not matter.
         """
         ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,10 +17,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 from model import attention
 from model.attention import Rows
 from model.config import EngineConfig
-from model.linear import pack
+from model.native import library
+from model.native.library import Matrix
 from model.request import Geometry, Medium, Message, RequestError
+from model.targets import native
 from model.targets.base import Prompt, evenly_spaced
-from model.targets.fused import FusedDecoder
 
 FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 
@@ -55,11 +57,13 @@ class LlavaTarget:
         self.geometry = self._geometry()
         self.tap_layers = evenly_spaced(self.num_layers)
         decoder = self.model.model.language_model
-        self.fused = FusedDecoder(decoder, self.model.lm_head, self.tap_layers) if FusedDecoder.fits(decoder) else None
-        pack(self.model.model.vision_tower)
-        pack(self.model.model.multi_modal_projector)
+        self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions)
+        self.tower = native.tower(self.model.model, self.model.config)
+        # Drafts learn through the model's own output head; a packed matrix knows no gradient.
+        head = self.model.lm_head
+        self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
         self._taps: dict[int, Tensor] = {}
-        for layer in self.tap_layers if self.fused is None else ():
+        for layer in self.tap_layers if self.decoder is None else ():
             decoder.layers[layer].register_forward_hook(self._tap(layer))
         vision = self.model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
@@ -156,8 +160,8 @@ class LlavaTarget:
                 spans.append((start, len(placed)))
         return Prompt(placed, media, tuple(spans))
 
-    def positions(self, prompt: Prompt) -> Tensor:
-        return torch.arange(len(prompt.ids), device=self.device)[None]
+    def positions(self, prompt: Prompt) -> np.ndarray:
+        return np.arange(len(prompt.ids), dtype=np.int32)[None]
 
     # --- tensors
 
@@ -168,23 +172,25 @@ class LlavaTarget:
         )
         features = []
         for group in pixels.split(FRAMES_AT_ONCE):
-            features += self.model.model.get_image_features(pixel_values=group).pooler_output
+            if self.tower is not None:
+                features.append(self.tower(group))
+            else:
+                features += self.model.model.get_image_features(pixel_values=group).pooler_output
         return torch.cat([f.flatten(0, -2) for f in features])
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.model.model.language_model.embed_tokens(ids)
         return embedded
 
-    def forward(self, embeds: Tensor, positions: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        if self.fused is not None:
-            return self.fused(embeds, positions[0], rows)
+    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.decoder is not None:
+            return self.decoder.forward(embeds, positions, rows)
+        places = torch.from_numpy(positions[0]).to(self.device, torch.int64)
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=positions[0], use_cache=False, rows=rows
+            inputs_embeds=embeds, position_ids=places, use_cache=False, rows=rows
         ).last_hidden_state
         return hidden, torch.cat([self._taps[layer] for layer in self.tap_layers], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        # A packed product knows no gradient, and a draft learns through this one.
-        packed = None if hidden.requires_grad else self.fused
-        scores: Tensor = self.model.lm_head(hidden) if packed is None else packed.logits(hidden)
+        scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)
         return scores

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from model import attention
+from model.attention import Rows, Sight
 from model.draft.network import DraftNetwork
 from model.kv_cache import KVCache
 from model.request import Message
@@ -73,17 +74,17 @@ def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]
         device=target.device,
     )
     embeds = torch.zeros(batch, width, target.hidden_size, dtype=target.dtype, device=target.device)
-    positions = torch.zeros(1, batch, width, dtype=torch.int64, device=target.device)
+    positions = []
     for b, prompt in enumerate(prompts):
         embeds[b, : len(ids[b])] = target.embed(torch.tensor(ids[b], device=target.device))
         for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
             embeds[b, start:end] = target.encode(medium)
         places = target.positions(prompt)
-        after = int(places.max()) + 1 + torch.arange(width - places.shape[1], device=target.device)
-        positions[:, b] = torch.cat((places, after.expand(places.shape[0], -1)), 1)
-    causal = torch.ones(1, width, width, dtype=torch.bool, device=target.device).tril()
-    rows = attention.plan(cache, 0, torch.zeros(batch, dtype=torch.int64, device=target.device), causal, target.dtype)
-    hidden, taps = target.forward(embeds, positions, rows)
+        after = places.max() + 1 + np.arange(width - places.shape[1], dtype=np.int32)
+        positions.append(np.concatenate((places, np.broadcast_to(after, (len(places), len(after)))), 1))
+    counts = np.array([len(each) for each in ids], np.int32)
+    rows = Rows(cache, 0, width, np.zeros(batch, np.int32), counts, Sight.CAUSAL)
+    hidden, taps = target.forward(embeds, np.stack(positions, 1), rows)
     seen = []
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
         first = len(prompt.ids) - 1

@@ -1,0 +1,254 @@
+// Attention of a few rows over the keys that one sequence holds, in one pass (the running softmax of Milakov and
+// Gimelshein, arXiv 1805.02867). Keys are taken 32 at a time in the order in which they count for a row, wherever they
+// lie in memory: so what a row gets has the same bits on a branch of a tree, in a chunk of a prompt and alone.
+#pragma once
+#include "product.h"
+
+constexpr int KEYS = 32;         // taken together
+constexpr int MAX_QUERIES = 16;  // a tile of AMX
+
+// Where keys lie: one after the other, or as listed.
+struct Contiguous {
+  long first;
+  long operator[](int i) const { return first + i; }
+};
+struct Listed {
+  const int32_t* at;
+  long operator[](int i) const { return at[i]; }
+};
+
+template <int D>
+static inline vf products(const float* q, const float* key) {
+  vf sum{};
+#pragma GCC unroll 16
+  for (int d = 0; d < D; d += LANES) sum += load(q + d) * load(key + d);
+  return sum;
+}
+
+#if defined(__AVX512BF16__)
+template <int D>
+static inline vf products(const bf16* q, const bf16* key) {
+  __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int d = 0; d < D; d += 2 * LANES) {
+    const __mmask32 inside = d + 2 * LANES <= D ? 0xffffffff : 0xffff;
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(inside, q + d), (__m512bh)_mm512_maskz_loadu_epi16(inside, key + d));
+  }
+  return (vf)sum;
+}
+#endif
+
+template <class T, int D>
+struct Attention {
+  static constexpr int VECTORS = D / LANES;
+  static constexpr int TOGETHER = VECTORS <= 4 ? 4 : VECTORS <= 8 ? 2 : 1;  // queries whose sums fit the registers
+
+  const T *keys, *values;  // of one slot and head, D apart
+  float scale;
+  int num = 0;  // queries
+  const T* q[MAX_QUERIES];
+  alignas(64) float scores[MAX_QUERIES][KEYS];
+  alignas(64) T weights[MAX_QUERIES][KEYS];
+  alignas(64) float mixed[MAX_QUERIES][D];  // weighted sums of values so far
+  float most[MAX_QUERIES];                  // largest score so far
+  vf total[MAX_QUERIES];                    // of the weights so far, lane by lane
+#if defined(__AMX_BF16__)
+  static constexpr int DEPTH = (D + K_STEP - 1) / K_STEP * K_STEP;
+  // Queries as AMX reads its right-hand side, and what one query needs to pass through it alone.
+  alignas(64) bf16 columns[DEPTH * MAX_QUERIES] = {};
+  alignas(64) bf16 lone_weights[TILE_ROWS][KEYS] = {};
+  alignas(64) float lone_mixed[TILE_ROWS][D];
+#endif
+
+  Attention(const T* keys, const T* values, float scale) : keys(keys), values(values), scale(scale) {}
+
+  void add(const T* query) {
+    q[num] = query;
+    most[num] = -1e30f;
+    total[num] = vf{};
+    memset(mixed[num], 0, sizeof mixed[num]);
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 2)
+      for (int d = 0; d < D; d += 2) memcpy(columns + d * MAX_QUERIES + 2 * num, query + d, 2 * sizeof(T));
+#endif
+    num++;
+  }
+
+  void give(int n, T* out) const {
+    const float whole = sum(total[n]);
+    for (int d = 0; d < D; d += LANES) store(out + d, load(mixed[n] + d) / whole);
+  }
+
+  // The next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.
+  void take(long first, const int* visible) {
+    int longest = 0;
+    for (int n = 0; n < num; n++) longest = visible[n] > longest ? visible[n] : longest;
+    score_all(first, longest);
+    for (int n = 0; n < num; n++) weigh(n, visible[n]);
+    mix(Contiguous{first}, longest);
+  }
+
+  // The last keys, different ones for every query: lists[n], of sizes[n], all of them from `first` to `end`.
+  void take_listed(long first, long end, const int32_t* const* lists, const int32_t* sizes) {
+    float* known = score_range(first, end, (float*)__builtin_alloca_with_align(round_up(end - first, LANES) * MAX_QUERIES * sizeof(float), 512));
+    for (int n = 0; n < num; n++)
+      for (int i = 0; i < sizes[n]; i += KEYS) {
+        const Listed at{lists[n] + i};
+        const int count = sizes[n] - i < KEYS ? sizes[n] - i : KEYS;
+        if (known)
+          for (int j = 0; j < count; j++) scores[n][j] = known[(at[j] - first) * MAX_QUERIES + n];
+        else
+          score(n, at, count);
+        weigh(n, count);
+        mix_alone(n, at, count);
+      }
+  }
+
+ private:
+  void weigh(int n, int count) {
+    if (count <= 0) {
+      memset((void*)weights[n], 0, sizeof weights[n]);
+      return;
+    }
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vf low = load(scores[n]) * scale, high = load(scores[n] + LANES) * scale;
+    low = lane < count ? low : all(-1e30f);
+    high = lane < count - LANES ? high : all(-1e30f);
+    const float now = largest(larger(low, high));
+    if (now > most[n]) {
+      const vf factor = exponential(all(most[n] - now));
+      most[n] = now;
+      total[n] *= factor;
+      for (int d = 0; d < D; d += LANES) store(mixed[n] + d, load(mixed[n] + d) * factor);
+    }
+    low = exponential(low - most[n]), high = exponential(high - most[n]);
+    total[n] = total[n] + low + high;
+    store(weights[n], low), store(weights[n] + LANES, high);
+  }
+
+  template <class Positions>
+  void score(int n, Positions at, int count) {
+    for (int g = 0; g < KEYS; g += LANES) {
+      vf part[LANES];
+      for (int i = 0; i < LANES; i++) part[i] = g + i < count ? products<D>(q[n], keys + at[g + i] * D) : vf{};
+      store(scores[n] + g, sums(part));
+    }
+  }
+
+  template <int N, class Positions>
+  void mix_few(int first, Positions at, int count) {
+    vf sums[N][VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) sums[n][v] = load(mixed[first + n] + v * LANES);
+    for (int i = 0; i < count; i++) {
+      vf value[VECTORS];
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) value[v] = load(values + at[i] * D + v * LANES);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        const vf weight = all(number(weights[first + n][i]));
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * value[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) store(mixed[first + n] + v * LANES, sums[n][v]);
+  }
+
+#if defined(__AMX_BF16__)
+  // Keys to the left, as they lie, and queries to the right: scores come out key by key.
+  void score_tile(long first, float* turned) const {
+    _tile_zero(0);
+    for (int d = 0; d < D; d += K_STEP) {
+      _tile_loadd(4, keys + first * D + d, D * 2);
+      _tile_loadd(6, columns + d * MAX_QUERIES, 64);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, turned, 64);
+  }
+
+  void score_all(long first, int count) {
+    if constexpr (sizeof(T) == 4) {
+      for (int n = 0; n < num; n++) score(n, Contiguous{first}, count);
+    } else {
+      alignas(64) float turned[LANES * MAX_QUERIES];
+      for (int g = 0; g < count; g += LANES) {
+        score_tile(first + g, turned);
+        vf m[LANES];
+        for (int i = 0; i < LANES; i++) m[i] = load(turned + i * MAX_QUERIES);
+        transpose(m);
+        for (int n = 0; n < num; n++) store(scores[n] + g, m[n]);
+      }
+    }
+  }
+
+  float* score_range(long first, long end, float* turned) const {
+    if constexpr (sizeof(T) == 4) return nullptr;
+    for (long key = first; key < end; key += LANES) score_tile(key, turned + (key - first) * MAX_QUERIES);
+    return turned;
+  }
+
+  template <class Positions>
+  static void mix_tiles(const T* values, const bf16 (*weights)[KEYS], float (*mixed)[D], Positions at, int count) {
+    alignas(64) bf16 pairs[VECTORS][KEYS * LANES];  // of keys: values as AMX reads its right-hand side
+    for (int i = 0; i < KEYS; i += 2) {
+      const T* one = values + at[i < count ? i : 0] * D;  // what has no weight only must be a number
+      const T* other = values + at[i + 1 < count ? i + 1 : 0] * D;
+      for (int v = 0; v < VECTORS; v++) {
+        vh a, b;
+        memcpy(&a, one + v * LANES, sizeof a), memcpy(&b, other + v * LANES, sizeof b);
+        const auto both = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                                                  10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        memcpy((void*)(pairs[v] + i * LANES), &both, sizeof both);
+      }
+    }
+    _tile_loadd(4, weights, 64);
+    for (int v = 0; v < VECTORS; v++) {
+      _tile_loadd(0, mixed[0] + v * LANES, D * 4);
+      _tile_loadd(6, pairs[v], 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_stored(0, mixed[0] + v * LANES, D * 4);
+    }
+  }
+
+  template <class Positions>
+  void mix(Positions at, int count) {
+    if constexpr (sizeof(T) == 4)
+      mix_float(0, num, at, count);
+    else
+      mix_tiles(values, weights, mixed, at, count);
+  }
+
+  template <class Positions>
+  void mix_alone(int n, Positions at, int count) {
+    if constexpr (sizeof(T) == 4) {
+      mix_float(n, 1, at, count);
+    } else {
+      memcpy((void*)lone_weights[0], weights[n], sizeof weights[n]);
+      memcpy(lone_mixed[0], mixed[n], sizeof mixed[n]);
+      mix_tiles(values, lone_weights, lone_mixed, at, count);
+      memcpy(mixed[n], lone_mixed[0], sizeof mixed[n]);
+    }
+  }
+#else
+  void score_all(long first, int count) {
+    for (int n = 0; n < num; n++) score(n, Contiguous{first}, count);
+  }
+  float* score_range(long, long, float*) const { return nullptr; }
+  template <class Positions>
+  void mix(Positions at, int count) { mix_float(0, num, at, count); }
+  template <class Positions>
+  void mix_alone(int n, Positions at, int count) { mix_float(n, 1, at, count); }
+#endif
+
+  template <class Positions>
+  void mix_float(int n, int num, Positions at, int count) {
+    const int end = n + num;
+    for (; n + TOGETHER <= end; n += TOGETHER) mix_few<TOGETHER>(n, at, count);
+    for (; n < end; n++) mix_few<1>(n, at, count);
+  }
+};

@@ -1,0 +1,364 @@
+"""What transformer.cpp offers, as Python sees it: packed matrices and stacks of layers. Knows no model family.
+
+The library is built when FlashServe is installed, once for each kind of processor, and only for x86-64 with AVX512;
+without a compiler, or elsewhere, `load` returns None and models run through torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import Rows
+from model.kv_cache import KVCache
+
+LANES, K_STEP = 16, 32  # as in product.h
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # as in transformer.cpp
+DTYPES = (torch.float32, torch.bfloat16)
+# Best first: module, what it needs of the processor, and what it computes in.
+BUILDS = (
+    ("amx", ("amx_tile", "amx_bf16", "avx512_bf16"), DTYPES),
+    ("avx512bf16", ("avx512_bf16",), DTYPES),
+    ("avx512", ("avx512f", "avx512bw", "avx512dq", "avx512vl"), (torch.float32,)),
+)
+
+
+@dataclass(frozen=True)
+class Library:
+    name: str
+    functions: ctypes.CDLL
+    dtypes: tuple[torch.dtype, ...]
+
+
+@cache
+def load() -> Library | None:
+    """The best build for this processor; None where there is none."""
+    flags = _processor_flags()
+    for name, needed, dtypes in BUILDS:
+        spec = find_spec(f"model.native._{name}")
+        if spec is None or spec.origin is None or not flags.issuperset(needed):
+            continue
+        functions = ctypes.CDLL(spec.origin)
+        functions.flash_begin.restype = ctypes.c_bool
+        if functions.flash_begin(1):
+            return Library(name, functions, dtypes)
+    return None
+
+
+def _processor_flags() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo") as info:
+            line = next((line for line in info if line.startswith("flags")), "")
+    except OSError:
+        line = ""
+    return frozenset(line.partition(":")[2].split())
+
+
+def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether stacks of this type can run natively here."""
+    library = load()
+    return library is not None and device.type == "cpu" and dtype in library.dtypes
+
+
+def use_threads(number: int) -> None:
+    """So many threads from now on, the caller's included."""
+    library = load()
+    if library is not None:
+        library.functions.flash_begin(number)
+
+
+def _functions() -> ctypes.CDLL:
+    library = load()
+    assert library is not None, "supports() was not asked"
+    return library.functions
+
+
+def _pointer(tensor: Tensor | np.ndarray | None) -> int | None:
+    if tensor is None:
+        return None
+    if isinstance(tensor, np.ndarray):
+        assert tensor.flags.c_contiguous
+        return int(tensor.ctypes.data)
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _up(number: int, to: int) -> int:
+    return -(-number // to) * to
+
+
+def _filled_up(bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor | None:
+    if bias is None:
+        return None
+    filled = torch.zeros(_up(outputs, LANES), dtype=dtype)
+    filled[:outputs] = bias.detach()
+    return filled
+
+
+class Matrix:
+    """A linear layer, packed: (..., inputs) -> (..., outputs). Of contiguous rows, bits do not depend on their number."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        weight = weight.detach().contiguous()
+        self.outputs, self.inputs = weight.shape
+        self.dtype = weight.dtype
+        self.bias = _filled_up(bias, self.outputs, weight.dtype)
+        self.packed = torch.empty(_up(self.outputs, LANES) * _up(self.inputs, K_STEP), dtype=weight.dtype)
+        _functions().flash_pack(
+            ctypes.c_bool(self.dtype is torch.bfloat16),
+            ctypes.c_void_p(weight.data_ptr()),
+            self.inputs,
+            self.outputs,
+            ctypes.c_void_p(self.packed.data_ptr()),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        _functions().flash_linear(
+            ctypes.c_bool(self.dtype is torch.bfloat16),
+            ctypes.c_void_p(x.data_ptr()),
+            x.numel() // self.inputs,
+            self.inputs,
+            self.outputs,
+            ctypes.c_void_p(self.packed.data_ptr()),
+            ctypes.c_void_p(_pointer(self.bias)),
+            ctypes.c_void_p(y.data_ptr()),
+        )
+        return y
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer, as torch has it. qkv: (queries, keys and values, hidden); up: for a gated activation, gate and up one
+    below the other."""
+
+    norm1: Norm
+    qkv: Tensor
+    out: Tensor
+    norm2: Norm
+    up: Tensor
+    down: Tensor
+    qkv_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    eps: float
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "quick_gelu", "gelu", "gelu_pytorch_tanh"] = "silu"
+
+    @property
+    def fits(self) -> bool:
+        return (
+            self.head_dim in HEAD_DIMS
+            and self.hidden % K_STEP == 0
+            and self.heads * self.head_dim % K_STEP == 0
+            and self.heads % self.kv_heads == 0
+        )
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos, sin: (positions, head_dim), sin's first half negated; axes: (head_dim,) int32, which axis of the position
+    ids turns each place."""
+
+    cos: Tensor
+    sin: Tensor
+    axes: np.ndarray
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "norm1 norm1_bias qkv qkv_bias q_norm k_norm out out_bias norm2 norm2_bias up up_bias down down_bias"
+        ).split()
+    ]
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in "num_layers hidden heads kv_heads head_dim intermediate".split()),
+        *((n, ctypes.c_int32) for n in "norm activation num_taps".split()),
+        *((n, ctypes.c_float) for n in "eps scale".split()),
+        *((n, ctypes.c_void_p) for n in "layers cos sin axes taps final_norm final_bias".split()),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in "batch rows first_slot sight".split()),
+        *((n, ctypes.c_void_p) for n in "starts counts parents positions cache".split()),
+        *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
+    ]
+
+
+class Stack:
+    """Transformer layers in one call. Weights are packed; what was given can be let go."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        layers: Seq[LayerWeights],
+        *,
+        rotary: Rotary | None = None,
+        final_norm: Norm | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> None:
+        assert shape.fits
+        self.shape, self.num_taps = shape, len(taps)
+        self.dtype = layers[0].qkv.dtype
+        self._kept: list[object] = []  # whatever the library holds pointers to
+        described = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))
+        final = final_norm or Norm(torch.empty(0))
+        self._stack = _Stack(
+            num_layers=len(layers),
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=_up(shape.intermediate, K_STEP),
+            norm=("rms", "layer").index(shape.norm),
+            activation=("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh").index(shape.activation),
+            num_taps=len(taps),
+            eps=shape.eps,
+            scale=shape.head_dim**-0.5,
+            layers=ctypes.cast(described, ctypes.c_void_p),
+            cos=self._keep(rotary.cos if rotary else None),
+            sin=self._keep(rotary.sin if rotary else None),
+            axes=self._keep(np.ascontiguousarray(rotary.axes, np.int32) if rotary else None),
+            taps=self._keep(np.array(taps, np.int32)),
+            final_norm=self._keep(final.weight) if final_norm else None,
+            final_bias=self._keep(final.bias),
+        )
+        self._kept.append(described)
+
+    def _keep(self, tensor: Tensor | np.ndarray | None) -> int | None:
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach().to(self.dtype).contiguous()
+        self._kept.append(tensor)
+        return _pointer(tensor)
+
+    def _matrix(self, weight: Tensor, bias: Tensor | None) -> tuple[int | None, int | None]:
+        matrix = Matrix(weight, bias)
+        self._kept.append(matrix)
+        return _pointer(matrix.packed), _pointer(matrix.bias)
+
+    def _packed(self, layer: LayerWeights) -> _Layer:
+        width = _up(self.shape.intermediate, K_STEP)
+        up, up_bias = (self._inner(part, width) for part in (layer.up, layer.up_bias))
+        assert up is not None
+        down = layer.down.new_zeros(layer.down.shape[0], width)
+        down[:, : self.shape.intermediate] = layer.down.detach()
+        qkv, qkv_bias = self._matrix(layer.qkv, layer.qkv_bias)
+        out, out_bias = self._matrix(layer.out, layer.out_bias)
+        up_at, up_bias_at = self._matrix(up, up_bias)
+        down_at, down_bias = self._matrix(down, layer.down_bias)
+        return _Layer(
+            norm1=self._keep(layer.norm1.weight),
+            norm1_bias=self._keep(layer.norm1.bias),
+            qkv=qkv,
+            qkv_bias=qkv_bias,
+            q_norm=self._keep(layer.q_norm),
+            k_norm=self._keep(layer.k_norm),
+            out=out,
+            out_bias=out_bias,
+            norm2=self._keep(layer.norm2.weight),
+            norm2_bias=self._keep(layer.norm2.bias),
+            up=up_at,
+            up_bias=up_bias_at,
+            down=down_at,
+            down_bias=down_bias,
+        )
+
+    def _inner(self, part: Tensor | None, width: int) -> Tensor | None:
+        """Filled up to `width`; gate and up in turns of a panel, so that they are computed side by side."""
+        if part is None:
+            return None
+        parts = part.detach().chunk(2) if self.shape.activation == "silu" else (part.detach(),)
+        filled = [torch.cat((p, p.new_zeros(width - p.shape[0], *p.shape[1:]))) for p in parts]
+        return torch.stack([p.unflatten(0, (-1, LANES)) for p in filled], 1).flatten(0, 2)
+
+    def _rows(self, rows: Rows, positions: np.ndarray) -> _Rows:
+        data = rows.cache.data
+        strides = data.stride()
+        return _Rows(
+            batch=rows.batch,
+            rows=rows.num,
+            first_slot=rows.first_slot,
+            sight=int(rows.sight),
+            starts=_pointer(rows.starts),
+            counts=_pointer(rows.counts),
+            parents=_pointer(rows.parents),
+            positions=_pointer(positions),
+            cache=data.data_ptr(),
+            layer_stride=strides[0] if data.shape[0] > 1 else 0,  # a single layer's memory may serve all, one by one
+            values_stride=strides[1],
+            slot_stride=strides[2],
+            head_stride=strides[3],
+        )
+
+    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+        """embeds (batch, rows, hidden), positions (axes, batch, rows) int32: final hidden states (batch, rows, hidden),
+        and tapped layers' outputs side by side (batch, rows, num_taps * hidden). Rows that are not real stay unset."""
+        embeds = embeds.contiguous()
+        hidden = torch.empty_like(embeds)
+        taps = embeds.new_empty(*embeds.shape[:2], self.num_taps * self.shape.hidden)
+        _functions().flash_forward(
+            ctypes.c_bool(self.dtype is torch.bfloat16),
+            ctypes.byref(self._stack),
+            ctypes.byref(self._rows(rows, positions)),
+            ctypes.c_void_p(embeds.data_ptr()),
+            ctypes.c_void_p(hidden.data_ptr()),
+            ctypes.c_void_p(taps.data_ptr()),
+        )
+        return hidden, taps
+
+    def hold(self, context: Tensor, positions: np.ndarray, rows: Rows) -> None:
+        """Only write every layer's keys and values of context (batch, rows, hidden)."""
+        context = context.contiguous()
+        _functions().flash_hold(
+            ctypes.c_bool(self.dtype is torch.bfloat16),
+            ctypes.byref(self._stack),
+            ctypes.byref(self._rows(rows, positions)),
+            ctypes.c_void_p(context.data_ptr()),
+        )
+
+
+def scratch(shape: Shape, batch: int, positions: int, dtype: torch.dtype) -> KVCache:
+    """A cache for a pass that leaves nothing behind: one layer's memory, used by all in turn."""
+    return KVCache(
+        num_layers=1,
+        num_slots=batch,
+        num_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        capacity=positions,
+        margin=0,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
