@@ -8,6 +8,7 @@ is free again.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,10 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Advance every running request; returns what came of it, at most one output per request."""
+        with library.alone() if self.target.native else nullcontext():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         decision = self.scheduler.schedule(self.cache.num_free)
         outputs = self._admit(decision)
         if decision.decoding:

@@ -11,10 +11,10 @@ from model.native.library import Matrix
 class Packed(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self._matrix = Matrix(linear.weight, linear.bias)
+        self.matrix = Matrix(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._matrix(x)
+        return self.matrix(x)
 
 
 def pack(module: nn.Module) -> None:

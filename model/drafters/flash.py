@@ -18,9 +18,9 @@ from model import attention, tree
 from model.attention import Rows, Sight
 from model.draft.network import DraftNetwork, rotary_table
 from model.kv_cache import KVCache
-from model.linear import pack
+from model.linear import Packed, pack
 from model.native import library
-from model.native.library import LayerWeights, Norm, Rotary, Shape, Stack
+from model.native.library import Candidates, LayerWeights, Norm, Rotary, Shape, Stack
 from model.targets.base import Target
 from model.tree import Trees
 
@@ -45,6 +45,16 @@ class FlashDrafter:
         self._visual: dict[int, list[Tensor]] = {}  # slot -> fused states of a medium whose prefill is under way
         self._layers = _native(network, self.cache.stride)
         pack(network)
+        self._candidates = self._native_candidates()
+
+    def _native_candidates(self) -> Candidates | None:
+        if not library.supports(self.target.dtype, self.target.device) or self.width > library.MAX_WIDTH:
+            return None
+        head = self.network.sequential
+        if head is None:
+            return Candidates(self.width, None, None)
+        assert isinstance(head.after, Packed)
+        return Candidates(self.width, head.before.weight, head.after.matrix)
 
     def start(self, slot: int) -> None:
         self.cache.take(slot)
@@ -123,6 +133,8 @@ class FlashDrafter:
                 embedded, rows.positions[:, :1], lambda layer, q, k, v: attention.attend(rows, layer, q, k, v)
             )[:, 0]
         logits = self.target.logits(hidden)
+        if self._candidates is not None:
+            return self._candidates.grow(logits, newest, budgets)
         return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
 
 

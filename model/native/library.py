@@ -7,7 +7,9 @@ without a compiler, or elsewhere, `load` returns None and models run through tor
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from model.attention import Rows
 from model.kv_cache import KVCache
+from model.tree import Trees, roots
 
 LANES, K_STEP = 16, 32  # as in product.h
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # as in transformer.cpp
@@ -73,6 +76,17 @@ def use_threads(number: int) -> None:
     library = load()
     if library is not None:
         library.functions.flash_begin(number)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Torch's own threads stay out of the way: after each operation they spin for a while, on cores that ours need."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _functions() -> ctypes.CDLL:
@@ -348,6 +362,60 @@ class Stack:
             ctypes.byref(self._rows(rows, positions)),
             ctypes.c_void_p(context.data_ptr()),
         )
+
+
+class _Draft(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
+        *((n, ctypes.c_void_p) for n in "logits before after".split()),
+    ]
+
+
+class _Trees(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in "batch rows".split()),
+        *((n, ctypes.c_void_p) for n in "budgets tokens sizes parents depths scores".split()),
+    ]
+
+
+MAX_WIDTH = 16  # as in candidates.h
+
+
+class Candidates:
+    """`model.tree.best_first` in one call. before: (vocab, rank), after: rank -> vocab: the sequential head, or None."""
+
+    def __init__(self, width: int, before: Tensor | None, after: Matrix | None) -> None:
+        assert 1 <= width <= MAX_WIDTH
+        self._width, self._before, self._after = width, before, after
+
+    def grow(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """logits: (batch, block, vocab); newest, budgets: (batch,) int64."""
+        batch, block, vocab = logits.shape
+        logits = logits.contiguous()
+        budgets = np.minimum(budgets, block * self._width)
+        trees = roots(newest, 1 + int(budgets.max(initial=0)))
+        draft = _Draft(
+            block=block,
+            vocab=vocab,
+            width=min(self._width, vocab),
+            rank=0 if self._before is None else self._before.shape[1],
+            logits=logits.data_ptr(),
+            before=_pointer(self._before),
+            after=None if self._after is None else self._after.packed.data_ptr(),
+        )
+        arrays = _Trees(
+            batch=batch,
+            rows=trees.rows,
+            budgets=_pointer(budgets),
+            tokens=_pointer(trees.tokens),
+            sizes=_pointer(trees.sizes),
+            parents=_pointer(trees.parents),
+            depths=_pointer(trees.depths),
+            scores=_pointer(trees.scores),
+        )
+        bfloat16 = ctypes.c_bool(logits.dtype is torch.bfloat16)
+        _functions().flash_grow(bfloat16, ctypes.byref(draft), ctypes.byref(arrays))
+        return trees
 
 
 def scratch(shape: Shape, batch: int, positions: int, dtype: torch.dtype) -> KVCache:

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "candidates.h"
 #include "product.h"
 #include "team.h"
 
@@ -437,6 +438,11 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
 }
 
 template <class T>
+void grow_all(const Draft& draft, const Trees& trees) {
+  team.run([&](Member member) { member.share(trees.batch, [&](int b) { grow<T>(draft, trees, b); }); });
+}
+
+template <class T>
 void pack(const void* from, int inputs, int outputs, void* to) {
   const long k = round_up(inputs, K_STEP);
   team.run([&](Member member) {
@@ -481,4 +487,7 @@ void flash_forward(bool bfloat16, const Stack* stack, const Rows* rows, const vo
 
 // Only write every layer's keys and values of `context` (batch, rows, hidden) to the cache.
 void flash_hold(bool bfloat16, const Stack* stack, const Rows* rows, const void* context) { BY_TYPE(hold, *stack, *rows, context); }
+
+// Trees of the likeliest drafted nodes behind the roots that `trees` has.
+void flash_grow(bool bfloat16, const Draft* draft, const Trees* trees) { BY_TYPE(grow_all, *draft, *trees); }
 }

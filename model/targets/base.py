@@ -43,6 +43,7 @@ class Target(Protocol):
     eos_ids: frozenset[int]
     tokens_per_image: int
     geometry: Geometry
+    native: bool  # all that takes long runs in the native library, nothing in torch
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
 
     def prompt(self, messages: tuple[Message, ...]) -> Prompt:

@@ -59,6 +59,7 @@ class LlavaTarget:
         decoder = self.model.model.language_model
         self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions)
         self.tower = native.tower(self.model.model, self.model.config)
+        self.native = self.decoder is not None and self.tower is not None
         # Drafts learn through the model's own output head; a packed matrix knows no gradient.
         head = self.model.lm_head
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None

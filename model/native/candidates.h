@@ -1,0 +1,127 @@
+// Candidate trees from a draft's logits: model/tree.py's `best_first`, in one call.
+#pragma once
+#include "product.h"
+
+extern "C" {
+
+struct Draft {
+  int32_t block, vocab, width, rank;
+  const void *logits;  // (batch, block, vocab)
+  const void *before;  // (vocab, rank) of the sequential head; null: none
+  const void *after;   // packed: rank -> vocab
+};
+
+// One tree per sequence, `rows` each, to be filled behind their roots.
+struct Trees {
+  int32_t batch, rows;
+  const int64_t* budgets;
+  int64_t *tokens, *sizes;
+  int32_t *parents, *depths;
+  double* scores;
+};
+}
+
+namespace {
+
+constexpr int MAX_WIDTH = 16;
+
+struct Candidate {
+  float score;  // cumulative log-probability
+  int32_t token, parent;
+};
+
+// The best `width` seen, best first.
+struct Best {
+  int width, num = 0;
+  Candidate held[MAX_WIDTH];
+
+  float least() const { return num < width ? -1e30f : held[num - 1].score; }
+  void offer(const Candidate& one) {
+    if (one.score <= least()) return;
+    int at = num < width ? num++ : num - 1;
+    for (; at > 0 && held[at - 1].score < one.score; at--) held[at] = held[at - 1];
+    held[at] = one;
+  }
+};
+
+// The best continuations of each frontier token at one depth, with their log-probabilities.
+template <class T>
+void continuations(const Draft& draft, const T* logits, const Candidate* frontier, int num, Best* best) {
+  const int panels = (draft.vocab + LANES - 1) / LANES;
+  const long k = round_up(draft.rank, K_STEP);
+  alignas(64) float bias[MANY_ROWS * PANELS * LANES] = {};
+  T* before = (T*)__builtin_alloca_with_align(MANY_ROWS * (k + K_STEP) * sizeof(T), 512);
+  if (draft.before) {
+    memset((void*)before, 0, MANY_ROWS * k * sizeof(T));
+    for (int n = 0; n < num; n++)
+      memcpy((void*)(before + n * k), (const T*)draft.before + frontier[n].token * (long)draft.rank, draft.rank * sizeof(T));
+  }
+  vf most[MAX_WIDTH], total[MAX_WIDTH];
+  for (int n = 0; n < num; n++) most[n] = all(-1e30f), total[n] = vf{};
+  for (int panel = 0; panel < panels; panel += PANELS) {
+    const int some = panels - panel < PANELS ? panels - panel : PANELS;
+    const long stride = some * LANES;
+    if (draft.before) product(before, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride);
+    for (int p = 0; p < some; p++) {
+      const int first = (panel + p) * LANES;
+      vf drafted = all(-1e30f);
+      if (first + LANES <= draft.vocab)
+        drafted = load(logits + first);
+      else
+        for (int i = 0; first + i < draft.vocab; i++) drafted[i] = number(logits[first + i]);
+      for (int n = 0; n < num; n++) {
+        const vf score = drafted + load(bias + n * stride + p * LANES);
+        const vf now = larger(most[n], score);
+        total[n] = total[n] * exponential(most[n] - now) + exponential(score - now);
+        most[n] = now;
+        if (largest(score) > best[n].least())
+          for (int i = 0; i < LANES; i++) best[n].offer({score[i], first + i, n});
+      }
+    }
+  }
+  for (int n = 0; n < num; n++) {
+    const float top = largest(most[n]);
+    const float whole = top + __builtin_logf(sum(total[n] * exponential(most[n] - top)));
+    for (int i = 0; i < best[n].num; i++) best[n].held[i].score -= whole;
+  }
+}
+
+template <class T>
+void grow(const Draft& draft, const Trees& trees, int b) {
+  const int rows = trees.rows, most = draft.block * draft.width;
+  const int budget = trees.budgets[b] < most ? trees.budgets[b] : most;
+  Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
+  int32_t* number_of = (int32_t*)__builtin_alloca((most + 1) * sizeof(int32_t));
+  Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)rows], 0}};
+  int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
+  for (int depth = 0; depth < draft.block; depth++) {
+    Best next{draft.width}, best[MAX_WIDTH];
+    for (int n = 0; n < num; n++) best[n].width = draft.width;
+    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
+    for (int n = 0; n < num; n++)
+      for (int i = 0; i < best[n].num; i++)  // always less than the parent's, also when the draft is certain
+        next.offer({frontier[n].score + (best[n].held[i].score < 0 ? best[n].held[i].score : 0) - 1e-6f, best[n].held[i].token, first + n});
+    first = count + 1, num = next.num;
+    for (int n = 0; n < num; n++) nodes[count++] = frontier[n] = next.held[n];
+  }
+  // The best of all nodes; a parent always is better than its children, and comes before them.
+  memset(number_of, 0, (most + 1) * sizeof(int32_t));
+  for (int taken = 0; taken < budget && taken < count; taken++) {
+    int best = -1;
+    for (int i = 0; i < count; i++)
+      if (!number_of[i + 1] && (best < 0 || nodes[i].score > nodes[best].score)) best = i;
+    number_of[best + 1] = 1;
+  }
+  int row = 1;
+  for (int i = 0, depth = 1, level = 0; i < count; i++) {
+    if (i == level + draft.width) level = i, depth++;
+    if (!number_of[i + 1]) continue;
+    const long at = b * (long)rows + row;
+    trees.tokens[at] = nodes[i].token, trees.scores[at] = nodes[i].score, trees.depths[at] = depth;
+    trees.parents[at] = number_of[nodes[i].parent];
+    number_of[i + 1] = row++;
+  }
+  trees.sizes[b] = row;
+}
+
+}  // namespace
