@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 ALIGNED = 64  # positions of a slot are a multiple of this: kernels read keys in blocks
 
 

@@ -133,8 +133,12 @@ class FlashDrafter:
                 embedded, rows.positions[:, :1], lambda layer, q, k, v: attention.attend(rows, layer, q, k, v)
             )[:, 0]
         logits = self.target.logits(hidden)
+        return self._tree(logits, newest, budgets)
+
+    def _tree(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         if self._candidates is not None:
             return self._candidates.grow(logits, newest, budgets)
+        last = torch.from_numpy(newest).to(logits.device)
         return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
 
 

@@ -95,11 +95,12 @@ def _functions() -> ctypes.CDLL:
     return library.functions
 
 
-def _pointer(tensor: Tensor | np.ndarray | None) -> int | None:
+def _pointer(tensor: Tensor | np.ndarray | None, dtype: type = np.int32) -> int | None:
     if tensor is None:
         return None
     if isinstance(tensor, np.ndarray):
         assert tensor.flags.c_contiguous
+        assert tensor.dtype == dtype, f"the library would misread {tensor.dtype}"
         return int(tensor.ctypes.data)
     assert tensor.is_contiguous()
     return tensor.data_ptr()
@@ -406,12 +407,12 @@ class Candidates:
         arrays = _Trees(
             batch=batch,
             rows=trees.rows,
-            budgets=_pointer(budgets),
-            tokens=_pointer(trees.tokens),
-            sizes=_pointer(trees.sizes),
+            budgets=_pointer(budgets, np.int64),
+            tokens=_pointer(trees.tokens, np.int64),
+            sizes=_pointer(trees.sizes, np.int64),
             parents=_pointer(trees.parents),
             depths=_pointer(trees.depths),
-            scores=_pointer(trees.scores),
+            scores=_pointer(trees.scores, np.float64),
         )
         bfloat16 = ctypes.c_bool(logits.dtype is torch.bfloat16)
         _functions().flash_grow(bfloat16, ctypes.byref(draft), ctypes.byref(arrays))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.engine import Engine
 from model.kv_cache import KVCache
-from model.tree import Trees
+from model.tree import Trees, roots
 
 
 class OracleDrafter:
@@ -64,14 +64,7 @@ class OracleDrafter:
         """Trees that hold some of what will come, and decoys at every depth."""
         batch, rows = len(newest), 1 + int(budgets.max())
         by_slot = {s.slot: s for s in self.engine.scheduler.running}
-        trees = Trees(
-            np.zeros((batch, rows), np.int64),
-            np.full((batch, rows), -1),
-            np.zeros((batch, rows), np.int64),
-            np.ones(batch, np.int64),
-            np.zeros((batch, rows)),
-        )
-        trees.tokens[:, 0] = newest
+        trees = roots(newest, rows)
         for slot in range(batch):
             if not budgets[slot]:
                 continue

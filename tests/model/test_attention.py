@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from model import attention
+from model.attention import Rows, Sight, prompt_rows
 from model.engine import Engine
 from model.kv_cache import KVCache
 from model.tree import Trees
@@ -70,7 +71,7 @@ def test_each_row_of_a_tree_sees_its_own_path_and_nothing_else(
         pasts.append(past[:, 0])
     trees = random_tree(rng, 3, 9)
     queries, keys, values = (torch.randn(3, n, 9, DIM) for n in (heads, kv_heads, kv_heads))
-    rows = attention.plan(kv, 0, torch.tensor(kv.lengths), torch.from_numpy(trees.visible()), torch.float32)
+    rows = Rows(kv, 0, 9, np.array(kv.lengths, np.int32), trees.sizes.astype(np.int32), Sight.TREE, trees.parents)
     mixed = attention.attend(rows, 0, queries, keys, values)
     for b in range(3):
         for row in range(int(trees.sizes[b])):
@@ -86,40 +87,14 @@ def test_each_row_of_a_tree_sees_its_own_path_and_nothing_else(
     assert mixed.isfinite().all(), "rows that are not used must not spoil those that are"
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 6])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)], ids=["mha", "mqa"])
-def test_bfloat16_on_a_cpu_is_as_close_as_bfloat16_can_be(num_rows: int, heads: int, kv_heads: int) -> None:
-    """One row alone takes a way of its own there: held against attention in float64, as several are."""
-    torch.manual_seed(0)
-    kv = cache(kv_heads, dtype=torch.bfloat16)
-    for slot in range(3):
-        kv.allocate()
-        past = torch.randn(2, 1, kv_heads, 40, DIM, dtype=torch.bfloat16)
-        kv.write(0, kv.locations(slot, torch.arange(40)[None]), past[0], past[1])
-        kv.lengths[slot] = 40 - slot
-    causal = torch.ones(1, num_rows, num_rows, dtype=torch.bool).tril()
-    queries, keys, values = (torch.randn(3, n, num_rows, DIM).bfloat16() for n in (heads, kv_heads, kv_heads))
-    rows = attention.plan(kv, 0, torch.tensor(kv.lengths), causal, torch.bfloat16)
-    mixed = attention.attend(rows, 0, queries, keys, values)
-    assert mixed.dtype is torch.bfloat16
-    assert mixed.shape == queries.shape
-    for b in range(3):
-        seen_keys, seen_values = (t[b] for t in kv.read(0, 0, 3, kv.lengths[0] + num_rows))
-        for row in range(num_rows):
-            upto = kv.lengths[b] + row + 1
-            expected = one_by_one(queries[b, :, row], seen_keys[:, :upto], seen_values[:, :upto])
-            torch.testing.assert_close(mixed[b, :, row].double(), expected, atol=0.02, rtol=0.02)
-
-
 def hidden_of(engine: Engine, ids: list[int], chunks: list[int], slot: int) -> Tensor:
     """The target's final states over ids computed chunk by chunk in a slot of its own, beside whatever lies there."""
     target, start, parts = engine.target, 0, []
     engine.cache.take(slot)
     for count in chunks:
-        causal = torch.ones(1, count, count, dtype=torch.bool).tril()
-        rows = attention.plan(engine.cache, slot, torch.tensor([start]), causal, target.dtype)
+        rows = prompt_rows(engine.cache, slot, start, count)
         embeds = target.embed(torch.tensor(ids[start : start + count]))[None]
-        parts.append(target.forward(embeds, torch.arange(start, start + count)[None, None], rows)[0][0])
+        parts.append(target.forward(embeds, np.arange(start, start + count, dtype=np.int32)[None, None], rows)[0][0])
         engine.cache.keep([slot], [list(range(count))])
         start += count
     engine.cache.free(slot)

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model import tree
 from model.config import ConfigError
 from model.draft import checkpoint
 from model.draft.network import DraftConfig, DraftNetwork, rotary_table, rotate
@@ -108,15 +107,15 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     watched = Watched(engine, known, seed)
     engine.drafter = watched
     served: dict[tuple[str, int], Tensor] = {}
-    best_first = tree.best_first
+    grow = FlashDrafter._tree
 
-    def listen(newest: Tensor, logits: Tensor, *args: Any, **kwargs: Any) -> Trees:
+    def listen(drafter: FlashDrafter, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         for sequence in engine.scheduler.running:
             if not sequence.prefilling and sequence.slot is not None:
                 served[sequence.request.request_id, len(sequence.tokens)] = logits[sequence.slot].clone()
-        return best_first(newest, logits, *args, **kwargs)
+        return grow(drafter, logits, newest, budgets)
 
-    monkeypatch.setattr(tree, "best_first", listen)
+    monkeypatch.setattr(FlashDrafter, "_tree", listen)
     assert tiny.answers(engine, [tiny.ask("brief", "Hi", max_tokens=6), *requests]) == known
 
     taught: list[Tensor] = []
@@ -126,7 +125,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
         return block_loss(drafted, *rest, **named)
 
     monkeypatch.setattr(trainer, "block_loss", learn)
-    network, target = watched.network, engine.target
+    network, target = checkpoint.load(draft, engine.target), engine.target  # the served one's layers are packed
     offsets = list(range(34))
     with torch.no_grad():
         seen = trainer.capture(

@@ -16,9 +16,8 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from model.engine import Engine
+from model.native import library
 from model.request import Medium, Request
-from model.targets.fused import FusedDecoder
-from model.targets.llava import LlavaTarget
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 
@@ -213,14 +212,13 @@ def test_double_precision_says_the_same_alone_and_in_a_crowd(tiny_checkpoint: Pa
     assert tiny.answers(engine, mixed(8), every=1) == alone
 
 
-def test_transformers_own_layers_say_the_same_as_the_fused_ones(
+def test_transformers_own_layers_say_the_same_as_the_native_ones(
     tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoders that are not built as expected, and those on a GPU, run through the registered attention."""
-    monkeypatch.setattr(FusedDecoder, "fits", staticmethod(lambda decoder: False))
+    monkeypatch.setattr(library, "load", lambda: None)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6, prefill_chunk=16))
-    assert isinstance(engine.target, LlavaTarget)
-    assert engine.target.fused is None
+    assert not engine.target.native
     assert tiny.answers(engine, mixed(), every=1) == expected
     with_oracle(engine, expected)
     assert tiny.answers(engine, mixed(), every=1) == expected

@@ -154,7 +154,9 @@ def test_check_integrity_sees_what_is_wrong() -> None:
 def test_bytes_per_slot_is_what_is_allocated() -> None:
     """Else a budget in bytes would not be one."""
     kv = cache(num_slots=3, capacity=40, margin=8)
-    each = KVCache.bytes_per_slot(num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, positions=48, dtype=torch.float32)
+    each = KVCache.bytes_per_slot(
+        num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, capacity=40, margin=8, dtype=torch.float32
+    )
     assert kv.data.numel() * kv.data.element_size() == 3 * each
 
 

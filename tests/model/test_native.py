@@ -1,0 +1,299 @@
+"""The native stack: it computes what torch computes, and a row's bits do not depend on the company it is computed in.
+
+The second is what makes speculation unable to change an answer: verifying a branch of a tree, in any batch, is decoding
+its rows one by one. Were it lost (another blocking, another order of keys), answers would start to differ at near ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from model import tree
+from model.attention import Rows, Sight, attend
+from model.config import EngineConfig
+from model.engine import Engine
+from model.kv_cache import KVCache
+from model.native import library
+from model.native.library import BUILDS, Candidates, LayerWeights, Library, Matrix, Norm, Rotary, Shape, Stack
+from tests.model import tiny
+
+HIDDEN, HEADS, INNER = 128, 4, 112
+RUNS = [(name, dtype) for name, _, dtypes in BUILDS for dtype in dtypes]
+
+
+def build(name: str) -> Library | None:
+    """One of the library's builds, if this processor can run it and a compiler made it."""
+    (only,) = (one for one in BUILDS if one[0] == name)
+    library.load.cache_clear()
+    whole, library.BUILDS = library.BUILDS, (only,)
+    try:
+        return library.load()
+    finally:
+        library.BUILDS = whole
+        library.load.cache_clear()
+
+
+@pytest.fixture(params=RUNS, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in RUNS])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+    name, dtype = request.param
+    found = build(name)
+    if found is None:
+        pytest.skip(f"no {name} build for this processor")
+    monkeypatch.setattr(library, "load", lambda: found)
+    library.use_threads(2)
+    yield dtype
+
+
+def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def layer(seed: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, clip: bool) -> LayerWeights:
+    """Weights of about unit gain, so that errors neither vanish nor explode."""
+    wide, qkv = heads * head_dim, (heads + 2 * kv_heads) * head_dim
+    up = INNER if clip else 2 * INNER
+    shapes = {"qkv": (qkv, HIDDEN), "out": (HIDDEN, wide), "up": (up, HIDDEN), "down": (HIDDEN, INNER)}
+    weights = {
+        name: normal(*size, seed=seed + i, scale=size[1] ** -0.5) for i, (name, size) in enumerate(shapes.items())
+    }
+    biases = {f"{name}_bias": normal(size[0], seed=seed + 9, scale=0.1) for name, size in shapes.items() if bias}
+    shift = normal(HIDDEN, seed=seed + 5, scale=0.1) if clip else None
+    norms = {f"norm{i}": Norm(1 + normal(HIDDEN, seed=seed + 6 + i, scale=0.1), shift) for i in (1, 2)}
+    return LayerWeights(**weights, **biases, **norms)
+
+
+def cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
+    def one(value: object) -> object:
+        if isinstance(value, Norm):
+            return Norm(value.weight.to(dtype), None if value.bias is None else value.bias.to(dtype))
+        return value.to(dtype) if isinstance(value, Tensor) else value
+
+    return LayerWeights(**{name: one(value) for name, value in vars(weights).items()})  # type: ignore[arg-type]
+
+
+def rotary(head_dim: int, positions: int) -> Rotary:
+    half = head_dim // 2
+    angle = torch.arange(positions)[:, None] * 100.0 ** (-torch.arange(half) / half)
+    cos, sin = angle.cos(), angle.sin()
+    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), np.zeros(head_dim, np.int32))
+
+
+def in_torch(shape: Shape, layers: list[LayerWeights], turn: Rotary | None, x: Tensor, places: Tensor, rows: Rows):
+    """The same layers in plain torch, float64, over a float64 cache."""
+
+    def norm(x: Tensor, n: Norm) -> Tensor:
+        if shape.norm == "layer":
+            assert n.bias is not None
+            return F.layer_norm(x, (shape.hidden,), n.weight.double(), n.bias.double(), shape.eps)
+        return F.rms_norm(x, (shape.hidden,), n.weight.double(), shape.eps)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.double(), None if bias is None else bias.double())
+
+    def turned(x: Tensor) -> Tensor:
+        if turn is None:
+            return x
+        cos, sin = (table.double()[places][:, None] for table in (turn.cos, turn.sin))
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat((right, left), -1) * sin
+
+    sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+    for i, weights in enumerate(layers):
+        parts = linear(norm(x, weights.norm1), weights.qkv, weights.qkv_bias).split(sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for part in parts)
+        mixed = attend(rows, i, turned(q), turned(k), v).transpose(1, 2).flatten(2)
+        x = x + linear(mixed, weights.out, weights.out_bias)
+        inner = linear(norm(x, weights.norm2), weights.up, weights.up_bias)
+        if shape.activation == "silu":
+            gate, up = inner.chunk(2, -1)
+            inner = F.silu(gate) * up
+        else:
+            inner = inner * torch.sigmoid(1.702 * inner)
+        x = x + linear(inner, weights.down, weights.down_bias)
+    return x
+
+
+def cache(shape: Shape, num_slots: int, dtype: torch.dtype, seed: int = 0) -> KVCache:
+    made = KVCache(
+        num_layers=2, num_slots=num_slots, num_heads=shape.kv_heads, head_dim=shape.head_dim, capacity=200, margin=56,
+        dtype=dtype, device=torch.device("cpu"),
+    )  # fmt: skip
+    made.data.copy_(normal(*made.data.shape, seed=seed).to(torch.bfloat16))
+    return made
+
+
+def some_tree(rows: int, batch: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.array([[-1, *(rng.integers(0, row) for row in range(1, rows))] for _ in range(batch)], np.int32)
+
+
+@pytest.mark.parametrize("sight", list(Sight))
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "clip"),
+    [(4, 4, 32, False), (4, 2, 64, False), (8, 1, 16, False), (2, 2, 80, True), (40, 1, 16, False)],
+    ids=["mha", "gqa", "mqa", "clip", "more heads than a block"],
+)
+def test_it_computes_what_torch_computes(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, clip: bool, sight: Sight
+) -> None:
+    """Every kind of layer, of mask and of length, against float64; slots that idle are not touched."""
+    settings = {"norm": "layer", "activation": "quick_gelu"} if clip else {}
+    shape = Shape(HIDDEN, heads, kv_heads, head_dim, INNER, 1e-5, **settings)  # type: ignore[arg-type]
+    weights = [
+        cast(layer(10 * i, heads, kv_heads, head_dim, bias=clip or kv_heads == 2, clip=clip), dtype) for i in (1, 2)
+    ]
+    turn = None if clip else rotary(head_dim, 300)
+    stack = Stack(shape, weights, rotary=turn, taps=(0,))
+    starts, rows = np.array([0, 31, 64, 150], np.int32), 21
+    counts = np.array([21, 0, 7, 21], np.int32)
+    parents = some_tree(rows, 4, seed=3)
+    kept = cache(shape, 5, dtype)
+    fine = cache(shape, 5, torch.float64)
+    x = normal(4, rows, HIDDEN, seed=5).to(dtype)
+    if sight is Sight.TREE:
+        depth = np.zeros_like(parents)
+        for row in range(1, rows):
+            depth[:, row] = depth[np.arange(4), parents[:, row]] + 1
+    else:
+        depth = np.tile(np.arange(rows, dtype=np.int32), (4, 1))
+    places = (starts[:, None] + depth)[None]
+    before = kept.data.clone()
+    hidden, taps = stack.forward(x, places, Rows(kept, 1, rows, starts, counts, sight, parents))
+    assert taps.shape == (4, rows, HIDDEN)
+    assert torch.equal(kept.data[:, :, 2], before[:, :, 2]), "an idle slot was written to"
+    assert torch.equal(kept.data[:, :, 0], before[:, :, 0]), "a slot outside the batch was written to"
+    near = {"atol": 2e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.12, "rtol": 0.05}
+    for b in np.flatnonzero(counts):
+        n = int(counts[b])
+        one = Rows(fine, 1 + int(b), n, starts[b : b + 1], counts[b : b + 1], sight, parents[b : b + 1, :n].copy())
+        expected = in_torch(
+            shape, weights, turn, x[b : b + 1, :n].double(), torch.from_numpy(places[0, b : b + 1, :n]), one
+        )
+        torch.testing.assert_close(hidden[b, :n].double(), expected[0], **near)
+
+
+def decoded(
+    stack: Stack, kept: KVCache, starts: np.ndarray, x: Tensor, depths: np.ndarray, sight: Sight, **more
+) -> Tensor:
+    batch, rows = x.shape[:2]
+    counts = np.full(batch, rows, np.int32)
+    places = (starts[:, None] + depths)[None].astype(np.int32)
+    return stack.forward(x, places, Rows(kept, 0, rows, starts, counts, sight, **more))[0]
+
+
+@pytest.mark.parametrize("held", [0, 17, 30, 31, 32, 95, 130])
+def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held: int) -> None:
+    """Alone, in a batch, in chunks of a prompt, and on the branch of a tree: bit for bit the same."""
+    shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
+    stack = Stack(
+        shape, [cast(layer(i, 4, 2, 32, bias=False, clip=False), dtype) for i in (1, 20)], rotary=rotary(32, 300)
+    )
+    x = normal(1, 40, HIDDEN, seed=2).to(dtype)
+    start = np.array([held], np.int32)
+    whole = decoded(stack, cache(shape, 1, dtype), start, x, np.arange(40)[None], Sight.CAUSAL)
+
+    kept = cache(shape, 1, dtype)
+    for row in range(12):  # one by one
+        one = decoded(stack, kept, start + row, x[:, row : row + 1], np.zeros((1, 1)), Sight.CAUSAL)
+        assert torch.equal(one[:, 0], whole[:, row]), f"row {row} alone"
+
+    kept = cache(shape, 1, dtype)
+    for first, end in ((0, 1), (1, 18), (18, 37), (37, 40)):  # in chunks
+        places = np.arange(end - first)[None]
+        part = decoded(stack, kept, start + first, x[:, first:end], places, Sight.CAUSAL)
+        assert torch.equal(part, whole[:, first:end]), f"rows {first} to {end}"
+
+    kept = cache(shape, 16, dtype, seed=1)  # beside fifteen that hold more or less
+    kept.data[:, :, 3] = cache(shape, 1, dtype).data[:, :, 0]
+    starts = np.arange(16, dtype=np.int32) * 9
+    starts[3] = held
+    crowd = normal(16, 7, HIDDEN, seed=3).to(dtype)
+    crowd[3] = x[0, :7]
+    places = np.tile(np.arange(7), (16, 1))
+    assert torch.equal(decoded(stack, kept, starts, crowd, places, Sight.CAUSAL)[3], whole[0, :7]), "in a batch"
+
+    # The branch 0-1-4-5-9 among others: what is on it must not see or feel what is not.
+    parents = np.array([[-1, 0, 0, 0, 1, 4, 2, 6, 1, 5, 9]], np.int32)
+    depths = np.array([[0, 1, 1, 1, 2, 3, 2, 3, 2, 4, 5]])
+    branch = [0, 1, 4, 5, 9, 10]
+    rows = normal(1, 11, HIDDEN, seed=4).to(dtype)
+    rows[0, branch] = x[0, :6]
+    grown = decoded(stack, cache(shape, 1, dtype), start, rows, depths, Sight.TREE, parents=parents)
+    assert torch.equal(grown[0, branch], whole[0, :6]), "on a branch of a tree"
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (100, 37), (32, 16), (256, 1000)])
+def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    """Sizes that fill no block, one row and many; and again no row's bits depend on the others."""
+    weight, bias = normal(outputs, inputs, seed=1).to(dtype), normal(outputs, seed=2).to(dtype)
+    x = normal(150, inputs, seed=3).to(dtype)
+    matrix = Matrix(weight, bias)
+    y = matrix(x)
+    near = {"atol": 1e-4, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.1, "rtol": 0.02}
+    torch.testing.assert_close(y.double(), F.linear(x.double(), weight.double(), bias.double()), **near)
+    for rows in (1, 5, 6, 16, 17, 33):
+        assert torch.equal(matrix(x[:rows]), y[:rows])
+
+
+@pytest.mark.parametrize("width", [1, 3, 4])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank: int) -> None:
+    logits = normal(3, 5, 101, seed=width, scale=3.0).to(dtype)
+    before, weight = normal(101, max(rank, 1), seed=1).to(dtype), normal(101, max(rank, 1), seed=2).to(dtype)
+    newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
+    head = (lambda ids: F.linear(before[ids].double(), weight.double())) if rank else None
+    expected = tree.best_first(torch.from_numpy(newest), logits.double(), head, width=width, budgets=budgets)
+    own = Candidates(width, before if rank else None, Matrix(weight) if rank else None)
+    grown = own.grow(logits, newest, budgets)
+    assert grown.sizes.tolist() == expected.sizes.tolist()
+    for b in range(3):
+        mine, theirs = paths(grown, b), paths(expected, b)
+        assert mine.keys() == theirs.keys()  # not in order: in bfloat16 some are equally likely
+        assert list(mine.values()) == pytest.approx([theirs[path] for path in mine], abs=1e-3 if rank == 0 else 0.02)
+        for row in range(1, int(grown.sizes[b])):
+            assert grown.parents[b, row] < row
+            assert grown.depths[b, row] == grown.depths[b, grown.parents[b, row]] + 1
+
+
+def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:
+    """Every node by the tokens that lead to it, with its score."""
+    found: dict[tuple[int, ...], float] = {}
+    for row in range(int(trees.sizes[b])):
+        path, at = [], row
+        while at >= 0:
+            path.insert(0, int(trees.tokens[b, at]))
+            at = int(trees.parents[b, at])
+        found[tuple(path)] = float(trees.scores[b, row])
+    return found
+
+
+def test_what_does_not_fit_runs_through_transformers_own_layers(
+    tiny_checkpoint: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No compiler, another processor, another layout: slower, and the same answers."""
+    requests = [tiny.ask(str(i), tiny.image(i), "What is it?", max_tokens=12) for i in range(3)]
+    config = tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=4)
+    natively = tiny.answers(Engine(config), requests)
+    monkeypatch.setattr(library, "load", lambda: None)
+    without = Engine(replace(config, dtype="auto"))
+    assert without.info.dtype == "float32"
+    assert not without.target.native
+    assert tiny.answers(without, requests) == natively
+
+
+def test_a_library_is_there(tmp_path: Path) -> None:  # noqa: ARG001
+    """On a processor that can run one, with a compiler at hand: a build that fails quietly would cost most of the speed."""
+    import shutil
+
+    if not library._processor_flags().issuperset(BUILDS[-1][1]) or shutil.which("c++") is None:
+        pytest.skip("no AVX512, or no compiler")
+    assert library.load() is not None
+    assert EngineConfig().resolved().dtype in ("bfloat16", "float32")
