@@ -27,7 +27,7 @@ LANES, K_STEP = 16, 32  # as in product.h
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # as in transformer.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 # Best first: module, what it needs of the processor, and what it computes in.
-BUILDS = (
+BUILDS: tuple[tuple[str, tuple[str, ...], tuple[torch.dtype, ...]], ...] = (
     ("amx", ("amx_tile", "amx_bf16", "avx512_bf16"), DTYPES),
     ("avx512bf16", ("avx512_bf16",), DTYPES),
     ("avx512", ("avx512f", "avx512bw", "avx512dq", "avx512vl"), (torch.float32,)),
@@ -119,7 +119,7 @@ def _filled_up(bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor 
 
 
 class Matrix:
-    """A linear layer, packed: (..., inputs) -> (..., outputs). Of contiguous rows, bits do not depend on their number."""
+    """A linear layer, packed: (..., inputs) -> (..., outputs). A row's bits do not depend on the number of rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         weight = weight.detach().contiguous()
@@ -383,7 +383,7 @@ MAX_WIDTH = 16  # as in candidates.h
 
 
 class Candidates:
-    """`model.tree.best_first` in one call. before: (vocab, rank), after: rank -> vocab: the sequential head, or None."""
+    """`model.tree.best_first` in one call. The sequential head, or None: before (vocab, rank), after rank -> vocab."""
 
     def __init__(self, width: int, before: Tensor | None, after: Matrix | None) -> None:
         assert 1 <= width <= MAX_WIDTH

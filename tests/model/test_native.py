@@ -6,7 +6,7 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,14 +42,14 @@ def build(name: str) -> Library | None:
 
 
 @pytest.fixture(params=RUNS, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in RUNS])
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     name, dtype = request.param
     found = build(name)
     if found is None:
         pytest.skip(f"no {name} build for this processor")
     monkeypatch.setattr(library, "load", lambda: found)
     library.use_threads(2)
-    yield dtype
+    return dtype
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -67,7 +67,7 @@ def layer(seed: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, cl
     biases = {f"{name}_bias": normal(size[0], seed=seed + 9, scale=0.1) for name, size in shapes.items() if bias}
     shift = normal(HIDDEN, seed=seed + 5, scale=0.1) if clip else None
     norms = {f"norm{i}": Norm(1 + normal(HIDDEN, seed=seed + 6 + i, scale=0.1), shift) for i in (1, 2)}
-    return LayerWeights(**weights, **biases, **norms)
+    return LayerWeights(**weights, **biases, **norms)  # type: ignore[arg-type]
 
 
 def cast(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
@@ -170,14 +170,14 @@ def test_it_computes_what_torch_computes(
     assert taps.shape == (4, rows, HIDDEN)
     assert torch.equal(kept.data[:, :, 2], before[:, :, 2]), "an idle slot was written to"
     assert torch.equal(kept.data[:, :, 0], before[:, :, 0]), "a slot outside the batch was written to"
-    near = {"atol": 2e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.12, "rtol": 0.05}
+    atol, rtol = (2e-5, 1e-5) if dtype is torch.float32 else (0.12, 0.05)
     for b in np.flatnonzero(counts):
         n = int(counts[b])
         one = Rows(fine, 1 + int(b), n, starts[b : b + 1], counts[b : b + 1], sight, parents[b : b + 1, :n].copy())
         expected = in_torch(
             shape, weights, turn, x[b : b + 1, :n].double(), torch.from_numpy(places[0, b : b + 1, :n]), one
         )
-        torch.testing.assert_close(hidden[b, :n].double(), expected[0], **near)
+        torch.testing.assert_close(hidden[b, :n].double(), expected[0], atol=atol, rtol=rtol)
 
 
 def decoded(
@@ -237,8 +237,8 @@ def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outp
     x = normal(150, inputs, seed=3).to(dtype)
     matrix = Matrix(weight, bias)
     y = matrix(x)
-    near = {"atol": 1e-4, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.1, "rtol": 0.02}
-    torch.testing.assert_close(y.double(), F.linear(x.double(), weight.double(), bias.double()), **near)
+    atol, rtol = (1e-4, 1e-5) if dtype is torch.float32 else (0.1, 0.02)
+    torch.testing.assert_close(y.double(), F.linear(x.double(), weight.double(), bias.double()), atol=atol, rtol=rtol)
     for rows in (1, 5, 6, 16, 17, 33):
         assert torch.equal(matrix(x[:rows]), y[:rows])
 
@@ -267,7 +267,8 @@ def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:
     """Every node by the tokens that lead to it, with its score."""
     found: dict[tuple[int, ...], float] = {}
     for row in range(int(trees.sizes[b])):
-        path, at = [], row
+        path: list[int] = []
+        at = row
         while at >= 0:
             path.insert(0, int(trees.tokens[b, at]))
             at = int(trees.parents[b, at])
@@ -289,10 +290,8 @@ def test_what_does_not_fit_runs_through_transformers_own_layers(
     assert tiny.answers(without, requests) == natively
 
 
-def test_a_library_is_there(tmp_path: Path) -> None:  # noqa: ARG001
-    """On a processor that can run one, with a compiler at hand: a build that fails quietly would cost most of the speed."""
-    import shutil
-
+def test_a_library_is_there() -> None:
+    """Where there are AVX512 and a compiler: a build that fails quietly would cost most of the speed."""
     if not library._processor_flags().issuperset(BUILDS[-1][1]) or shutil.which("c++") is None:
         pytest.skip("no AVX512, or no compiler")
     assert library.load() is not None
