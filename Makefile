@@ -54,13 +54,13 @@ lock: $(STAMP) ## pin today's newest versions within pyproject.toml's ranges
 	mv constraints.new constraints.txt
 
 clean: ## remove caches and build leftovers
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info model/native/*.so .pytest_cache .mypy_cache .ruff_cache
 	find service model tests loadtest -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FlashServe needs Python 3.11 or newer; name one with PYTHON=..., e.g. make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
@@ -68,6 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(INSTALL_TORCH_$(TORCH))
 	@echo 'Installing what pyproject.toml names, as pinned in constraints.txt (a minute or two)'
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m model.native
 	@rm -f $(VENV)/.setup-*
 	@touch $@
 

@@ -1,7 +1,8 @@
 """What transformer.cpp offers, as Python sees it: packed matrices and stacks of layers. Knows no model family.
 
 The library is built when FlashServe is installed, once for each kind of processor, and only for x86-64 with AVX512;
-without a compiler, or elsewhere, `load` returns None and models run through torch.
+without a compiler, or elsewhere, `load` returns None and models run through torch. Its threads and memory are one for the
+whole process: not to be called by two threads at once.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class Matrix:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
+        assert x.dtype is self.dtype
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs)
         _functions().flash_linear(
@@ -341,6 +343,7 @@ class Stack:
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
         """embeds (batch, rows, hidden), positions (axes, batch, rows) int32: final hidden states (batch, rows, hidden),
         and tapped layers' outputs side by side (batch, rows, num_taps * hidden). Rows that are not real stay unset."""
+        assert embeds.dtype is self.dtype is rows.cache.data.dtype
         embeds = embeds.contiguous()
         hidden = torch.empty_like(embeds)
         taps = embeds.new_empty(*embeds.shape[:2], self.num_taps * self.shape.hidden)
@@ -356,6 +359,7 @@ class Stack:
 
     def hold(self, context: Tensor, positions: np.ndarray, rows: Rows) -> None:
         """Only write every layer's keys and values of context (batch, rows, hidden)."""
+        assert context.dtype is self.dtype is rows.cache.data.dtype
         context = context.contiguous()
         _functions().flash_hold(
             ctypes.c_bool(self.dtype is torch.bfloat16),
