@@ -1,8 +1,8 @@
 """What transformer.cpp offers, as Python sees it: packed matrices and stacks of layers. Knows no model family.
 
 The library is built when FlashServe is installed, once for each kind of processor, and only for x86-64 with AVX512;
-without a compiler, or elsewhere, `load` returns None and models run through torch. Its threads and memory are one for the
-whole process: not to be called by two threads at once.
+without a compiler, or elsewhere, `load` returns None and models run through torch. Its threads and memory are one for
+the whole process: not to be called by two threads at once.
 """
 
 from __future__ import annotations
