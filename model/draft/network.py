@@ -55,9 +55,10 @@ class Fuse(nn.Module):
 
     def forward(self, taps: Tensor) -> Tensor:
         """(..., num_taps * target_hidden) -> (..., hidden)."""
-        parts = taps.chunk(len(self.norms), -1)
-        scaled = torch.cat([norm(part) for norm, part in zip(self.norms, parts, strict=True)], -1)
-        fused: Tensor = self.norm(self.linear(scaled))
+        parts = taps.unflatten(-1, (len(self.norms), -1))
+        weights = torch.stack([norm.weight for norm in self.norms])  # type: ignore[misc]
+        scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all at once: it runs at every step
+        fused: Tensor = self.norm(self.linear(scaled.flatten(-2)))
         return fused
 
 
