@@ -24,6 +24,8 @@ from model.native.library import Candidates, LayerWeights, Norm, Rotary, Shape, 
 from model.targets.base import Target
 from model.tree import Trees
 
+MAX_TABLE = 1 << 24  # numbers in a table made at load
+
 
 class FlashDrafter:
     def __init__(
@@ -46,6 +48,25 @@ class FlashDrafter:
         self._layers = _native(network, self.cache.stride)
         pack(network)
         self._candidates = self._native_candidates()
+        self._entries = self._block_entries()
+
+    @torch.inference_mode()
+    def _block_entries(self) -> tuple[Tensor, Tensor] | None:
+        """What enters the layers for every token, and for the masks behind it, where a table of it is small."""
+        num, config = self.target.vocab_size, self.network.config
+        if num * config.hidden_size > MAX_TABLE:
+            return None
+        entering = self.network.block_input(self.target.embed(torch.arange(num, device=self.target.device))[:, None])
+        return entering[:, 0, 0].clone(), entering[0, 0, 1:].clone()
+
+    def _block_input(self, last: Tensor) -> Tensor:
+        """(batch,) tokens -> (batch, block, hidden)."""
+        if self._entries is None:
+            return self.network.block_input(self.target.embed(last)[:, None])[:, 0]
+        tokens, masks = self._entries
+        entering = tokens.new_empty(len(last), self.block, tokens.shape[-1])
+        entering[:, 0], entering[:, 1:] = tokens[last], masks
+        return entering
 
     def _native_candidates(self) -> Candidates | None:
         if not library.supports(self.target.dtype, self.target.device) or self.width > library.MAX_WIDTH:
@@ -124,13 +145,14 @@ class FlashDrafter:
         counts = np.where(budgets > 0, self.block, 0).astype(np.int32)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
         last = torch.from_numpy(newest).to(self.target.device)
-        embedded = self.target.embed(last)[:, None]
         if self._layers is not None:
-            mixed, _ = self._layers.forward(self.network.block_input(embedded)[:, 0], _places(rows), rows)
+            mixed, _ = self._layers.forward(self._block_input(last), _places(rows), rows)
             hidden = self.network.out(mixed)
         else:
             hidden = self.network.block_hidden(
-                embedded, rows.positions[:, :1], lambda layer, q, k, v: attention.attend(rows, layer, q, k, v)
+                self.target.embed(last)[:, None],
+                rows.positions[:, :1],
+                lambda layer, q, k, v: attention.attend(rows, layer, q, k, v),
             )[:, 0]
         logits = self.target.logits(hidden)
         return self._tree(logits, newest, budgets)

@@ -167,10 +167,7 @@ class LlavaTarget:
     # --- tensors
 
     def encode(self, media: Medium) -> Tensor:
-        images = [Image.fromarray(frame) for frame in media.frames]
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"].to(
-            self.device, self.dtype
-        )
+        pixels = self._pixels(media.frames).to(self.device, self.dtype)
         features = []
         for group in pixels.split(FRAMES_AT_ONCE):
             if self.tower is not None:
@@ -178,6 +175,23 @@ class LlavaTarget:
             else:
                 features += self.model.model.get_image_features(pixel_values=group).pooler_output
         return torch.cat([f.flatten(0, -2) for f in features])
+
+    def _pixels(self, frames: np.ndarray) -> Tensor:
+        """(images, 3, height, width) float32, as the checkpoint's own processor makes them.
+
+        Frames that decoding has already brought to the target's geometry only lack the processor's arithmetic: it is
+        done here, for the processor takes longer than the tower.
+        """
+        images, size = self.processor.image_processor, self.geometry.crop or self.geometry.exact
+        ready = frames.dtype == np.uint8 and frames.shape[1:3] == size
+        if not (ready and images.do_rescale and images.do_normalize):
+            pictures = [Image.fromarray(frame) for frame in frames]
+            pixels: Tensor = images(images=pictures, return_tensors="pt")["pixel_values"]
+            return pixels
+        mean, std = (torch.tensor(of, dtype=torch.float32) for of in (images.image_mean, images.image_std))
+        scale = images.rescale_factor
+        scaled = torch.tensor(frames).float()
+        return ((scaled - mean / scale) / (std / scale)).permute(0, 3, 1, 2).contiguous()
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.model.model.language_model.embed_tokens(ids)

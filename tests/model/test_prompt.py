@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from model.demo import checkpoint as demo
 from model.request import Medium, Message, RequestError
 from model.targets.base import Prompt, Target
+from model.targets.llava import LlavaTarget
 from tests.model import tiny
 from tests.model.tiny import TOKENS_PER_IMAGE as EACH
 
@@ -192,3 +196,13 @@ def test_text_that_is_no_unicode_is_refused(tiny_target: Target) -> None:
 def test_positions_count_from_nought_without_a_gap(tiny_target: Target) -> None:
     prompt = tiny_target.prompt(user("a", tiny.image(0), "b"))
     assert tiny_target.positions(prompt).tolist() == [list(range(len(prompt.ids)))]
+
+
+@pytest.mark.parametrize("side", [tiny.SIDE, tiny.SIDE + 9])
+def test_pixels_are_those_of_the_checkpoints_own_processor(tiny_target: Target, side: int) -> None:
+    """Frames at the target's geometry take a short cut through its arithmetic; others its whole way."""
+    assert isinstance(tiny_target, LlavaTarget)
+    frames = np.random.default_rng(side).integers(0, 256, (3, side, side, 3), np.uint8)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    expected = tiny_target.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(tiny_target._pixels(frames), expected, atol=1e-6, rtol=0)
