@@ -14,7 +14,7 @@
 
 constexpr int MAX_STAGES = 4096;
 constexpr int SPINS = 200;         // pauses, some 10 microseconds, before the core is offered to others
-constexpr int IDLE_YIELDS = 10000;  // offers, some hundred microseconds and more, before an idle thread sleeps
+constexpr int IDLE_YIELDS = 10000;  // offers, some milliseconds, before an idle thread sleeps
 
 struct Stage {
   alignas(64) std::atomic<int> next{0};  // task to be taken
