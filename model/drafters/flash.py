@@ -48,7 +48,7 @@ class FlashDrafter:
         self._layers = _native(network, self.cache.stride)
         pack(network)
         self._candidates = self._native_candidates()
-        self._entries = self._block_entries()
+        self._entries = self._block_entries() if self._layers is not None else None
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:

@@ -252,7 +252,6 @@ class Stack:
         self.dtype = layers[0].qkv.dtype
         self._kept: list[object] = []  # whatever the library holds pointers to
         described = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))
-        final = final_norm or Norm(torch.empty(0))
         self._stack = _Stack(
             num_layers=len(layers),
             hidden=shape.hidden,
@@ -270,8 +269,8 @@ class Stack:
             sin=self._keep(rotary.sin if rotary else None),
             axes=self._keep(np.ascontiguousarray(rotary.axes, np.int32) if rotary else None),
             taps=self._keep(np.array(taps, np.int32)),
-            final_norm=self._keep(final.weight) if final_norm else None,
-            final_bias=self._keep(final.bias),
+            final_norm=self._keep(final_norm.weight if final_norm else None),
+            final_bias=self._keep(final_norm.bias if final_norm else None),
         )
         self._kept.append(described)
 
