@@ -13,10 +13,12 @@ What a step writes beyond `lengths` is scratch until `keep` moves the accepted r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-ALIGNED = 64  # positions of a slot are a multiple of this: kernels read keys in blocks
+ALIGNED = 64  # positions of a slot are a multiple of this, and as many numbers follow the last: kernels read in blocks
 
 
 class KVCache:
@@ -36,7 +38,9 @@ class KVCache:
     ) -> None:
         self.capacity, self.num_slots, self.num_heads = capacity, num_slots, num_heads
         self.stride = self.positions_per_slot(capacity, margin)
-        self.data = torch.zeros(num_layers, 2, num_slots, num_heads, self.stride, head_dim, dtype=dtype, device=device)
+        shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
+        numbers = math.prod(shape)
+        self.data = torch.zeros(numbers + ALIGNED, dtype=dtype, device=device)[:numbers].view(shape)
         self.lengths = [0] * num_slots
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
         # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors

@@ -191,3 +191,11 @@ def test_a_long_random_life_keeps_every_row() -> None:
             del truth[slot]
         kv.check_integrity()
         assert {s: held(kv, s) for s in truth} == truth
+
+
+def test_a_kernel_that_reads_a_whole_block_at_the_very_end_reads_zeros() -> None:
+    """With heads narrower than a block, the last key's block reaches beyond it: into zeros of our own."""
+    kv = cache(num_slots=1, capacity=64, margin=0)
+    held = kv.data.untyped_storage().nbytes() // kv.data.element_size()
+    assert held >= kv.data.numel() + 32
+    assert not torch.as_strided(kv.data, (held - kv.data.numel(),), (1,), kv.data.numel()).any()
