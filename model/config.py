@@ -26,7 +26,7 @@ class EngineConfig:
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
     max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to 4096
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
-    prefill_chunk: int = 512  # prompt tokens computed in one step, over all prompts
+    prefill_chunk: int = 512  # prompt tokens computed at most between two steps of those that decode
     max_rows: int = 96  # rows (tokens and draft nodes) verified in one step, over all sequences
     max_nodes: int = 15  # draft nodes per sequence and step
     tree_width: int = 4  # candidates kept at each depth

@@ -1,9 +1,9 @@
-"""The FLASH engine: schedule, draft, verify, prefill, emit. Knows nothing of HTTP, processes or clocks on the wall.
+"""The FLASH engine: schedule, prefill or draft and verify, emit. Knows nothing of HTTP, processes or wall clocks.
 
-A request's way: `add` (template, tokenise, refuse what cannot be served) -> waiting -> `step` admits it to a slot of
-the KV cache, encodes its media, prefills its prompt in chunks -> from then on every `step` drafts a tree for it,
-verifies the tree in one pass of the target, and emits what the target agrees with plus one token -> finished, the slot
-is free again.
+A request's way: `add` (template, tokenise, refuse what cannot be served) -> waiting -> steps that give it a slot of
+the KV cache, encode its media and prefill its prompt, chunk by chunk -> from then on steps that draft a tree for it
+and for all that decode beside it, verify the trees in one pass of the target, and emit what the target agrees with
+plus one token -> finished, the slot is free again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
 from model.native import library
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
-from model.scheduler import Chunk, Decision, Scheduler
+from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
 from model.targets.base import load as load_target
@@ -143,58 +143,90 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Advance every running request; returns what came of it, at most one output per request."""
+        """One pass of the target, over a chunk of a prompt or over all that decode; at most one output per request."""
         with library.alone() if self.target.native else nullcontext():
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        decision = self.scheduler.schedule(self.cache.num_free)
-        outputs = self._admit(decision)
-        if decision.decoding:
-            trees = self._draft(decision)
-            outputs += self._verify(decision, trees)
-        for chunk in decision.chunks:
-            if chunk.sequence.finish_reason is None:
-                outputs += self._prefill(chunk)
+        match self.scheduler.schedule(self.cache.num_free):
+            case Chunk() as chunk:
+                outputs = self._prefill(chunk)
+            case Decoding() as decoding:
+                outputs = self._verify(decoding, self._draft(decoding))
+            case None:
+                return []
         self._compact()
-        self.counters.batch_sizes.append(len(decision.decoding) + len(decision.chunks))
         return outputs
 
-    def _admit(self, decision: Decision) -> list[RequestOutput]:
-        """Give admitted sequences a slot; turn prompt and media into embeddings. A failure stays the request's own."""
-        failed = []
-        for sequence in decision.admitted:
-            sequence.slot = self.cache.allocate()
+    def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
+        """Compute one chunk of a prompt; after the last one the first token is known."""
+        sequence, target = chunk.sequence, self.target
+        if sequence.slot is None:
+            self._begin(sequence)
+        slot, count = sequence.slot, chunk.end - chunk.start
+        assert slot is not None
+        assert sequence.embeds is not None
+        assert sequence.positions is not None
+        try:
+            self._see(sequence, chunk.end)
+        except Exception as error:  # whatever a processor or tower may raise; the others must not suffer for it
+            reason = f"the request's media could not be encoded: {type(error).__name__}"
+            return [self._finish(sequence, "error", reason)]
+        with self.counters.timed("prefill"):
+            rows = prompt_rows(self.cache, slot, chunk.start, count)
+            embeds = sequence.embeds[None, chunk.start : chunk.end]
+            positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
+            hidden, taps = target.forward(embeds, positions, rows)
+            self.cache.keep([slot], [list(range(count))])
             if self.drafter:
-                self.drafter.start(sequence.slot)
-            try:
-                self._embed(sequence)
-            except Exception as error:  # whatever a processor or tower may raise; the others must not suffer for it
-                failed.append(
-                    self._finish(sequence, "error", f"the request's media could not be encoded: {type(error).__name__}")
-                )
-        return failed
+                self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)
+        sequence.computed = chunk.end
+        self.counters.prompt_tokens += count
+        if sequence.prefilling:
+            return []
+        sequence.embeds = sequence.positions = None
+        first = sampling.choose(target.logits(hidden[:, -1:]), [sequence.request.params], [[0]])
+        return [self._emit(sequence, [int(first[0, 0])], 0, 0)]
 
-    def _embed(self, sequence: Sequence) -> None:
+    def _begin(self, sequence: Sequence) -> None:
+        """Give it a slot, and its prompt's embeddings, with gaps where the media will be."""
         prompt, target = sequence.prompt, self.target
+        sequence.started = self.counters.now()
+        sequence.slot = self.cache.allocate()
+        if self.drafter:
+            self.drafter.start(sequence.slot)
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
         sequence.next_position = int(sequence.positions.max()) + 1
-        for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
-            key = self.features.key(medium)
-            self.counters.encoder_cache_queries += 1
-            features = self.features.get(key)
-            if features is None:
-                with self.counters.timed("vision"):
-                    features = target.encode(medium)
-                self.features.put(key, features)
-            else:
-                self.counters.encoder_cache_hits += 1
-            sequence.embeds[start:end] = features
 
-    def _draft(self, decision: Decision) -> Trees:
+    def _see(self, sequence: Sequence, end: int) -> None:
+        """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes
+        no longer at a time than the chunk of the prompt that it belongs to."""
+        embeds, target = sequence.embeds, self.target
+        assert embeds is not None
+        for medium, (first, last) in zip(sequence.prompt.media, sequence.prompt.spans, strict=True):
+            if sequence.seen >= last or first >= end:
+                continue
+            if sequence.seen <= first:
+                self.counters.encoder_cache_queries += 1
+                sequence.medium_key = self.features.key(medium)
+                if (known := self.features.get(sequence.medium_key)) is not None:
+                    self.counters.encoder_cache_hits += 1
+                    embeds[first:last] = known
+                    sequence.seen = last
+                    continue
+            pieces = target.pieces(medium)
+            size = (last - first) // pieces  # tokens
+            begin, upto = max(0, sequence.seen - first) // size, min(pieces, -(-(end - first) // size))
+            with self.counters.timed("vision"):
+                embeds[first + begin * size : first + upto * size] = target.encode(medium, begin, upto)
+            sequence.seen = first + upto * size
+            if upto == pieces:
+                self.features.put(sequence.medium_key, embeds[first:last].clone())
+
+    def _draft(self, decoding: Decoding) -> Trees:
         """One tree per slot from 0 to the highest decoding one; slots that do not decode get an idle root."""
-        by_slot = {s.slot: (s, nodes) for s, nodes in zip(decision.decoding, decision.nodes, strict=True)}
+        by_slot = {s.slot: (s, nodes) for s, nodes in zip(decoding.sequences, decoding.nodes, strict=True)}
         slots = 1 + max(slot for slot in by_slot if slot is not None)
         newest, budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         for slot, (sequence, nodes) in by_slot.items():
@@ -204,11 +236,12 @@ class Engine:
         with self.counters.timed("draft"):
             return self.drafter.propose(newest, budgets)
 
-    def _verify(self, decision: Decision, trees: Trees) -> list[RequestOutput]:
+    def _verify(self, decoding: Decoding, trees: Trees) -> list[RequestOutput]:
         """One pass of the target over all trees; keep what it agrees with."""
         target, slots = self.target, len(trees.tokens)
         by_slot: list[Sequence | None] = [None] * slots
-        for sequence in decision.decoding:
+        self.counters.batch_sizes.append(len(decoding.sequences))
+        for sequence in decoding.sequences:
             assert sequence.slot is not None
             by_slot[sequence.slot] = sequence
         with self.counters.timed("verify"):
@@ -236,31 +269,6 @@ class Engine:
                 each.computed += len(verdict.path)
                 outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(trees.sizes[b]) - 1))
         return outputs
-
-    def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
-        """Compute one chunk of a prompt; after the last one the first token is known."""
-        sequence, target = chunk.sequence, self.target
-        slot, count = sequence.slot, chunk.end - chunk.start
-        assert slot is not None
-        assert sequence.embeds is not None
-        assert sequence.positions is not None
-        if chunk.start == 0:
-            sequence.started = self.counters.now()
-        with self.counters.timed("prefill"):
-            rows = prompt_rows(self.cache, slot, chunk.start, count)
-            embeds = sequence.embeds[None, chunk.start : chunk.end]
-            positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
-            hidden, taps = target.forward(embeds, positions, rows)
-            self.cache.keep([slot], [list(range(count))])
-            if self.drafter:
-                self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)
-        sequence.computed = chunk.end
-        self.counters.prompt_tokens += count
-        if sequence.prefilling:
-            return []
-        sequence.embeds = sequence.positions = None
-        first = sampling.choose(target.logits(hidden[:, -1:]), [sequence.request.params], [[0]])
-        return [self._emit(sequence, [int(first[0, 0])], 0, 0)]
 
     # --- what comes of it
 

@@ -162,5 +162,5 @@ class EngineStats:
     encoder_cache_queries: int = 0
     encoder_cache_hits: int = 0
     acceptance_lengths: tuple[int, ...] = ()  # one per verify step and sequence that had a draft; bonus token included
-    batch_sizes: tuple[int, ...] = ()  # sequences in each step
+    batch_sizes: tuple[int, ...] = ()  # sequences of each step that decoded
     step_seconds: tuple[tuple[str, float], ...] = ()  # ("vision"|"prefill"|"draft"|"verify", seconds)

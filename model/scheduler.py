@@ -1,4 +1,4 @@
-"""Who runs in the next step, and how much of each. Touches no tensor; all lists of sequences live here."""
+"""What the next step is: one pass of the target. Touches no tensor; all lists of sequences live here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompt positions start..end of one sequence are computed in this step."""
+    """Prompt positions start..end of one sequence are computed."""
 
     sequence: Sequence
     start: int
@@ -19,25 +19,23 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """One step's work. nodes[i]: how many draft nodes decoding[i] may verify."""
+class Decoding:
+    """Every one of these sequences goes on; sequences[i] may verify nodes[i] draft nodes."""
 
-    admitted: tuple[Sequence, ...]
-    chunks: tuple[Chunk, ...]
-    decoding: tuple[Sequence, ...]
+    sequences: tuple[Sequence, ...]
     nodes: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        assert len(self.nodes) == len(self.decoding)
-        assert not {c.sequence for c in self.chunks} & set(self.decoding), "a sequence both prefills and decodes"
-        assert all(c.start < c.end <= len(c.sequence.prompt.ids) for c in self.chunks)
 
 
 class Scheduler:
-    """First come, first served. New sequences join and finished ones leave at every step."""
+    """First come, first served. A new sequence joins as soon as the pass under way is over.
+
+    Prompts go first, chunk by chunk: what comes in the meantime joins the same batch. After `prefill_chunk` prompt
+    tokens those that decode have their turn, so that nobody's stream waits longer than that.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
+        self._budget = config.prefill_chunk  # prompt tokens before those that decode have their turn
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -54,23 +52,31 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
-    def schedule(self, free_slots: int) -> Decision:
-        """Admit while slots last, hand out the prefill budget in order of arrival, decode everyone else."""
-        admitted = [self.waiting.popleft() for _ in range(min(free_slots, len(self.waiting)))]
-        self.running += admitted
-        budget, chunks = self._config.prefill_chunk, []
-        for sequence in self.running:
-            if sequence.prefilling and budget > 0:
-                end = min(sequence.computed + budget, len(sequence.prompt.ids))
-                chunks.append(Chunk(sequence, sequence.computed, end))
-                budget -= end - sequence.computed
+    def schedule(self, free_slots: int) -> Chunk | Decoding | None:
+        """What to compute now; None where there is nothing to do."""
         decoding = tuple(s for s in self.running if not s.prefilling)
-        return Decision(tuple(admitted), tuple(chunks), decoding, self._nodes(decoding))
+        if decoding and self._budget <= 0:
+            return self._decode(decoding)
+        if (sequence := self._next_prompt(free_slots)) is None:
+            return self._decode(decoding) if decoding else None
+        most = self._budget if decoding else self._config.prefill_chunk
+        end = min(sequence.computed + most, len(sequence.prompt.ids))
+        self._budget -= end - sequence.computed
+        return Chunk(sequence, sequence.computed, end)
 
-    def _nodes(self, decoding: tuple[Sequence, ...]) -> tuple[int, ...]:
-        """Share the rows of a step among the sequences: the more there are, the less each drafts."""
-        if not decoding:
-            return ()
-        share = min(self._config.max_nodes, self._config.max_rows // len(decoding) - 1)
+    def _next_prompt(self, free_slots: int) -> Sequence | None:
+        """The one begun, or the next that gets a slot."""
+        if (begun := next((s for s in self.running if s.prefilling), None)) is not None:
+            return begun
+        if not (self.waiting and free_slots):
+            return None
+        self.running.append(self.waiting.popleft())
+        return self.running[-1]
+
+    def _decode(self, sequences: tuple[Sequence, ...]) -> Decoding:
+        """Share the rows of a pass among the sequences: the more there are, the less each drafts."""
+        self._budget = self._config.prefill_chunk
+        share = min(self._config.max_nodes, self._config.max_rows // len(sequences) - 1)
         # The last token of an answer needs no draft: verifying the root alone emits it.
-        return tuple(max(0, share) if s.request.speculation and s.remaining > 1 else 0 for s in decoding)
+        nodes = (max(0, share) if s.request.speculation and s.remaining > 1 else 0 for s in sequences)
+        return Decoding(sequences, tuple(nodes))

@@ -21,9 +21,11 @@ class Sequence:
     stops: StopStrings
     arrived: float = field(default_factory=time.perf_counter)
     slot: int | None = None  # of the KV cache, once admitted
-    embeds: Tensor | None = None  # (prompt tokens, hidden), once admitted, until prefilled
+    embeds: Tensor | None = None  # (prompt tokens, hidden), once it has its slot, until prefilled
     positions: np.ndarray | None = None  # (axes, prompt tokens) int32, likewise
     next_position: int = 0  # position id of the first answer token
+    seen: int = 0  # prompt positions whose media have been encoded
+    medium_key: bytes = b""  # the encoder cache's, of the medium that `seen` reaches into
     computed: int = 0  # tokens whose keys and values are held
     tokens: list[int] = field(default_factory=list)  # the answer so far
     started: float = 0.0  # when the first prefill chunk ran

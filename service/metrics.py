@@ -80,7 +80,7 @@ class Metrics:
         self._queue = histogram("flash_queue_seconds", "From the engine's taking it to its first computation.", SHORT)
         self._media = histogram("flash_media_seconds", "Fetching and decoding one medium.", SHORT, "kind")
         self._step = histogram("flash_step_seconds", "Parts of an engine step.", SHORT, "phase")
-        self._batch_size = histogram("flash_batch_size", "Sequences in an engine step.", BATCH)
+        self._batch_size = histogram("flash_batch_size", "Sequences decoded together in a step.", BATCH)
 
         # A series that first appears with its first event has no rate: let all that are known be there from the start.
         self._tokens_per_second.labels(model).set_function(self.tokens_per_second)

@@ -50,8 +50,12 @@ class Target(Protocol):
         """Template and tokenise; user text never becomes special tokens. Raises RequestError."""
         ...
 
-    def encode(self, media: Medium) -> Tensor:
-        """Features of all visual tokens of one medium: (tokens, hidden)."""
+    def pieces(self, medium: Medium) -> int:
+        """Into how many pieces of equally many visual tokens, none of which looks at another, a medium falls."""
+        ...
+
+    def encode(self, medium: Medium, first: int, last: int) -> Tensor:
+        """Features of the visual tokens of pieces first..last: (tokens, hidden)."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -166,8 +166,11 @@ class LlavaTarget:
 
     # --- tensors
 
-    def encode(self, media: Medium) -> Tensor:
-        pixels = self._pixels(media.frames).to(self.device, self.dtype)
+    def pieces(self, medium: Medium) -> int:
+        return len(medium.frames)
+
+    def encode(self, medium: Medium, first: int, last: int) -> Tensor:
+        pixels = self._pixels(medium.frames[first:last]).to(self.device, self.dtype)
         features = []
         for group in pixels.split(FRAMES_AT_ONCE):
             if self.tower is not None:

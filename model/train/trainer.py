@@ -78,7 +78,7 @@ def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]
     for b, prompt in enumerate(prompts):
         embeds[b, : len(ids[b])] = target.embed(torch.tensor(ids[b], device=target.device))
         for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
-            embeds[b, start:end] = target.encode(medium)
+            embeds[b, start:end] = target.encode(medium, 0, target.pieces(medium))
         places = target.positions(prompt)
         after = places.max() + 1 + np.arange(width - places.shape[1], dtype=np.int32)
         positions.append(np.concatenate((places, np.broadcast_to(after, (len(places), len(after)))), 1))

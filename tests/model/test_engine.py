@@ -227,10 +227,10 @@ def test_a_request_whose_media_cannot_be_encoded_fails_alone(
     encode = crowd.target.encode
     poison = tiny.image(666)
 
-    def encode_or_raise(medium: Medium) -> Tensor:
+    def encode_or_raise(medium: Medium, first: int, last: int) -> Tensor:
         if np.array_equal(medium.frames, poison.frames):
             raise error
-        return encode(medium)
+        return encode(medium, first, last)
 
     monkeypatch.setattr(crowd.target, "encode", encode_or_raise)
     requests = [long_request("r0"), tiny.ask("bad", poison, tiny.image(1), "What?"), long_request("r1")]
@@ -239,6 +239,67 @@ def test_a_request_whose_media_cannot_be_encoded_fails_alone(
     assert outputs["bad"][0].error is not None
     assert type(error).__name__ in outputs["bad"][0].error
     assert tiny.token_ids(outputs["r0"]) == tiny.token_ids(outputs["r1"]) == known["r"]
+
+
+# -- who has the next pass
+
+
+def test_those_that_decode_have_their_turn_within_a_chunk_of_any_prompt(crowd: Engine) -> None:
+    """While a video many chunks long is read, nobody's stream waits for more prompt tokens than `prefill_chunk`."""
+    for name in ("r0", "r1"):
+        crowd.add(long_request(name))
+    while any(s.prefilling for s in crowd.scheduler.running) or crowd.scheduler.waiting:
+        crowd.step()
+    crowd.pop_stats()
+    crowd.add(tiny.ask("long", tiny.video(1, 8), "What happens?", max_tokens=2))
+    waited = [0]
+    while (reading := crowd.scheduler.find("long")) is not None and (reading.slot is None or reading.prefilling):
+        outputs = crowd.step()
+        if {o.request_id for o in outputs} >= {"r0", "r1"}:
+            waited.append(0)
+        else:
+            waited[-1] += crowd.pop_stats().prompt_tokens
+    tiny.drain(crowd)
+    assert len(waited) >= 8
+    assert max(waited) <= crowd.config.prefill_chunk
+
+
+def test_a_video_is_encoded_only_as_far_as_its_prompt_is_read(crowd: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece it gives the features that it gives as a whole, and these are what the cache then holds."""
+    crowd.features = EncoderCache(1 << 20, "a test")
+    encode, video = crowd.target.encode, tiny.video(4, 6)
+    pieces: list[tuple[int, int]] = []
+
+    def listen(medium: Medium, first: int, last: int) -> Tensor:
+        pieces.append((first, last))
+        return encode(medium, first, last)
+
+    monkeypatch.setattr(crowd.target, "encode", listen)
+    first = tiny.answers(crowd, [tiny.ask("a", video, "What happens?")])["a"]
+    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
+    assert pieces[-1][1] == 6
+    assert max(end - begin for begin, end in pieces) <= 2
+    kept = crowd.features.get(crowd.features.key(video))
+    assert kept is not None
+    assert torch.allclose(kept, encode(video, 0, 6), atol=1e-5)
+    assert tiny.answers(crowd, [tiny.ask("b", video, "What happens?")])["b"] == first
+
+
+def test_who_comes_while_a_prompt_is_read_joins_the_same_batch(tiny_checkpoint: Path) -> None:
+    """While there is room, it need not wait until the others have decoded once more."""
+    engine = Engine(tiny.config(tiny_checkpoint, prefill_chunk=64, max_num_seqs=4))
+
+    def who() -> list[str]:
+        return [o.request_id for o in engine.step()]
+
+    engine.add(tiny.ask("r0", "One."))
+    assert [who(), who()] == [["r0"], ["r0"]]
+    engine.add(tiny.ask("r1", "Two."))
+    assert who() == ["r1"]
+    engine.add(tiny.ask("r2", "Three."))
+    assert who() == ["r2"]
+    assert who() == ["r0", "r1", "r2"]
+    tiny.drain(engine)
 
 
 def test_media_that_no_image_library_reads_fail_alone(crowd: Engine, known: dict[str, list[int]]) -> None:
@@ -253,13 +314,13 @@ def test_media_that_no_image_library_reads_fail_alone(crowd: Engine, known: dict
 
 
 def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Medium]:
-    """Media that really pass through the tower, as they do."""
+    """Media whose first piece really passes through the tower, as they do."""
     seen: list[Medium] = []
     encode = engine.target.encode
 
-    def listen(medium: Medium) -> Tensor:
-        seen.append(medium)
-        return encode(medium)
+    def listen(medium: Medium, first: int, last: int) -> Tensor:
+        seen.extend([medium] if first == 0 else [])
+        return encode(medium, first, last)
 
     monkeypatch.setattr(engine.target, "encode", listen)
     engine.features = EncoderCache(engine.config.encoder_cache_bytes, "a test")

@@ -83,7 +83,7 @@ def test_a_long_day_leaves_nothing_behind(crowd: Engine, plain_engine: Engine, o
                 got[request.request_id] = []
             except RequestError:
                 refused += 1
-        if rng.random() < 0.12 and (alive := [r for r, o in got.items() if not (o and o[-1].finish_reason)]):
+        if rng.random() < 0.06 and (alive := [r for r, o in got.items() if not (o and o[-1].finish_reason)]):
             victim = rng.choice(alive)
             last = crowd.abort(victim)
             assert last is not None
