@@ -19,10 +19,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import msgspec
+import uvloop
 
 from model.config import EngineConfig
 from model.request import Medium, Message, SamplingParams
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 START_SECONDS = 300.0
 ANSWER_SECONDS = 600.0
+OK, LAST_CHUNK = b"HTTP/1.1 200", b"\r\n0\r\n\r\n"
 Speeds = list[tuple[float, float]]  # tokens per second (in process, over HTTP) of each repeat
 
 
@@ -85,8 +87,9 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
         requests = [_request(url, messages, params, number) for number, messages in enumerate(prompts)]
         inside = arm.run(prompts, params, in_flight=streams)
         begun = time.perf_counter()
-        over_http = asyncio.run(_stream_all(url, requests, streams))
+        received = uvloop.run(_receive_all(url, requests, streams))
         seconds = time.perf_counter() - begun
+        over_http = [_token_ids(answer) for answer in received]
         if repeat:
             speeds.append((inside.tokens_per_second, sum(map(len, over_http)) / seconds))
             same += [list(one) == other for one, other in zip(inside.answers, over_http, strict=True)]
@@ -145,27 +148,72 @@ def _request(url: str, messages: Sequence[Message], params: SamplingParams, numb
     return b"\r\n".join([*lines, b"", request.read()])
 
 
-async def _stream_all(url: str, requests: Sequence[bytes], streams: int) -> list[list[int]]:
-    """Token ids of every answer; `streams` clients, each with its next request as soon as the last one ended."""
-    answers: list[list[int]] = [[] for _ in requests]
+async def _receive_all(url: str, requests: Sequence[bytes], streams: int) -> list[bytearray]:
+    """Every answer as it came; `streams` clients, each with its next request as soon as the last one ended.
+
+    What the answers say is read after the clock has stopped: the server needs the cores.
+    """
+    answers = [bytearray() for _ in requests]
     host, port = url.removeprefix("http://").split(":")
-    waiting = deque(enumerate(requests))
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection(host, port)
-        try:
-            while waiting:
-                number, request = waiting.popleft()
-                writer.write(request)
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    answers[number] = await _token_ids(reader)
-        except EOFError:
-            raise OSError("the server closed a connection in the middle of an answer") from None
-        finally:
-            writer.close()
-
-    await asyncio.gather(*(client() for _ in range(streams)))
+    waiting = deque(zip(requests, answers, strict=True))
+    loop = asyncio.get_running_loop()
+    clients = [_Client(waiting, loop.create_future()) for _ in range(streams)]
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            for client in clients:
+                await loop.create_connection(lambda client=client: client, host, int(port))  # type: ignore[misc]
+            await asyncio.gather(*(client.done for client in clients))
+    finally:
+        for client in clients:
+            client.close()
     return answers
+
+
+class _Client(asyncio.Protocol):
+    """One connection, kept for one request after another. The common HTTP clients cost more than what they measure."""
+
+    def __init__(self, waiting: deque[tuple[bytes, bytearray]], done: asyncio.Future[None]) -> None:
+        self.done = done
+        self._waiting = waiting
+        self._answer = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass
+        self._ask()
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        if self._answer.endswith(LAST_CHUNK):
+            self._ask()
+        elif len(self._answer) >= len(OK) and not self._answer.startswith(OK) and _is_whole(self._answer):
+            head, _, body = self._answer.decode(errors="replace").partition("\r\n\r\n")
+            self._fail(f"the server answered {head.splitlines()[0].removeprefix('HTTP/1.1 ')}: {body}")
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
+        self._fail("the server closed a connection in the middle of an answer")
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _ask(self) -> None:
+        if self._waiting and self._transport is not None:
+            request, self._answer = self._waiting.popleft()
+            self._transport.write(request)
+        elif not self.done.done():
+            self.done.set_result(None)
+
+    def _fail(self, reason: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(OSError(reason))
+
+
+def _is_whole(reply: bytearray) -> bool:
+    """Of a reply that tells its length."""
+    head, end, body = reply.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+    return bool(end) and len(body) >= (int(length[1]) if length else 0)
 
 
 class _Token(msgspec.Struct):
@@ -187,30 +235,30 @@ class _Event(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Event).decode
 
 
-async def _token_ids(reader: asyncio.StreamReader) -> list[int]:
-    """One streamed answer off a connection that is kept. Raises OSError where it is refused or breaks, or EOFError.
-
-    The common HTTP clients cost more than the server they would measure, on the same cores.
-    """
-    status, _, headers = (await reader.readuntil(b"\r\n\r\n")).partition(b"\r\n")
-    if status.split()[1] != b"200":
-        length = re.search(rb"content-length: *(\d+)", headers, re.IGNORECASE)
-        body = await reader.readexactly(int(length[1]) if length else 0)
-        raise OSError(f"the server answered {status.decode()}: {body.decode()}")
+def _token_ids(answer: bytearray) -> list[int]:
+    """What one streamed answer says. Raises OSError where it broke or did not come to its end."""
+    events = _unchunked(answer.partition(b"\r\n\r\n")[2]).split(b"\n\n")
     ids: list[int] = []
     done = False
-    unread = b""  # of an event whose end did not arrive yet
-    while (size := int(await reader.readuntil(b"\r\n"), 16)) > 0:
-        *events, unread = (unread + (await reader.readexactly(size + 2))[:-2]).split(b"\n\n")
-        for event in map(_decode, (line.removeprefix(b"data: ") for line in events)):
-            if event.error is not None:
-                raise OSError(f"a stream broke: {event.error.message}")
-            ids += [token.id for token in event.tokens]
-            done |= event.type == "done"
-    await reader.readexactly(2)
+    for line in filter(None, events):
+        if line == b"data: [DONE]":
+            continue
+        event = _decode(line.removeprefix(b"data: "))
+        if event.error is not None:
+            raise OSError(f"a stream broke: {event.error.message}")
+        ids += [token.id for token in event.tokens]
+        done |= event.type == "done"
     if not done:
         raise OSError("a stream ended before it was done")
     return ids
+
+
+def _unchunked(body: bytearray) -> bytes:
+    pieces, at = [], 0
+    while (end := body.find(b"\r\n", at)) >= 0 and (size := int(body[at:end], 16)):
+        pieces.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
+    return b"".join(pieces)
 
 
 # -- the server

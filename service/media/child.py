@@ -32,6 +32,7 @@ from service.media.refusal import Refusal
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # <linux/prctl.h>
 PIPE_BYTES = 1024 * 1024
 START_CPU_SECONDS = 60
+QUICK_SECONDS = 0.002  # of processor time: no more than some megabytes can have been filled in it
 
 libc = ctypes.CDLL(None, use_errno=True)
 trim = getattr(libc, "malloc_trim", None)  # glibc's
@@ -97,17 +98,19 @@ def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=setup.limits.max_bytes)
         job, data = wire.unpack_job(source.read(num_message)), source.read(num_payload)
         send(wire.Accepted())
-        allow_cpu(setup.limits)
+        begun = allow_cpu(setup.limits)
         send(*decode(setup, job, data))
         del data
-        give_memory_back()
+        if time.process_time() - begun > QUICK_SECONDS:
+            give_memory_back()
 
 
-def allow_cpu(limits: MediaLimits) -> None:
+def allow_cpu(limits: MediaLimits) -> float:
     """Start the clock of one decode: RLIMIT_CPU counts from the start of the process, in whole seconds."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = math.ceil(time.process_time()) + limits.cpu_seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (min(soft, hard), hard))
+    now = time.process_time()
+    resource.setrlimit(resource.RLIMIT_CPU, (min(math.ceil(now) + limits.cpu_seconds, hard), hard))
+    return now
 
 
 def give_memory_back() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.request import Medium, Message, SamplingParams
-from service.commands.overhead import _request, _stream_all
+from service.commands.overhead import _receive_all, _request, _token_ids
 from tests.service.server import Server
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -28,6 +28,10 @@ def asked(url: str, number: int) -> bytes:
     return _request(url, [Message("user", (Medium("image", picture), "What is it?"))], PARAMS, number)
 
 
+async def stream_all(url: str, requests: Sequence[bytes], streams: int) -> list[list[int]]:
+    return [_token_ids(answer) for answer in await _receive_all(url, requests, streams)]
+
+
 def answers_to(replies: Sequence[bytes], *, streams: int = 1) -> list[list[int]]:
     """What the client makes of a server that gives these replies, whoever asks, and then hangs up."""
 
@@ -44,7 +48,7 @@ def answers_to(replies: Sequence[bytes], *, streams: int = 1) -> list[list[int]]
 
         async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            return await _stream_all(url, [asked(url, number) for number in range(len(replies))], streams)
+            return await stream_all(url, [asked(url, number) for number in range(len(replies))], streams)
 
     return asyncio.run(both())
 
@@ -78,7 +82,7 @@ def test_what_is_no_whole_answer_is_an_error(reply: bytes, complaint: str):
 
 def test_a_real_server_gives_the_ids_it_gives_to_others(server: Server):
     requests = [asked(server.url, number) for number in range(6)]
-    answers = asyncio.run(_stream_all(server.url, requests, 3))
+    answers = asyncio.run(stream_all(server.url, requests, 3))
     assert [len(ids) for ids in answers] == [PARAMS.max_tokens] * 6
-    assert answers == asyncio.run(_stream_all(server.url, requests, 1))
+    assert answers == asyncio.run(stream_all(server.url, requests, 1))
     assert len(set(map(tuple, answers))) == 6
