@@ -97,7 +97,6 @@ def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
     while prefix := source.read(wire.PREFIX.size):
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=setup.limits.max_bytes)
         job, data = wire.unpack_job(source.read(num_message)), source.read(num_payload)
-        send(wire.Accepted())
         begun = allow_cpu(setup.limits)
         send(*decode(setup, job, data))
         del data

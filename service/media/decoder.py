@@ -131,7 +131,7 @@ class MediaDecoder:
         return num_frames, None
 
     async def _run(self, job: wire.Job, data: bytes) -> Medium:
-        """One job through one child; a child that was dead before it had the job is replaced, once."""
+        """One job through one child; one that was killed, by the kernel or an operator, is replaced, once."""
         if not self._open:
             raise self._closed()
         slot = await self._free.get()
@@ -148,7 +148,7 @@ class MediaDecoder:
                 except ChildGone as gone:
                     if not self._open:
                         raise self._closed() from None
-                    if gone.accepted or last_try:
+                    if gone.by_itself or last_try:
                         raise client_error("decoder_crashed", {}) from None
                     await self._discard(slot)
                 else:
@@ -175,11 +175,11 @@ class MediaDecoder:
         if isinstance(reply, wire.Refused):
             raise Refusal(reply.name, **reply.numbers)
         if not isinstance(reply, wire.Decoded):
-            raise ChildGone(accepted=True)
+            raise ChildGone(by_itself=True)
         size = self.geometry.crop or self.geometry.exact or reply.shape[1:3]
         sane = min(reply.shape) > 0 and reply.shape[1:] == (*size, 3) and math.prod(reply.shape) == payload.size
         if not sane or (kind == "image" and reply.shape[0] != 1):
-            raise ChildGone(accepted=True)
+            raise ChildGone(by_itself=True)
         return Medium(kind=kind, frames=payload.reshape(reply.shape))
 
     async def _ready_child(self, slot: _Slot) -> Child:

@@ -23,11 +23,11 @@ PACKAGE_ROOT = Path(service.__file__).resolve().parents[1]
 
 
 class ChildGone(Exception):
-    """The child died, or stopped making sense. `accepted`: it had the whole job, so the job may be the reason."""
+    """The child died, or stopped making sense. `by_itself`: nobody killed it, so the job is the reason."""
 
-    def __init__(self, *, accepted: bool) -> None:
+    def __init__(self, *, by_itself: bool) -> None:
         super().__init__("the decoding child is gone")
-        self.accepted = accepted
+        self.by_itself = by_itself
 
 
 def _environment() -> dict[str, str]:
@@ -72,9 +72,11 @@ class Child:
     async def ready(self) -> None:
         """Returns when the child is warm. Raises ChildGone when it will never be."""
         try:
-            await self._expect(wire.Ready())
+            reply, _ = await self._receive(max_payload=0)
+            if reply != wire.Ready():
+                raise wire.WireError("expected Ready")
         except (OSError, EOFError, wire.WireError) as error:
-            raise ChildGone(accepted=False) from error
+            raise ChildGone(by_itself=True) from error
 
     async def run(self, job: wire.Job, data: bytes, *, max_reply: int) -> tuple[wire.Reply, np.ndarray]:
         """Hand over one job and wait for its answer: the message, and the payload as (bytes,) uint8.
@@ -82,14 +84,13 @@ class Child:
         Raises ChildGone. When it raises anything, cancellation included, the child is of no further use: kill it.
         """
         self.num_jobs += 1
-        accepted = False
         try:
             await self._send(job, data)
-            await self._expect(wire.Accepted())
-            accepted = True
             return await self._receive(max_reply)
-        except (OSError, EOFError, wire.WireError) as error:
-            raise ChildGone(accepted=accepted) from error
+        except wire.WireError as error:
+            raise ChildGone(by_itself=True) from error
+        except (OSError, EOFError) as error:
+            raise ChildGone(by_itself=await self._process.wait() != -signal.SIGKILL) from error
 
     def kill(self) -> None:
         """At once, and for good; `reap()` must follow."""
@@ -127,8 +128,3 @@ class Child:
             view[filled : filled + len(piece)] = piece
             filled += len(piece)
         return reply, payload
-
-    async def _expect(self, expected: wire.Reply) -> None:
-        reply, _ = await self._receive(max_payload=0)
-        if reply != expected:
-            raise wire.WireError(f"expected {expected}")

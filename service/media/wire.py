@@ -6,7 +6,7 @@ The message is JSON of one of the types below, the payload raw bytes: a file one
 every field is checked on arrival: a child that decodes hostile bytes is not trusted.
 
     parent -> child   Job, with the file
-    child  -> parent  Ready once; then for each job Accepted, and Decoded (with the pixels) or Refused
+    child  -> parent  Ready once; then for each job Decoded (with the pixels) or Refused
 """
 
 from __future__ import annotations
@@ -47,10 +47,6 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The child has started and waits for its first job."""
 
 
-class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
-    """The child has the whole job and is about to decode it: if it dies now, the file may be the reason."""
-
-
 class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
     shape: tuple[int, int, int, int]  # (frames, height, width, 3), uint8
 
@@ -62,7 +58,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     numbers: dict[str, int] = {}
 
 
-Reply = Ready | Accepted | Decoded | Refused
+Reply = Ready | Decoded | Refused
 
 _jobs = msgspec.json.Decoder(Job)
 _replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)

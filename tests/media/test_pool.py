@@ -73,13 +73,30 @@ async def test_a_child_serves_many_and_is_then_replaced():
         assert decoder.stats.decoded == 6
 
 
-async def test_a_child_killed_at_work_fails_its_own_request_only():
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGXCPU])
+async def test_a_child_that_crashes_at_work_fails_its_own_request_only(number):
     async with started(workers=1) as decoder:
         job, waiting = long_job(decoder), asyncio.create_task(image(decoder))
-        os.kill(await until_busy(decoder), signal.SIGKILL)
+        os.kill(await until_busy(decoder), number)
         with pytest.raises(BadRequest, match="could not be decoded"):
             await job
         assert (await waiting).frames.shape == (1, 32, 32, 3)
+
+
+async def test_a_file_whose_child_is_killed_has_a_second_child_and_no_third():
+    """The kernel, short of memory, may have meant another; or this file was the reason."""
+    async with started(workers=1) as decoder:
+        job = long_job(decoder)
+        first = await until_busy(decoder)
+        os.kill(first, signal.SIGKILL)
+        assert (await job).frames.shape[0] > 1
+        job = long_job(decoder)
+        os.kill(await until_busy(decoder), signal.SIGKILL)
+        await until(lambda: decoder.stats.children_started == 3)
+        os.kill(await until_busy(decoder), signal.SIGKILL)
+        with pytest.raises(BadRequest, match="could not be decoded"):
+            await job
+        await image(decoder)
 
 
 async def test_an_idle_child_that_died_costs_nobody_anything():
