@@ -32,6 +32,7 @@ class EngineConfig:
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
     threads: int | None = None  # CPU threads; None: all
+    share_cores: bool = False  # CPU: others, which give way, work on the same cores
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:

@@ -43,6 +43,7 @@ class Engine:
             if config.threads:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
+            library.share_cores(config.share_cores)
         self.target = target = load_target(config)
         self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
         margin = config.max_nodes + 1

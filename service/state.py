@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from service import cores
 from service.admission import Admission
 from service.errors import NoCapacity
 from service.log import fields
@@ -94,6 +95,8 @@ class Service:
                 self._on_fatal(self.pool.load_error or "the workers died while they loaded the model")
                 return
         info = self.pool.info
+        if info.device == "cpu":
+            cores.give_way()  # and so do the decoding children, which inherit it
         decoder = MediaDecoder(self.media_limits, info.geometry, self.settings.media_workers)
         try:
             await decoder.start()

@@ -79,6 +79,17 @@ def use_threads(number: int) -> None:
         library.functions.flash_begin(number)
 
 
+def share_cores(yes: bool) -> None:
+    """Whether the threads offer their cores to other processes between any two stages of a pass.
+
+    It costs a few percent where nobody wants them. Where others do, and give way (see service/cores.py), it spares
+    the pass from being interrupted in the middle of a task, for which all other threads would have to wait.
+    """
+    library = load()
+    if library is not None:
+        library.functions.flash_share_cores(yes)
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Torch's own threads stay out of the way: after each operation they spin for a while, on cores that ours need."""

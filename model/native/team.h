@@ -31,6 +31,7 @@ static inline void be_patient(int& waited) {
 // One thread's way through the stages of a job. Every thread must call `share` with the same tasks in the same order.
 struct Member {
   Stage* stage;
+  bool shares;  // the core, with processes that wait for it: best when this thread holds no task that others wait for
 
   template <class Task>
   void share(int tasks, const Task& task) {
@@ -39,6 +40,7 @@ struct Member {
       task(t);
       here.done.fetch_add(1, std::memory_order_release);
     }
+    if (shares) sched_yield();
     for (int waited = 0; here.done.load(std::memory_order_acquire) < tasks;) be_patient(waited);
   }
 };
@@ -51,10 +53,11 @@ class Team {
   void (*job)(void*, Member) = nullptr;
   void* argument = nullptr;
   int helpers = 0;
+  std::atomic<bool> shares{false};
 
   void take_part() {
     tiles_begin();
-    job(argument, Member{stages});
+    job(argument, Member{stages, shares});
     tiles_end();
   }
 
@@ -89,6 +92,9 @@ class Team {
       pthread_detach(thread);
     }
   }
+
+  // Whether every stage ends with an offer of the core to whoever waits for it.
+  void share_cores(bool yes) { shares = yes; }
 
   // work(member) on every thread that is free; returns when all its stages are done.
   template <class Work>

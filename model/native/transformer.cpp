@@ -472,6 +472,9 @@ bool flash_begin(int threads) {
   return true;
 }
 
+// Whether the threads offer their cores to other processes between any two stages.
+void flash_share_cores(bool yes) { team.share_cores(yes); }
+
 // (outputs, inputs) to panels: ceil(outputs / 16) * 16 * ceil(inputs / 32) * 32 numbers.
 void flash_pack(bool bfloat16, const void* from, int inputs, int outputs, void* to) { BY_TYPE(pack, from, inputs, outputs, to); }
 

@@ -27,6 +27,7 @@ import uvloop
 
 from model.config import EngineConfig
 from model.request import Medium, Message, SamplingParams
+from service import cores
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -86,9 +87,11 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
         prompts = workload.conversations(options, task, first=repeat * count, count=count)
         requests = [_request(url, messages, params, number) for number, messages in enumerate(prompts)]
         inside = arm.run(prompts, params, in_flight=streams)
+        cores.give_way()  # as everything around an engine does
         begun = time.perf_counter()
         received = uvloop.run(_receive_all(url, requests, streams))
         seconds = time.perf_counter() - begun
+        cores.take_part()
         over_http = [_token_ids(answer) for answer in received]
         if repeat:
             speeds.append((inside.tokens_per_second, sum(map(len, over_http)) / seconds))

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from model.request import EngineInfo, EngineStats, Request, RequestError, RequestOutput
+from service import cores
 from service.pool import messages as m
 
 STATS_INTERVAL = 0.1
@@ -51,7 +52,7 @@ def load_engine(options: dict[str, Any]) -> Engine:
     from model.config import EngineConfig
     from model.engine import Engine as RealEngine
 
-    engine: Engine = RealEngine(EngineConfig(**options))
+    engine: Engine = RealEngine(EngineConfig(**options, share_cores=True))
     return engine
 
 
@@ -94,6 +95,7 @@ class Link:
                 self._unsent[0] = self._unsent[0][sent:]
 
     def _receive_forever(self) -> None:
+        cores.give_way()
         try:
             while (payload := m.receive_frame(self._sock)) is not None:
                 message = m.to_worker.decode(payload)
@@ -171,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    cores.take_part()
     link = Link(socket.socket(fileno=arguments.fd))
     load = next(link.receive(wait=True))
     try:
