@@ -149,14 +149,16 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        match self.scheduler.schedule(self.cache.num_free):
-            case Chunk() as chunk:
-                outputs = self._prefill(chunk)
-            case Decoding() as decoding:
-                outputs = self._verify(decoding, self._draft(decoding))
+        begun = self.counters.now()
+        match work := self.scheduler.schedule(self.cache.num_free):
+            case Chunk():
+                outputs = self._prefill(work)
+            case Decoding():
+                outputs = self._verify(work, self._draft(work))
             case None:
                 return []
         self._compact()
+        self.scheduler.took(work, self.counters.now() - begun)
         return outputs
 
     def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
