@@ -27,7 +27,7 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to 4096
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens computed at most between two steps of those that decode
-    prefill_stretch: float = 2.5  # how many times as long these steps may take while prompts are read
+    prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
     max_rows: int = 96  # rows (tokens and draft nodes) verified in one step, over all sequences
     max_nodes: int = 15  # draft nodes per sequence and step
     tree_width: int = 4  # candidates kept at each depth
@@ -43,7 +43,7 @@ class EngineConfig:
         at_least = {
             "max_num_seqs": 1,
             "prefill_chunk": 16,
-            "prefill_stretch": 1,
+            "prefill_stretch": 1.5,
             "max_rows": 1,
             "max_nodes": 0,
             "tree_width": 1,

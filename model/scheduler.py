@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model.config import EngineConfig
@@ -26,24 +27,30 @@ class Decoding:
     nodes: tuple[int, ...]
 
 
-LEAST_ROWS = 16  # of a chunk, unless the prompt ends: fewer cost as much
-WHOLE_CHUNKS = 4  # of a prompt: a few long steps are lost among the many of an answer
+WHOLE_CHUNKS = 4  # what a prompt is longer than is read in bites: a few long steps are lost among those of an answer
+BITE = 16  # tokens, or a multiple: attention reads all that came before once for as many
+TURNS_PER_PROBE = 16  # of those that decode; one of them is had without a bite before it, to learn their pace
 
 
 class Scheduler:
     """First come, first served. A new sequence joins as soon as the pass under way is over.
 
-    Prompts go first, chunk by chunk: what comes in the meantime joins the same batch. But between two passes of those
-    that decode, prompts are read for no more than `prefill_chunk` tokens; and a prompt of more than a few chunks for no
-    longer than stretches a step `prefill_stretch` times, so that nobody's stream stalls while a long video is read.
+    Prompts go first, chunk by chunk: what comes in the meantime joins the same batch. Between two turns of those that
+    decode, though, prompts are read for no more than `prefill_chunk` tokens. What is beyond the first few chunks of a
+    prompt is read in bites, small enough to keep those that decode within `prefill_stretch` times their pace, and lets
+    other prompts pass: no stream stalls, and no short question waits, behind a long video. How much a bite may be is
+    learnt from how long passes take.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._decode_seconds = 0.0  # of the last pass of those that decode
-        self._row_seconds = 0.0  # per prompt token, vision included, of the last chunk
-        self._rows = 0  # prompt tokens since that pass
-        self._seconds = 0.0  # and how long they took
+        self._whole = WHOLE_CHUNKS * config.prefill_chunk
+        self._turns = 0  # of those that decode
+        self._rows = 0  # prompt tokens since the last of them, without bites
+        self._bitten = False  # whether a bite was taken since then
+        self._pace = 0.0  # seconds of a turn with nothing before it, of late
+        self._row_seconds = 0.0  # per prompt token of a bite, vision included, of late
+        self._credit = 0.0  # seconds that bites may take without stretching that pace too far
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -63,41 +70,46 @@ class Scheduler:
     def schedule(self, free_slots: int) -> Chunk | Decoding | None:
         """What to compute now; None where there is nothing to do."""
         decoding = tuple(s for s in self.running if not s.prefilling)
-        prompt = self._next_prompt(free_slots)
-        room = self._room(prompt, len(decoding)) if prompt else 0
-        if not (prompt and room):
-            return self._decode(decoding) if decoding else None
-        if prompt.slot is None:
-            self.running.append(self.waiting.popleft())
-        return Chunk(prompt, prompt.computed, min(prompt.computed + room, len(prompt.prompt.ids)))
+        for prompt in self._prompts(free_slots):
+            if room := self._room(prompt) if decoding else self._config.prefill_chunk:
+                if prompt not in self.running:
+                    self.running.append(self.waiting.popleft())
+                return Chunk(prompt, prompt.computed, min(prompt.computed + room, len(prompt.prompt.ids)))
+        return self._decode(decoding) if decoding else None
 
     def took(self, work: Chunk | Decoding, seconds: float) -> None:
         """How long that pass was, with all that belongs to it."""
         if isinstance(work, Decoding):
-            self._decode_seconds, self._rows, self._seconds = seconds, 0, 0.0
+            if not (self._rows or self._bitten):
+                self._pace = (self._pace + seconds) / 2.0 if self._pace else seconds
+            allowed = self._config.prefill_stretch * self._pace
+            most = max(allowed, BITE * self._row_seconds)
+            self._credit = min(self._credit + max(0.0, allowed - seconds), most)
+            self._turns, self._rows, self._bitten = self._turns + 1, 0, False
+        elif work.start >= self._whole:
+            self._row_seconds = (self._row_seconds + seconds / (work.end - work.start)) / 2.0
+            self._credit -= seconds
+            self._bitten = True
         else:
             self._row_seconds = seconds / (work.end - work.start)
             self._rows += work.end - work.start
-            self._seconds += seconds
 
-    def _next_prompt(self, free_slots: int) -> Sequence | None:
-        """The one begun, or else the first that waits, where there is a slot for it."""
-        if (begun := next((s for s in self.running if s.prefilling), None)) is not None:
-            return begun
-        return self.waiting[0] if self.waiting and free_slots else None
+    def _prompts(self, free_slots: int) -> Iterator[Sequence]:
+        """Those that may be read now, best first: begun; waiting, where there is a slot; the rest of long ones."""
+        begun = [s for s in self.running if s.prefilling]
+        yield from (s for s in begun if s.computed < self._whole)
+        yield from list(self.waiting)[: min(1, free_slots)]
+        yield from (s for s in begun if s.computed >= self._whole)
 
-    def _room(self, prompt: Sequence, decoding: int) -> int:
+    def _room(self, prompt: Sequence) -> int:
         """How many tokens of it may be computed before the others' turn."""
         chunk = self._config.prefill_chunk
-        if not decoding:
-            return chunk
-        room = chunk - self._rows
-        if prompt.computed >= WHOLE_CHUNKS * chunk:
-            seconds = (self._config.prefill_stretch - 1.0) * self._decode_seconds - self._seconds
-            room = min(room, int(seconds / self._row_seconds))
-        if self._rows == 0:
-            room = max(room, LEAST_ROWS)  # it gets on, however slowly
-        return room if room >= LEAST_ROWS else 0
+        if prompt.computed < self._whole:
+            return max(0, chunk - self._rows)
+        if self._bitten or self._turns % TURNS_PER_PROBE == 0:
+            return 0
+        affordable = int(max(0.0, self._credit) / self._row_seconds + 1e-6) // BITE * BITE
+        return min(max(chunk // BITE * BITE, BITE), affordable)
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> Decoding:
         """Share the rows of a pass among the sequences: the more there are, the less each drafts."""
