@@ -98,7 +98,8 @@ class Scheduler:
         """Those that may be read now, best first: begun; waiting, where there is a slot; the rest of long ones."""
         begun = [s for s in self.running if s.prefilling]
         yield from (s for s in begun if s.computed < self._whole)
-        yield from list(self.waiting)[: min(1, free_slots)]
+        if self.waiting and free_slots:
+            yield self.waiting[0]
         yield from (s for s in begun if s.computed >= self._whole)
 
     def _room(self, prompt: Sequence) -> int:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ class Streams:
             params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
             engine.add(Request(f"stream {index}", conversation, params))
         while len(self._heard) < number:
-            self.gaps(bool)
+            self.gaps(steps=1)
 
-    def gaps(self, until: Callable[[list[str]], bool]) -> list[float]:
-        """Step until that is true of those to whom a step delivered; seconds between deliveries to each stream."""
+    def gaps(self, *, steps: int | None = None, until: str | None = None) -> list[float]:
+        """Seconds between deliveries to each stream, over so many steps, or until something is delivered to `until`."""
         gaps = []
-        while True:
+        for _ in count() if steps is None else range(steps):
             names = [output.request_id for output in self.engine.step()]
             now = time.perf_counter()
             for name in names:
@@ -59,8 +60,9 @@ class Streams:
                     gaps.append(now - self._heard[name])
                 if name.startswith("stream"):
                     self._heard[name] = now
-            if until(names):
-                return gaps
+            if until in names:
+                break
+        return gaps
 
     def end(self) -> None:
         for name in self._heard:
@@ -74,15 +76,15 @@ def measure(
     alone, beside, reading = list[float](), list[float](), list[float]()
     room = engine.max_model_len - engine.info.tokens_per_image - SPARE
     for repeat in range(repeats):
-        crowd, left = Streams(engine, streams, max_tokens=room), iter(range(2 * steps))
-        alone += crowd.gaps(lambda _, left=left: next(left) == steps - 1)  # type: ignore[misc]
+        crowd = Streams(engine, streams, max_tokens=room)
+        alone += crowd.gaps(steps=steps)
         scene = scenes.random_video_scene(scenes.scene_seed("heldout", "video", 900_000 + repeat))
         video = Medium("video", scenes.render_clip(scene, frames, prompts.SIDE))
         begun = time.perf_counter()
         engine.add(Request("video", (Message("user", (video, "What happens?")),), SamplingParams(max_tokens=1)))
-        beside += crowd.gaps(lambda names: "video" in names)
+        beside += crowd.gaps(until="video")
         reading.append(time.perf_counter() - begun)
-        alone += crowd.gaps(lambda _, left=left: next(left) == 2 * steps - 1)  # type: ignore[misc]
+        alone += crowd.gaps(steps=steps)
         crowd.end()
         done()
     before, during = (np.percentile(gaps, (50, 95, 100)) for gaps in (alone, beside))
@@ -137,10 +139,10 @@ def main(argv: list[str]) -> None:
     ).resolved()
     drafters = asked.drafters.split(",")
     rows = []
+    tokens = Engine(replace(config, drafter="off", max_model_len=64)).info.tokens_per_image
+    positions = tokens * asked.frames + SPARE
     with tqdm(total=len(drafters) * asked.repeats, unit="video", disable=None) as bar:
         for drafter in drafters:
-            tokens = Engine(replace(config, drafter="off", max_model_len=64)).info.tokens_per_image
-            positions = tokens * asked.frames + SPARE
             with long_enough(replace(config, drafter=drafter, max_model_len=positions), positions) as long:
                 engine = Engine(long)
             sizes = {name: getattr(asked, name) for name in ("streams", "frames", "steps", "repeats")}
