@@ -19,10 +19,10 @@ from typing import Literal, Self
 from starlette.requests import ClientDisconnect
 
 from model.request import FinishReason, RequestOutput, RequestStats, SamplingParams
-from service.errors import EngineFailure, ServiceError, TimedOut
+from service.errors import BadRequest, EngineFailure, ServiceError, TimedOut
 from service.log import fields
 from service.pool.generation import Event, Generation
-from service.pool.messages import Accepted, Submit, WireMessage
+from service.pool.messages import Submit, WireMessage
 from service.prompt import Prompt
 from service.schemas.sampling import seed_of_choice
 from service.state import Service
@@ -35,7 +35,6 @@ NO_STATS = RequestStats(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
 @dataclass
 class Choice:
     generation: Generation
-    accepted: bool = False
     finish_reason: FinishReason | None = None
     stats: RequestStats = NO_STATS
     num_tokens: int = 0
@@ -82,9 +81,8 @@ class Answer:
         self._service = service
         self._arrived = time.monotonic()
         self._slots = service.admission.enter(key)
-        self._events: deque[tuple[int, Event]] = deque()
-        self._waiter: asyncio.Future[None] | None = None  # for the next event, while there is none
-        self._early: deque[tuple[int, RequestOutput]] = deque()  # came while other choices were not yet accepted
+        self._outputs: deque[tuple[int, RequestOutput]] = deque()  # of any choice, not yet read
+        self._waiter: asyncio.Future[None] | None = None  # for more, while there is none
         self._num_media = 0
         self._error: BaseException | None = None
         # One alarm for all events: a timeout around each would cost more than the event.
@@ -101,7 +99,7 @@ class Answer:
     async def begin(
         self, preparing: Awaitable[Prompt], params: SamplingParams, *, n: int, speculation: Literal["auto", "off"]
     ) -> None:
-        """Hand it to the engine; returns when that has taken every choice, so that refusals come before a 200."""
+        """Hand it to the engine; returns with its first word, so that refusals and early failures come before a 200."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 prompt = await preparing
@@ -114,20 +112,15 @@ class Answer:
             own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
             submit = Submit(f"{self.id}-{index}", messages, own, speculation == "auto")
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
-        while not all(choice.accepted for choice in self.choices):
-            index, event = await self._next_event()
-            if isinstance(event, Accepted):
-                self.choices[index].accepted = True
-            else:
-                self._early.append((index, event))
+        await self._has_news()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """What the engine says, choice by choice as it comes, to the end of all; raises where one cannot be ended."""
         while not self.ended:
-            index, event = self._early.popleft() if self._early else await self._next_event()
-            if isinstance(event, RequestOutput):
-                self._take(self.choices[index], event)
-                yield index, event
+            await self._has_news()
+            index, output = self._outputs.popleft()
+            self._take(self.choices[index], output)
+            yield index, output
 
     async def finish(self) -> None:
         async for _ in self.outputs():
@@ -137,20 +130,21 @@ class Answer:
         return 0.0 if choice.first_at is None else choice.first_at - self._arrived
 
     def _deliver(self, index: int, event: Event) -> None:
-        self._events.append((index, event))
+        if isinstance(event, ServiceError):
+            self._error = self._error or event
+        else:
+            self._outputs.append((index, event))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def _next_event(self) -> tuple[int, Accepted | RequestOutput]:
-        # An asyncio.Queue would look up the running loop for every event, which takes a system call.
-        while not self._events:
+    async def _has_news(self) -> None:
+        """Returns when there is an output to be read; raises the error after which there will be none."""
+        # An asyncio.Queue would look up the running loop for every output, which takes a system call.
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
             self._waiter = self._loop.create_future()
             await self._waiter
-        index, event = self._events.popleft()
-        if isinstance(event, ServiceError):
-            self._error = event
-            raise event
-        return index, event
 
     def _ring(self) -> None:
         self._deliver(0, self._timed_out())
@@ -180,29 +174,29 @@ class Answer:
     def _record(self, outcome: str) -> None:
         """`outcome` is that of the choices which did not end by themselves."""
         metrics, latency = self._service.metrics, time.monotonic() - self._arrived
-        accepted = [choice for choice in self.choices if choice.accepted]
-        if accepted and outcome == "refused":
-            outcome = "error"  # it had been taken: the workers went away under it
-        for choice in accepted:
+        taken = [] if isinstance(self._error, BadRequest) else self.choices
+        if taken and outcome == "refused":
+            outcome = "error"  # the workers went away under it
+        for choice in taken:
             metrics.answered(choice.finish_reason or outcome, latency, choice.seconds_per_token)
             if choice.finish_reason is not None:
                 metrics.queued(choice.stats.queue)
-        if not accepted and outcome != "refused":
+        if not taken and outcome != "refused":
             metrics.answered(outcome, latency, None)
-        stats = [choice.stats for choice in accepted]
+        stats = [choice.stats for choice in taken]
         log.info(
             "request %s",
             fields(
                 id=self.id,
-                outcome=",".join(choice.finish_reason or outcome for choice in accepted) or outcome,
+                outcome=",".join(choice.finish_reason or outcome for choice in taken) or outcome,
                 media=self._num_media,
                 prompt_tokens=max((one.prompt_tokens for one in stats), default=0),
-                completion_tokens=sum(choice.num_tokens for choice in accepted),
+                completion_tokens=sum(choice.num_tokens for choice in taken),
                 drafts=sum(one.drafts for one in stats),
                 accepted_tokens=sum(one.accepted_tokens for one in stats),
                 media_seconds=self.media_seconds,
                 queue=max((one.queue for one in stats), default=0.0),
-                time_to_first_token=self.time_to_first_token(accepted[0]) if accepted else None,
+                time_to_first_token=self.time_to_first_token(taken[0]) if taken else None,
                 seconds=latency,
             ),
         )

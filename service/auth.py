@@ -1,21 +1,35 @@
-"""Who may ask: a dependency of every /v1 route, so that no comparison of paths decides."""
+"""Who may ask: wrapped around every /v1 handler, so that no comparison of paths decides."""
 
 from __future__ import annotations
 
 import hmac
+from collections.abc import Awaitable, Callable
+from functools import wraps
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from service.deps import service_of
 from service.errors import Unauthorized
 
+Handler = Callable[[Request], Awaitable[Response]]
 
-async def require_key(request: Request) -> None:
-    """Leaves in `request.state.key` which key it was, for its own limit; None where there are no keys."""
-    request.state.key = None
+
+def keyed(handler: Handler) -> Handler:
+    """Only for who has a key, where keys are set. `request.state.key` says which one, for its own limit; or None."""
+
+    @wraps(handler)
+    async def guarded(request: Request) -> Response:
+        request.state.key = _key_of(request)
+        return await handler(request)
+
+    return guarded
+
+
+def _key_of(request: Request) -> str | None:
     keys = service_of(request).settings.api_key
     if not keys:
-        return
+        return None
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not given:
         raise Unauthorized("an API key is needed: send 'Authorization: Bearer KEY'", code="missing_api_key")
@@ -24,4 +38,4 @@ async def require_key(request: Request) -> None:
     matching = [secret for secret in secrets if hmac.compare_digest(given.strip().encode(), secret.encode())]
     if not matching:
         raise Unauthorized("the API key is not known here")
-    request.state.key = matching[0]
+    return matching[0]

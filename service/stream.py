@@ -6,9 +6,9 @@ Knows nothing of what is in an event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import ExitStack, aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -34,24 +34,25 @@ def json_response(value: Any, headers: dict[str, str] | None = None) -> Response
     return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do the work, or drop it as soon as the client has left. The body must have been read before."""
-    doing = asyncio.create_task(work)
-    watching = asyncio.create_task(_gone(receive))
+async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
+    """Do the work; ClientDisconnect in its midst if the client leaves. The body must have been read before."""
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    watching = asyncio.create_task(_cancel_when_gone(receive, task))
     try:
-        await asyncio.wait((doing, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnect
-        return doing.result()
+        return await work
+    except asyncio.CancelledError:
+        # `watching` is done only where it was the client; then no cancellation is left, unless somebody else asked too.
+        if watching.done() and not task.uncancel():
+            raise ClientDisconnect from None
+        raise
     finally:
-        doing.cancel()
         watching.cancel()
-        await asyncio.gather(doing, watching, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
+async def _cancel_when_gone(receive: Receive, task: asyncio.Task[Any]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
 class EventStream(Response):

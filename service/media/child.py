@@ -1,8 +1,8 @@
-"""A decoding child: `python -m service.media.child SETUP`, one job after another from stdin to stdout.
+"""A decoding child: `python -m service.media.child SETUP`, one job after another through one socket, its fd 0 and 1.
 
 Hostile bytes meet native decoders here and nowhere else. So this process gives up, before it reads the first job:
 memory and processor time beyond the limits, core dumps, writing files, gaining privileges, and, once everything is
-imported, opening anything at all: with no file descriptor to be had there is no file, no socket and no pipe.
+imported, opening anything at all: with no file descriptor to be had there is no file, no other socket and no pipe.
 
 SETUP is a wire.Setup as JSON.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import math
 import os
@@ -30,7 +29,7 @@ from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # <linux/prctl.h>
-PIPE_BYTES = 1024 * 1024
+BUFFER_BYTES = 1024 * 1024
 START_CPU_SECONDS = 60
 QUICK_SECONDS = 0.002  # of processor time: no more than some megabytes can have been filled in it
 
@@ -42,11 +41,8 @@ def main() -> None:
     setup = msgspec.json.decode(sys.argv[1], type=wire.Setup)
     confine(setup.limits)
     warm_up(setup)
-    # Buffered as far as the pipes reach: most files come with one read, and most pictures go with one write.
-    with open(0, "rb", PIPE_BYTES, closefd=False) as source, open(silence(), "wb", PIPE_BYTES) as sink:
-        for pipe in (source, sink):
-            with contextlib.suppress(OSError, AttributeError):  # Linux only; smaller pipes work as well
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    # Buffered well: most files come with one read, and most pictures go with one write.
+    with open(0, "rb", BUFFER_BYTES, closefd=False) as source, open(silence(), "wb", BUFFER_BYTES) as sink:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
         serve(setup, source, sink)
 
@@ -85,7 +81,7 @@ def silence() -> int:
 
 
 def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer jobs until the parent closes the pipe."""
+    """Answer jobs until the parent closes the socket."""
 
     def send(reply: wire.Reply, pixels: np.ndarray | None = None) -> None:
         payload = b"" if pixels is None else np.ascontiguousarray(pixels).data

@@ -1,6 +1,7 @@
 """One decoding child as its parent sees it: start, hand over a job, kill, reap. Knows nothing of media.
 
-Every read and write is asyncio's and in pieces, so that a large file never holds up the loop.
+Files and pixels go through a socket straight from and into their buffers, as much at a time as it holds, so that a
+large one never holds up the loop; streams and transports would copy each of them several times.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -18,7 +21,8 @@ import numpy as np
 import service
 from service.media import wire
 
-PIECE = 256 * 1024  # bytes written between two looks at the loop
+ONE_WRITE = 256 * 1024  # bytes; with a file up to this size the message goes along
+Buffer = TypeVar("Buffer", bytearray, memoryview)
 PACKAGE_ROOT = Path(service.__file__).resolve().parents[1]
 
 
@@ -41,25 +45,31 @@ def _environment() -> dict[str, str]:
 class Child:
     """Owned by one task at a time, except that anyone may `kill()`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, stdin: asyncio.StreamWriter, stdout: asyncio.StreamReader):
+    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
         self._process = process
-        self._stdin, self._stdout = stdin, stdout
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
         self.num_jobs = 0
 
     @classmethod
     async def spawn(cls, setup: wire.Setup) -> Child:
         """A new process, not yet warm. Raises OSError when there can be none."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "service.media.child", msgspec.json.encode(setup).decode()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=_environment(),
-            limit=PIECE,  # a picture fits: with less, the pipe is paused and resumed while it is read
-            start_new_session=True,  # its own group to kill, and no Ctrl-C meant for the service
-        )
-        if process.stdin is None or process.stdout is None:
-            raise AssertionError("both are pipes")
-        return cls(process, process.stdin, process.stdout)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "service.media.child", msgspec.json.encode(setup).decode()),
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                env=_environment(),
+                start_new_session=True,  # its own group to kill, and no Ctrl-C meant for the service
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return cls(process, ours)
 
     @property
     def pid(self) -> int:
@@ -99,32 +109,35 @@ class Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def reap(self) -> None:
-        """Wait for the end of a killed child and close its pipes."""
-        self._stdin.close()
-        # Unread output would keep the pipe's reader paused, and so its file descriptor open.
-        with contextlib.suppress(OSError):
-            while await self._stdout.read(PIECE):
-                pass
+        """Wait for the end of a killed child and close its socket."""
+        self._sock.close()
         await self._process.wait()
 
     async def _send(self, job: wire.Job, data: bytes) -> None:
-        view = memoryview(data)
-        self._stdin.write(wire.pack(job, len(data)) + view[:PIECE])  # most files: one write
-        await self._stdin.drain()
-        for start in range(PIECE, len(view), PIECE):
-            self._stdin.write(view[start : start + PIECE])
-            await self._stdin.drain()
+        head = wire.pack(job, len(data))
+        if len(data) <= ONE_WRITE:
+            await self._loop.sock_sendall(self._sock, head + data)
+        else:
+            await self._loop.sock_sendall(self._sock, head)
+            await self._loop.sock_sendall(self._sock, data)
 
     async def _receive(self, max_payload: int) -> tuple[wire.Reply, np.ndarray]:
-        prefix = await self._stdout.readexactly(wire.PREFIX.size)
+        prefix = await self._read(bytearray(wire.PREFIX.size))
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=max_payload)
-        reply = wire.unpack_reply(await self._stdout.readexactly(num_message))
+        reply = wire.unpack_reply(await self._read(bytearray(num_message)))
         payload = np.empty(num_payload, dtype=np.uint8)
-        view, filled = payload.data, 0
-        while filled < num_payload:
-            piece = await self._stdout.read(min(PIECE, num_payload - filled))
-            if not piece:
-                raise EOFError
-            view[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        await self._read(payload.data)
         return reply, payload
+
+    async def _read(self, buffer: Buffer) -> Buffer:
+        """Fill the buffer. Raises EOFError."""
+        view = memoryview(buffer)
+        while view:
+            try:
+                received = self._sock.recv_into(view)
+            except BlockingIOError:
+                received = await self._loop.sock_recv_into(self._sock, view)
+            if not received:
+                raise EOFError
+            view = view[received:]
+        return buffer

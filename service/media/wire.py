@@ -70,7 +70,7 @@ def pack(message: Job | Reply, num_payload: int = 0) -> bytes:
     return PREFIX.pack(len(text), num_payload) + text
 
 
-def unpack_prefix(prefix: bytes, *, max_payload: int) -> tuple[int, int]:
+def unpack_prefix(prefix: bytes | bytearray, *, max_payload: int) -> tuple[int, int]:
     """(bytes of message, bytes of payload) that follow. Raises WireError where they are more than expected."""
     num_message, num_payload = PREFIX.unpack(prefix)
     if num_message > MAX_MESSAGE or num_payload > max_payload:
@@ -85,7 +85,7 @@ def unpack_job(text: bytes) -> Job:
         raise WireError("not a job") from error
 
 
-def unpack_reply(text: bytes) -> Reply:
+def unpack_reply(text: bytes | bytearray) -> Reply:
     try:
         return _replies.decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from model.request import RequestOutput
 from service.errors import BadRequest, EngineFailure, ServiceError
-from service.pool.messages import Accepted, Refused, Submit
+from service.pool.messages import Refused, Submit
 
 log = logging.getLogger("flashserve.pool")
 
-# Accepted comes once and first; an output with a finish_reason, or an error, is the last.
-Event = Accepted | RequestOutput | ServiceError
+# An output with a finish_reason, or an error, is the last.
+Event = RequestOutput | ServiceError
 
 
 class Generation:
@@ -27,7 +27,6 @@ class Generation:
         self.attempts = 0  # workers it was sent to
         self.text = ""  # delivered so far
         self._deliver = deliver
-        self._accepted = False
         self._ids: list[int] = []  # delivered so far
         self._replayed_ids = 0  # of these, said again by the present worker
         self._replayed_chars = 0
@@ -40,11 +39,6 @@ class Generation:
         self.attempts += 1
         self._replayed_ids = 0
         self._replayed_chars = 0
-
-    def accept(self, message: Accepted) -> None:
-        if not self._accepted:
-            self._accepted = True
-            self._deliver(message)
 
     def refuse(self, message: Refused) -> None:
         self.fail(BadRequest(message.message, param=message.param, code=message.code))

@@ -4,10 +4,9 @@
      |-- Load ------------------>|
      |<-------- Ready | LoadFailed
      |-- Submit ---------------->|
-     |<--------------- Accepted  |   the engine took it
+     |<--------------- Refused   |   cannot be served as asked; or else:
      |<--------------- Outputs   |   any number of times; the one with a finish_reason is the last
      |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
-     |<--------------- Refused   |   instead of Accepted: cannot be served as asked
      |<--------------- Stats     |   unasked, at most ten times a second
      |-- Stop ------------------>|   the worker exits with 0
 
@@ -18,8 +17,8 @@ module adds only what a socket needs.
 
 from __future__ import annotations
 
-import asyncio
 import socket
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -104,10 +103,6 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
     reason: str
 
 
-class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
-    request_id: str
-
-
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     request_id: str
     message: str
@@ -124,7 +119,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
 
 
 ToWorker = Load | Submit | Abort | Stop
-FromWorker = Ready | LoadFailed | Accepted | Refused | Outputs | Stats
+FromWorker = Ready | LoadFailed | Refused | Outputs | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
@@ -138,10 +133,22 @@ def frame(message: ToWorker | FromWorker) -> bytearray:
     return buffer
 
 
-async def read_frame(reader: asyncio.StreamReader) -> bytes:
-    """One frame's payload; `asyncio.IncompleteReadError` at the end of the stream."""
-    header = await reader.readexactly(HEADER_BYTES)
-    return await reader.readexactly(_length(int.from_bytes(header, "big")))
+class Frames:
+    """Frames' payloads out of a stream of bytes that comes in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._unread = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        unread = self._unread
+        unread += data
+        while len(unread) >= HEADER_BYTES:
+            end = HEADER_BYTES + _length(int.from_bytes(unread[:HEADER_BYTES], "big"))
+            if len(unread) < end:
+                break
+            payload = bytes(unread[HEADER_BYTES:end])
+            del unread[:end]
+            yield payload
 
 
 def receive_frame(sock: socket.socket) -> bytearray | None:

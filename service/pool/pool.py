@@ -127,8 +127,6 @@ class Pool:
                         self._forget(worker, generation, engine_done=output.finish_reason is not None)
         elif isinstance(message, m.Stats):
             self._observer.engine_stats(worker.index, message.stats)
-        elif isinstance(message, m.Accepted) and message.request_id in generations:
-            generations[message.request_id].accept(message)
         elif isinstance(message, m.Refused) and message.request_id in generations:
             generations[message.request_id].refuse(message)
             self._forget(worker, generations[message.request_id], engine_done=True)

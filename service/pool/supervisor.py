@@ -10,9 +10,10 @@ import logging
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from model.request import EngineInfo
 from service.pool import messages as m
@@ -45,6 +46,45 @@ class WorkerPlan:
     max_restarts: int
 
 
+class _Wire(asyncio.Protocol):
+    """Our end of a worker's socket. A task that reads it would cost more than most messages."""
+
+    def __init__(self, take: Callable[[m.FromWorker], None]) -> None:
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # or what went wrong
+        self._take = take
+        self._frames = m.Frames()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for payload in self._frames.feed(data):
+                self._take(m.from_worker.decode(payload))
+        except Exception as error:  # what a worker says is not worth the service
+            self._end(error)
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
+        self._end(None)
+
+    def send(self, message: m.ToWorker) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(m.frame(message))
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _end(self, error: Exception | None) -> None:
+        if self.closed.done():
+            return
+        if error is None:
+            self.closed.set_result(None)
+        else:
+            self.closed.set_exception(error)
+
+
 class Worker:
     def __init__(self, index: int, plan: WorkerPlan, events: WorkerEvents) -> None:
         self.index = index
@@ -57,8 +97,9 @@ class Worker:
         self._events = events
         self._deaths_in_a_row = 0
         self._heard_at = 0.0
+        self._ready_at: float | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._wire: _Wire | None = None
         self._stopping = asyncio.Event()
 
     async def supervise(self) -> None:
@@ -84,8 +125,8 @@ class Worker:
 
     def send(self, message: m.ToWorker) -> None:
         """Never waits: what the socket does not take at once is kept. A dead worker's mail is dropped."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(m.frame(message))
+        if self._wire is not None:
+            self._wire.send(message)
 
     def did_well(self) -> None:
         """It finished a request: it is fit for work, and earlier deaths were not its own fault."""
@@ -124,35 +165,35 @@ class Worker:
         finally:
             theirs.close()
         self._process, self.pid = process, process.pid
-        reader, self._writer = await asyncio.open_connection(sock=ours)
         self._heard_at = time.monotonic()
-        ready_at: float | None = None
+        self._ready_at = None
+        self._wire = wire = _Wire(self._take)
+        await asyncio.get_running_loop().create_connection(lambda: wire, sock=ours)
         watchdog = asyncio.create_task(self._watch())
         try:
             self.send(m.Load(self._plan.options))
-            while True:
-                message = m.from_worker.decode(await m.read_frame(reader))
-                self._heard_at = time.monotonic()
-                if isinstance(message, m.Ready):
-                    ready_at = self._heard_at
-                    self.info, self.state = message.info, "ready"
-                    log.info("worker %d (pid %d) is ready on %s", self.index, process.pid, message.info.device)
-                    self._events.on_ready(self)
-                elif isinstance(message, m.LoadFailed):
-                    self.load_error = message.reason
-                else:
-                    self._events.on_message(self, message)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
+            await wire.closed
         except Exception:
             log.exception("worker %d does not speak our language", self.index)
             self.kill()
         finally:
             self.state = "dead"
             watchdog.cancel()
-            self._writer.close()
+            wire.close()
             code = await self._reap(process)
-        return code, 0.0 if ready_at is None else time.monotonic() - ready_at
+        return code, 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
+
+    def _take(self, message: m.FromWorker) -> None:
+        self._heard_at = time.monotonic()
+        if isinstance(message, m.Ready):
+            self._ready_at = self._heard_at
+            self.info, self.state = message.info, "ready"
+            log.info("worker %d (pid %s) is ready on %s", self.index, self.pid, message.info.device)
+            self._events.on_ready(self)
+        elif isinstance(message, m.LoadFailed):
+            self.load_error = message.reason
+        else:
+            self._events.on_message(self, message)
 
     async def _watch(self) -> None:
         """Kill a process that is silent for too long: one that hangs is as dead as one that is gone."""

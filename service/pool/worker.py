@@ -109,7 +109,7 @@ class Link:
 
 def serve(engine: Engine, link: Link) -> None:
     """Step the engine whenever it has work, until told to stop."""
-    live: set[str] = set()  # accepted, no terminal message sent yet
+    live: set[str] = set()  # taken in, no terminal message sent yet
     stats = StatsReport(engine, link)
     while True:
         for message in link.receive(wait=not engine.has_work and not stats.owed):
@@ -143,7 +143,6 @@ def _add(engine: Engine, link: Link, live: set[str], submit: m.Submit) -> None:
         link.send(m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),)))
     else:
         live.add(submit.request_id)
-        link.send(m.Accepted(submit.request_id))
 
 
 class StatsReport:

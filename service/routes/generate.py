@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from typing import Any
 
-from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from service import prompt, stream
 from service.answer import Answer
-from service.auth import require_key
+from service.auth import keyed
 from service.body import read_form
 from service.deps import service_of
 from service.errors import ServiceError
@@ -27,10 +27,8 @@ from service.usage import speculation, timings, usage
 DEFAULT_TEMPERATURE = 0.0
 MAX_FIELDS = 64
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
-
-@router.post("/generate")
+@keyed
 async def generate(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
@@ -76,3 +74,6 @@ async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
         yield Last(last + event({"type": "done", **_result(answer)}))
     except ServiceError as error:
         yield Last(event(error.envelope()) + DONE)
+
+
+ROUTES = [Route("/v1/generate", generate, methods=["POST"])]

@@ -10,13 +10,13 @@ from collections.abc import AsyncGenerator
 from contextlib import ExitStack
 from typing import Any
 
-from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from service import prompt, stream
 from service.answer import Answer
-from service.auth import require_key
+from service.auth import keyed
 from service.body import read_json
 from service.deps import service_of
 from service.errors import ServiceError, UnknownModel
@@ -27,10 +27,8 @@ from service.usage import usage
 
 DEFAULT_TEMPERATURE = 1.0
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
 
-
-@router.post("/chat/completions")
+@keyed
 async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
@@ -51,13 +49,14 @@ async def chat_completions(request: Request) -> Response:
         return json_response(_completion(answer), headers)
 
 
-@router.get("/models")
+@keyed
 async def models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_model(request)]})
 
 
-@router.get("/models/{name:path}")
-async def model(request: Request, name: str) -> Response:
+@keyed
+async def model(request: Request) -> Response:
+    name = request.path_params["name"]
     if name != service_of(request).settings.model_name:
         raise UnknownModel(f"the model {name[:128]!r} is not served here", param="model")
     return json_response(_model(request))
@@ -120,3 +119,10 @@ def _model(request: Request) -> dict[str, Any]:
         "owned_by": "flashserve",
         "max_model_len": info.max_model_len if info else None,
     }
+
+
+ROUTES = [
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/models", models),
+    Route("/v1/models/{name:path}", model),
+]

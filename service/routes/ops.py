@@ -11,31 +11,26 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 import model
 from service.deps import service_of
 from service.stream import json_response
 
-router = APIRouter()
 
-
-@router.get("/livez")
 async def livez(request: Request) -> Response:
     beyond_hope = service_of(request).beyond_hope
     return _status({"status": "dead" if beyond_hope else "alive"}, healthy=not beyond_hope)
 
 
-@router.get("/readyz")
 async def readyz(request: Request) -> Response:
     closed = service_of(request).closed_because()
     return _status({"status": "ready" if closed is None else closed.code}, healthy=closed is None)
 
 
-@router.get("/health")
 async def health(request: Request) -> Response:
     service = service_of(request)
     closed, info = service.closed_because(), service.pool.info
@@ -61,13 +56,11 @@ async def health(request: Request) -> Response:
     return _status(details, healthy=closed is None)
 
 
-@router.get("/metrics")
 async def metrics(request: Request) -> Response:
     return Response(service_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-@router.get("/version")
-async def version() -> Response:
+async def version(_: Request) -> Response:
     return json_response({"name": "flashserve", "version": model.__version__, "python": platform.python_version()})
 
 
@@ -75,3 +68,12 @@ def _status(details: dict[str, Any], *, healthy: bool) -> Response:
     response = json_response(details, {"Cache-Control": "no-store"})
     response.status_code = 200 if healthy else 503
     return response
+
+
+ROUTES = [
+    Route("/livez", livez),
+    Route("/readyz", readyz),
+    Route("/health", health),
+    Route("/metrics", metrics),
+    Route("/version", version),
+]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 
 from service.errors import NotFound
 
@@ -21,16 +22,16 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-router = APIRouter()
 
-
-@router.get("/")
-async def page() -> Response:
+async def page(_: Request) -> Response:
     return FileResponse(STATIC / "index.html", media_type="text/html", headers=HEADERS)
 
 
-@router.get("/static/{name}")
-async def static(name: str) -> Response:
+async def static(request: Request) -> Response:
+    name = request.path_params["name"]
     if name not in FILES:
         raise NotFound("there is no such file")
     return FileResponse(STATIC / name, media_type=FILES[name], headers=HEADERS)
+
+
+ROUTES = [Route("/", page), Route("/static/{name}", static)]

@@ -257,4 +257,4 @@ async def test_a_child_can_do_nothing_but_decode(monkeypatch):
         assert "secret" not in texts[2]
         assert os.getsid(pid) == pid
         links = sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
-        assert all(link.startswith("pipe:") or link == "/dev/null" for link in links), links
+        assert all(link.startswith("socket:") or link == "/dev/null" for link in links), links

@@ -2,7 +2,7 @@
 
 Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th token of that request, but only where no
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
-taken in; "FAIL" ends the request with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
+taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
 text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD, FAKE_CRASH_DIR.
 """
 
@@ -133,7 +133,7 @@ class FakeEngine:
 
     def _advance(self, s: Sequence) -> RequestOutput:
         self._misbehave(s)
-        if "FAIL" in s.text:
+        if (fail := re.search(r"FAIL AT (\d+)", s.text)) and s.said >= int(fail[1]):
             del self.sequences[s.request.request_id]
             return RequestOutput(s.request.request_id, "", (), "error", error="secret details of /a/path")
         size = BLOCK if s.request.speculation and s.said else 1

@@ -138,8 +138,14 @@ def test_a_plain_form_is_enough_for_text(server: Server) -> None:
 
 
 def test_an_error_within_a_stream_is_an_event_followed_by_done(server: Server) -> None:
-    response = server.http.post("/v1/generate", data={"prompt": "FAIL", "stream": "1"})
+    response = server.http.post("/v1/generate", data={"prompt": "FAIL AT 5", "stream": "1"})
     assert response.status_code == 200
-    error, done = response.text.strip().split("\n\n")
+    *tokens, error, done = response.text.strip().split("\n\n")
+    assert tokens
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_failure"
     assert done == "data: [DONE]"
+
+
+def test_an_error_before_the_first_token_of_a_stream_has_its_own_status(server: Server) -> None:
+    response = server.http.post("/v1/generate", data={"prompt": "FAIL AT 0", "stream": "1"})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failure")

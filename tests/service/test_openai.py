@@ -168,7 +168,7 @@ def test_errors_arrive_as_the_clients_typed_exceptions(client: openai.OpenAI) ->
     assert long.value.code == "context_length_exceeded", "what only the engine can tell still comes before the 200"
 
 
-@pytest.mark.parametrize("prompt", ["please FAIL", "please CHOKE"])
+@pytest.mark.parametrize("prompt", ["please FAIL AT 0", "please FAIL AT 9", "please CHOKE"])
 def test_an_engine_error_is_that_requests_alone_and_tells_no_secrets(client: openai.OpenAI, prompt: str) -> None:
     with pytest.raises(openai.InternalServerError) as failed:
         ask(client, prompt)
