@@ -26,7 +26,7 @@ class EngineConfig:
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
     max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to 4096
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
-    prefill_chunk: int = 512  # prompt tokens computed at most between two steps of those that decode
+    prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
     max_rows: int = 96  # rows (tokens and draft nodes) verified in one step, over all sequences
     max_nodes: int = 15  # draft nodes per sequence and step

@@ -36,10 +36,10 @@ class Scheduler:
     """First come, first served. A new sequence joins as soon as the pass under way is over.
 
     Prompts go first, chunk by chunk: what comes in the meantime joins the same batch. Between two turns of those that
-    decode, though, prompts are read for no more than `prefill_chunk` tokens. What is beyond the first few chunks of a
-    prompt is read in bites, small enough to keep those that decode within `prefill_stretch` times their pace, and lets
-    other prompts pass: no stream stalls, and no short question waits, behind a long video. How much a bite may be is
-    learnt from how long passes take.
+    decode, though, none is begun once `prefill_chunk` tokens were read (it is not cut either: a few tokens cost a pass
+    of their own). What is beyond the first few chunks of a prompt is read in bites, small enough to keep those that
+    decode within `prefill_stretch` times their pace, and lets other prompts pass: no stream stalls, and no short
+    question waits, behind a long video. How much a bite may be is learnt from how long passes take.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -106,7 +106,7 @@ class Scheduler:
         """How many tokens of it may be computed before the others' turn."""
         chunk = self._config.prefill_chunk
         if prompt.computed < self._whole:
-            return max(0, chunk - self._rows)
+            return chunk if self._rows < chunk else 0
         if self._bitten or self._turns % TURNS_PER_PROBE == 0:
             return 0
         affordable = int(max(0.0, self._credit) / self._row_seconds + 1e-6) // BITE * BITE

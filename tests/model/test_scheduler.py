@@ -55,13 +55,13 @@ class Day:
         return next((i for i, turn in enumerate(self.turns) for name, _ in turn if name == each.request.request_id), -1)
 
 
-def test_short_prompts_are_read_at_once_and_no_more_than_a_chunk_of_them_a_turn() -> None:
+def test_short_prompts_are_read_at_once_and_none_is_begun_after_a_chunk_of_them() -> None:
     day = Day(lambda chunk: 5.0)
     day.add(sequence("a", 10))
     day.run(3)
     day.add(*(sequence(name, 30) for name in "bcde"))
     day.run(12)
-    assert day.turns[2:5] == [[("b", 30), ("c", 30), ("d", 4)], [("d", 26), ("e", 30)], []]
+    assert day.turns[2:5] == [[("b", 30), ("c", 30), ("d", 30)], [("e", 30)], []]
 
 
 @pytest.mark.parametrize("stretch", [1.5, 2.5, 4.0])
