@@ -11,9 +11,15 @@ from model.bench import options
 def main(argv: list[str], prog: str = "python -m model.bench") -> None:
     made = options.parser(prog)
     asked = options.read(made, made.parse_args(argv))
-    from model.bench.run import run  # after the options: torch takes seconds to load
+    command = shlex.join([*prog.split(), *argv])
+    if asked.profile:  # imports come after the options: torch takes seconds to load
+        from model.bench.profile import profile
 
-    run(asked, shlex.join([*prog.split(), *argv]))
+        profile(asked, command)
+    else:
+        from model.bench.run import run
+
+        run(asked, command)
 
 
 if __name__ == "__main__":

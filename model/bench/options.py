@@ -40,6 +40,7 @@ class Options:
     images: tuple[Path, ...]
     prompt: str | None
     output: Path | None
+    profile: bool
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -70,6 +71,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made.add_argument("--image", type=Path, action="append", default=[], help="measure on this file; repeatable")
     made.add_argument("--prompt", help="what to ask about each --image")
     made.add_argument("--output", type=Path, help="write the JSON object to this file too")
+    made.add_argument(
+        "--profile",
+        action="store_true",
+        help="instead: where a step's time goes, of off and flash, against what the machine's memory bandwidth and "
+        "matrix rate allow",
+    )
     made.add_argument("--quick", action="store_true", help="a first impression: 4 prompts, 2 repeats, batches 1 and 4")
     return made
 
@@ -105,6 +112,7 @@ def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
         images=tuple(given.image),
         prompt=given.prompt,
         output=given.output,
+        profile=given.profile,
     )
 
 

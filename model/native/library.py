@@ -25,7 +25,7 @@ from model.kv_cache import KVCache
 from model.tree import Trees, roots
 
 LANES, K_STEP = 16, 32  # as in product.h
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # as in transformer.cpp
+HEAD_DIMS, MAX_PATCH = (16, 32, 64, 80, 96, 128, 256), 32  # as in transformer.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 # Best first: module, what it needs of the processor, and what it computes in.
 BUILDS: tuple[tuple[str, tuple[str, ...], tuple[torch.dtype, ...]], ...] = (
@@ -164,6 +164,27 @@ class Matrix:
         return y
 
 
+def patches(pictures: np.ndarray, patch: int, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures (images, height, width, 3) uint8 cut into patches: (images, patches, 3 * patch * patch), a patch's numbers
+    by channel, y and x as a convolution's weights have them. table: (3, 256) float32, what a byte stands for."""
+    images, height, width, _ = pictures.shape
+    assert patch <= MAX_PATCH
+    pictures, table = np.ascontiguousarray(pictures), table.contiguous()
+    assert table.dtype is torch.float32
+    cut = torch.empty(images, (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
+    _functions().flash_patches(
+        ctypes.c_bool(dtype is torch.bfloat16),
+        ctypes.c_void_p(_pointer(pictures, np.uint8)),
+        images,
+        height,
+        width,
+        patch,
+        ctypes.c_void_p(table.data_ptr()),
+        ctypes.c_void_p(cut.data_ptr()),
+    )
+    return cut
+
+
 @dataclass(frozen=True)
 class Norm:
     weight: Tensor
@@ -199,6 +220,12 @@ class Shape:
     eps: float
     norm: Literal["rms", "layer"] = "rms"
     activation: Literal["silu", "quick_gelu", "gelu", "gelu_pytorch_tanh"] = "silu"
+
+    @property
+    def weights(self) -> int:
+        """Of a layer's matrices."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.hidden * (attention + (3 if self.activation == "silu" else 2) * self.intermediate)
 
     @property
     def fits(self) -> bool:
@@ -259,7 +286,7 @@ class Stack:
         taps: tuple[int, ...] = (),
     ) -> None:
         assert shape.fits
-        self.shape, self.num_taps = shape, len(taps)
+        self.shape, self.num_layers, self.num_taps = shape, len(layers), len(taps)
         self.dtype = layers[0].qkv.dtype
         self._kept: list[object] = []  # whatever the library holds pointers to
         described = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))

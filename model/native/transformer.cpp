@@ -51,6 +51,7 @@ struct Rows {
 namespace {
 
 constexpr int MAX_HEAD_DIM = 256;
+constexpr int MAX_PATCH = 32;
 constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
 constexpr int SOME_ROWS = 8;     // of one task where little is done for a row
 
@@ -437,6 +438,32 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
   });
 }
 
+// Pictures of bytes (images, height, width, 3) cut into patches, left to right and top to bottom: rows of channel, y, x,
+// each byte looked up in the table of its channel.
+template <class T>
+void patches(const uint8_t* pictures, int images, int height, int width, int patch, const float* table, void* y) {
+  const int across = width / patch, down = height / patch, area = patch * patch, size = 3 * area;
+  team.run([&](Member member) {
+    member.share(images * down, [&](int task) {
+      const uint8_t* strip = pictures + (long)(task / down) * height * width * 3 + (long)(task % down) * patch * width * 3;
+      T* to = (T*)y + (long)task * across * size;
+      alignas(64) float row[3 * MAX_PATCH * MAX_PATCH + LANES];
+      for (int p = 0; p < across; p++, to += size) {
+        for (int line = 0; line < patch; line++) {
+          const uint8_t* from = strip + ((long)line * width + p * patch) * 3;
+          for (int x = 0; x < patch; x++)
+            for (int c = 0; c < 3; c++) row[c * area + line * patch + x] = table[c * 256 + from[3 * x + c]];
+        }
+        int i = 0;
+        for (; i + LANES <= size; i += LANES) store(to + i, load(row + i));
+        T last[LANES];
+        store(last, load(row + i));
+        memcpy(to + i, last, (size - i) * sizeof(T));
+      }
+    });
+  });
+}
+
 template <class T>
 void grow_all(const Draft& draft, const Trees& trees) {
   team.run([&](Member member) { member.share(trees.batch, [&](int b) { grow<T>(draft, trees, b); }); });
@@ -481,6 +508,11 @@ void flash_pack(bool bfloat16, const void* from, int inputs, int outputs, void* 
 // x (rows, inputs) -> y (rows, outputs).
 void flash_linear(bool bfloat16, const void* x, int rows, int inputs, int outputs, const void* w, const void* bias, void* y) {
   BY_TYPE(linear, x, rows, inputs, outputs, w, bias, y);
+}
+
+// pictures (images, height, width, 3), table (3, 256) -> y (images * patches, 3 * patch * patch).
+void flash_patches(bool bfloat16, const uint8_t* pictures, int images, int height, int width, int patch, const float* table, void* y) {
+  BY_TYPE(patches, pictures, images, height, width, patch, table, y);
 }
 
 // embeds (batch, rows, hidden) -> hidden (batch, rows, hidden) and taps (batch, rows, num_taps, hidden).

@@ -6,6 +6,7 @@ A video is its frames: the marker <|video|> where the checkpoint has one, then e
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -170,31 +171,45 @@ class LlavaTarget:
         return len(medium.frames)
 
     def encode(self, medium: Medium, first: int, last: int) -> Tensor:
-        pixels = self._pixels(medium.frames[first:last]).to(self.device, self.dtype)
         features = []
-        for group in pixels.split(FRAMES_AT_ONCE):
+        for start in range(first, last, FRAMES_AT_ONCE):
+            frames = medium.frames[start : min(last, start + FRAMES_AT_ONCE)]
             if self.tower is not None:
-                features.append(self.tower(group))
+                features.append(self.tower(self._patches(frames)))
             else:
-                features += self.model.model.get_image_features(pixel_values=group).pooler_output
+                pixels = self._pixels(frames).to(self.device, self.dtype)
+                features += self.model.model.get_image_features(pixel_values=pixels).pooler_output
         return torch.cat([f.flatten(0, -2) for f in features])
 
-    def _pixels(self, frames: np.ndarray) -> Tensor:
-        """(images, 3, height, width) float32, as the checkpoint's own processor makes them.
-
-        Frames that decoding has already brought to the target's geometry only lack the processor's arithmetic: it is
-        done here, for the processor takes longer than the tower.
-        """
+    def _ready(self, frames: np.ndarray) -> bool:
+        """Whether decoding has already brought them to the target's geometry, so that they only lack the processor's
+        arithmetic. A table does that: the processor takes longer than the tower."""
         images, size = self.processor.image_processor, self.geometry.crop or self.geometry.exact
-        ready = frames.dtype == np.uint8 and frames.shape[1:3] == size
-        if not (ready and images.do_rescale and images.do_normalize):
-            pictures = [Image.fromarray(frame) for frame in frames]
-            pixels: Tensor = images(images=pictures, return_tensors="pt")["pixel_values"]
-            return pixels
-        mean, std = (torch.tensor(of, dtype=torch.float32) for of in (images.image_mean, images.image_std))
-        scale = images.rescale_factor
-        scaled = torch.tensor(frames).float()
-        return ((scaled - mean / scale) / (std / scale)).permute(0, 3, 1, 2).contiguous()
+        return bool(frames.dtype == np.uint8 and frames.shape[1:3] == size and images.do_rescale and images.do_normalize)
+
+    def _patches(self, frames: np.ndarray) -> Tensor:
+        """(images, patches, numbers) for the native tower."""
+        assert self.tower is not None
+        if self._ready(frames):
+            return library.patches(frames, self.tower.patch, self._shades, self.dtype)
+        return self.tower.cut(self._pixels(frames).to(self.dtype))
+
+    def _pixels(self, frames: np.ndarray) -> Tensor:
+        """(images, 3, height, width) float32, as the checkpoint's own processor makes them."""
+        if self._ready(frames):
+            shown = torch.from_numpy(frames).long()
+            return torch.stack([self._shades[channel][shown[..., channel]] for channel in range(3)], 1)
+        pictures = [Image.fromarray(frame) for frame in frames]
+        pixels: Tensor = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    @cached_property
+    def _shades(self) -> Tensor:
+        """(3, 256) float32: what the processor makes of a byte, by channel."""
+        images = self.processor.image_processor
+        mean, std = (torch.tensor(of, dtype=torch.float32)[:, None] for of in (images.image_mean, images.image_std))
+        shades: Tensor = (torch.arange(256.0) - mean / images.rescale_factor) / (std / images.rescale_factor)
+        return shades
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.model.model.language_model.embed_tokens(ids)

@@ -84,18 +84,30 @@ class Tower:
     """A CLIP tower up to the layer whose output is wanted, and the projector: pixels to features."""
 
     def __init__(self, tower: Any, projector: Any, shape: Shape, num_layers: int, *, drop_class: bool) -> None:
-        self.embeddings, self.norm, self.drop_class = tower.embeddings, tower.pre_layrnorm, drop_class
-        self.shape = shape
+        self.norm, self.drop_class, self.shape = tower.pre_layrnorm, drop_class, shape
+        convolution, embeddings = tower.embeddings.patch_embedding, tower.embeddings
+        self.patch = convolution.kernel_size[0]
+        self.patches = Matrix(convolution.weight.flatten(1), convolution.bias)
+        self.places = embeddings.position_embedding.weight.detach()
+        self.first_place = embeddings.class_embedding.detach() + self.places[0]
         self.stack = Stack(shape, [_clip_layer(layer) for layer in tower.encoder.layers[:num_layers]])
         self.first = Matrix(projector.linear_1.weight, projector.linear_1.bias)
         self.act = projector.act
         self.second = Matrix(projector.linear_2.weight, projector.linear_2.bias)
         tower.encoder.layers = nn.ModuleList()
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(images, channels, height, width) -> (images, tokens, hidden of the language model)."""
-        x = self.norm(self.embeddings(pixels))
-        batch, num = x.shape[:2]
+    def cut(self, pixels: Tensor) -> Tensor:
+        """(images, channels, height, width) to patches, by channel, y and x: (images, patches, numbers)."""
+        cut = pixels.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # images, c, down, y, across, x
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """(images, patches, numbers) -> (images, tokens, hidden of the language model)."""
+        batch, num = patches.shape[0], patches.shape[1] + 1
+        x = patches.new_empty(batch, num, self.shape.hidden)
+        x[:, 0] = self.first_place
+        torch.add(self.patches(patches), self.places[1:], out=x[:, 1:])
+        x = self.norm(x)
         cache = library.scratch(self.shape, batch, num, x.dtype)
         starts, counts = np.zeros(batch, np.int32), np.full(batch, num, np.int32)
         places = np.zeros((1, batch, num), np.int32)
@@ -121,7 +133,7 @@ def tower(model: Any, config: Any) -> Tower | None:
         norm="layer",
         activation=settings.hidden_act,
     )
-    known = settings.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+    known = settings.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh") and settings.num_channels == 3
     if not (known and shape.fits and library.supports(weight.dtype, weight.device)):
         return None
     # hidden_states has the embeddings first: layer -1 is what the last layer gives, -2 what the one before does.

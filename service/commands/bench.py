@@ -33,6 +33,10 @@ def bench(context: typer.Context) -> None:
             from service.commands import overhead
 
             overhead.run(asked, command)
+        elif asked.profile:
+            from model.bench.profile import profile
+
+            profile(asked, command)
         else:
             from model.bench.run import run
 
