@@ -24,6 +24,7 @@ from model.drafters.flash import FlashDrafter
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
 from model.native import library
+from model.native.step import move
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
@@ -57,6 +58,7 @@ class Engine:
             margin=margin,
             dtype=target.dtype,
             device=target.device,
+            move_rows=move if target.native else None,
         )
         self.drafter: FlashDrafter | None = None
         if config.drafter == "flash":
@@ -188,7 +190,9 @@ class Engine:
         if sequence.prefilling:
             return []
         sequence.embeds = sequence.positions = None
-        first = sampling.choose(target.logits(hidden[:, -1:]), [sequence.request.params], [[0]])
+        logits = target.logits(hidden[:, -1:])
+        likeliest = logits.argmax(-1).cpu().numpy()
+        first = sampling.choose(logits, likeliest, [sequence.request.params], lambda _: [0])
         return [self._emit(sequence, [int(first[0, 0])], 0, 0)]
 
     def _begin(self, sequence: Sequence) -> None:
@@ -253,14 +257,15 @@ class Engine:
             rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
             offsets = np.array([s.next_position + len(s.tokens) - 1 if s else 0 for s in by_slot], np.int32)
             positions = (offsets[:, None] + trees.depths)[None]
-            embeds = target.embed(torch.from_numpy(trees.tokens).to(target.device))
-            hidden, taps = target.forward(embeds, positions, rows)
-            answered = [
-                [len(s.tokens) + int(d) for d in trees.depths[b, : trees.sizes[b]]] if s else []
-                for b, s in enumerate(by_slot)
-            ]
+            likeliest, logits, taps = target.verify(trees.tokens, positions, rows)
+
+            def answered(b: int) -> list[int]:
+                decides = by_slot[b]
+                depths = trees.depths[b, : trees.sizes[b]]
+                return [] if decides is None else [len(decides.tokens) + int(depth) for depth in depths]
+
             params = [s.request.params if s else sampling.GREEDY for s in by_slot]
-            chosen = sampling.choose(target.logits(hidden), params, answered)
+            chosen = sampling.choose(logits, likeliest, params, answered)
             verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
             self.cache.keep(list(range(slots)), [v.path for v in verdicts])
         if self.drafter:

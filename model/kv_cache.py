@@ -14,10 +14,12 @@ What a step writes beyond `lengths` is scratch until `keep` moves the accepted r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+Move = tuple[int, int, int]  # slot, from position, to position
 ALIGNED = 64  # positions of a slot are a multiple of this, and as many numbers follow the last: kernels read in blocks
 
 
@@ -35,13 +37,16 @@ class KVCache:
         margin: int,
         dtype: torch.dtype,
         device: torch.device,
+        move_rows: Callable[[KVCache, list[Move]], None] | None = None,
     ) -> None:
+        """`move_rows`: carries out moves in order, in every layer and head; the caller's, where torch would be slow."""
         self.capacity, self.num_slots, self.num_heads = capacity, num_slots, num_heads
         self.stride = self.positions_per_slot(capacity, margin)
         shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
         numbers = math.prod(shape)
         self.data = torch.zeros(numbers + ALIGNED, dtype=dtype, device=device)[:numbers].view(shape)
         self.lengths = [0] * num_slots
+        self._move_rows = move_rows or KVCache._move_by_torch
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
         # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors
         heads = torch.arange(num_slots * num_heads, device=device) * self.stride
@@ -112,21 +117,25 @@ class KVCache:
 
     def keep(self, slots: list[int], paths: list[list[int]]) -> None:
         """Of the rows written beyond each slot's length keep those in `paths` (ascending row numbers), in order."""
-        sources, targets = [], []
+        moves = []
         for slot, path in zip(slots, paths, strict=True):
             held = self.lengths[slot]
-            for new, old in enumerate(path):
-                if new != old:
-                    base = slot * self.num_heads * self.stride + held
-                    sources += [base + head * self.stride + old for head in range(self.num_heads)]
-                    targets += [base + head * self.stride + new for head in range(self.num_heads)]
+            moves += [(slot, held + old, held + new) for new, old in enumerate(path) if new != old]
             self.lengths[slot] = held + len(path)
-        if sources:
-            # Rows move down only, and all sources are read before any target is written.
-            flat = self.data.view(self.data.shape[0] * 2, -1, self.data.shape[-1])
-            device = self.data.device
-            moved = flat.index_select(1, torch.tensor(sources, device=device))
-            flat.index_copy_(1, torch.tensor(targets, device=device), moved)
+        if moves:
+            self._move_rows(self, moves)
+
+    def _move_by_torch(self, moves: list[Move]) -> None:
+        # Rows move down only, and all sources are read before any target is written.
+        sources, targets = [], []
+        for slot, old, new in moves:
+            for head in range(self.num_heads):
+                base = (slot * self.num_heads + head) * self.stride
+                sources.append(base + old)
+                targets.append(base + new)
+        flat = self.data.view(self.data.shape[0] * 2, -1, self.data.shape[-1])
+        moved = flat.index_select(1, torch.tensor(sources, device=self.data.device))
+        flat.index_copy_(1, torch.tensor(targets, device=self.data.device), moved)
 
     def check_integrity(self) -> None:
         assert sorted(set(self._free)) == self._free, "free slots repeat"

@@ -6,6 +6,7 @@ u(seed, i). However a step was drafted, batched or resumed, position i meets the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -62,20 +63,19 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(found, last)
 
 
-def choose(logits: Tensor, params: Seq[SamplingParams], positions: Seq[Seq[int]]) -> np.ndarray:
+def choose(
+    logits: Tensor, likeliest: np.ndarray, params: Seq[SamplingParams], positions: Callable[[int], Seq[int]]
+) -> np.ndarray:
     """The target's own token at every row.
 
-    logits: (batch, rows, vocab); positions[b][r]: the answer position that row r of request b decides; it may be
-    shorter than `rows`, the rest are then not looked at (their greedy token is returned).
-    Returns (batch, rows) int64.
+    logits: (batch, rows, vocab); likeliest: (batch, rows) int64, their greedy tokens; positions(b)[r]: the answer
+    position that row r of request b decides; it may be shorter than `rows`, the rest are then not looked at (their
+    greedy token is returned). Returns (batch, rows) int64.
     """
-    tokens = logits.argmax(-1)
+    tokens = likeliest
     for b, request in enumerate(params):
-        if request.temperature > 0.0 and len(positions[b]):
-            decided = len(positions[b])
-            draws = torch.tensor(
-                [uniform(request.seed, i) for i in positions[b]], dtype=torch.float64, device=logits.device
-            )
-            tokens[b, :decided] = invert(distribution(logits[b, :decided], request), draws)
-    result: np.ndarray = tokens.cpu().numpy()
-    return result
+        if request.temperature > 0.0 and (decided := positions(b)):
+            draws = torch.tensor([uniform(request.seed, i) for i in decided], dtype=torch.float64, device=logits.device)
+            drawn = invert(distribution(logits[b, : len(decided)], request), draws)
+            tokens[b, : len(decided)] = drawn.cpu().numpy()
+    return tokens

@@ -27,7 +27,8 @@ from model.bench.arms import EngineArm
 from model.bench.options import Options
 from model.config import ConfigError, EngineConfig
 from model.engine import Engine
-from model.native.library import Candidates, Matrix, Stack
+from model.native.library import Matrix, Stack
+from model.native.step import DraftStep, Verifier, tree_seconds
 from model.request import SamplingParams
 from model.scheduler import Chunk, Decoding
 
@@ -58,6 +59,9 @@ class Cost:
     num_bytes: float
     flops: float
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.num_bytes + other.num_bytes, self.flops + other.flops)
+
 
 def rates(dtype: torch.dtype) -> Rates:
     """The best of several attempts each: reading memory, and multiplying square matrices."""
@@ -77,7 +81,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 # -- what a call costs at least
 
 
-def _stack_cost(stack: Stack, rows: Rows, *, only_held: bool) -> Cost:
+def _stack_cost(stack: Stack, rows: Rows, *, only_held: bool = False) -> Cost:
     shape, size = stack.shape, stack.dtype.itemsize
     counts = rows.counts.astype(float)
     kept = 2 * shape.kv_heads * shape.head_dim  # numbers of a position's keys and values
@@ -90,9 +94,22 @@ def _stack_cost(stack: Stack, rows: Rows, *, only_held: bool) -> Cost:
     return Cost(stack.num_layers * num_bytes, stack.num_layers * flops)
 
 
-def _matrix_cost(matrix: Matrix, x: torch.Tensor) -> Cost:
+def _matrix_cost(matrix: Matrix, rows: float) -> Cost:
     weights = matrix.inputs * matrix.outputs
-    return Cost(float(weights * matrix.dtype.itemsize), 2.0 * weights * x.numel() / matrix.inputs)
+    return Cost(float(weights * matrix.dtype.itemsize), 2.0 * weights * rows)
+
+
+def _verify_cost(verifier: Verifier, _: Any, __: Any, rows: Rows) -> Cost:
+    return _stack_cost(verifier.stack, rows) + _matrix_cost(verifier.head, float(rows.counts.sum()))
+
+
+def _propose_cost(step: DraftStep, _: Any, __: Any, ___: Any, rows: Rows) -> Cost:
+    real = float(rows.counts.sum())
+    return _stack_cost(step.stack, rows) + _matrix_cost(step.out, real) + _matrix_cost(step.head, real)
+
+
+def _observe_cost(step: DraftStep, _: Any, __: Any, ___: Any, rows: Rows) -> Cost:
+    return _stack_cost(step.stack, rows, only_held=True) + _matrix_cost(step.fuse, float(rows.counts.sum()))
 
 
 # -- the stopwatch
@@ -155,16 +172,17 @@ class Stopwatch:
 def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     """As long as this lasts, every part of the engine's steps is timed."""
     target, drafter = engine.target, engine.drafter
-    forward, hold, product, grow = Stack.forward, Stack.hold, Matrix.__call__, Candidates.grow
+
+    def forward(owner: Any, name: str, cost: Callable[..., Cost]) -> tuple[Any, str, Any]:
+        return owner, name, watch.timed("forward", getattr(owner, name), cost)
+
     places: list[tuple[Any, str, Any]] = [
-        (
-            Stack,
-            "forward",
-            watch.timed("forward", forward, lambda s, _x, _p, rows: _stack_cost(s, rows, only_held=False)),
-        ),
-        (Stack, "hold", watch.timed("forward", hold, lambda s, _x, _p, rows: _stack_cost(s, rows, only_held=True))),
-        (Matrix, "__call__", watch.timed("forward", product, _matrix_cost)),
-        (Candidates, "grow", watch.timed("tree", grow)),
+        forward(Stack, "forward", lambda stack, _embeds, _positions, rows: _stack_cost(stack, rows)),
+        forward(Stack, "hold", lambda stack, _context, _positions, rows: _stack_cost(stack, rows, only_held=True)),
+        forward(Matrix, "__call__", lambda matrix, x: _matrix_cost(matrix, x.numel() / matrix.inputs)),
+        forward(Verifier, "__call__", _verify_cost),
+        forward(DraftStep, "propose", _propose_cost),
+        forward(DraftStep, "observe", _observe_cost),
         (target, "encode", watch.owned("vision", target.encode)),
         (sampling, "choose", watch.timed("sampling", sampling.choose)),
         (verify, "walk", watch.timed("acceptance", verify.walk)),
@@ -234,8 +252,13 @@ def _rows(engine: Engine, drafter: str, batch: int, options: Options, measured: 
     arm, watch = EngineArm(drafter, engine), Stopwatch(measured)
     count = max(options.prompts, ROUNDS * batch)
     arm.run(workload.conversations(options, TASK, first=workload.WARM_UP, count=batch), params, in_flight=batch)
+    grown = tree_seconds()
     with watched(engine, watch):
         arm.run(workload.conversations(options, TASK, count=count), params, in_flight=batch)
+    if watch.steps["decode"] and engine.drafter is not None:  # trees are grown within the draft's pass
+        grown = tree_seconds() - grown
+        watch.seconds["decode", "draft forward"] -= grown
+        watch.seconds["decode", "tree"] += grown
     for kind in ("prompt", "decode"):
         steps = watch.steps[kind]
         parts = {part: seconds for (of, part), seconds in watch.seconds.items() if of == kind}

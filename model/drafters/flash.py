@@ -21,6 +21,7 @@ from model.kv_cache import KVCache
 from model.linear import Packed, pack
 from model.native import library
 from model.native.library import Candidates, LayerWeights, Norm, Rotary, Shape, Stack
+from model.native.step import DraftStep
 from model.targets.base import Target
 from model.tree import Trees
 
@@ -49,6 +50,8 @@ class FlashDrafter:
         pack(network)
         self._candidates = self._native_candidates()
         self._entries = self._block_entries() if self._layers is not None else None
+        self._step = self._native_step()
+        self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:
@@ -61,12 +64,7 @@ class FlashDrafter:
 
     def _block_input(self, last: Tensor) -> Tensor:
         """(batch,) tokens -> (batch, block, hidden)."""
-        if self._entries is None:
-            return self.network.block_input(self.target.embed(last)[:, None])[:, 0]
-        tokens, masks = self._entries
-        entering = tokens.new_empty(len(last), self.block, tokens.shape[-1])
-        entering[:, 0], entering[:, 1:] = tokens[last], masks
-        return entering
+        return self.network.block_input(self.target.embed(last)[:, None])[:, 0]
 
     def _native_candidates(self) -> Candidates | None:
         if not library.supports(self.target.dtype, self.target.device) or self.width > library.MAX_WIDTH:
@@ -76,6 +74,25 @@ class FlashDrafter:
             return Candidates(self.width, None, None)
         assert isinstance(head.after, Packed)
         return Candidates(self.width, head.before.weight, head.after.matrix)
+
+    def _native_step(self) -> DraftStep | None:
+        """All of a step in two native calls, where everything it takes is there."""
+        head, fuse = self.target.head, self.network.fuse
+        if self._layers is None or self._entries is None or self._candidates is None or head is None:
+            return None
+        assert isinstance(self.network.out, Packed)
+        assert isinstance(fuse.linear, Packed)
+        return DraftStep(
+            self._layers,
+            entries=self._entries[0],
+            masks=self._entries[1],
+            out=self.network.out.matrix,
+            head=head,
+            tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
+            fuse=fuse.linear.matrix,
+            fuse_norm=fuse.norm.weight,
+            candidates=self._candidates,
+        )
 
     def start(self, slot: int) -> None:
         self.cache.take(slot)
@@ -118,24 +135,34 @@ class FlashDrafter:
 
     def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
         """Take in what a verify step kept. taps: (slots, rows, taps * hidden) of slots 0..; paths: rows, ascending."""
-        longest = max(map(len, paths))
-        index = np.zeros((len(paths), longest), np.int64)
+        index = np.zeros((len(paths), max(map(len, paths))), np.int32)
         for b, path in enumerate(paths):
             index[b, : len(path)] = path
-        rows = torch.from_numpy(index).to(taps.device)
-        kept = taps.gather(1, rows[:, :, None].expand(-1, -1, taps.shape[-1]))
-        self._append(0, self.network.fuse(kept), [len(path) for path in paths])
+        counts = [len(path) for path in paths]
+        if self._step is not None:
+            rows = self._context_rows(0, index.shape[1], counts)
+            self._step.observe(taps, index, _places(rows), rows)
+            self._advance(0, counts)
+        else:
+            places = torch.from_numpy(index).to(taps.device, torch.int64)
+            kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
+            self._append(0, self.network.fuse(kept), counts)
 
     def _append(self, first_slot: int, context: Tensor, counts: list[int]) -> None:
         """Write context (batch, rows, hidden) behind what slots first_slot.. hold; counts[b] rows of it are real."""
-        batch, num = context.shape[:2]
-        starts = np.array(self.cache.lengths[first_slot : first_slot + batch], np.int32)
-        rows = Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+        rows = self._context_rows(first_slot, context.shape[1], counts)
         if self._layers is not None:
             self._layers.hold(context, _places(rows), rows)
         else:
             for layer, (keys, values) in enumerate(self.network.context_keys_values(context, rows.positions)):
                 self.cache.write(layer, rows.locations, keys, values)
+        self._advance(first_slot, counts)
+
+    def _context_rows(self, first_slot: int, num: int, counts: list[int]) -> Rows:
+        starts = np.array(self.cache.lengths[first_slot : first_slot + len(counts)], np.int32)
+        return Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+
+    def _advance(self, first_slot: int, counts: list[int]) -> None:
         for b, count in enumerate(counts):
             self.cache.lengths[first_slot + b] += count
 
@@ -144,6 +171,9 @@ class FlashDrafter:
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = np.where(budgets > 0, self.block, 0).astype(np.int32)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
+        if self._step is not None:
+            trees, self.drafted = self._step.propose(newest, budgets, _places(rows), rows)
+            return trees
         last = torch.from_numpy(newest).to(self.target.device)
         if self._layers is not None:
             mixed, _ = self._layers.forward(self._block_input(last), _places(rows), rows)
@@ -154,13 +184,9 @@ class FlashDrafter:
                 rows.positions[:, :1],
                 lambda layer, q, k, v: attention.attend(rows, layer, q, k, v),
             )[:, 0]
-        logits = self.target.logits(hidden)
-        return self._tree(logits, newest, budgets)
-
-    def _tree(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        self.drafted = logits = self.target.logits(hidden)
         if self._candidates is not None:
             return self._candidates.grow(logits, newest, budgets)
-        last = torch.from_numpy(newest).to(logits.device)
         return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
 
 

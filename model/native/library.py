@@ -52,6 +52,7 @@ def load() -> Library | None:
             continue
         functions = ctypes.CDLL(spec.origin)
         functions.flash_begin.restype = ctypes.c_bool
+        functions.flash_tree_seconds.restype = ctypes.c_double
         if functions.flash_begin(1):
             return Library(name, functions, dtypes)
     return None
@@ -101,13 +102,13 @@ def alone() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _functions() -> ctypes.CDLL:
+def functions() -> ctypes.CDLL:
     library = load()
     assert library is not None, "supports() was not asked"
     return library.functions
 
 
-def _pointer(tensor: Tensor | np.ndarray | None, dtype: type = np.int32) -> int | None:
+def pointer(tensor: Tensor | np.ndarray | None, dtype: type = np.int32) -> int | None:
     if tensor is None:
         return None
     if isinstance(tensor, np.ndarray):
@@ -139,7 +140,7 @@ class Matrix:
         self.dtype = weight.dtype
         self.bias = _filled_up(bias, self.outputs, weight.dtype)
         self.packed = torch.empty(_up(self.outputs, LANES) * _up(self.inputs, K_STEP), dtype=weight.dtype)
-        _functions().flash_pack(
+        functions().flash_pack(
             ctypes.c_bool(self.dtype is torch.bfloat16),
             ctypes.c_void_p(weight.data_ptr()),
             self.inputs,
@@ -151,30 +152,30 @@ class Matrix:
         assert x.dtype is self.dtype
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs)
-        _functions().flash_linear(
+        functions().flash_linear(
             ctypes.c_bool(self.dtype is torch.bfloat16),
             ctypes.c_void_p(x.data_ptr()),
             x.numel() // self.inputs,
             self.inputs,
             self.outputs,
             ctypes.c_void_p(self.packed.data_ptr()),
-            ctypes.c_void_p(_pointer(self.bias)),
+            ctypes.c_void_p(pointer(self.bias)),
             ctypes.c_void_p(y.data_ptr()),
         )
         return y
 
 
 def patches(pictures: np.ndarray, patch: int, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pictures (images, height, width, 3) uint8 cut into patches: (images, patches, 3 * patch * patch), a patch's numbers
-    by channel, y and x as a convolution's weights have them. table: (3, 256) float32, what a byte stands for."""
+    """Pictures (images, height, width, 3) uint8 cut into patches: (images, patches, 3 * patch * patch), the numbers of
+    each by channel, y and x, as a convolution has its weights. table: (3, 256) float32, what a byte stands for."""
     images, height, width, _ = pictures.shape
     assert patch <= MAX_PATCH
     pictures, table = np.ascontiguousarray(pictures), table.contiguous()
     assert table.dtype is torch.float32
     cut = torch.empty(images, (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
-    _functions().flash_patches(
+    functions().flash_patches(
         ctypes.c_bool(dtype is torch.bfloat16),
-        ctypes.c_void_p(_pointer(pictures, np.uint8)),
+        ctypes.c_void_p(pointer(pictures, np.uint8)),
         images,
         height,
         width,
@@ -290,7 +291,7 @@ class Stack:
         self.dtype = layers[0].qkv.dtype
         self._kept: list[object] = []  # whatever the library holds pointers to
         described = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))
-        self._stack = _Stack(
+        self.struct = _Stack(
             num_layers=len(layers),
             hidden=shape.hidden,
             heads=shape.heads,
@@ -316,12 +317,12 @@ class Stack:
         if isinstance(tensor, Tensor):
             tensor = tensor.detach().to(self.dtype).contiguous()
         self._kept.append(tensor)
-        return _pointer(tensor)
+        return pointer(tensor)
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> tuple[int | None, int | None]:
         matrix = Matrix(weight, bias)
         self._kept.append(matrix)
-        return _pointer(matrix.packed), _pointer(matrix.bias)
+        return pointer(matrix.packed), pointer(matrix.bias)
 
     def _packed(self, layer: LayerWeights) -> _Layer:
         width = _up(self.shape.intermediate, K_STEP)
@@ -358,7 +359,8 @@ class Stack:
         filled = [torch.cat((p, p.new_zeros(width - p.shape[0], *p.shape[1:]))) for p in parts]
         return torch.stack([p.unflatten(0, (-1, LANES)) for p in filled], 1).flatten(0, 2)
 
-    def _rows(self, rows: Rows, positions: np.ndarray) -> _Rows:
+    def described(self, rows: Rows, positions: np.ndarray) -> _Rows:
+        """Rows as the library reads them; positions: (axes, batch, rows) int32."""
         data = rows.cache.data
         strides = data.stride()
         return _Rows(
@@ -366,10 +368,10 @@ class Stack:
             rows=rows.num,
             first_slot=rows.first_slot,
             sight=int(rows.sight),
-            starts=_pointer(rows.starts),
-            counts=_pointer(rows.counts),
-            parents=_pointer(rows.parents),
-            positions=_pointer(positions),
+            starts=pointer(rows.starts),
+            counts=pointer(rows.counts),
+            parents=pointer(rows.parents),
+            positions=pointer(positions),
             cache=data.data_ptr(),
             layer_stride=strides[0] if data.shape[0] > 1 else 0,  # a single layer's memory may serve all, one by one
             values_stride=strides[1],
@@ -384,10 +386,10 @@ class Stack:
         embeds = embeds.contiguous()
         hidden = torch.empty_like(embeds)
         taps = embeds.new_empty(*embeds.shape[:2], self.num_taps * self.shape.hidden)
-        _functions().flash_forward(
+        functions().flash_forward(
             ctypes.c_bool(self.dtype is torch.bfloat16),
-            ctypes.byref(self._stack),
-            ctypes.byref(self._rows(rows, positions)),
+            ctypes.byref(self.struct),
+            ctypes.byref(self.described(rows, positions)),
             ctypes.c_void_p(embeds.data_ptr()),
             ctypes.c_void_p(hidden.data_ptr()),
             ctypes.c_void_p(taps.data_ptr()),
@@ -398,10 +400,10 @@ class Stack:
         """Only write every layer's keys and values of context (batch, rows, hidden)."""
         assert context.dtype is self.dtype is rows.cache.data.dtype
         context = context.contiguous()
-        _functions().flash_hold(
+        functions().flash_hold(
             ctypes.c_bool(self.dtype is torch.bfloat16),
-            ctypes.byref(self._stack),
-            ctypes.byref(self._rows(rows, positions)),
+            ctypes.byref(self.struct),
+            ctypes.byref(self.described(rows, positions)),
             ctypes.c_void_p(context.data_ptr()),
         )
 
@@ -413,11 +415,25 @@ class _Draft(ctypes.Structure):
     ]
 
 
-class _Trees(ctypes.Structure):
+class TreeArrays(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "batch rows".split()),
         *((n, ctypes.c_void_p) for n in "budgets tokens sizes parents depths scores".split()),
     ]
+
+    @classmethod
+    def of(cls, trees: Trees, budgets: np.ndarray) -> TreeArrays:
+        """Trees of roots alone, to be grown to at most budgets (batch,) int64 nodes beside them."""
+        return cls(
+            batch=len(budgets),
+            rows=trees.rows,
+            budgets=pointer(budgets, np.int64),
+            tokens=pointer(trees.tokens, np.int64),
+            sizes=pointer(trees.sizes, np.int64),
+            parents=pointer(trees.parents),
+            depths=pointer(trees.depths),
+            scores=pointer(trees.scores, np.float64),
+        )
 
 
 MAX_WIDTH = 16  # as in candidates.h
@@ -426,37 +442,32 @@ MAX_WIDTH = 16  # as in candidates.h
 class Candidates:
     """`model.tree.best_first` in one call. The sequential head, or None: before (vocab, rank), after rank -> vocab."""
 
+    STRUCT = _Draft
+
     def __init__(self, width: int, before: Tensor | None, after: Matrix | None) -> None:
         assert 1 <= width <= MAX_WIDTH
-        self._width, self._before, self._after = width, before, after
+        self.width, self._before, self._after = width, before, after
+
+    def struct(self, *, block: int, vocab: int, logits: Tensor | None = None) -> _Draft:
+        return _Draft(
+            block=block,
+            vocab=vocab,
+            width=min(self.width, vocab),
+            rank=0 if self._before is None else self._before.shape[1],
+            logits=pointer(logits),
+            before=pointer(self._before),
+            after=None if self._after is None else self._after.packed.data_ptr(),
+        )
 
     def grow(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """logits: (batch, block, vocab); newest, budgets: (batch,) int64."""
-        batch, block, vocab = logits.shape
+        _, block, vocab = logits.shape
         logits = logits.contiguous()
-        budgets = np.minimum(budgets, block * self._width)
+        budgets = np.minimum(budgets, block * self.width)
         trees = roots(newest, 1 + int(budgets.max(initial=0)))
-        draft = _Draft(
-            block=block,
-            vocab=vocab,
-            width=min(self._width, vocab),
-            rank=0 if self._before is None else self._before.shape[1],
-            logits=logits.data_ptr(),
-            before=_pointer(self._before),
-            after=None if self._after is None else self._after.packed.data_ptr(),
-        )
-        arrays = _Trees(
-            batch=batch,
-            rows=trees.rows,
-            budgets=_pointer(budgets, np.int64),
-            tokens=_pointer(trees.tokens, np.int64),
-            sizes=_pointer(trees.sizes, np.int64),
-            parents=_pointer(trees.parents),
-            depths=_pointer(trees.depths),
-            scores=_pointer(trees.scores, np.float64),
-        )
+        draft, arrays = self.struct(block=block, vocab=vocab, logits=logits), TreeArrays.of(trees, budgets)
         bfloat16 = ctypes.c_bool(logits.dtype is torch.bfloat16)
-        _functions().flash_grow(bfloat16, ctypes.byref(draft), ctypes.byref(arrays))
+        functions().flash_grow(bfloat16, ctypes.byref(draft), ctypes.byref(arrays))
         return trees
 
 

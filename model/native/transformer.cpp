@@ -1,400 +1,13 @@
-// A stack of transformer layers over rows of many sequences, on the CPU: one call a forward pass. Rows, weights and cache
-// are the caller's (library.py); this file knows no tokens, no trees and no models by name.
-//
-// Every stage of a layer is shared out among the threads of a team in small tasks, and done when they all are:
-//
-//   norm | qkv, rotary, write to the cache | attention | out + residual | norm | up, activation | down + residual
-//
-// Results are rounded to the model's type where transformers' own layers would store them.
-#include <stdlib.h>
-
-#include "attention.h"
-#include "candidates.h"
-#include "product.h"
-#include "team.h"
-
-enum Norm : int32_t { RMS, LAYER };
-enum Activation : int32_t { SILU_GATED, QUICK_GELU, GELU, GELU_TANH };
-enum Sight : int32_t { CAUSAL, TREE, WHOLE };  // what rows of one sequence see of each other
-
-extern "C" {
-
-// Null where a model has none. Matrices are packed (product.h); biases are filled up to whole panels.
-struct Layer {
-  const void *norm1, *norm1_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
-  const void *norm2, *norm2_bias, *up, *up_bias, *down, *down_bias;
-};
-
-struct Stack {
-  int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate;
-  int32_t norm, activation, num_taps;
-  float eps, scale;
-  const Layer* layers;
-  const void *cos, *sin;  // (positions, head_dim), sin's first half negated; null: no rotary embedding
-  const int32_t* axes;    // (head_dim,) which axis of positions turns this place
-  const int32_t* taps;    // (num_taps,) layers whose output is wanted
-  const void *final_norm, *final_bias;
-};
-
-// Rows lie in (batch, rows); of sequence b the first counts[b] are real, the others are left alone.
-struct Rows {
-  int32_t batch, rows, first_slot, sight;
-  const int32_t* starts;   // (batch,) position in its slot of a sequence's first row
-  const int32_t* counts;   // (batch,)
-  const int32_t* parents;  // (batch, rows), TREE only: -1 for a root; a parent comes before its children
-  const int32_t* positions;  // (axes, batch, rows) for the rotary embedding
-  void* cache;               // [layer][keys, values][slot][head][position][head_dim]
-  int64_t layer_stride, values_stride, slot_stride, head_stride;  // in numbers
-};
-}
+// What Python calls (library.py, step.py): forward passes, and the steps made of them.
+#include "step.h"
 
 namespace {
-
-constexpr int MAX_HEAD_DIM = 256;
-constexpr int MAX_PATCH = 32;
-constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
-constexpr int SOME_ROWS = 8;     // of one task where little is done for a row
-
-struct Arena {
-  char* memory = nullptr;
-  size_t size = 0, used = 0;
-
-  void reserve(size_t wanted) {
-    used = 0;
-    if (wanted <= size) return;
-    free(memory);
-    size = wanted;
-    memory = (char*)aligned_alloc(64, round_up(size, 64));
-  }
-  template <class T>
-  T* take(size_t count) {
-    T* taken = (T*)(memory + used);
-    used += round_up(count * sizeof(T), 64);
-    return taken;
-  }
-  template <class T>
-  static size_t bytes(size_t count) {
-    return round_up(count * sizeof(T), 64);
-  }
-};
-
-// --- stages: every member of the team calls them
-
-// epilogue(row, rows, panel, panels, y, stride) gets blocks of x times w: y[row * stride + 16 * panel + lane].
-template <class T, class Epilogue>
-void product_stage(Member& team, const T* x, long stride, int rows, const void* w, int panels, int group, long k, const Epilogue& epilogue) {
-  const long panel_stride = k * LANES;
-  const int groups = (panels + group - 1) / group, chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  team.share(groups * chunks, [&](int task) {
-    const int panel = task / chunks * group, first = task % chunks * CHUNK_ROWS;
-    const int num = panels - panel < group ? panels - panel : group;
-    const int end = first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows;
-    alignas(64) float y[MANY_ROWS * MAX_HEAD_DIM];
-    for (int row = first; row < end; row += MANY_ROWS) {
-      const int some = end - row < MANY_ROWS ? end - row : MANY_ROWS;
-      product(x + row * stride, stride, some, (const T*)w + panel * panel_stride, panel_stride, num, k, y, (long)num * LANES);
-      epilogue(row, some, panel, num, y, (long)num * LANES);
-    }
-  });
-}
-
-template <class T>
-vf with_bias(const float* y, const void* bias, long output) {
-  vf x = load(y);
-  return rounded(bias ? x + load((const T*)bias + output) : x, (const T*)nullptr);
-}
-
-template <class T>
-void normalise(const T* x, const void* weight, const void* bias, Norm kind, float eps, long width, T* y) {
-  const T* scale = (const T*)weight;
-  vf squares{}, total{};
-  float mean = 0.0f;
-  if (kind == LAYER) {
-    for (long i = 0; i < width; i += LANES) total += load(x + i);
-    mean = sum(total) / width;
-  }
-  for (long i = 0; i < width; i += LANES) {
-    vf part = load(x + i) - mean;
-    squares += part * part;
-  }
-  const float factor = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
-  for (long i = 0; i < width; i += LANES) {
-    vf part = (load(x + i) - mean) * factor;
-    if (kind == LAYER)
-      store(y + i, part * load(scale + i) + load((const T*)bias + i));
-    else
-      store(y + i, rounded(part, x) * load(scale + i));
-  }
-}
-
-// each(row) for all rows, a few to a task.
-template <class Each>
-void row_stage(Member& team, int rows, const Each& each) {
-  team.share((rows + SOME_ROWS - 1) / SOME_ROWS, [&](int task) {
-    for (int row = task * SOME_ROWS; row < rows && row < (task + 1) * SOME_ROWS; row++) each(row);
-  });
-}
-
-vf activated(vf x, Activation kind) {
-  switch (kind) {
-    case QUICK_GELU: return x * sigmoid(1.702f * x);
-    case GELU: {
-      vf y;
-      for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678f));
-      return y;
-    }
-    case GELU_TANH: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // 0.5 (1 + tanh z) = sigmoid 2z
-    default: return x * sigmoid(x);
-  }
-}
-
-// --- one pass
-
-// A few rows of one sequence that all see its first `context` keys, a multiple of KEYS, and some of those up to `end`.
-struct Block {
-  int row, rows;
-  long context, end;
-};
-
-template <class T>
-struct Pass {
-  const Stack& stack;
-  const Rows& rows;
-  int num = 0, num_blocks = 0;  // real rows, side by side from here on; and blocks of them
-  Arena& arena;
-  T *x, *normed, *q, *mixed, *inner;
-  float *cos = nullptr, *sin = nullptr;  // (num, head_dim)
-  int32_t *where, *slot, *at, *ends;     // of a row: its place in (batch, rows), slot, position there; end of what it sees
-  Block* blocks;
-  const int32_t** tails;                 // TREE: what a row sees beyond its block's context
-  int32_t *tail_sizes, *lists;
-  long wide, wide_heads, wide_inner;     // of rows; the caller sees to it that all are multiples of K_STEP
-
-  Pass(const Stack& stack, const Rows& rows, Arena& arena) : stack(stack), rows(rows), arena(arena) {
-    long listed = 0;
-    for (int b = 0; b < rows.batch; b++) {
-      num += rows.counts[b];
-      listed += rows.sight == TREE ? rows.counts[b] * (KEYS + rows.counts[b]) : 0;
-    }
-    const long most = round_up(num, MANY_ROWS), head_dim = stack.head_dim;
-    wide = stack.hidden, wide_heads = stack.heads * head_dim, wide_inner = stack.intermediate;
-    arena.reserve(2 * Arena::bytes<T>(most * wide) + 2 * Arena::bytes<T>(most * wide_heads) +
-                  Arena::bytes<T>(most * wide_inner) + 2 * Arena::bytes<float>(most * head_dim) +
-                  5 * Arena::bytes<int32_t>(most) + Arena::bytes<Block>(most) + Arena::bytes<int32_t*>(most) +
-                  Arena::bytes<int32_t>(listed));
-    x = arena.take<T>(most * wide), normed = arena.take<T>(most * wide);
-    q = arena.take<T>(most * wide_heads), mixed = arena.take<T>(most * wide_heads);
-    inner = arena.take<T>(most * wide_inner);
-    cos = arena.take<float>(most * head_dim), sin = arena.take<float>(most * head_dim);
-    where = arena.take<int32_t>(most), slot = arena.take<int32_t>(most), at = arena.take<int32_t>(most);
-    ends = arena.take<int32_t>(most), tail_sizes = arena.take<int32_t>(most), blocks = arena.take<Block>(most);
-    tails = arena.take<const int32_t*>(most), lists = arena.take<int32_t>(listed);
-    place();
-  }
-
-  // Rows side by side, and in blocks.
-  void place() {
-    const int queries = MAX_QUERIES / (stack.heads / stack.kv_heads), together = queries < 1 ? 1 : queries;
-    int32_t* list = lists;
-    int row = 0;
-    for (int b = 0; b < rows.batch; b++) {
-      const int start = rows.starts[b], count = rows.counts[b];
-      for (int r = 0; r < count; r++, row++) {
-        where[row] = b * rows.rows + r, slot[row] = rows.first_slot + b, at[row] = start + r;
-        ends[row] = rows.sight == CAUSAL ? at[row] + 1 : start + count;
-        if (r % together == 0) blocks[num_blocks++] = {row, 0, (rows.sight == CAUSAL ? at[row] : start) / KEYS * KEYS, 0};
-        Block& block = blocks[num_blocks - 1];
-        block.rows++;
-        block.end = ends[row];
-        if (rows.sight == TREE) {
-          tails[row] = list;
-          list = tail(list, block.context, start, rows.parents + b * rows.rows, r);
-          tail_sizes[row] = list - tails[row];
-        }
-      }
-    }
-  }
-
-  // What is left of the sequence, and the row's ancestors and itself; the end of the list.
-  static int32_t* tail(int32_t* list, long context, int start, const int32_t* parents, int row) {
-    for (int key = context; key < start; key++) *list++ = key;
-    for (int node = row; node >= 0; node = parents[node]) list++;
-    int32_t* place = list;
-    for (int node = row; node >= 0; node = parents[node]) *--place = start + node;
-    return list;
-  }
-
-  // --- by every member of the team
-
-  void begin(Member& team, const void* embeds) {
-    const long head_dim = stack.head_dim, all_rows = (long)rows.batch * rows.rows;
-    row_stage(team, num, [&](int row) {
-      memcpy(x + row * wide, (const T*)embeds + where[row] * (long)stack.hidden, stack.hidden * sizeof(T));
-      if (!stack.cos) return;
-      for (long d = 0; d < head_dim; d++) {
-        const long from = rows.positions[stack.axes[d] * all_rows + where[row]] * head_dim + d;
-        cos[row * head_dim + d] = number(((const T*)stack.cos)[from]);
-        sin[row * head_dim + d] = number(((const T*)stack.sin)[from]);
-      }
-    });
-  }
-
-  T* held(int layer, int which, int row, int head) const {
-    return (T*)rows.cache + layer * rows.layer_stride + which * rows.values_stride + slot[row] * rows.slot_stride +
-           head * rows.head_stride + at[row] * (long)stack.head_dim;
-  }
-
-  // Query, key or value of one head, in place: (head_dim,) numbers already rounded.
-  void turn(float* head, const void* norm, int row) const {
-    const long head_dim = stack.head_dim, half = head_dim / 2;
-    const T* type = nullptr;
-    if (norm) {
-      vf squares{};
-      for (long d = 0; d < head_dim; d += LANES) squares += load(head + d) * load(head + d);
-      const float factor = 1.0f / __builtin_sqrtf(sum(squares) / head_dim + stack.eps);
-      for (long d = 0; d < head_dim; d += LANES)
-        store(head + d, rounded(rounded(load(head + d) * factor, type) * load((const T*)norm + d), type));
-    }
-    if (!stack.cos) return;
-    float turned[MAX_HEAD_DIM];
-    const float *c = cos + row * head_dim, *s = sin + row * head_dim;
-    for (long d = 0; d < half; d++) turned[d] = head[d + half], turned[d + half] = head[d];
-    for (long d = 0; d < head_dim; d += LANES)
-      store(head + d, rounded(load(head + d) * load(c + d), type) + rounded(load(turned + d) * load(s + d), type));
-  }
-
-  // Heads `first`.. of the fused query, key and value product of `from`; queries stay here, the others go to the cache.
-  void qkv(Member& team, const Layer& layer, int index, const T* from, long stride, int first) {
-    const int panels = stack.head_dim / LANES, heads = stack.heads, kv_heads = stack.kv_heads;
-    const T* w = (const T*)layer.qkv + first * panels * wide * LANES;
-    product_stage(team, from, stride, num, w, (heads + 2 * kv_heads - first) * panels, panels, wide,
-                  [&](int row, int some, int panel, int, float* y, long stride_y) {
-                    const int head = first + panel / panels;
-                    for (int r = 0; r < some; r++, y += stride_y) {
-                      for (int p = 0; p < panels; p++)
-                        store(y + p * LANES, with_bias<T>(y + p * LANES, layer.qkv_bias, (head * panels + p) * LANES));
-                      if (head < heads + kv_heads) turn(y, head < heads ? layer.q_norm : layer.k_norm, row + r);
-                      T* to = head < heads              ? q + (row + r) * wide_heads + head * stack.head_dim
-                              : head < heads + kv_heads ? held(index, 0, row + r, head - heads)
-                                                        : held(index, 1, row + r, head - heads - kv_heads);
-                      for (int p = 0; p < panels; p++) store(to + p * LANES, load(y + p * LANES));
-                    }
-                  });
-  }
-
-  template <int D>
-  void attend(Member& team, int layer) {
-    const int group = stack.heads / stack.kv_heads;
-    team.share(num_blocks * stack.kv_heads, [&](int task) {
-      const Block& block = blocks[task / stack.kv_heads];
-      const int head = task % stack.kv_heads, queries = block.rows * group;
-      const T* keys = held(layer, 0, block.row, head) - at[block.row] * (long)D;
-      const T* values = held(layer, 1, block.row, head) - at[block.row] * (long)D;
-      for (int first = 0; first < queries; first += MAX_QUERIES) {
-        Attention<T, D> attention(keys, values, stack.scale);
-        const int num = queries - first < MAX_QUERIES ? queries - first : MAX_QUERIES;
-        const auto row = [&](int n) { return block.row + (first + n) / group; };
-        const auto place = [&](int n) { return row(n) * wide_heads + (head * group + (first + n) % group) * D; };
-        for (int n = 0; n < num; n++) attention.add(q + place(n));
-        int visible[MAX_QUERIES];
-        for (int n = 0; n < num; n++) visible[n] = KEYS;
-        for (long key = 0; key < block.context; key += KEYS) attention.take(key, visible);
-        if (rows.sight == TREE) {
-          const int32_t *lists[MAX_QUERIES], *sizes = visible;
-          for (int n = 0; n < num; n++) lists[n] = tails[row(n)], visible[n] = tail_sizes[row(n)];
-          attention.take_listed(block.context, block.end, lists, sizes);
-        } else {
-          for (long key = block.context; key < block.end; key += KEYS) {
-            for (int n = 0; n < num; n++) visible[n] = ends[row(n)] - key < KEYS ? ends[row(n)] - key : KEYS;
-            attention.take(key, visible);
-          }
-        }
-        for (int n = 0; n < num; n++) attention.give(n, mixed + place(n));
-      }
-    });
-  }
-
-  void attend(Member& team, int layer) {
-    switch (stack.head_dim) {
-      case 16: return attend<16>(team, layer);
-      case 32: return attend<32>(team, layer);
-      case 64: return attend<64>(team, layer);
-      case 80: return attend<80>(team, layer);
-      case 96: return attend<96>(team, layer);
-      case 128: return attend<128>(team, layer);
-      case 256: return attend<256>(team, layer);
-    }
-  }
-
-  void add_product(Member& team, const T* from, long stride, const void* w, const void* bias) {
-    product_stage(team, from, stride, num, w, stack.hidden / LANES, PANELS, stride,
-                  [&](int row, int some, int panel, int panels, float* y, long stride_y) {
-                    for (int r = 0; r < some; r++)
-                      for (int p = 0; p < panels; p++) {
-                        const long output = (panel + p) * LANES;
-                        T* to = x + (row + r) * wide + output;
-                        store(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
-                      }
-                  });
-  }
-
-  // Gated: panels of gate and up take turns.
-  void up(Member& team, const Layer& layer) {
-    const bool gated = stack.activation == SILU_GATED;
-    const int panels = stack.intermediate / LANES * (gated ? 2 : 1);
-    const T* type = nullptr;
-    product_stage(team, normed, wide, num, layer.up, panels, PANELS, wide,
-                  [&](int row, int some, int panel, int panels, float* y, long stride_y) {
-                    for (int r = 0; r < some; r++)
-                      for (int p = 0; p < panels; p += gated ? 2 : 1) {
-                        const long output = (panel + p) * LANES;
-                        const float* at = y + r * stride_y + p * LANES;
-                        vf made = rounded(activated(with_bias<T>(at, layer.up_bias, output), (Activation)stack.activation), type);
-                        if (gated) made *= with_bias<T>(at + LANES, layer.up_bias, output + LANES);
-                        store(inner + (row + r) * wide_inner + (gated ? output / 2 : output), made);
-                      }
-                  });
-  }
-
-  void layer(Member& team, int index) {
-    const Layer& layer = stack.layers[index];
-    norm(team, layer.norm1, layer.norm1_bias);
-    qkv(team, layer, index, normed, wide, 0);
-    attend(team, index);
-    add_product(team, mixed, wide_heads, layer.out, layer.out_bias);
-    norm(team, layer.norm2, layer.norm2_bias);
-    up(team, layer);
-    add_product(team, inner, wide_inner, layer.down, layer.down_bias);
-  }
-
-  void norm(Member& team, const void* weight, const void* bias) {
-    row_stage(team, num, [&](int row) { normalise(x + row * wide, weight, bias, (Norm)stack.norm, stack.eps, wide, normed + row * wide); });
-  }
-
-  void give(Member& team, T* to, int column, int columns) {
-    row_stage(team, num, [&](int row) { memcpy(to + (where[row] * (long)columns + column) * wide, x + row * wide, wide * sizeof(T)); });
-  }
-
-  void finish(Member& team, T* hidden) {
-    if (!stack.final_norm) return give(team, hidden, 0, 1);
-    row_stage(team, num, [&](int row) {
-      normalise(x + row * wide, stack.final_norm, stack.final_bias, (Norm)stack.norm, stack.eps, wide, hidden + where[row] * wide);
-    });
-  }
-};
-
-Arena arena;
-Team team;
 
 template <class T>
 void forward(const Stack& stack, const Rows& rows, const void* embeds, void* hidden, void* taps) {
   Pass<T> pass(stack, rows, arena);
   team.run([&](Member member) {
-    pass.begin(member, embeds);
-    for (int layer = 0, tap = 0; layer < stack.num_layers; layer++) {
-      pass.layer(member, layer);
-      if (tap < stack.num_taps && stack.taps[tap] == layer) pass.give(member, (T*)taps, tap++, stack.num_taps);
-    }
+    pass.run(member, embeds, (T*)taps);
     pass.finish(member, (T*)hidden);
   });
 }
@@ -402,11 +15,7 @@ void forward(const Stack& stack, const Rows& rows, const void* embeds, void* hid
 template <class T>
 void hold(const Stack& stack, const Rows& rows, const void* context) {
   Pass<T> pass(stack, rows, arena);
-  team.run([&](Member member) {
-    pass.begin(member, context);
-    for (int layer = 0; layer < stack.num_layers; layer++)
-      pass.qkv(member, stack.layers[layer], layer, pass.x, pass.wide, stack.heads);
-  });
+  team.run([&](Member member) { pass.hold(member, context); });
 }
 
 template <class T>
@@ -424,15 +33,7 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
       for (int r = 0; r < some; r++)
         for (int p = 0; p < num; p++) {
           const long output = (panel + p) * LANES;
-          T* to = (T*)y + (long)(row + r) * outputs + output;
-          const vf made = with_bias<T>(block + r * stride + p * LANES, bias, output);
-          if (output + LANES <= outputs) {
-            store(to, made);
-          } else {
-            T last[LANES];
-            store(last, made);
-            memcpy(to, last, (outputs - output) * sizeof(T));
-          }
+          store_some((T*)y + (long)(row + r) * outputs + output, with_bias<T>(block + r * stride + p * LANES, bias, output), outputs - output);
         }
     });
   });
@@ -456,9 +57,7 @@ void patches(const uint8_t* pictures, int images, int height, int width, int pat
         }
         int i = 0;
         for (; i + LANES <= size; i += LANES) store(to + i, load(row + i));
-        T last[LANES];
-        store(last, load(row + i));
-        memcpy(to + i, last, (size - i) * sizeof(T));
+        store_some(to + i, load(row + i), size - i);
       }
     });
   });
@@ -525,4 +124,24 @@ void flash_hold(bool bfloat16, const Stack* stack, const Rows* rows, const void*
 
 // Trees of the likeliest drafted nodes behind the roots that `trees` has.
 void flash_grow(bool bfloat16, const Draft* draft, const Trees* trees) { BY_TYPE(grow_all, *draft, *trees); }
+
+// tokens (batch, rows) -> taps (batch, rows, num_taps, hidden), logits (batch, rows, vocab) and chosen (batch, rows).
+void flash_verify(bool bfloat16, const Stack* stack, const Rows* rows, const void* embeddings, const int64_t* tokens, const Linear* head,
+                  void* taps, void* logits, int64_t* chosen) {
+  BY_TYPE(verify, *stack, *rows, embeddings, tokens, *head, taps, logits, chosen);
+}
+
+void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, void* logits, const Trees* trees) {
+  BY_TYPE(propose, *draft, *rows, logits, *trees);
+}
+
+double flash_tree_seconds() { return tree_seconds; }
+
+void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths) {
+  BY_TYPE(observe, *draft, *rows, taps, num, paths);
+}
+
+void flash_move(void* cache, int layers, int heads, const int64_t* strides, long row_bytes, const int32_t* moves, int num) {
+  move_rows((char*)cache, layers, heads, strides, row_bytes, moves, num);
+}
 }

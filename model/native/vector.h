@@ -54,6 +54,15 @@ static inline void store(bf16* to, vf x) {
 #endif
 }
 
+// The first `count` lanes only, where there are fewer than all.
+template <class T>
+static inline void store_some(T* to, vf x, long count) {
+  if (count >= LANES) return store(to, x);
+  T lanes[LANES];
+  store(lanes, x);
+  memcpy((void*)to, lanes, count * sizeof(T));
+}
+
 // What is left of x once it has been stored: models are written with every result rounded to their type.
 static inline vf rounded(vf x, const float*) { return x; }
 

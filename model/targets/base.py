@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from model.attention import Rows
 from model.config import ConfigError, EngineConfig
+from model.native.library import Matrix
 from model.request import Geometry, Medium, Message
 
 
@@ -43,6 +44,7 @@ class Target(Protocol):
     eos_ids: frozenset[int]
     tokens_per_image: int
     geometry: Geometry
+    head: Matrix | None  # lm_head, where it is packed for the native library
     native: bool  # all that takes long runs in the native library, nothing in torch
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
 
@@ -72,6 +74,11 @@ class Target(Protocol):
         Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
         (batch, rows, num_taps * hidden). What they hold in rows that are not real (see Rows) does not matter.
         """
+        ...
+
+    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray, Tensor, Tensor]:
+        """`forward` over tokens (batch, rows) int64, and what follows from it: the likeliest token behind each of them
+        (batch, rows) int64, logits (batch, rows, vocab), and the tapped layers' outputs."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

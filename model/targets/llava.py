@@ -20,6 +20,7 @@ from model.attention import Rows
 from model.config import EngineConfig
 from model.native import library
 from model.native.library import Matrix
+from model.native.step import Verifier
 from model.request import Geometry, Medium, Message, RequestError
 from model.targets import native
 from model.targets.base import Prompt, evenly_spaced
@@ -64,6 +65,9 @@ class LlavaTarget:
         # Drafts learn through the model's own output head; a packed matrix knows no gradient.
         head = self.model.lm_head
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
+        self.verifier = None
+        if self.decoder is not None and self.head is not None:
+            self.verifier = Verifier(self.decoder, decoder.embed_tokens.weight, self.head)
         self._taps: dict[int, Tensor] = {}
         for layer in self.tap_layers if self.decoder is None else ():
             decoder.layers[layer].register_forward_hook(self._tap(layer))
@@ -185,7 +189,9 @@ class LlavaTarget:
         """Whether decoding has already brought them to the target's geometry, so that they only lack the processor's
         arithmetic. A table does that: the processor takes longer than the tower."""
         images, size = self.processor.image_processor, self.geometry.crop or self.geometry.exact
-        return bool(frames.dtype == np.uint8 and frames.shape[1:3] == size and images.do_rescale and images.do_normalize)
+        return bool(
+            frames.dtype == np.uint8 and frames.shape[1:3] == size and images.do_rescale and images.do_normalize
+        )
 
     def _patches(self, frames: np.ndarray) -> Tensor:
         """(images, patches, numbers) for the native tower."""
@@ -223,6 +229,13 @@ class LlavaTarget:
             inputs_embeds=embeds, position_ids=places, use_cache=False, rows=rows
         ).last_hidden_state
         return hidden, torch.cat([self._taps[layer] for layer in self.tap_layers], -1)
+
+    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray, Tensor, Tensor]:
+        if self.verifier is not None:
+            return self.verifier(tokens, positions, rows)
+        hidden, taps = self.forward(self.embed(torch.from_numpy(tokens).to(self.device)), positions, rows)
+        logits = self.logits(hidden)
+        return logits.argmax(-1).cpu().numpy(), logits, taps
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)

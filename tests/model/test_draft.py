@@ -33,7 +33,7 @@ from tests.model.oracle import OracleDrafter
 class Watched(FlashDrafter):
     """The real drafter, context and all, whose trees are an oracle's: paths of every length enter its context.
 
-    drafted: (request, answer tokens known) -> the logits of its block.
+    served: (request, answer tokens known) -> the logits of its block.
     """
 
     def __init__(self, engine: Engine, known: dict[str, list[int]], seed: int) -> None:
@@ -41,7 +41,7 @@ class Watched(FlashDrafter):
         self.__dict__.update(engine.drafter.__dict__)
         self.oracle = OracleDrafter(engine, known, seed, truth=0.3)
         self.engine = engine
-        self.drafted: dict[tuple[str, int], Tensor] = {}
+        self.served: dict[tuple[str, int], Tensor] = {}
 
     def start(self, slot: int) -> None:
         super().start(slot)
@@ -64,7 +64,11 @@ class Watched(FlashDrafter):
         self.oracle.observe(taps, paths)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        super().propose(newest, budgets)  # see `drafted` in the test, which listens to what it makes its tree of
+        super().propose(newest, budgets)
+        assert self.drafted is not None
+        for sequence in self.engine.scheduler.running:
+            if not sequence.prefilling and sequence.slot is not None:
+                self.served[sequence.request.request_id, len(sequence.tokens)] = self.drafted[sequence.slot].clone()
         return self.oracle.propose(newest, budgets)
 
 
@@ -106,16 +110,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
 
     watched = Watched(engine, known, seed)
     engine.drafter = watched
-    served: dict[tuple[str, int], Tensor] = {}
-    grow = FlashDrafter._tree
-
-    def listen(drafter: FlashDrafter, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        for sequence in engine.scheduler.running:
-            if not sequence.prefilling and sequence.slot is not None:
-                served[sequence.request.request_id, len(sequence.tokens)] = logits[sequence.slot].clone()
-        return grow(drafter, logits, newest, budgets)
-
-    monkeypatch.setattr(FlashDrafter, "_tree", listen)
+    served = watched.served
     assert tiny.answers(engine, [tiny.ask("brief", "Hi", max_tokens=6), *requests]) == known
 
     taught: list[Tensor] = []

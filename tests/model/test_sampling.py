@@ -144,7 +144,7 @@ def test_each_request_of_a_batch_draws_with_its_own_parameters_at_its_own_positi
     logits = torch.randn(3, 4, 60, generator=torch.Generator().manual_seed(4))
     given = [params(seed=1), SamplingParams(), params(seed=2, temperature=0.7, top_p=0.8)]
     positions = [[5, 6, 6, 7], [0, 1, 1], [9]]
-    tokens = choose(logits, given, positions)
+    tokens = choose(logits, logits.argmax(-1).numpy(), given, positions.__getitem__)
     assert tokens[1].tolist() == logits[1].argmax(-1).tolist()
     assert tokens[2, 1:].tolist() == logits[2, 1:].argmax(-1).tolist(), "rows that decide nothing"
     for b in (0, 2):
