@@ -7,42 +7,71 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 REPLACEMENT = "\ufffd"
+LONGEST_CHARACTER = 8  # tokens
+CONTEXT = 12  # tokens that are looked at again for the sake of the next; more take longer
+
+
+class Vocabulary:
+    """A tokenizer's way from ids to text, for all requests. transformers' own way there is several times as long."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        kind = type(tokenizer)
+        direct = isinstance(tokenizer, TokenizersBackend) and kind._decode is TokenizersBackend._decode
+        self._backend = tokenizer.backend_tokenizer if direct else None
+        # Bytes side by side, so that what a token says does not depend on what came before it. Others may, say, drop a
+        # leading space at the start of a text.
+        self.context_free = self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
+        self._known: dict[int, str] = {}
+
+    def text(self, ids: list[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def text_of(self, token: int) -> str:
+        """Of a token of its own, where the vocabulary is context-free."""
+        text = self._known.get(token)
+        if text is None:
+            self._known[token] = text = self.text([token])
+        return text
 
 
 class Detokenizer:
     """`decode(id)` gives the text a token completes. A character spread over tokens comes with the last of them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip: frozenset[int]) -> None:
-        self._tokenizer, self._skip = tokenizer, skip
+    def __init__(self, vocabulary: Vocabulary, skip: frozenset[int]) -> None:
+        self._vocabulary, self._skip = vocabulary, skip
+        # The latest tokens: those whose text is still to come and, where that depends on them, some before those.
         self._ids: list[int] = []
-        # ids[start:shown] give context to, but are not part of, what is still to come: some tokenizers
-        # drop a leading space at the start of a text.
-        self._start = self._shown = 0
+        self._shown = 0  # of these; what they say is known
+        self._said = ""
 
     def decode(self, token: int) -> str:
+        vocabulary, ids = self._vocabulary, self._ids
         if token in self._skip:
             return ""
-        self._ids.append(token)
-        text = self._new_text()
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._shown < 8:
-            return ""  # an unfinished character; one that never ends is let through after 8 tokens
-        self._start, self._shown = self._shown, len(self._ids)
-        return text
+        if not ids and vocabulary.context_free and not (text := vocabulary.text_of(token)).endswith(REPLACEMENT):
+            return text
+        ids.append(token)
+        text = vocabulary.text(ids)
+        piece = text[len(self._said) :]
+        if piece.endswith(REPLACEMENT) and len(ids) - self._shown < LONGEST_CHARACTER:
+            return ""  # an unfinished character; one that never ends is let through
+        if vocabulary.context_free:
+            ids.clear()
+        else:
+            if len(ids) > CONTEXT:
+                del ids[: self._shown]
+                text = vocabulary.text(ids)
+            self._shown, self._said = len(ids), text
+        return piece
 
     def flush(self) -> str:
-        text = self._new_text()
-        self._shown = len(self._ids)
-        return text
-
-    def _new_text(self) -> str:
-        before = self._text(self._ids[self._start : self._shown])
-        return self._text(self._ids[self._start :])[len(before) :]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self._vocabulary.text(self._ids)[len(self._said) :] if self._ids else ""
 
 
 class StopStrings:

@@ -18,7 +18,7 @@ import transformers
 from model import sampling, tree, verify
 from model.attention import Rows, Sight, prompt_rows
 from model.config import ConfigError, EngineConfig
-from model.detokenize import Detokenizer, StopStrings
+from model.detokenize import Detokenizer, StopStrings, Vocabulary
 from model.draft import checkpoint
 from model.drafters.flash import FlashDrafter
 from model.encoder_cache import EncoderCache
@@ -72,6 +72,7 @@ class Engine:
                 margin=margin,
                 width=config.tree_width,
             )
+        self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config)
         self.counters = Counters()
         self.features = EncoderCache(
@@ -124,7 +125,7 @@ class Engine:
                 param="max_tokens" if length < self.max_model_len else "messages",
                 code="context_length_exceeded",
             )
-        detokenizer = Detokenizer(self.target.tokenizer, self.target.eos_ids)
+        detokenizer = Detokenizer(self.vocabulary, self.target.eos_ids)
         self.scheduler.add(Sequence(request, prompt, detokenizer, StopStrings(request.params.stop)))
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -156,10 +157,11 @@ class Engine:
             case Chunk():
                 outputs = self._prefill(work)
             case Decoding():
+                if not self.target.native:
+                    self._compact()
                 outputs = self._verify(work, self._draft(work))
             case None:
                 return []
-        self._compact()
         self.scheduler.took(work, self.counters.now() - begun)
         return outputs
 
@@ -182,7 +184,7 @@ class Engine:
             embeds = sequence.embeds[None, chunk.start : chunk.end]
             positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
             hidden, taps = target.forward(embeds, positions, rows)
-            self.cache.keep([slot], [list(range(count))])
+            self.cache.keep([slot], [range(count)])
             if self.drafter:
                 self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)
         sequence.computed = chunk.end
@@ -233,49 +235,48 @@ class Engine:
 
     def _draft(self, decoding: Decoding) -> Trees:
         """One tree per slot from 0 to the highest decoding one; slots that do not decode get an idle root."""
-        by_slot = {s.slot: (s, nodes) for s, nodes in zip(decoding.sequences, decoding.nodes, strict=True)}
-        slots = 1 + max(slot for slot in by_slot if slot is not None)
+        slots = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
         newest, budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
-        for slot, (sequence, nodes) in by_slot.items():
-            newest[slot], budgets[slot] = sequence.tokens[-1], nodes
-        if self.drafter is None or not budgets.any():
+        for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
+            newest[sequence.slot], budgets[sequence.slot] = sequence.tokens[-1], nodes
+        if self.drafter is None or not any(decoding.nodes):
             return tree.roots(newest)
         with self.counters.timed("draft"):
             return self.drafter.propose(newest, budgets)
 
     def _verify(self, decoding: Decoding, trees: Trees) -> list[RequestOutput]:
         """One pass of the target over all trees; keep what it agrees with."""
-        target, slots = self.target, len(trees.tokens)
+        slots = len(trees.tokens)
         by_slot: list[Sequence | None] = [None] * slots
-        self.counters.batch_sizes.append(len(decoding.sequences))
+        counts, roots = np.zeros(slots, np.int32), np.zeros((slots, 1), np.int32)  # rows; position ids of roots
         for sequence in decoding.sequences:
-            assert sequence.slot is not None
-            by_slot[sequence.slot] = sequence
+            slot = sequence.slot
+            assert slot is not None
+            by_slot[slot], counts[slot] = sequence, trees.sizes[slot]
+            roots[slot] = sequence.next_position + len(sequence.tokens) - 1
+        self.counters.batch_sizes.append(len(decoding.sequences))
+
+        def answered(b: int) -> list[int]:
+            sequence, depths = by_slot[b], trees.depths[b, : counts[b]]
+            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
+
         with self.counters.timed("verify"):
             starts = np.array(self.cache.lengths[:slots], np.int32)
-            counts = np.where([s is not None for s in by_slot], trees.sizes, 0).astype(np.int32)
             rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
-            offsets = np.array([s.next_position + len(s.tokens) - 1 if s else 0 for s in by_slot], np.int32)
-            positions = (offsets[:, None] + trees.depths)[None]
-            likeliest, logits, taps = target.verify(trees.tokens, positions, rows)
-
-            def answered(b: int) -> list[int]:
-                decides = by_slot[b]
-                depths = trees.depths[b, : trees.sizes[b]]
-                return [] if decides is None else [len(decides.tokens) + int(depth) for depth in depths]
-
+            likeliest, logits, taps = self.target.verify(trees.tokens, (roots + trees.depths)[None], rows)
             params = [s.request.params if s else sampling.GREEDY for s in by_slot]
             chosen = sampling.choose(logits, likeliest, params, answered)
             verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
-            self.cache.keep(list(range(slots)), [v.path for v in verdicts])
+            paths = [verdict.path for verdict in verdicts]
+            self.cache.keep(range(slots), paths)
         if self.drafter:
             with self.counters.timed("draft"):
-                self.drafter.observe(taps, [v.path for v in verdicts])
+                self.drafter.observe(taps, paths)
         outputs = []
         for b, (each, verdict) in enumerate(zip(by_slot, verdicts, strict=True)):
             if each is not None:
                 each.computed += len(verdict.path)
-                outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(trees.sizes[b]) - 1))
+                outputs.append(self._emit(each, verdict.tokens, len(verdict.path) - 1, int(counts[b]) - 1))
         return outputs
 
     # --- what comes of it
@@ -285,19 +286,19 @@ class Engine:
         params, eos = sequence.request.params, self.target.eos_ids
         sequence.last_token = self.counters.now()
         sequence.first_token = sequence.first_token or sequence.last_token
+        detokenizer, stops = sequence.detokenizer, sequence.stops
         emitted: list[Token] = []
         text, finish = "", None
-        for i, token in enumerate(tokens):
-            sequence.tokens.append(token)
-            piece = sequence.detokenizer.decode(token)
-            emitted.append(Token(token, piece, "draft" if i < accepted else "target"))
-            text += sequence.stops.decode(piece)
-            if sequence.stops.stopped or (token in eos and not params.ignore_eos):
+        for token in tokens[: sequence.remaining]:
+            piece = detokenizer.decode(token)
+            emitted.append(Token(token, piece, "draft" if len(emitted) < accepted else "target"))
+            text += stops.decode(piece) if params.stop else piece
+            if stops.stopped or (token in eos and not params.ignore_eos):
                 finish = "stop"
-            elif sequence.remaining == 0:
-                finish = "length"
-            if finish:
                 break
+        sequence.tokens += tokens[: len(emitted)]
+        if finish is None and sequence.remaining == 0:
+            finish = "length"
         self.counters.generation_tokens += len(emitted)
         if proposed:
             used = min(accepted, len(emitted))
@@ -326,8 +327,13 @@ class Engine:
         return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error)
 
     def _compact(self) -> None:
-        """Move sequences from high slots into low free ones, so that a batch spans no more slots than it needs."""
+        """Move sequences from high slots into low free ones, so that a batch spans no more slots than it needs.
+
+        For torch, which computes idle slots too; and not where those will soon be taken.
+        """
         running = self.scheduler.running
+        if self.scheduler.waiting:
+            return
         for sequence in sorted(running, key=lambda s: -(s.slot or 0)):
             lowest = self.cache.lowest_free()
             if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ class KVCache:
         shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
         numbers = math.prod(shape)
         self.data = torch.zeros(numbers + ALIGNED, dtype=dtype, device=device)[:numbers].view(shape)
+        # What native code needs to know; of a single layer, whose memory may serve all in turn, there is no next one.
+        self.address = self.data.data_ptr()
+        self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])
         self.lengths = [0] * num_slots
         self._move_rows = move_rows or KVCache._move_by_torch
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
@@ -115,12 +119,13 @@ class KVCache:
         both = self.data[layer, :, first_slot : first_slot + batch, :, :length]
         return both[0], both[1]
 
-    def keep(self, slots: list[int], paths: list[list[int]]) -> None:
+    def keep(self, slots: Seq[int], paths: Seq[Seq[int]]) -> None:
         """Of the rows written beyond each slot's length keep those in `paths` (ascending row numbers), in order."""
         moves = []
         for slot, path in zip(slots, paths, strict=True):
             held = self.lengths[slot]
-            moves += [(slot, held + old, held + new) for new, old in enumerate(path) if new != old]
+            if path and path[-1] != len(path) - 1:
+                moves += [(slot, held + old, held + new) for new, old in enumerate(path) if new != old]
             self.lengths[slot] = held + len(path)
         if moves:
             self._move_rows(self, moves)

@@ -82,7 +82,7 @@ class Request:
     speculation: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that would take three times as long
 class Token:
     """One emitted token; `text` is what it added to the answer (may be empty, see detokenize.py)."""
 

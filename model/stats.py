@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 from model.request import EngineStats
 
 Phase = Literal["vision", "prefill", "draft", "verify"]
+
+
+class Timed:
+    """Seconds of what is done within; lighter than a generator, for there are several in every step."""
+
+    __slots__ = ("_begun", "_counters", "_phase")
+
+    def __init__(self, counters: Counters, phase: Phase) -> None:
+        self._counters, self._phase = counters, phase
+
+    def __enter__(self) -> None:
+        self._begun = time.perf_counter()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._counters.step_seconds.append((self._phase, time.perf_counter() - self._begun))
 
 
 class Counters:
@@ -29,11 +43,8 @@ class Counters:
     def now() -> float:
         return time.perf_counter()
 
-    @contextmanager
-    def timed(self, phase: Phase) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.step_seconds.append((phase, time.perf_counter() - begun))
+    def timed(self, phase: Phase) -> Timed:
+        return Timed(self, phase)
 
     def drafted(self, proposed: int, accepted: int, emitted: int) -> None:
         """One verify step of one sequence: `proposed` nodes, of which `accepted` (one per position, none after the

@@ -89,7 +89,7 @@ def _pruned(
     order = np.argsort(-scores, axis=1, kind="stable")
     number = np.zeros((batch, count + 1), np.int64)  # old number -> row
     for b in range(batch):
-        kept = np.sort(order[b, : budgets[b]])
+        kept = _likeliest_path_first(np.sort(order[b, : budgets[b]]), parents[b], scores[b])
         size = 1 + len(kept)
         number[b, kept + 1] = np.arange(1, size)
         trees.tokens[b, 1:size] = tokens[b, kept]
@@ -98,3 +98,13 @@ def _pruned(
         trees.scores[b, 1:size] = scores[b, kept]
         trees.sizes[b] = size
     return trees
+
+
+def _likeliest_path_first(kept: np.ndarray, parents: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Nodes, by level, in another order: where that path is accepted, its keys and values lie where they belong."""
+    path: list[int] = []
+    parent = 0
+    while len(children := kept[parents[kept] == parent]):
+        path.append(int(children[np.argmax(scores[children])]))
+        parent = path[-1] + 1
+    return np.concatenate((np.array(path, np.int64), kept[~np.isin(kept, path)]))

@@ -32,12 +32,10 @@ IDLE = Verdict([], [])  # of a slot that does not decode
 def walk(trees: Trees, b: int, chosen: np.ndarray) -> Verdict:
     """Descend tree b. chosen: (rows,) the target's token at every row of it."""
     size = int(trees.sizes[b])
-    tokens, parents = trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist()
-    children = {
-        (parent, token): row for row, (parent, token) in enumerate(zip(parents, tokens, strict=True)) if parent >= 0
-    }
-    path, emitted = [0], [int(chosen[0])]
-    while (child := children.get((path[-1], emitted[-1]))) is not None:
-        path.append(child)
-        emitted.append(int(chosen[child]))
+    tokens, parents, answers = trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist(), chosen[:size].tolist()
+    path, emitted = [0], [answers[0]]
+    for row in range(1, size):  # a parent comes before its children, so that once through is enough
+        if parents[row] == path[-1] and tokens[row] == emitted[-1]:
+            path.append(row)
+            emitted.append(answers[row])
     return Verdict(path, emitted)

@@ -91,7 +91,10 @@ void grow(const Draft& draft, const Trees& trees, int b) {
   const int rows = trees.rows, most = draft.block * draft.width;
   const int budget = trees.budgets[b] < most ? trees.budgets[b] : most;
   Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
-  int32_t* number_of = (int32_t*)__builtin_alloca((most + 1) * sizeof(int32_t));
+  int32_t* number_of = (int32_t*)__builtin_alloca((most + 1) * sizeof(int32_t));  // row of a node; the root is 0
+  int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));
+  bool* kept = (bool*)__builtin_alloca(most);
+  memset(kept, 0, most);
   Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)rows], 0}};
   int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
   for (int depth = 0; depth < draft.block; depth++) {
@@ -102,25 +105,32 @@ void grow(const Draft& draft, const Trees& trees, int b) {
       for (int i = 0; i < best[n].num; i++)  // always less than the parent's, also when the draft is certain
         next.offer({frontier[n].score + (best[n].held[i].score < 0 ? best[n].held[i].score : 0) - 1e-6f, best[n].held[i].token, first + n});
     first = count + 1, num = next.num;
-    for (int n = 0; n < num; n++) nodes[count++] = frontier[n] = next.held[n];
+    for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
   }
   // The best of all nodes; a parent always is better than its children, and comes before them.
-  memset(number_of, 0, (most + 1) * sizeof(int32_t));
   for (int taken = 0; taken < budget && taken < count; taken++) {
     int best = -1;
     for (int i = 0; i < count; i++)
-      if (!number_of[i + 1] && (best < 0 || nodes[i].score > nodes[best].score)) best = i;
-    number_of[best + 1] = 1;
+      if (!kept[i] && (best < 0 || nodes[i].score > nodes[best].score)) best = i;
+    kept[best] = true;
   }
+  // The likeliest path comes first, so that where it is accepted its keys and values already lie where they belong.
   int row = 1;
-  for (int i = 0, depth = 1, level = 0; i < count; i++) {
-    if (i == level + draft.width) level = i, depth++;
-    if (!number_of[i + 1]) continue;
+  const auto take = [&](int i) {
     const long at = b * (long)rows + row;
-    trees.tokens[at] = nodes[i].token, trees.scores[at] = nodes[i].score, trees.depths[at] = depth;
-    trees.parents[at] = number_of[nodes[i].parent];
+    trees.tokens[at] = nodes[i].token, trees.scores[at] = nodes[i].score, trees.depths[at] = 1 + level_of[i];
+    trees.parents[at] = nodes[i].parent ? number_of[nodes[i].parent] : 0;
     number_of[i + 1] = row++;
+    kept[i] = false;
+  };
+  for (int parent = 0, next; parent >= 0; parent = next) {
+    next = -1;
+    for (int i = 0; i < count; i++)
+      if (kept[i] && nodes[i].parent == parent && (next < 0 || nodes[i].score > nodes[next - 1].score)) next = i + 1;
+    if (next >= 0) take(next - 1);
   }
+  for (int i = 0; i < count; i++)
+    if (kept[i]) take(i);
   trees.sizes[b] = row;
 }
 

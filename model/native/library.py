@@ -361,23 +361,28 @@ class Stack:
 
     def described(self, rows: Rows, positions: np.ndarray) -> _Rows:
         """Rows as the library reads them; positions: (axes, batch, rows) int32."""
-        data = rows.cache.data
-        strides = data.stride()
-        return _Rows(
-            batch=rows.batch,
-            rows=rows.num,
-            first_slot=rows.first_slot,
-            sight=int(rows.sight),
-            starts=pointer(rows.starts),
-            counts=pointer(rows.counts),
-            parents=pointer(rows.parents),
-            positions=pointer(positions),
-            cache=data.data_ptr(),
-            layer_stride=strides[0] if data.shape[0] > 1 else 0,  # a single layer's memory may serve all, one by one
-            values_stride=strides[1],
-            slot_stride=strides[2],
-            head_stride=strides[3],
+        parts = [rows.starts, rows.counts, positions.ravel()]
+        if rows.parents is not None:
+            parts.append(rows.parents.ravel())
+        together = np.concatenate(parts)  # one address instead of four: each takes longer than this
+        at = pointer(together)
+        assert at is not None
+        size, batch, num = together.itemsize, rows.batch, rows.num
+        cache = rows.cache
+        described = _Rows(
+            batch,
+            num,
+            rows.first_slot,
+            rows.sight,
+            at,
+            at + size * batch,
+            None if rows.parents is None else at + size * (2 * batch + positions.size),
+            at + size * 2 * batch,
+            cache.address,
+            *cache.strides,
         )
+        described.kept = together
+        return described
 
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
         """embeds (batch, rows, hidden), positions (axes, batch, rows) int32: final hidden states (batch, rows, hidden),

@@ -29,6 +29,24 @@ def _linear(matrix: Matrix) -> _Linear:
     return _Linear(pointer(matrix.packed), pointer(matrix.bias), matrix.inputs, matrix.outputs)
 
 
+class _Results:
+    """Memory for what passes of changing shapes give, (batch, rows, width): made once, and good until the next pass."""
+
+    def __init__(self, like: Tensor, width: int) -> None:
+        self._memory, self._width = like.new_empty(0), width
+        self._views: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, batch: int, rows: int) -> Tensor:
+        view = self._views.get((batch, rows))
+        if view is None:
+            count = batch * rows * self._width
+            if count > len(self._memory):
+                self._memory = self._memory.new_empty(count)
+                self._views.clear()
+            self._views[batch, rows] = view = self._memory[:count].view(batch, rows, self._width)
+        return view
+
+
 class Verifier:
     """A target's pass over trees, from their tokens to its own answer at every node.
 
@@ -39,17 +57,18 @@ class Verifier:
         assert embeddings.dtype is head.dtype is stack.dtype
         self.stack, self.head = stack, head
         self._embeddings, self._head = embeddings.detach().contiguous(), _linear(head)
+        self._taps = _Results(embeddings, stack.num_taps * stack.shape.hidden)
+        self._logits = _Results(embeddings, head.outputs)
         self._bfloat16 = ctypes.c_bool(stack.dtype is torch.bfloat16)
 
     def __call__(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray, Tensor, Tensor]:
         """tokens (batch, rows) int64, positions (axes, batch, rows) int32: the likeliest token behind each of them
         (batch, rows) int64, logits (batch, rows, vocab) and taps (batch, rows, num_taps * hidden).
 
-        Rows that are not real stay unset.
+        Rows that are not real stay unset; the next call uses the same memory.
         """
-        stack = self.stack
-        taps = self._embeddings.new_empty(*tokens.shape, stack.num_taps * stack.shape.hidden)
-        logits = self._embeddings.new_empty(*tokens.shape, self.head.outputs)
+        stack, batch, num = self.stack, rows.batch, rows.num
+        taps, logits = self._taps.of(batch, num), self._logits.of(batch, num)
         chosen = np.zeros(tokens.shape, np.int64)
         functions().flash_verify(
             self._bfloat16,
@@ -98,7 +117,7 @@ class DraftStep:
         self.stack, self.out, self.head, self.fuse = stack, out, head, fuse
         self._block, self._width = len(masks) + 1, candidates.width
         tensors = [tensor.detach().contiguous() for tensor in (entries, masks, tap_norms, fuse_norm)]
-        self._masks = masks
+        self._logits = _Results(entries, head.outputs)
         self._kept = (tensors, candidates)
         self._struct = _DraftNetwork(
             ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
@@ -118,10 +137,9 @@ class DraftStep:
         self, newest: np.ndarray, budgets: np.ndarray, positions: np.ndarray, rows: Rows
     ) -> tuple[Trees, Tensor]:
         """newest, budgets (batch,) int64; rows: a block for each that drafts. See `model.tree.best_first`; its logits
-        (batch, block, vocab) too, unset for those that do not draft."""
-        logits = self._masks.new_empty(len(newest), self._block, self.head.outputs)
-        budgets = np.minimum(budgets, self._block * self._width)
-        trees = roots(newest, 1 + int(budgets.max(initial=0)))
+        (batch, block, vocab) too, unset for those that do not draft, and good until the next call."""
+        logits = self._logits.of(rows.batch, rows.num)
+        trees = roots(newest, 1 + min(int(budgets.max()), self._block * self._width))
         functions().flash_propose(
             self._bfloat16,
             ctypes.byref(self._struct),
@@ -151,10 +169,10 @@ def tree_seconds() -> float:
 def move(cache: KVCache, moves: Seq[tuple[int, int, int]]) -> None:
     """In every layer and head of a slot, the row at one position goes to another: (slot, from, to), in order."""
     data = cache.data
-    strides = np.array(data.stride()[:4], np.int64) * data.itemsize
+    strides = np.array(cache.strides, np.int64) * data.itemsize
     listed = np.array(moves, np.int32)
     functions().flash_move(
-        ctypes.c_void_p(data.data_ptr()),
+        ctypes.c_void_p(cache.address),
         data.shape[0],
         data.shape[3],
         ctypes.c_void_p(pointer(strides, np.int64)),

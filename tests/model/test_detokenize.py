@@ -7,10 +7,11 @@ import unicodedata
 from itertools import pairwise
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from model.demo import checkpoint as demo
-from model.detokenize import REPLACEMENT, Detokenizer, StopStrings
+from model.detokenize import REPLACEMENT, Detokenizer, StopStrings, Vocabulary
 from model.targets.base import Target
 from tests.model import tiny
 
@@ -35,7 +36,7 @@ def tokenizer(tiny_target: Target) -> PreTrainedTokenizerBase:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: frozenset[int] = frozenset()) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, skip)
+    detokenizer = Detokenizer(Vocabulary(tokenizer), skip)
     return [*(detokenizer.decode(i) for i in ids), detokenizer.flush()]
 
 
@@ -154,3 +155,18 @@ def test_nothing_comes_after_the_stop() -> None:
 
 def test_without_stop_strings_text_passes_at_once() -> None:
     assert through((), ["a", "", "b"]) == ("ab", False, ["a", "", "b"])
+
+
+def test_where_a_token_says_something_else_at_the_start_of_a_text_it_is_read_in_its_context() -> None:
+    """SentencePiece's way: a word's leading space belongs to it, but not at the start. Alone, every word is at one."""
+    words = ("the quick brown fox jumps over the lazy dog", "a b  c   d", "over a fox")
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    made.train_from_iterator(words[:1] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert not Vocabulary(tokenizer).context_free
+    for text in (*words, " ".join(words * 3)):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+        assert len(set(pieces(tokenizer, ids))) > 2, "piece by piece, not all at the end"
