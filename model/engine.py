@@ -8,7 +8,8 @@ plus one token -> finished, the slot is free again.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -145,25 +146,29 @@ class Engine:
 
     # --- the step
 
-    @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """One pass of the target, over a chunk of a prompt or over all that decode; at most one output per request."""
-        with library.alone() if self.target.native else nullcontext():
-            return self._step()
-
-    def _step(self) -> list[RequestOutput]:
         begun = self.counters.now()
         match work := self.scheduler.schedule(self.cache.num_free):
             case Chunk():
-                outputs = self._prefill(work)
-            case Decoding():
-                if not self.target.native:
-                    self._compact()
+                with self._torch():
+                    outputs = self._prefill(work)
+            case Decoding() if self.target.native:  # torch has no part in it, but for what is sampled
                 outputs = self._verify(work, self._draft(work))
+            case Decoding():
+                with self._torch():
+                    self._compact()
+                    outputs = self._verify(work, self._draft(work))
             case None:
                 return []
         self.scheduler.took(work, self.counters.now() - begun)
         return outputs
+
+    @contextmanager
+    def _torch(self) -> Iterator[None]:
+        """Around whatever torch computes."""
+        with torch.inference_mode(), library.alone() if self.target.native else nullcontext():
+            yield
 
     def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
         """Compute one chunk of a prompt; after the last one the first token is known."""
@@ -264,8 +269,11 @@ class Engine:
             starts = np.array(self.cache.lengths[:slots], np.int32)
             rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
             likeliest, logits, taps = self.target.verify(trees.tokens, (roots + trees.depths)[None], rows)
-            params = [s.request.params if s else sampling.GREEDY for s in by_slot]
-            chosen = sampling.choose(logits, likeliest, params, answered)
+            chosen = likeliest
+            if any(s.request.params.temperature for s in decoding.sequences):
+                params = [s.request.params if s else sampling.GREEDY for s in by_slot]
+                with self._torch():
+                    chosen = sampling.choose(logits, likeliest, params, answered)
             verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
             paths = [verdict.path for verdict in verdicts]
             self.cache.keep(range(slots), paths)

@@ -108,6 +108,10 @@ def _propose_cost(step: DraftStep, _: Any, __: Any, ___: Any, rows: Rows) -> Cos
     return _stack_cost(step.stack, rows) + _matrix_cost(step.out, real) + _matrix_cost(step.head, real)
 
 
+def _fused_cost(step: DraftStep, taps: torch.Tensor) -> Cost:
+    return _matrix_cost(step.fuse, float(len(taps)))
+
+
 def _observe_cost(step: DraftStep, _: Any, __: Any, ___: Any, rows: Rows) -> Cost:
     return _stack_cost(step.stack, rows, only_held=True) + _matrix_cost(step.fuse, float(rows.counts.sum()))
 
@@ -182,6 +186,7 @@ def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         forward(Matrix, "__call__", lambda matrix, x: _matrix_cost(matrix, x.numel() / matrix.inputs)),
         forward(Verifier, "__call__", _verify_cost),
         forward(DraftStep, "propose", _propose_cost),
+        forward(DraftStep, "fused", _fused_cost),
         forward(DraftStep, "observe", _observe_cost),
         (target, "encode", watch.owned("vision", target.encode)),
         (sampling, "choose", watch.timed("sampling", sampling.choose)),
@@ -190,7 +195,7 @@ def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (engine.cache, "keep", watch.timed("kv moves", engine.cache.keep)),
         (engine, "_compact", watch.timed("kv moves", engine._compact)),
         (engine, "_emit", watch.timed("text", engine._emit)),
-        (engine, "_step", watch.timed("between", engine._step)),
+        (engine, "step", watch.timed("between", engine.step)),
     ]
     if drafter is not None:
         places += [

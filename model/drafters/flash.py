@@ -108,7 +108,7 @@ class FlashDrafter:
 
     def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
         """Take in prompt positions start.. of one sequence. taps: (positions, taps * hidden); spans: the media's."""
-        fused = self.network.fuse(taps)
+        fused = self.network.fuse(taps) if self._step is None else self._step.fused(taps)
         end = start + len(fused)
         rows: list[Tensor] = []
         at = start
@@ -169,7 +169,7 @@ class FlashDrafter:
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """A tree for each of slots 0.., of at most budgets[b] nodes. newest: (slots,) the last token of each."""
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
-        counts = np.where(budgets > 0, self.block, 0).astype(np.int32)
+        counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
         if self._step is not None:
             trees, self.drafted = self._step.propose(newest, budgets, _places(rows), rows)
@@ -192,7 +192,7 @@ class FlashDrafter:
 
 def _places(rows: Rows) -> np.ndarray:
     """Position ids of rows that follow one another: (1, batch, rows) int32."""
-    return (rows.starts[:, None] + np.arange(rows.num, dtype=np.int32))[None]
+    return rows.starts[None, :, None] + np.arange(rows.num, dtype=np.int32)
 
 
 def _native(network: DraftNetwork, positions: int) -> Stack | None:

@@ -71,10 +71,13 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
         for (int i = 0; first + i < draft.vocab; i++) drafted[i] = number(logits[first + i]);
       for (int n = 0; n < num; n++) {
         const vf score = drafted + load(bias + n * stride + p * LANES);
-        const vf now = larger(most[n], score);
-        total[n] = total[n] * exponential(most[n] - now) + exponential(score - now);
-        most[n] = now;
-        if (largest(score) > best[n].least())
+        if (any_larger(score, most[n])) {
+          const vf now = larger(most[n], score);
+          total[n] *= exponential(most[n] - now);
+          most[n] = now;
+        }
+        total[n] += exponential(score - most[n]);
+        if (any_larger(score, all(best[n].least())))
           for (int i = 0; i < LANES; i++) best[n].offer({score[i], first + i, n});
       }
     }

@@ -111,27 +111,45 @@ void propose(const DraftNetwork& draft, const Rows& rows, void* logits, const Tr
   });
 }
 
+// Tapped hidden states to context: from(row) is (num_taps, target's hidden), to(row) is (hidden).
+template <class T, class From, class To>
+void fuse_stages(Member& team, const DraftNetwork& draft, int rows, T* scaled, T* fused, const From& from, const To& to) {
+  const long wide_taps = draft.fuse.inputs, wide_tap = wide_taps / draft.num_taps, wide = draft.fuse.outputs;
+  const float eps = draft.stack->eps;
+  row_stage(team, rows, [&](int row) {
+    for (long tap = 0; tap < wide_taps; tap += wide_tap)
+      normalise(from(row) + tap, (const T*)draft.tap_norms + tap, nullptr, RMS, eps, wide_tap, scaled + row * wide_taps + tap);
+  });
+  linear_stage(team, scaled, rows, draft.fuse, [&](int row) { return fused + row * wide; });
+  row_stage(team, rows, [&](int row) { normalise(fused + row * wide, draft.fuse_norm, nullptr, RMS, eps, wide, to(row)); });
+}
+
+// taps (rows, num_taps, target's hidden) -> context (rows, hidden).
+template <class T>
+void fuse(const DraftNetwork& draft, const void* taps, int rows, void* context) {
+  const long wide_taps = draft.fuse.inputs, wide = draft.fuse.outputs, most = round_up(rows, MANY_ROWS);
+  scratch.reserve(Arena::bytes<T>(most * wide_taps) + Arena::bytes<T>(most * wide));
+  T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide);
+  team.run([&](Member member) {
+    fuse_stages(member, draft, rows, scaled, fused, [&](int row) { return (const T*)taps + row * wide_taps; },
+                [&](int row) { return (T*)context + row * wide; });
+  });
+}
+
 // Of taps (batch, num, num_taps, target's hidden) the rows that `paths` (batch, rows.rows) names, fused, become context.
 template <class T>
 void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int num, const int32_t* paths) {
-  const Stack& stack = *draft.stack;
-  const long wide = stack.hidden, wide_taps = draft.fuse.inputs, wide_tap = wide_taps / draft.num_taps;
+  const long wide = draft.stack->hidden, wide_taps = draft.fuse.inputs;
   const long count = (long)rows.batch * rows.rows, most = round_up(count, MANY_ROWS);
   scratch.reserve(Arena::bytes<T>(most * wide_taps) + 2 * Arena::bytes<T>(most * wide));
   T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide), *context = scratch.take<T>(most * wide);
-  Pass<T> pass(stack, rows, arena);
+  Pass<T> pass(*draft.stack, rows, arena);
+  const auto from = [&](int row) {
+    const int place = pass.where[row], b = place / rows.rows;
+    return (const T*)taps + (b * (long)num + paths[place]) * wide_taps;
+  };
   team.run([&](Member member) {
-    row_stage(member, pass.num, [&](int row) {
-      const int place = pass.where[row], b = place / rows.rows;
-      const T* from = (const T*)taps + (b * (long)num + paths[place]) * wide_taps;
-      for (int tap = 0; tap < draft.num_taps; tap++)
-        normalise(from + tap * wide_tap, (const T*)draft.tap_norms + tap * wide_tap, nullptr, RMS, stack.eps, wide_tap,
-                  scaled + row * wide_taps + tap * wide_tap);
-    });
-    linear_stage(member, scaled, pass.num, draft.fuse, [&](int row) { return fused + row * wide; });
-    row_stage(member, pass.num, [&](int row) {
-      normalise(fused + row * wide, draft.fuse_norm, nullptr, RMS, stack.eps, wide, context + pass.where[row] * wide);
-    });
+    fuse_stages(member, draft, pass.num, scaled, fused, from, [&](int row) { return context + pass.where[row] * wide; });
     pass.hold(member, context);
   });
 }

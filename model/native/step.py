@@ -149,6 +149,19 @@ class DraftStep:
         )
         return trees, logits
 
+    def fused(self, taps: Tensor) -> Tensor:
+        """(rows, taps * hidden) -> context (rows, hidden)."""
+        taps = taps.contiguous()
+        context = taps.new_empty(len(taps), self.fuse.outputs)
+        functions().flash_fuse(
+            self._bfloat16,
+            ctypes.byref(self._struct),
+            ctypes.c_void_p(taps.data_ptr()),
+            len(taps),
+            ctypes.c_void_p(context.data_ptr()),
+        )
+        return context
+
     def observe(self, taps: Tensor, paths: np.ndarray, positions: np.ndarray, rows: Rows) -> None:
         """taps (batch, num, taps * hidden); paths (batch, rows) int32: which of them become context, in order."""
         functions().flash_observe(

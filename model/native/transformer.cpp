@@ -137,6 +137,10 @@ void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, v
 
 double flash_tree_seconds() { return tree_seconds; }
 
+void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* taps, int rows, void* context) {
+  BY_TYPE(fuse, *draft, taps, rows, context);
+}
+
 void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths) {
   BY_TYPE(observe, *draft, *rows, taps, num, paths);
 }

@@ -74,6 +74,17 @@ static inline vf rounded(vf x, const bf16*) {
 
 static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
+static inline bool any_larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+  const vi larger = a > b;
+  int any = 0;
+  for (int i = 0; i < LANES; i++) any |= larger[i];
+  return any;
+#endif
+}
+
 // All lanes to one, half by half.
 template <class Join>
 static inline float folded(vf x, Join join) {
