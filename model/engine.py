@@ -219,7 +219,7 @@ class Engine:
         embeds, target = sequence.embeds, self.target
         assert embeds is not None
         for medium, (first, last) in zip(sequence.prompt.media, sequence.prompt.spans, strict=True):
-            if sequence.seen >= last or first >= end:
+            if first >= end or sequence.seen >= min(last, end):
                 continue
             if sequence.seen <= first:
                 self.counters.encoder_cache_queries += 1

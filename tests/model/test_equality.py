@@ -7,6 +7,7 @@ in a crowd, joining and leaving, chunked and whole. The tests use an untrained d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from model.engine import Engine
 from model.native import library
 from model.request import Medium, Request
+from model.scheduler import Chunk, Decoding
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 
@@ -195,6 +197,20 @@ def test_compaction_moves_sequences_and_no_token_changes(
     assert tiny.answers(crowd, mixed()) == expected
     assert len(moves) > 3
     assert all(low < high for high, low in moves)
+
+
+def test_prompts_may_be_read_in_bites_smaller_than_a_picture(
+    crowd: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bite that needs no picture beyond those already encoded has none to encode."""
+    schedule = crowd.scheduler.schedule
+
+    def in_bites(free_slots: int) -> Chunk | Decoding | None:
+        work = schedule(free_slots)
+        return replace(work, end=min(work.end, work.start + 5)) if isinstance(work, Chunk) else work
+
+    monkeypatch.setattr(crowd.scheduler, "schedule", in_bites)
+    assert tiny.answers(crowd, mixed()) == expected
 
 
 def test_a_long_answer_to_the_very_last_position(tiny_checkpoint: Path, plain_engine: Engine) -> None:
