@@ -88,7 +88,15 @@ class Engine:
             max_num_seqs=num_slots,
             tokens_per_image=target.tokens_per_image,
             geometry=target.geometry,
+            memory=self._memory(),
         )
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
+        memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.data.nbytes}
+        if self.drafter is not None:
+            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache.data.nbytes}
+        return memory | {"encoder_cache": self.config.encoder_cache_bytes}
 
     def _num_slots(self, margin: int) -> int:
         """As many slots as were asked for and as the KV budget holds."""

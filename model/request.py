@@ -144,6 +144,7 @@ class EngineInfo:
     max_num_seqs: int
     tokens_per_image: int
     geometry: Geometry
+    memory: dict[str, int] = field(default_factory=dict)  # bytes that it takes at most, by what for
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
+# What the engine is told as it stands; None leaves the choice to it.
+ENGINE_OPTIONS = (
+    *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
+    *("prefill_chunk", "prefill_stretch", "max_nodes", "max_rows", "encoder_cache_bytes"),
+)
 DRAFTERS_TO_COME = ("eagle", "medusa", "ngram")
 
 
@@ -42,6 +47,16 @@ class Settings(BaseSettings):
     kv_cache_bytes: int | None = option(
         "Model", None, "KV memory per worker, bytes; by default the engine's choice.", ge=1
     )
+
+    prefill_chunk: int | None = option(
+        "Model", None, "Prompt tokens of one pass; then those that decode have their turn.", ge=16
+    )
+    prefill_stretch: float | None = option(
+        "Model", None, "How many times slower running streams may become while a long prompt is read.", ge=1.5
+    )
+    max_nodes: int | None = option("Model", None, "Draft tokens verified per sequence and step.", ge=0)
+    max_rows: int | None = option("Model", None, "Tokens and draft tokens verified in one step, all sequences.", ge=1)
+    encoder_cache_bytes: int | None = option("Model", None, "Memory for features of media seen before, bytes.", ge=0)
 
     # Where it listens and who may ask
     host: str = option("HTTP", "127.0.0.1", "Address to listen on.")
@@ -125,13 +140,10 @@ class Settings(BaseSettings):
         return self.served_model_name or Path(self.model).name
 
     def engine_options(self) -> list[dict[str, Any]]:
-        """One set of engine options per worker; `None` leaves a choice to the engine and is left out."""
+        """One set of engine options per worker."""
         kind, _, indices = self.device.partition(":")
         devices = [f"{kind}:{index}" for index in indices.split(",")] if indices else [self.device] * self.workers
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
-        shared = {
-            name: getattr(self, name)
-            for name in ("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes")
-        }
+        shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         options = [{**shared, "device": device, "threads": threads} for device in devices]
         return [{name: value for name, value in each.items() if value is not None} for each in options]

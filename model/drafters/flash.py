@@ -94,6 +94,13 @@ class FlashDrafter:
             candidates=self._candidates,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights, as they are held."""
+        held = sum(parameter.nbytes for parameter in self.network.parameters())
+        packed = [module.matrix.packed.nbytes for module in self.network.modules() if isinstance(module, Packed)]
+        return held + sum(packed) + (self._layers.num_bytes if self._layers is not None else 0)
+
     def start(self, slot: int) -> None:
         self.cache.take(slot)
         self._visual[slot] = []

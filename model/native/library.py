@@ -315,6 +315,15 @@ class Stack:
         )
         self._kept.append(described)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all that it keeps: packed weights, norms, tables."""
+        return sum(
+            one.packed.nbytes if isinstance(one, Matrix) else one.nbytes
+            for one in self._kept
+            if isinstance(one, Matrix | Tensor | np.ndarray)
+        )
+
     def _keep(self, tensor: Tensor | np.ndarray | None) -> int | None:
         if isinstance(tensor, Tensor):
             tensor = tensor.detach().to(self.dtype).contiguous()

@@ -48,6 +48,11 @@ class Target(Protocol):
     native: bool  # all that takes long runs in the native library, nothing in torch
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights, as they are held."""
+        ...
+
     def prompt(self, messages: tuple[Message, ...]) -> Prompt:
         """Template and tokenise; user text never becomes special tokens. Raises RequestError."""
         ...

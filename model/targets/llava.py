@@ -75,6 +75,13 @@ class LlavaTarget:
         patches = (vision.image_size // vision.patch_size) ** 2
         self.tokens_per_image = patches + (self.model.config.vision_feature_select_strategy == "full")
 
+    @property
+    def num_bytes(self) -> int:
+        """Weights that transformers' modules still hold, and those packed for the native library."""
+        held = sum(parameter.nbytes for parameter in self.model.parameters())
+        packed = sum(part.num_bytes for part in (self.decoder, self.tower) if part is not None)
+        return held + packed + (self.head.packed.nbytes if self.head is not None else 0)
+
     def _tap(self, layer: int) -> Any:
         def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             self._taps[layer] = output[0] if isinstance(output, tuple) else output

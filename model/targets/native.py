@@ -96,6 +96,10 @@ class Tower:
         self.second = Matrix(projector.linear_2.weight, projector.linear_2.bias)
         tower.encoder.layers = nn.ModuleList()
 
+    @property
+    def num_bytes(self) -> int:
+        return self.stack.num_bytes + sum(m.packed.nbytes for m in (self.patches, self.first, self.second))
+
     def cut(self, pixels: Tensor) -> Tensor:
         """(images, channels, height, width) to patches, by channel, y and x: (images, patches, numbers)."""
         cut = pixels.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # images, c, down, y, across, x

@@ -11,6 +11,7 @@ import torch
 
 from model.config import ConfigError, EngineConfig
 from model.engine import Engine
+from model.kv_cache import KVCache
 from model.targets.base import evenly_spaced
 from tests.model import tiny
 
@@ -87,3 +88,23 @@ def test_a_model_of_very_few_layers_can_be_served(layers: int, tmp_path: Path) -
     """Tiny models are what everyone's tests use: their tapped layers must exist, too."""
     engine = Engine(tiny.config(tiny.save_checkpoint(tmp_path / "few", layers=layers), max_num_seqs=1))
     assert len(tiny.answers(engine, [tiny.ask("r", "Hi", max_tokens=3)])["r"]) == 3
+
+
+def test_memory_is_known_before_the_first_request(tiny_checkpoint: Path, tiny_draft: Path) -> None:
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=3, encoder_cache_bytes=1000))
+    memory, target = engine.info.memory, engine.target
+    each = KVCache.bytes_per_slot(
+        num_layers=target.num_layers,
+        num_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        capacity=engine.max_model_len,
+        margin=engine.config.max_nodes + 1,
+        dtype=target.dtype,
+    )
+    assert memory["kv_cache"] == 3 * each
+    assert memory["encoder_cache"] == 1000
+    stored = sum(file.stat().st_size for file in tiny_checkpoint.glob("*.safetensors"))
+    assert 0.9 * stored < memory["weights"] < 2 * stored, "packed once, not kept twice"
+    assert 0 < memory["draft_weights"] < 5 * (tiny_draft / "model.safetensors").stat().st_size, "rotary tables included"
+    plain = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1)).info.memory
+    assert plain.keys() == {"weights", "kv_cache", "encoder_cache"}

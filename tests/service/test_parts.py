@@ -157,6 +157,8 @@ def test_devices_and_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert [(one["device"], one["threads"]) for one in on_cpu] == [("cpu", 4), ("cpu", 4)]
     assert [one["device"] for one in Settings(device="cuda:0,2").engine_options()] == ["cuda:0", "cuda:2"]
     assert Settings(threads=3).engine_options()[0]["threads"] == 3
+    limits = {"prefill_chunk": 64, "prefill_stretch": 2.0, "max_nodes": 7, "max_rows": 32, "encoder_cache_bytes": 0}
+    assert Settings(**limits).engine_options()[0].items() >= limits.items()  # type: ignore[arg-type]
     assert "draft" not in Settings().engine_options()[0], "what is not set is the engine's to choose"
 
 
