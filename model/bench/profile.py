@@ -103,7 +103,7 @@ def _verify_cost(verifier: Verifier, _: Any, __: Any, rows: Rows) -> Cost:
     return _stack_cost(verifier.stack, rows) + _matrix_cost(verifier.head, float(rows.counts.sum()))
 
 
-def _propose_cost(step: DraftStep, _: Any, __: Any, ___: Any, rows: Rows) -> Cost:
+def _propose_cost(step: DraftStep, _: Any, __: Any, rows: Rows) -> Cost:
     real = float(rows.counts.sum())
     return _stack_cost(step.stack, rows) + _matrix_cost(step.out, real) + _matrix_cost(step.head, real)
 
@@ -112,7 +112,7 @@ def _fused_cost(step: DraftStep, taps: torch.Tensor) -> Cost:
     return _matrix_cost(step.fuse, float(len(taps)))
 
 
-def _observe_cost(step: DraftStep, _: Any, __: Any, ___: Any, rows: Rows) -> Cost:
+def _observe_cost(step: DraftStep, _: Any, __: Any, rows: Rows) -> Cost:
     return _stack_cost(step.stack, rows, only_held=True) + _matrix_cost(step.fuse, float(rows.counts.sum()))
 
 

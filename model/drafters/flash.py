@@ -148,7 +148,7 @@ class FlashDrafter:
         counts = [len(path) for path in paths]
         if self._step is not None:
             rows = self._context_rows(0, index.shape[1], counts)
-            self._step.observe(taps, index, _places(rows), rows)
+            self._step.observe(taps, index, rows)
             self._advance(0, counts)
         else:
             places = torch.from_numpy(index).to(taps.device, torch.int64)
@@ -159,7 +159,7 @@ class FlashDrafter:
         """Write context (batch, rows, hidden) behind what slots first_slot.. hold; counts[b] rows of it are real."""
         rows = self._context_rows(first_slot, context.shape[1], counts)
         if self._layers is not None:
-            self._layers.hold(context, _places(rows), rows)
+            self._layers.hold(context, None, rows)
         else:
             for layer, (keys, values) in enumerate(self.network.context_keys_values(context, rows.positions)):
                 self.cache.write(layer, rows.locations, keys, values)
@@ -179,11 +179,11 @@ class FlashDrafter:
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
         if self._step is not None:
-            trees, self.drafted = self._step.propose(newest, budgets, _places(rows), rows)
+            trees, self.drafted = self._step.propose(newest, budgets, rows)
             return trees
         last = torch.from_numpy(newest).to(self.target.device)
         if self._layers is not None:
-            mixed, _ = self._layers.forward(self._block_input(last), _places(rows), rows)
+            mixed, _ = self._layers.forward(self._block_input(last), None, rows)
             hidden = self.network.out(mixed)
         else:
             hidden = self.network.block_hidden(
@@ -195,11 +195,6 @@ class FlashDrafter:
         if self._candidates is not None:
             return self._candidates.grow(logits, newest, budgets)
         return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
-
-
-def _places(rows: Rows) -> np.ndarray:
-    """Position ids of rows that follow one another: (1, batch, rows) int32."""
-    return rows.starts[None, :, None] + np.arange(rows.num, dtype=np.int32)
 
 
 def _native(network: DraftNetwork, positions: int) -> Stack | None:

@@ -370,9 +370,11 @@ class Stack:
         filled = [torch.cat((p, p.new_zeros(width - p.shape[0], *p.shape[1:]))) for p in parts]
         return torch.stack([p.unflatten(0, (-1, LANES)) for p in filled], 1).flatten(0, 2)
 
-    def described(self, rows: Rows, positions: np.ndarray) -> _Rows:
-        """Rows as the library reads them; positions: (axes, batch, rows) int32."""
-        parts = [rows.starts, rows.counts, positions.ravel()]
+    def described(self, rows: Rows, positions: np.ndarray | None) -> _Rows:
+        """Rows as the library reads them; positions: (axes, batch, rows) int32, or None for those in their slots."""
+        parts = [rows.starts, rows.counts]
+        if positions is not None:
+            parts.append(positions.ravel())
         if rows.parents is not None:
             parts.append(rows.parents.ravel())
         together = np.concatenate(parts)  # one address instead of four: each takes longer than this
@@ -387,15 +389,15 @@ class Stack:
             rows.sight,
             at,
             at + size * batch,
-            None if rows.parents is None else at + size * (2 * batch + positions.size),
-            at + size * 2 * batch,
+            None if rows.parents is None else at + size * (len(together) - rows.parents.size),
+            None if positions is None else at + size * 2 * batch,
             cache.address,
             *cache.strides,
         )
         described.kept = together
         return described
 
-    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, positions: np.ndarray | None, rows: Rows) -> tuple[Tensor, Tensor]:
         """embeds (batch, rows, hidden), positions (axes, batch, rows) int32: final hidden states (batch, rows, hidden),
         and tapped layers' outputs side by side (batch, rows, num_taps * hidden). Rows that are not real stay unset."""
         assert embeds.dtype is self.dtype is rows.cache.data.dtype
@@ -412,7 +414,7 @@ class Stack:
         )
         return hidden, taps
 
-    def hold(self, context: Tensor, positions: np.ndarray, rows: Rows) -> None:
+    def hold(self, context: Tensor, positions: np.ndarray | None, rows: Rows) -> None:
         """Only write every layer's keys and values of context (batch, rows, hidden)."""
         assert context.dtype is self.dtype is rows.cache.data.dtype
         context = context.contiguous()

@@ -42,7 +42,7 @@ struct Rows {
   const int32_t* starts;   // (batch,) position in its slot of a sequence's first row
   const int32_t* counts;   // (batch,)
   const int32_t* parents;  // (batch, rows), TREE only: -1 for a root; a parent comes before its children
-  const int32_t* positions;  // (axes, batch, rows) for the rotary embedding
+  const int32_t* positions;  // (axes, batch, rows) for the rotary embedding; null: where a row lies in its slot
   void* cache;               // [layer][keys, values][slot][head][position][head_dim]
   int64_t layer_stride, values_stride, slot_stride, head_stride;  // in numbers
 };
@@ -232,7 +232,8 @@ struct Pass {
       memcpy(x + row * wide, (const T*)embeds + where[row] * (long)stack.hidden, stack.hidden * sizeof(T));
       if (!stack.cos) return;
       for (long d = 0; d < head_dim; d++) {
-        const long from = rows.positions[stack.axes[d] * all_rows + where[row]] * head_dim + d;
+        const long place = rows.positions ? rows.positions[stack.axes[d] * all_rows + where[row]] : at[row];
+        const long from = place * head_dim + d;
         cos[row * head_dim + d] = number(((const T*)stack.cos)[from]);
         sin[row * head_dim + d] = number(((const T*)stack.sin)[from]);
       }

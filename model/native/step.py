@@ -133,9 +133,7 @@ class DraftStep:
         )
         self._bfloat16 = ctypes.c_bool(stack.dtype is torch.bfloat16)
 
-    def propose(
-        self, newest: np.ndarray, budgets: np.ndarray, positions: np.ndarray, rows: Rows
-    ) -> tuple[Trees, Tensor]:
+    def propose(self, newest: np.ndarray, budgets: np.ndarray, rows: Rows) -> tuple[Trees, Tensor]:
         """newest, budgets (batch,) int64; rows: a block for each that drafts. See `model.tree.best_first`; its logits
         (batch, block, vocab) too, unset for those that do not draft, and good until the next call."""
         logits = self._logits.of(rows.batch, rows.num)
@@ -143,7 +141,7 @@ class DraftStep:
         functions().flash_propose(
             self._bfloat16,
             ctypes.byref(self._struct),
-            ctypes.byref(self.stack.described(rows, positions)),
+            ctypes.byref(self.stack.described(rows, None)),
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.byref(TreeArrays.of(trees, budgets)),
         )
@@ -162,12 +160,12 @@ class DraftStep:
         )
         return context
 
-    def observe(self, taps: Tensor, paths: np.ndarray, positions: np.ndarray, rows: Rows) -> None:
+    def observe(self, taps: Tensor, paths: np.ndarray, rows: Rows) -> None:
         """taps (batch, num, taps * hidden); paths (batch, rows) int32: which of them become context, in order."""
         functions().flash_observe(
             self._bfloat16,
             ctypes.byref(self._struct),
-            ctypes.byref(self.stack.described(rows, positions)),
+            ctypes.byref(self.stack.described(rows, None)),
             ctypes.c_void_p(taps.data_ptr()),
             taps.shape[1],
             ctypes.c_void_p(pointer(paths)),
