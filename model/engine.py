@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
-from model import sampling, tree, verify
-from model.attention import Rows, Sight, prompt_rows
+from model import graphs, sampling, tree, verify
+from model.attention import Plan, Rows, Sight, prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings
 from model.draft import checkpoint
@@ -29,6 +30,7 @@ from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
 from model.targets.base import load as load_target
+from model.transfer import upload
 from model.tree import Trees
 
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -58,6 +60,10 @@ class Engine:
             dtype=target.dtype,
             device=target.device,
         )
+        recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
+        self._passes = None
+        if recorder is not None and margin <= graphs.MAX_ROWS:
+            self._passes = graphs.Replays(self._run, self.cache, recorder, max_rows=margin)
         self.drafter: FlashDrafter | None = None
         if config.drafter == "flash":
             assert config.draft is not None
@@ -69,6 +75,7 @@ class Engine:
                 capacity=self.max_model_len,
                 margin=margin,
                 width=config.tree_width,
+                recorder=recorder,
             )
         self.scheduler = Scheduler(config)
         self.counters = Counters()
@@ -253,8 +260,7 @@ class Engine:
             rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
             offsets = np.array([s.next_position + len(s.tokens) - 1 if s else 0 for s in by_slot], np.int32)
             positions = (offsets[:, None] + trees.depths)[None]
-            embeds = target.embed(torch.from_numpy(trees.tokens).to(target.device))
-            hidden, taps = target.forward(embeds, positions, rows)
+            hidden, taps = self._forward(trees.tokens, positions, rows)
             answered = [
                 [len(s.tokens) + int(d) for d in trees.depths[b, : trees.sizes[b]]] if s else []
                 for b, s in enumerate(by_slot)
@@ -272,6 +278,17 @@ class Engine:
                 each.computed += len(verdict.path)
                 outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(trees.sizes[b]) - 1))
         return outputs
+
+    def _forward(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The target over tokens (batch, rows) int64, which it may have done before in this shape."""
+        if self._passes is None:
+            return self.target.forward(self.target.embed(upload(tokens, self.target.device)), positions, rows)
+        hidden, taps = self._passes(rows, np.concatenate((tokens[None], positions)))
+        return hidden[:, : rows.num], taps[:, : rows.num]
+
+    def _run(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        """numbers: (1 + axes, batch, rows), tokens and position ids."""
+        return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)
 
     # --- what comes of it
 

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from model.transfer import upload
 
 ALIGNED = 64  # positions of a slot are a multiple of this, and as many numbers follow the last: kernels read in blocks
 
@@ -124,9 +127,8 @@ class KVCache:
         if sources:
             # Rows move down only, and all sources are read before any target is written.
             flat = self.data.view(self.data.shape[0] * 2, -1, self.data.shape[-1])
-            device = self.data.device
-            moved = flat.index_select(1, torch.tensor(sources, device=device))
-            flat.index_copy_(1, torch.tensor(targets, device=device), moved)
+            both = upload(np.array((sources, targets)), self.data.device)
+            flat.index_copy_(1, both[1], flat.index_select(1, both[0]))
 
     def check_integrity(self) -> None:
         assert sorted(set(self._free)) == self._free, "free slots repeat"

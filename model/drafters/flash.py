@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from model import attention, tree
-from model.attention import Rows, Sight
+from model.attention import Plan, Rows, Sight
 from model.draft.network import DraftNetwork, rotary_table
+from model.graphs import MAX_ROWS, Recorder, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, pack
 from model.native import library
 from model.native.library import Candidates, LayerWeights, Norm, Rotary, Shape, Stack
 from model.targets.base import Target
+from model.transfer import upload
 from model.tree import Trees
 
 MAX_TABLE = 1 << 24  # numbers in a table made at load
@@ -29,8 +31,17 @@ MAX_TABLE = 1 << 24  # numbers in a table made at load
 
 class FlashDrafter:
     def __init__(
-        self, target: Target, network: DraftNetwork, *, num_slots: int, capacity: int, margin: int, width: int
+        self,
+        target: Target,
+        network: DraftNetwork,
+        *,
+        num_slots: int,
+        capacity: int,
+        margin: int,
+        width: int,
+        recorder: Recorder | None = None,
     ) -> None:
+        """With a `recorder`, what torch computes at every step is recorded and replayed: see graphs.py."""
         config = network.config
         self.target, self.network, self.width = target, network, width
         self.block = config.block
@@ -49,6 +60,10 @@ class FlashDrafter:
         pack(network)
         self._candidates = self._native_candidates()
         self._entries = self._block_entries() if self._layers is not None else None
+        self._proposals = self._observations = None
+        if recorder is not None and self._layers is None and self._candidates is None and margin <= MAX_ROWS:
+            self._proposals = Replays(self._propose, self.cache, recorder, max_rows=self.block)
+            self._observations = Replays(self._observe, self.cache, recorder, max_rows=margin)
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:
@@ -122,46 +137,77 @@ class FlashDrafter:
         index = np.zeros((len(paths), longest), np.int64)
         for b, path in enumerate(paths):
             index[b, : len(path)] = path
-        rows = torch.from_numpy(index).to(taps.device)
-        kept = taps.gather(1, rows[:, :, None].expand(-1, -1, taps.shape[-1]))
-        self._append(0, self.network.fuse(kept), [len(path) for path in paths])
+        kept = taps.gather(1, upload(index, taps.device)[:, :, None].expand(-1, -1, taps.shape[-1]))
+        counts = [len(path) for path in paths]
+        if self._observations is None:
+            self._append(0, self.network.fuse(kept), counts)
+            return
+        self._observations(self._behind(0, longest, counts), np.zeros((0, *index.shape), np.int64), kept)
+        self._advance(0, counts)
+
+    def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        assert kept is not None
+        self._hold(plan, self.network.fuse(kept))
+        return ()
+
+    def _hold(self, plan: Plan, context: Tensor) -> None:
+        """Write keys and values of context (batch, rows, hidden)."""
+        for layer, (keys, values) in enumerate(self.network.context_keys_values(context, plan.positions)):
+            self.cache.write(layer, plan.locations, keys, values)
+
+    def _behind(self, first_slot: int, num: int, counts: list[int]) -> Rows:
+        """`num` rows, of which counts[b] are real, behind what slots first_slot.. hold."""
+        starts = np.array(self.cache.lengths[first_slot : first_slot + len(counts)], np.int32)
+        return Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+
+    def _advance(self, first_slot: int, counts: list[int]) -> None:
+        for b, count in enumerate(counts):
+            self.cache.lengths[first_slot + b] += count
 
     def _append(self, first_slot: int, context: Tensor, counts: list[int]) -> None:
         """Write context (batch, rows, hidden) behind what slots first_slot.. hold; counts[b] rows of it are real."""
-        batch, num = context.shape[:2]
-        starts = np.array(self.cache.lengths[first_slot : first_slot + batch], np.int32)
-        rows = Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+        rows = self._behind(first_slot, context.shape[1], counts)
         if self._layers is not None:
             self._layers.hold(context, _places(rows), rows)
         else:
-            for layer, (keys, values) in enumerate(self.network.context_keys_values(context, rows.positions)):
-                self.cache.write(layer, rows.locations, keys, values)
-        for b, count in enumerate(counts):
-            self.cache.lengths[first_slot + b] += count
+            self._hold(rows.plan, context)
+        self._advance(first_slot, counts)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """A tree for each of slots 0.., of at most budgets[b] nodes. newest: (slots,) the last token of each."""
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = np.where(budgets > 0, self.block, 0).astype(np.int32)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
-        last = torch.from_numpy(newest).to(self.target.device)
+        if self._proposals is not None:
+            (found,) = self._proposals(rows, np.repeat(newest[None, :, None], self.block, 2))
+            return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
+        last = upload(newest, self.target.device)
         if self._layers is not None:
             mixed, _ = self._layers.forward(self._block_input(last), _places(rows), rows)
             hidden = self.network.out(mixed)
         else:
-            hidden = self.network.block_hidden(
-                self.target.embed(last)[:, None],
-                rows.positions[:, :1],
-                lambda layer, q, k, v: attention.attend(rows, layer, q, k, v),
-            )[:, 0]
-        logits = self.target.logits(hidden)
-        return self._tree(logits, newest, budgets)
+            hidden = self._block_hidden(rows.plan, last)
+        return self._tree(self.target.logits(hidden), newest, budgets)
 
     def _tree(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         if self._candidates is not None:
             return self._candidates.grow(logits, newest, budgets)
-        last = torch.from_numpy(newest).to(logits.device)
-        return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
+        return tree.best_first(newest, logits, self.network.sequential, width=self.width, budgets=budgets)
+
+    def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+        """See tree.candidates. numbers: (1, batch, block), the newest token of each slot, repeated."""
+        newest = numbers[0, :, 0]
+        logits = self.target.logits(self._block_hidden(plan, newest))
+        return (tree.candidates(newest, logits, self.network.sequential, width=self.width),)
+
+    def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
+        """(batch,) tokens -> (batch, block, target_hidden), to be read by the target's lm_head."""
+        hidden: Tensor = self.network.block_hidden(
+            self.target.embed(last)[:, None],
+            plan.positions[:, :1],
+            lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
+        )[:, 0]
+        return hidden
 
 
 def _places(rows: Rows) -> np.ndarray:

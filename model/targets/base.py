@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from model.attention import Rows
+from model.attention import Plan, Rows
 from model.config import ConfigError, EngineConfig
 from model.request import Geometry, Medium, Message
 
@@ -44,6 +44,7 @@ class Target(Protocol):
     tokens_per_image: int
     geometry: Geometry
     native: bool  # all that takes long runs in the native library, nothing in torch
+    recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
 
     def prompt(self, messages: tuple[Message, ...]) -> Prompt:
@@ -72,6 +73,10 @@ class Target(Protocol):
         Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
         (batch, rows, num_taps * hidden). What they hold in rows that are not real (see Rows) does not matter.
         """
+        ...
+
+    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """`forward` by torch alone, all that it reads being on the device; positions (axes, batch, rows) integers."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

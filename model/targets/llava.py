@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from model import attention
-from model.attention import Rows
+from model.attention import Plan, Rows
 from model.config import EngineConfig
 from model.native import library
 from model.native.library import Matrix
 from model.request import Geometry, Medium, Message, RequestError
 from model.targets import native
 from model.targets.base import Prompt, evenly_spaced
+from model.transfer import upload
 
 FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 
@@ -60,6 +61,9 @@ class LlavaTarget:
         self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions)
         self.tower = native.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
+        rope = getattr(text, "rope_parameters", None) or {}
+        # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
+        self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"
         # Drafts learn through the model's own output head; a packed matrix knows no gradient.
         head = self.model.lm_head
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
@@ -203,11 +207,13 @@ class LlavaTarget:
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.decoder is not None:
             return self.decoder.forward(embeds, positions, rows)
-        places = torch.from_numpy(positions[0]).to(self.device, torch.int64)
+        return self.run(embeds, upload(positions, self.device), rows.plan)
+
+    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=places, use_cache=False, rows=rows
+            inputs_embeds=embeds, position_ids=positions[0].long(), use_cache=False, plan=plan
         ).last_hidden_state
-        return hidden, torch.cat([self._taps[layer] for layer in self.tap_layers], -1)
+        return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)
