@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AttentionInterface
 
+from model.kernels import choice
+from model.kernels.choice import TreeAttention
 from model.kv_cache import KVCache
 from model.transfer import upload
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
+KERNEL_ROWS = 64  # more rows of a slot than these are a piece of a prompt, at which torch's kernels are good
 KEY_BUCKET = 64  # torch: key lengths are rounded up to this, so that kernels see few shapes
 
 
@@ -108,6 +111,12 @@ class Plan:
         """Rows per slot."""
         return int(self.visible.shape[-1])
 
+    @property
+    def kernel(self) -> TreeAttention | None:
+        """What attends instead of torch, if anything does."""
+        data = self.cache.data
+        return choice.tree_attention(data.dtype, data.shape[-1], data.device) if self.num <= KERNEL_ROWS else None
+
     @cached_property
     def positions(self) -> Tensor:
         """(batch, rows) int64: where in its slot a row is written."""
@@ -152,6 +161,8 @@ def attend(plan: Plan, layer: int, queries: Tensor, keys: Tensor, values: Tensor
     """Write keys and values, then attend. All (batch, heads, rows, head_dim); queries may have more heads (GQA)."""
     plan.cache.write(layer, plan.locations, keys, values)
     keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.key_length)
+    if (kernel := plan.kernel) is not None:
+        return kernel(queries, keys, values, plan.starts, plan.visible, scale)
     groups = queries.shape[1] // keys.shape[1]
     num_rows = queries.shape[2]
     if groups > 1:  # query heads that share keys become further rows: nothing is copied

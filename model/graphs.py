@@ -5,7 +5,7 @@ into static buffers first, and passes are rounded up to few shapes:
 
     slots   0 ......... real batch) ..... a power of two, or all slots
     rows    0 ......... real rows) ...... 1, or a multiple of eight, or as many as there can be
-    keys    0 ......... the longest) .... a power of two or one and a half of one, or all that a slot holds
+    keys    0 ......... the longest) .... a power of two or one and a half of one, or all that fits a slot
 
 What rounding adds, computes: its rows are written where those of a real pass of that slot would be, behind what the
 slot holds, which is scratch (see KVCache). They see themselves and what the slot holds, so that each has something
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Plan, Rows
+from model.kernels import choice
 from model.kv_cache import KVCache
 from model.transfer import pinned
 
@@ -138,6 +139,9 @@ class Replays:
         return Shape(batch, num, self._keys(int(rows.starts.max()) + num), width)
 
     def _keys(self, longest: int) -> int:
+        data = self._cache.data
+        if choice.tree_attention(data.dtype, data.shape[-1], data.device) is not None:
+            return self._cache.stride  # it reads what is held, whatever is offered
         keys = LEAST_KEYS
         while keys < longest:
             keys = keys * 3 // 2 if keys & (keys - 1) == 0 else keys * 4 // 3
