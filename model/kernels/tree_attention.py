@@ -20,6 +20,7 @@ from torch import Tensor
 
 SPAN = 256  # keys of a slot that one program reads
 BLOCK_N = 64  # at a time
+NUM_STAGES = 2  # of loads under way; three of float32 fill more shared memory than an A100 has
 
 
 @triton.jit

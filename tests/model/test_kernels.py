@@ -110,6 +110,36 @@ def test_an_engine_says_the_same_with_it(
     assert {shape.keys for shape in engine._passes.shapes} == {engine.cache.stride}
 
 
+@pytest.mark.parametrize(("dtype", "number"), [("bf16", "*bf16"), ("fp32", "*fp32")])
+def test_it_compiles_for_an_h100_that_is_not_here(dtype: str, number: str) -> None:
+    """To the very machine code, within the shared memory of a block: the compiler needs no GPU."""
+    triton = pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("what is interpreted is not compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from model.kernels import tree_attention as own
+
+    floats = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
+    types = {**dict.fromkeys(("q", "k", "v", "out"), number), **floats, "starts": "*i64", "visible": "*u8"}
+    types["scale"] = "fp32"
+    constants = {"KV_HEADS": 4, "SPAN": own.SPAN, "BLOCK_M": 64, "BLOCK_N": own.BLOCK_N, "BLOCK_D": 128}
+    for function in (own._attend_to_span, own._join_spans):
+        names = function.arg_names
+        known = {name: constants[name] for name in names if name in constants}
+        signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
+        made = triton.compile(
+            ASTSource(function, signature, known),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_stages": own.NUM_STAGES},
+        )
+        assert made.asm["cubin"]
+        assert made.metadata.shared <= 160 << 10, "an A100 has 163 KiB"
+        if function is own._attend_to_span and dtype == "bf16":
+            assert "mma" in made.asm["ptx"], "products run on the tensor cores"
+
+
 def test_without_a_gpu_torch_attends(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert choice.tree_attention(torch.float32, 64, torch.device("cpu")) is None
