@@ -29,6 +29,7 @@ from model.request import EngineInfo, EngineStats, FinishReason, Request, Reques
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
+from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.transfer import upload
 from model.tree import Trees
@@ -39,14 +40,15 @@ DEFAULT_MAX_MODEL_LEN = 4096
 class Engine:
     """One target and its draft on one device. Not thread-safe: one caller at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, target: Target | None = None) -> None:
+        """The target that `config` names; or this one, which it only tells how to run."""
         self.config = config = config.resolved()
         if config.device == "cpu":
             if config.threads:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
-        self.target = target = load_target(config)
+        self.target = target = target or load_target(config)
         self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
         margin = config.max_nodes + 1
         num_slots = self._num_slots(margin)

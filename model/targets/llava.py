@@ -30,13 +30,14 @@ FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 class LlavaTarget:
     """See `model.targets.base.Target`."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, model: Any = None, processor: Any = None) -> None:
+        """The checkpoint that a resolved config names; or these, which are on no disk."""
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        self.processor = AutoProcessor.from_pretrained(config.model)
+        self.processor = processor or AutoProcessor.from_pretrained(config.model)
         self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = model or LlavaForConditionalGeneration.from_pretrained(
             config.model, dtype=self.dtype, attn_implementation="sdpa"
         )
         self.model.to(self.device).eval().requires_grad_(False)
