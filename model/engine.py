@@ -62,10 +62,16 @@ class Engine:
             dtype=target.dtype,
             device=target.device,
         )
+        if target.device.index is not None and target.device.type == "cuda":
+            torch.cuda.set_device(
+                target.device
+            )  # a process has one; Triton starts kernels on no other than the current
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
         self._passes = None
         if recorder is not None and margin <= graphs.MAX_ROWS:
             self._passes = graphs.Replays(self._run, self.cache, recorder, max_rows=margin)
+            with torch.inference_mode():
+                self._passes.prepare(1 + target.num_axes, range(1, margin + 1))
         self.drafter: FlashDrafter | None = None
         if config.drafter == "flash":
             assert config.draft is not None

@@ -16,7 +16,7 @@ Knows nothing of models or trees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,12 +118,25 @@ class Replays:
         tensor with the pass's rows for its second axis, those of the real rows alone are of use.
         """
         shape = self.shape(rows, 0 if states is None else states.shape[-1])
-        recording = self._recordings.get(shape) or self._prepared(shape, numbers, states)
+        recording = self._recordings.get(shape) or self._prepared(shape, len(numbers))
         recording.numbers.copy_(pinned(self._filled(shape, rows, numbers), recording.numbers.device), non_blocking=True)
         if states is not None:
             assert recording.states is not None
             recording.states[: rows.batch, : rows.num] = states
         return tuple(output[: rows.batch] for output in recording.replay())
+
+    def prepare(self, planes: int, rows: Iterable[int], width: int = 0) -> None:
+        """Record every shape of passes over so many rows now, for nobody to wait for it later: the largest first, in
+        whose memory the others then find room. Where the number of keys makes a shape, they are too many for that."""
+        if not self._reads_what_is_held:
+            return
+        most = self._cache.num_slots
+        batches = {self._batch(number) for number in range(1, most + 1)}
+        for batch in sorted(batches, reverse=True):
+            for num in sorted({self._rows(number) for number in rows}, reverse=True):
+                shape = Shape(batch, num, self._cache.stride, width)
+                if shape not in self._recordings:
+                    self._prepared(shape, planes)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -134,14 +147,24 @@ class Replays:
         """The smallest one to hold these rows."""
         assert rows.first_slot == 0
         assert rows.num <= self._max_rows
-        batch = min(1 << (rows.batch - 1).bit_length(), self._cache.num_slots)
-        num = 1 if rows.num == 1 else min(-(-rows.num // ROW_STEP) * ROW_STEP, self._max_rows)
-        return Shape(batch, num, self._keys(int(rows.starts.max()) + num), width)
+        num = self._rows(rows.num)
+        return Shape(self._batch(rows.batch), num, self._keys(int(rows.starts.max()) + num), width)
+
+    def _batch(self, batch: int) -> int:
+        return min(1 << (batch - 1).bit_length(), self._cache.num_slots)
+
+    def _rows(self, num: int) -> int:
+        return 1 if num == 1 else min(-(-num // ROW_STEP) * ROW_STEP, self._max_rows)
+
+    @property
+    def _reads_what_is_held(self) -> bool:
+        """Whether attention reads as many keys of a slot as there are, whatever number it is offered."""
+        data = self._cache.data
+        return choice.tree_attention(data.dtype, data.shape[-1], data.device) is not None
 
     def _keys(self, longest: int) -> int:
-        data = self._cache.data
-        if choice.tree_attention(data.dtype, data.shape[-1], data.device) is not None:
-            return self._cache.stride  # it reads what is held, whatever is offered
+        if self._reads_what_is_held:
+            return self._cache.stride
         keys = LEAST_KEYS
         while keys < longest:
             keys = keys * 3 // 2 if keys & (keys - 1) == 0 else keys * 4 // 3
@@ -160,11 +183,11 @@ class Replays:
         filled[2:, : rows.batch, : rows.num] = numbers
         return filled
 
-    def _prepared(self, shape: Shape, numbers: np.ndarray, states: Tensor | None) -> _Recording:
+    def _prepared(self, shape: Shape, planes: int) -> _Recording:
         """Buffers for this shape, and what is to be run over them."""
         device = self._cache.data.device
-        given = torch.zeros(2 + len(numbers), shape.batch, shape.rows, dtype=torch.int64, device=device)
-        entering = None if states is None else states.new_zeros(shape.batch, shape.rows, shape.width)
+        given = torch.zeros(2 + planes, shape.batch, shape.rows, dtype=torch.int64, device=device)
+        entering = self._cache.data.new_zeros(shape.batch, shape.rows, shape.width) if shape.width else None
         # Recording runs the pass: by then the buffers must say where scratch is.
         given[0] = torch.tensor(self._cache.lengths[: shape.batch], device=device)[:, None]
         given[1] = 1 << torch.arange(shape.rows, device=device)

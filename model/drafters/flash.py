@@ -64,6 +64,9 @@ class FlashDrafter:
         if recorder is not None and self._layers is None and self._candidates is None and margin <= MAX_ROWS:
             self._proposals = Replays(self._propose, self.cache, recorder, max_rows=self.block)
             self._observations = Replays(self._observe, self.cache, recorder, max_rows=margin)
+            with torch.inference_mode():
+                self._proposals.prepare(1, [self.block])
+                self._observations.prepare(0, range(1, margin + 1), len(config.tap_layers) * config.target_hidden_size)
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:

@@ -40,6 +40,7 @@ class Target(Protocol):
     hidden_size: int
     vocab_size: int
     max_positions: int
+    num_axes: int  # of position ids
     eos_ids: frozenset[int]
     tokens_per_image: int
     geometry: Geometry

@@ -46,7 +46,7 @@ class LlavaTarget:
         self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
         self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.max_positions = text.max_position_embeddings
+        self.max_positions, self.num_axes = text.max_position_embeddings, 1
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(
             eos if isinstance(eos, list) else [eos if eos is not None else self.tokenizer.eos_token_id]

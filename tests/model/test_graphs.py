@@ -18,6 +18,7 @@ from model.attention import Plan, Rows, Sight, attend
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.graphs import Replays, Shape
+from model.kernels import choice
 from model.kv_cache import KVCache
 from model.native import library
 from model.targets.llava import LlavaTarget
@@ -168,6 +169,24 @@ def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
     assert [shape(1, rows, 0).rows for rows in (1, 2, 8, 9, 16)] == [1, 8, 8, 16, 16]
     keys = [shape(1, 1, start).keys for start in (0, 255, 256, 383, 384, 1000, 1024, 2047, 3071, 3999)]
     assert keys == [256, 256, 384, 384, 512, 1024, 1536, 2048, 3072, 4032]
+
+
+def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever is being served waits while a pass of a new shape is recorded."""
+    kv = cache()
+    replays = Replays(attending, kv, graphs.Again(), max_rows=16)
+    replays.prepare(2, range(1, 17), 48)
+    assert not replays.shapes, "as many shapes as there are lengths"
+    monkeypatch.setattr(choice, "tree_attention", lambda *_: lambda q, *_: q)
+    replays.prepare(2, range(1, 17), 48)
+    ahead = replays.shapes
+    assert [(s.batch, s.rows) for s in ahead] == [(b, r) for b in (5, 4, 2, 1) for r in (16, 8, 1)]
+    for batch in range(1, 6):
+        for rows in range(1, 17):
+            starts, counts = np.full(batch, 3 * rows, np.int32), np.ones(batch, np.int32)
+            numbers = np.zeros((2, batch, rows), np.int64)
+            replays(Rows(kv, 0, rows, starts, counts, Sight.CAUSAL), numbers, torch.randn(batch, rows, 48))
+    assert replays.shapes == ahead
 
 
 def test_sixty_four_rows_see_each_other_through_the_sign_bit_too() -> None:
