@@ -114,7 +114,8 @@ class Replays:
     def __call__(self, rows: Rows, numbers: np.ndarray, states: Tensor | None = None) -> Outputs:
         """Run it. numbers: (planes, batch, rows) int64; states: (batch, rows, width), if it takes any.
 
-        What is returned is overwritten by the next call, and holds what `compute` gives for the real slots: of a
+        What is returned lies in memory that the next pass of this recorder, of whatever kind, may use: it is to be
+        read, or copied, before. It holds what `compute` gives for the real slots: of a
         tensor with the pass's rows for its second axis, those of the real rows alone are of use.
         """
         shape = self.shape(rows, 0 if states is None else states.shape[-1])

@@ -5,13 +5,14 @@ Without a GPU nothing is recorded, but all else is the same: the buffers, the sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import graphs
 from model.attention import Plan, Rows, Sight, attend
@@ -70,6 +71,29 @@ def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: di
         assert tiny.answers(engine, mixed(), every=every) == expected
     finally:
         engine.drafter = drafter
+
+
+class Traced:
+    """A recording in earnest: every operation on tensors is noted once, and no Python runs when they are replayed."""
+
+    def record(self, run: Callable[[], graphs.Outputs]) -> Callable[[], graphs.Outputs]:
+        run()
+        traced = make_fx(run)()
+        return lambda: traced()
+
+
+def test_what_is_recorded_depends_on_nothing_that_python_knew_by_then(
+    tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A length or a position read by Python would be the same in every replay, as it would in a CUDA graph."""
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(graphs, "recorder", lambda _: Traced())
+    engine = Engine(
+        tiny.config(tiny_gqa_checkpoint, draft=str(tiny_gqa_draft), max_num_seqs=7, prefill_chunk=16, graphs=True)
+    )
+    assert tiny.answers(engine, mixed(), every=1) == expected
+    with_oracle(engine, expected)
+    assert tiny.answers(engine, mixed(), every=1) == expected
 
 
 def test_a_few_shapes_hold_every_pass(engine: Engine, expected: dict[str, list[int]]) -> None:
