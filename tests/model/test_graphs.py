@@ -195,6 +195,21 @@ def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
     assert keys == [256, 256, 384, 384, 512, 1024, 1536, 2048, 3072, 4032]
 
 
+def test_what_rounding_adds_sees_itself_and_nothing_that_is_new_besides() -> None:
+    """A row that sees nothing at all is NaN in some kernels, and NaN spreads through the cache."""
+    kv, seen = cache(), list[Tensor]()
+
+    def look(plan: Plan, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
+        seen.append(plan.visible.clone())
+        return (plan.starts,)
+
+    rows = Rows(kv, 0, 3, np.zeros(3, np.int32), np.full(3, 3, np.int32), Sight.WHOLE)
+    Replays(look, kv, graphs.Again(), max_rows=16)(rows, np.zeros((0, 3, 3), np.int64))
+    expected = torch.eye(8, dtype=torch.bool).repeat(4, 1, 1)
+    expected[:3, :3, :3] = True
+    assert torch.equal(seen[-1], expected)
+
+
 def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else whoever is being served waits while a pass of a new shape is recorded."""
     kv = cache()
