@@ -341,8 +341,9 @@ def main(argv: list[str]) -> None:
     asked = parser.parse_args(argv)
     logging.disable_progress_bar()
     size, batches = SIZES[asked.size], [int(b) for b in asked.batches.split(",")]
-    # A speculating step may emit all of a tree; each of two batches is stepped 3 + repeats times, and repeats more.
-    room = (6 + 2 * asked.repeats) * NODES
+    # A speculating step may emit all of a tree. A batch is stepped 3 + repeats times by one clock and repeats times by
+    # another, and its first sequence decodes while the others' prompts are read.
+    room = (3 + 2 * asked.repeats + max(batches)) * NODES
     config = EngineConfig(
         model=asked.size,
         device=asked.device,

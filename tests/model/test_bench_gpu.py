@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from model.attention import Plan
 from model.bench import gpu
+from model.config import EngineConfig
+from model.kv_cache import KVCache
 from model.native import library
 
 
@@ -48,6 +51,24 @@ def test_a_native_target_has_no_graphs_to_measure(capsys: pytest.CaptureFixture[
     found = figures(capsys, "--device", "cpu", "--dtype", "float32")
     assert {"graph, 1", "plain, torch attention, 1"}.isdisjoint(found["rows"][0]["milliseconds"])
     assert found["bytes_read_per_pass"] > 400_000, "weights that were handed to the native stack count too"
+
+
+def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() -> None:
+    """On tensors without contents: nothing of it fits here, and whatever asks for a number on the way fails."""
+    size = gpu.SIZES["7b"]
+    target, read = gpu.make_target(size, EngineConfig(model="7b", device="meta", dtype="bfloat16"))
+    assert read == pytest.approx(2 * 7.07e9, rel=0.01), "Qwen2.5-7B has 7.6e9 weights, of which 0.54e9 are embeddings"
+    assert target.recordable
+    kv = KVCache(
+        num_layers=28, num_slots=2, num_heads=4, head_dim=128, capacity=1000, margin=16,
+        dtype=torch.bfloat16, device=target.device,
+    )  # fmt: skip
+    starts = torch.zeros(2, dtype=torch.int64, device="meta")
+    plan = Plan(kv, 0, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
+    ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    hidden, taps = target.run(target.embed(ids), ids[None], plan)
+    assert target.logits(hidden).shape == (2, 16, 152064)
+    assert taps.shape == (2, 16, 3 * 3584)
 
 
 @pytest.mark.gpu
