@@ -4,7 +4,7 @@
 prefill and the draft's own blocks are all the same thing. Two implementations read it: the native one on CPUs
 (native/), and the one here in torch, for every other device and processor. Registered with transformers under the name
 `kv_slots`, the latter serves every model family unforked: the model hands it raw queries, keys and values, and the
-keyword argument `rows` with which it was called.
+keyword argument `plan` with which it was called.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
+from model.kernels import choice
+from model.kernels.choice import TreeAttention
 from model.kv_cache import KVCache
+from model.transfer import upload
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
+KERNEL_ROWS = 64  # more rows of a slot than these are a piece of a prompt, at which torch's kernels are good
 KEY_BUCKET = 64  # torch: key lengths are rounded up to this, so that kernels see few shapes
 
 
@@ -55,36 +59,18 @@ class Rows:
     def batch(self) -> int:
         return len(self.starts)
 
-    # What torch needs; made when first asked for.
-
     @cached_property
-    def key_length(self) -> int:
-        """How many keys are read of every slot."""
+    def plan(self) -> Plan:
+        """These rows for torch; made when first asked for."""
+        device = self.cache.data.device
         longest = int(self.starts.max()) + self.num
-        return min(-(-longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """(batch, rows) int64: where in its slot a row is written."""
-        starts = torch.from_numpy(self.starts).to(self.cache.data.device, torch.int64)
-        return starts[:, None] + torch.arange(self.num, device=starts.device)
-
-    @cached_property
-    def locations(self) -> Tensor:
-        """See KVCache.locations."""
-        return self.cache.locations(self.first_slot, self.positions)
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """(batch, 1, rows, key length) additive: 0 where a row may look and -inf elsewhere."""
-        positions, batch, rows = self.positions, self.batch, self.num
-        device, dtype = positions.device, self.cache.data.dtype
-        seen = torch.arange(self.key_length, device=device) < positions[:, :1]  # (batch, key length)
-        allowed = seen[:, None, :].repeat(1, rows, 1)
-        visible = torch.from_numpy(self.visible()).to(device)
-        allowed.scatter_(2, positions[:, None, :].expand(batch, rows, rows), visible.expand(batch, rows, rows))
-        mask = torch.zeros(batch, 1, rows, self.key_length, dtype=dtype, device=device)
-        return mask.masked_fill_(~allowed[:, None], float("-inf"))
+        return Plan(
+            self.cache,
+            self.first_slot,
+            upload(self.starts, device).long(),
+            upload(self.visible(), device),
+            min(-(-longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride),
+        )
 
     def visible(self) -> np.ndarray:
         """(batch or 1, rows, rows) bool: what each row sees of the others; every row sees itself."""
@@ -102,24 +88,88 @@ class Rows:
         return seen
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What torch reads of Rows: tensors on the cache's device, so that a pass over them can be recorded.
+
+    starts: (batch,) int64; visible: (batch or 1, rows, rows) bool, what each row sees of the others, itself included;
+    key_length: how many keys are read of every slot.
+    """
+
+    cache: KVCache
+    first_slot: int
+    starts: Tensor
+    visible: Tensor
+    key_length: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num(self) -> int:
+        """Rows per slot."""
+        return int(self.visible.shape[-1])
+
+    @property
+    def kernel(self) -> TreeAttention | None:
+        """What attends instead of torch, if anything does."""
+        data = self.cache.data
+        return choice.tree_attention(data.dtype, data.shape[-1], data.device) if self.num <= KERNEL_ROWS else None
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(batch, rows) int64: where in its slot a row is written."""
+        return self.starts[:, None] + torch.arange(self.num, device=self.starts.device)
+
+    @cached_property
+    def locations(self) -> Tensor:
+        """See KVCache.locations."""
+        return self.cache.locations(self.first_slot, self.positions)
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """(batch, 1, rows, key length) additive: 0 where a row may look and -inf elsewhere."""
+        batch, rows = self.batch, self.num
+        behind = torch.arange(self.key_length, device=self.starts.device) - self.starts[:, None]  # (batch, key length)
+        among = behind.clamp(0, rows - 1)[:, None].expand(batch, rows, -1)
+        visible = self.visible.expand(batch, rows, rows).gather(2, among) & (behind < rows)[:, None]
+        allowed = visible | (behind < 0)[:, None]
+        mask = torch.zeros(allowed.shape, dtype=self.cache.data.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, float("-inf"))[:, None]
+
+    @cached_property
+    def _masks(self) -> dict[int, Tensor]:
+        return {}
+
+    def mask(self, groups: int) -> Tensor:
+        """(batch, 1, groups * rows, key length): the rows' mask for as many query heads, one after the other.
+
+        Made once a pass, not once a layer. A multiple of KEY_BUCKET keys is as aligned as CUDA's kernels want a mask.
+        """
+        if groups not in self._masks:
+            self._masks[groups] = self._mask.repeat(1, 1, groups, 1) if groups > 1 else self._mask
+        return self._masks[groups]
+
+
 def prompt_rows(cache: KVCache, slot: int, start: int, count: int) -> Rows:
     """A piece of one sequence, row by row."""
     return Rows(cache, slot, count, np.array([start], np.int32), np.array([count], np.int32), Sight.CAUSAL)
 
 
-def attend(rows: Rows, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+def attend(plan: Plan, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
     """Write keys and values, then attend. All (batch, heads, rows, head_dim); queries may have more heads (GQA)."""
-    rows.cache.write(layer, rows.locations, keys, values)
-    keys, values = rows.cache.read(layer, rows.first_slot, rows.batch, rows.key_length)
-    mask = rows.mask
+    plan.cache.write(layer, plan.locations, keys, values)
+    keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.key_length)
+    if (kernel := plan.kernel) is not None:
+        return kernel(queries, keys, values, plan.starts, plan.visible, scale)
     groups = queries.shape[1] // keys.shape[1]
     num_rows = queries.shape[2]
     if groups > 1:  # query heads that share keys become further rows: nothing is copied
-        queries = queries.reshape(rows.batch, keys.shape[1], groups * num_rows, -1)
-        mask = mask.repeat(1, 1, groups, 1)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        queries = queries.reshape(plan.batch, keys.shape[1], groups * num_rows, -1)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask(groups), scale=scale)
     if groups > 1:
-        mixed = mixed.reshape(rows.batch, -1, num_rows, mixed.shape[-1])
+        mixed = mixed.reshape(plan.batch, -1, num_rows, mixed.shape[-1])
     return mixed
 
 
@@ -130,19 +180,18 @@ def _kv_slots(
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001
     *,
-    rows: Rows,
+    plan: Plan,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    mixed = attend(rows, int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+    mixed = attend(plan, int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
     return mixed.transpose(1, 2), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
-
-
 def register() -> None:
-    """Make `kv_slots` known to transformers; idempotent."""
+    """Make `kv_slots` known to transformers; idempotent.
+
+    No mask function goes with it: transformers then makes no mask at all. With one, it would first look for packed
+    sequences in the position ids, and wait for a GPU's answer in every pass.
+    """
     AttentionInterface.register(NAME, _kv_slots)
-    AttentionMaskInterface.register(NAME, _no_mask)

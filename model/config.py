@@ -32,6 +32,7 @@ class EngineConfig:
     max_nodes: int = 15  # draft nodes per sequence and step
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
+    graphs: bool | None = None  # record the passes that torch computes, and replay them; None: on a GPU
     threads: int | None = None  # CPU threads; None: all
     share_cores: bool = False  # CPU: others, which give way, work on the same cores
 
@@ -80,7 +81,8 @@ class EngineConfig:
         drafter: Literal["flash", "off"] = "off" if self.drafter == "off" or draft is None else "flash"
         if draft is not None and drafter != "off" and not (Path(draft) / "config.json").exists():
             raise ConfigError(f"draft {draft!r} is not a folder with config.json and model.safetensors")
-        return replace(self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter)
+        graphs = device.startswith("cuda") if self.graphs is None else self.graphs
+        return replace(self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter, graphs=graphs)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

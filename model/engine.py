@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
-from model import sampling, tree, verify
-from model.attention import Rows, Sight, prompt_rows
+from model import graphs, sampling, tree, verify
+from model.attention import Plan, Rows, Sight, prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
 from model.draft import checkpoint
@@ -30,6 +31,7 @@ from model.request import EngineInfo, EngineStats, FinishReason, Request, Reques
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
+from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.tree import Trees
 
@@ -39,14 +41,15 @@ DEFAULT_MAX_MODEL_LEN = 4096
 class Engine:
     """One target and its draft on one device. Not thread-safe: one caller at a time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, target: Target | None = None) -> None:
+        """The target that `config` names; or this one, which it only tells how to run."""
         self.config = config = config.resolved()
         if config.device == "cpu":
             if config.threads:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
-        self.target = target = load_target(config)
+        self.target = target = target or load_target(config)
         self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
         margin = config.max_nodes + 1
         num_slots = self._num_slots(margin)
@@ -61,6 +64,14 @@ class Engine:
             device=target.device,
             move_rows=move if target.native else None,
         )
+        if target.device.index is not None and target.device.type == "cuda":
+            torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
+        recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
+        self._passes = None
+        if recorder is not None and margin <= graphs.MAX_ROWS:
+            self._passes = graphs.Replays(self._run, self.cache, recorder, max_rows=margin)
+            with torch.inference_mode():
+                self._passes.prepare(1 + target.num_axes, range(1, margin + 1))
         self.drafter: FlashDrafter | None = None
         if config.drafter == "flash":
             assert config.draft is not None
@@ -72,6 +83,7 @@ class Engine:
                 capacity=self.max_model_len,
                 margin=margin,
                 width=config.tree_width,
+                recorder=recorder,
             )
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config)
@@ -205,9 +217,7 @@ class Engine:
         if sequence.prefilling:
             return []
         sequence.embeds = sequence.positions = None
-        logits = target.logits(hidden[:, -1:])
-        likeliest = logits.argmax(-1).cpu().numpy()
-        first = sampling.choose(logits, likeliest, [sequence.request.params], lambda _: [0])
+        first = sampling.choose(target.logits(hidden[:, -1:]), [sequence.request.params], lambda _: [0])
         return [self._emit(sequence, [int(first[0, 0])], 0, 0)]
 
     def _begin(self, sequence: Sequence) -> None:
@@ -276,12 +286,13 @@ class Engine:
         with self.counters.timed("verify"):
             starts = np.array(self.cache.lengths[:slots], np.int32)
             rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
-            likeliest, logits, taps = self.target.verify(trees.tokens, (roots + trees.depths)[None], rows)
-            chosen = likeliest
-            if any(s.request.params.temperature for s in decoding.sequences):
+            likeliest, logits, taps = self._answers(trees.tokens, (roots + trees.depths)[None], rows)
+            if likeliest is not None and not any(s.request.params.temperature for s in decoding.sequences):
+                chosen = likeliest
+            else:
                 params = [s.request.params if s else sampling.GREEDY for s in by_slot]
                 with self._torch():
-                    chosen = sampling.choose(logits, likeliest, params, answered)
+                    chosen = sampling.choose(logits, params, answered, likeliest)
             verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
             paths = [verdict.path for verdict in verdicts]
             self.cache.keep(range(slots), paths)
@@ -294,6 +305,19 @@ class Engine:
                 each.computed += len(verdict.path)
                 outputs.append(self._emit(each, verdict.tokens, len(verdict.path) - 1, int(counts[b]) - 1))
         return outputs
+
+    def _answers(
+        self, tokens: np.ndarray, positions: np.ndarray, rows: Rows
+    ) -> tuple[np.ndarray | None, Tensor, Tensor]:
+        """`Target.verify`, which may have been recorded in this shape."""
+        if self._passes is None:
+            return self.target.verify(tokens, positions, rows)
+        hidden, taps = self._passes(rows, np.concatenate((tokens[None], positions)))
+        return None, self.target.logits(hidden[:, : rows.num]), taps[:, : rows.num]
+
+    def _run(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        """numbers: (1 + axes, batch, rows), tokens and position ids."""
+        return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)
 
     # --- what comes of it
 

@@ -17,8 +17,11 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from model.transfer import upload
 
 Move = tuple[int, int, int]  # slot, from position, to position
 ALIGNED = 64  # positions of a slot are a multiple of this, and as many numbers follow the last: kernels read in blocks
@@ -139,8 +142,8 @@ class KVCache:
                 sources.append(base + old)
                 targets.append(base + new)
         flat = self.data.view(self.data.shape[0] * 2, -1, self.data.shape[-1])
-        moved = flat.index_select(1, torch.tensor(sources, device=self.data.device))
-        flat.index_copy_(1, torch.tensor(targets, device=self.data.device), moved)
+        both = upload(np.array((sources, targets)), self.data.device)
+        flat.index_copy_(1, both[1], flat.index_select(1, both[0]))
 
     def check_integrity(self) -> None:
         assert sorted(set(self._free)) == self._free, "free slots repeat"

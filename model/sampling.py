@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.request import SamplingParams
+from model.transfer import upload
 
 GREEDY = SamplingParams()
 _MASK = (1 << 64) - 1
@@ -32,25 +33,40 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed & _MASK) ^ ((position * 0xD1342543DE82EF95) & _MASK)) >> 11) * 2.0**-53
 
 
-def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution from which this request draws: (rows, vocab) any float -> (rows, vocab) float64.
+def distribution(logits: Tensor, params: SamplingParams | Seq[SamplingParams]) -> Tensor:
+    """The distributions that requests draw from: (rows, vocab) any float -> (rows, vocab) float64.
 
-    Temperature, then top-k, top-p and min-p, each on what the one before left, as transformers orders them.
+    `params`: those of all rows, or one for each. Temperature, then top-k, top-p and min-p, each on what the one before
+    left, as transformers orders them. A row's result does not depend on the rows beside it.
     """
+    each = (params,) if isinstance(params, SamplingParams) else params
+    vocab = logits.shape[-1]
+    settings = [(p.temperature, p.top_k if 0 < p.top_k < vocab else vocab, p.top_p, p.min_p) for p in each]
+    most = max((k for _, k, _, _ in settings if k < vocab), default=0)
+    # One number for all rows, or a column with one for each. CUDA divides by the former otherwise than by the latter,
+    # so there it is always columns: a request's bits are the same alone.
+    columns = len(settings) > 1 or logits.is_cuda
+    temperature, top_k, top_p, min_p = _columns(settings, len(logits), logits.device) if columns else settings[0]
     logits = logits.double()
     below = logits - logits.max(-1, keepdim=True).values  # so that no temperature, however small, makes an infinity
-    probs = (below / params.temperature).softmax(-1)
-    if 0 < params.top_k < probs.shape[-1]:
-        least = probs.topk(params.top_k, -1).values[:, -1:]
-        probs = probs.masked_fill(probs < least, 0.0)
-    if params.top_p < 1.0:
+    probs = (below / temperature).softmax(-1)
+    if most:
+        least = probs.topk(most, -1).values
+        least = least.gather(-1, top_k.long().clamp(max=most) - 1) if isinstance(top_k, Tensor) else least[:, -1:]
+        probs = probs.masked_fill((probs < least) & (top_k < vocab), 0.0)
+    if any(p.top_p < 1.0 for p in each):
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # a token stays while what comes before it is less than top_p
-        dropped = before >= params.top_p * ordered.sum(-1, keepdim=True)
+        dropped = (before >= top_p * ordered.sum(-1, keepdim=True)) & (top_p < 1.0)
         probs = probs.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), 0.0)
-    if params.min_p > 0.0:
-        probs = probs.masked_fill(probs < params.min_p * probs.max(-1, keepdim=True).values, 0.0)
+    if any(p.min_p > 0.0 for p in each):
+        probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
     return probs / probs.sum(-1, keepdim=True)
+
+
+def _columns(settings: list[tuple[float, int, float, float]], rows: int, device: torch.device) -> Tensor:
+    """Settings of all rows or of each as columns to compute with: (4, rows, 1) float64, in one upload."""
+    return upload(np.array(settings, np.float64).T[:, :, None].copy(), device).expand(-1, rows, -1)
 
 
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -64,18 +80,37 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def choose(
-    logits: Tensor, likeliest: np.ndarray, params: Seq[SamplingParams], positions: Callable[[int], Seq[int]]
+    logits: Tensor,
+    params: Seq[SamplingParams],
+    positions: Callable[[int], Seq[int]],
+    likeliest: np.ndarray | None = None,
 ) -> np.ndarray:
     """The target's own token at every row.
 
-    logits: (batch, rows, vocab); likeliest: (batch, rows) int64, their greedy tokens; positions(b)[r]: the answer
-    position that row r of request b decides; it may be shorter than `rows`, the rest are then not looked at (their
-    greedy token is returned). Returns (batch, rows) int64.
+    logits: (batch, rows, vocab); positions(b)[r]: the answer position that row r of request b decides; it may be
+    shorter than `rows`, the rest are then not looked at (their greedy token is returned); likeliest: (batch, rows)
+    int64, the greedy tokens, where they are known. Returns (batch, rows) int64.
     """
-    tokens = likeliest
-    for b, request in enumerate(params):
-        if request.temperature > 0.0 and (decided := positions(b)):
-            draws = torch.tensor([uniform(request.seed, i) for i in decided], dtype=torch.float64, device=logits.device)
-            drawn = invert(distribution(logits[b, : len(decided)], request), draws)
-            tokens[b, : len(decided)] = drawn.cpu().numpy()
-    return tokens
+    batch, num = logits.shape[:2]
+    tokens = logits.argmax(-1) if likeliest is None else torch.from_numpy(likeliest)
+    decided = {b: positions(b) for b in range(batch) if params[b].temperature > 0.0}
+    # Those that filter alike go together, so that nobody's vocabulary is sorted for another's sake.
+    for group in _alike([b for b, places in decided.items() if places], params):
+        drawn = [(params[b], i) for b in group for i in decided[b]]
+        draws = upload(np.array([uniform(p.seed, i) for p, i in drawn]), logits.device)
+        if len(group) == 1:
+            b, count = group[0], len(drawn)
+            tokens[b, :count] = invert(distribution(logits[b, :count], params[b]), draws)
+        else:
+            rows = upload(np.array([b * num + r for b in group for r in range(len(decided[b]))]), logits.device)
+            probs = distribution(logits.flatten(0, 1).index_select(0, rows), [p for p, _ in drawn])
+            tokens.view(-1).index_copy_(0, rows, invert(probs, draws))
+    result: np.ndarray = tokens.cpu().numpy()
+    return result
+
+
+def _alike(requests: Seq[int], params: Seq[SamplingParams]) -> list[list[int]]:
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for b in requests:
+        groups.setdefault((params[b].top_k > 0, params[b].top_p < 1.0), []).append(b)
+    return list(groups.values())

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.transfer import upload
+
 
 @dataclass(frozen=True)
 class Trees:
@@ -48,19 +50,29 @@ def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
 
 
 def best_first(
-    newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
+    newest: np.ndarray, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
 ) -> Trees:
-    """The `budgets[b]` likeliest drafted nodes of each sequence.
+    """The `budgets[b]` likeliest drafted nodes of each sequence. newest: (batch,) int64; the rest as for `candidates`.
+
+    Exact best-first whenever the budget does not reach beyond the `width` best of any depth.
+    """
+    found = candidates(upload(newest, logits.device), logits, bias, width=width)
+    return pruned(newest, found.cpu().numpy(), width=width, budgets=budgets)
+
+
+def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int) -> Tensor:
+    """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
 
     newest: (batch,) int64; logits: (batch, block, vocab) of one draft pass; bias: the sequential head, previous tokens
-    (...,) -> (..., vocab), added along each path. At every depth the `width` best candidates are looked at further:
-    exact best-first whenever the budget does not reach beyond them.
+    (...,) -> (..., vocab), added along each path. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
+    float32 cumulative log-probabilities, so that one transfer brings them to the host. Nodes are numbered level by
+    level after the root, which is 0.
     """
-    batch, block, vocab = logits.shape
+    batch, block = logits.shape[:2]
     frontier = newest[:, None]  # (batch, candidates)
     reach = torch.zeros(batch, 1, device=logits.device)  # their cumulative log-probability
     levels_token, levels_parent, levels_score = [], [], []
-    first = 0  # number of the frontier's first node; nodes are numbered level by level after the root
+    first = 0  # number of the frontier's first node
     for depth in range(block):
         scores = logits[:, depth, None, :]
         if bias is not None:
@@ -74,8 +86,14 @@ def best_first(
         levels_token.append(frontier)
         levels_score.append(reach)
         first = 1 + depth * width
-    tokens, parents, scores_all = (torch.cat(x, 1).cpu().numpy() for x in (levels_token, levels_parent, levels_score))
-    return _pruned(newest.cpu().numpy(), tokens, parents, scores_all, width, np.minimum(budgets, tokens.shape[1]))
+    tokens, parents, scores = (torch.cat(levels, 1) for levels in (levels_token, levels_parent, levels_score))
+    return torch.stack((tokens.int(), parents.int(), scores.view(torch.int32)), 1)
+
+
+def pruned(newest: np.ndarray, found: np.ndarray, *, width: int, budgets: np.ndarray) -> Trees:
+    """Trees of the best of `candidates`, numbered anew. newest: (batch,); found: (batch, 3, nodes) int32."""
+    tokens, parents, scores = found[:, 0], found[:, 1], np.ascontiguousarray(found[:, 2]).view(np.float32)
+    return _pruned(newest, tokens, parents, scores, width, np.minimum(budgets, tokens.shape[1]))
 
 
 def _pruned(

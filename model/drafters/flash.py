@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from model import attention, tree
-from model.attention import Rows, Sight
+from model.attention import Plan, Rows, Sight
 from model.draft.network import DraftNetwork, rotary_table
+from model.graphs import MAX_ROWS, Recorder, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, pack
 from model.native import library
 from model.native.library import Candidates, LayerWeights, Norm, Rotary, Shape, Stack
 from model.native.step import DraftStep
 from model.targets.base import Target
+from model.transfer import upload
 from model.tree import Trees
 
 MAX_TABLE = 1 << 24  # numbers in a table made at load
@@ -30,8 +32,17 @@ MAX_TABLE = 1 << 24  # numbers in a table made at load
 
 class FlashDrafter:
     def __init__(
-        self, target: Target, network: DraftNetwork, *, num_slots: int, capacity: int, margin: int, width: int
+        self,
+        target: Target,
+        network: DraftNetwork,
+        *,
+        num_slots: int,
+        capacity: int,
+        margin: int,
+        width: int,
+        recorder: Recorder | None = None,
     ) -> None:
+        """With a `recorder`, what torch computes at every step is recorded and replayed: see graphs.py."""
         config = network.config
         self.target, self.network, self.width = target, network, width
         self.block = config.block
@@ -52,6 +63,13 @@ class FlashDrafter:
         self._entries = self._block_entries() if self._layers is not None else None
         self._step = self._native_step()
         self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
+        self._proposals = self._observations = None
+        if recorder is not None and self._layers is None and self._candidates is None and margin <= MAX_ROWS:
+            self._proposals = Replays(self._propose, self.cache, recorder, max_rows=self.block)
+            self._observations = Replays(self._observe, self.cache, recorder, max_rows=margin)
+            with torch.inference_mode():
+                self._proposals.prepare(1, [self.block])
+                self._observations.prepare(0, range(1, margin + 1), len(config.tap_layers) * config.target_hidden_size)
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:
@@ -138,7 +156,8 @@ class FlashDrafter:
             rows.append(fused[at - start :])
         if rows:
             context = torch.cat(rows)
-            self._append(slot, context[None], [len(context)])
+            self._write(self._behind(slot, len(context), [len(context)]), context[None])
+            self._advance(slot, [len(context)])
 
     def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
         """Take in what a verify step kept. taps: (slots, rows, taps * hidden) of slots 0..; paths: rows, ascending."""
@@ -146,26 +165,37 @@ class FlashDrafter:
         for b, path in enumerate(paths):
             index[b, : len(path)] = path
         counts = [len(path) for path in paths]
+        rows = self._behind(0, index.shape[1], counts)
         if self._step is not None:
-            rows = self._context_rows(0, index.shape[1], counts)
             self._step.observe(taps, index, rows)
-            self._advance(0, counts)
         else:
-            places = torch.from_numpy(index).to(taps.device, torch.int64)
+            places = upload(index, taps.device).long()
             kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
-            self._append(0, self.network.fuse(kept), counts)
+            if self._observations is not None:
+                self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
+            else:
+                self._write(rows, self.network.fuse(kept))
+        self._advance(0, counts)
 
-    def _append(self, first_slot: int, context: Tensor, counts: list[int]) -> None:
-        """Write context (batch, rows, hidden) behind what slots first_slot.. hold; counts[b] rows of it are real."""
-        rows = self._context_rows(first_slot, context.shape[1], counts)
+    def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        assert kept is not None
+        self._hold(plan, self.network.fuse(kept))
+        return ()
+
+    def _hold(self, plan: Plan, context: Tensor) -> None:
+        """Write keys and values of context (batch, rows, hidden)."""
+        for layer, (keys, values) in enumerate(self.network.context_keys_values(context, plan.positions)):
+            self.cache.write(layer, plan.locations, keys, values)
+
+    def _write(self, rows: Rows, context: Tensor) -> None:
+        """The same, by whatever computes here."""
         if self._layers is not None:
             self._layers.hold(context, None, rows)
         else:
-            for layer, (keys, values) in enumerate(self.network.context_keys_values(context, rows.positions)):
-                self.cache.write(layer, rows.locations, keys, values)
-        self._advance(first_slot, counts)
+            self._hold(rows.plan, context)
 
-    def _context_rows(self, first_slot: int, num: int, counts: list[int]) -> Rows:
+    def _behind(self, first_slot: int, num: int, counts: list[int]) -> Rows:
+        """`num` rows, of which counts[b] are real, behind what slots first_slot.. hold."""
         starts = np.array(self.cache.lengths[first_slot : first_slot + len(counts)], np.int32)
         return Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
 
@@ -181,20 +211,34 @@ class FlashDrafter:
         if self._step is not None:
             trees, self.drafted = self._step.propose(newest, budgets, rows)
             return trees
-        last = torch.from_numpy(newest).to(self.target.device)
+        if self._proposals is not None:
+            (found,) = self._proposals(rows, np.repeat(newest[None, :, None], self.block, 2))
+            return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
+        last = upload(newest, self.target.device)
         if self._layers is not None:
             mixed, _ = self._layers.forward(self._block_input(last), None, rows)
             hidden = self.network.out(mixed)
         else:
-            hidden = self.network.block_hidden(
-                self.target.embed(last)[:, None],
-                rows.positions[:, :1],
-                lambda layer, q, k, v: attention.attend(rows, layer, q, k, v),
-            )[:, 0]
+            hidden = self._block_hidden(rows.plan, last)
         self.drafted = logits = self.target.logits(hidden)
         if self._candidates is not None:
             return self._candidates.grow(logits, newest, budgets)
-        return tree.best_first(last, logits, self.network.sequential, width=self.width, budgets=budgets)
+        return tree.best_first(newest, logits, self.network.sequential, width=self.width, budgets=budgets)
+
+    def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+        """See tree.candidates. numbers: (1, batch, block), the newest token of each slot, repeated."""
+        newest = numbers[0, :, 0]
+        logits = self.target.logits(self._block_hidden(plan, newest))
+        return (tree.candidates(newest, logits, self.network.sequential, width=self.width),)
+
+    def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
+        """(batch,) tokens -> (batch, block, target_hidden), to be read by the target's lm_head."""
+        hidden: Tensor = self.network.block_hidden(
+            self.target.embed(last)[:, None],
+            plan.positions[:, :1],
+            lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
+        )[:, 0]
+        return hidden
 
 
 def _native(network: DraftNetwork, positions: int) -> Stack | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from model.attention import Rows
+from model.attention import Plan, Rows
 from model.config import ConfigError, EngineConfig
 from model.native.library import Matrix
 from model.request import Geometry, Medium, Message
@@ -41,11 +41,13 @@ class Target(Protocol):
     hidden_size: int
     vocab_size: int
     max_positions: int
+    num_axes: int  # of position ids
     eos_ids: frozenset[int]
     tokens_per_image: int
     geometry: Geometry
     head: Matrix | None  # lm_head, where it is packed for the native library
     native: bool  # all that takes long runs in the native library, nothing in torch
+    recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
 
     @property
@@ -81,9 +83,13 @@ class Target(Protocol):
         """
         ...
 
-    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray, Tensor, Tensor]:
+    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray | None, Tensor, Tensor]:
         """`forward` over tokens (batch, rows) int64, and what follows from it: the likeliest token behind each of them
-        (batch, rows) int64, logits (batch, rows, vocab), and the tapped layers' outputs."""
+        (batch, rows) int64 if it is known, logits (batch, rows, vocab), and the tapped layers' outputs."""
+        ...
+
+    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """`forward` by torch alone, all that it reads being on the device; positions (axes, batch, rows) integers."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

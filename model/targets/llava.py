@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from model import attention
-from model.attention import Rows
+from model.attention import Plan, Rows
 from model.config import EngineConfig
 from model.native import library
 from model.native.library import Matrix
@@ -24,6 +24,7 @@ from model.native.step import Verifier
 from model.request import Geometry, Medium, Message, RequestError
 from model.targets import native
 from model.targets.base import Prompt, evenly_spaced
+from model.transfer import upload
 
 FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 
@@ -31,13 +32,14 @@ FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 class LlavaTarget:
     """See `model.targets.base.Target`."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, model: Any = None, processor: Any = None) -> None:
+        """The checkpoint that a resolved config names; or these, which are on no disk."""
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        self.processor = AutoProcessor.from_pretrained(config.model)
+        self.processor = processor or AutoProcessor.from_pretrained(config.model)
         self.tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = model or LlavaForConditionalGeneration.from_pretrained(
             config.model, dtype=self.dtype, attn_implementation="sdpa"
         )
         self.model.to(self.device).eval().requires_grad_(False)
@@ -46,7 +48,7 @@ class LlavaTarget:
         self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
         self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.max_positions = text.max_position_embeddings
+        self.max_positions, self.num_axes = text.max_position_embeddings, 1
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(
             eos if isinstance(eos, list) else [eos if eos is not None else self.tokenizer.eos_token_id]
@@ -62,6 +64,9 @@ class LlavaTarget:
         self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions)
         self.tower = native.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
+        rope = getattr(text, "rope_parameters", None) or {}
+        # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
+        self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"
         # Drafts learn through the model's own output head; a packed matrix knows no gradient.
         head = self.model.lm_head
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
@@ -231,18 +236,19 @@ class LlavaTarget:
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.decoder is not None:
             return self.decoder.forward(embeds, positions, rows)
-        places = torch.from_numpy(positions[0]).to(self.device, torch.int64)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds, position_ids=places, use_cache=False, rows=rows
-        ).last_hidden_state
-        return hidden, torch.cat([self._taps[layer] for layer in self.tap_layers], -1)
+        return self.run(embeds, upload(positions, self.device), rows.plan)
 
-    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray, Tensor, Tensor]:
+    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, position_ids=positions[0].long(), use_cache=False, plan=plan
+        ).last_hidden_state
+        return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
+
+    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray | None, Tensor, Tensor]:
         if self.verifier is not None:
             return self.verifier(tokens, positions, rows)
-        hidden, taps = self.forward(self.embed(torch.from_numpy(tokens).to(self.device)), positions, rows)
-        logits = self.logits(hidden)
-        return logits.argmax(-1).cpu().numpy(), logits, taps
+        hidden, taps = self.forward(self.embed(upload(tokens, self.device)), positions, rows)
+        return None, self.logits(hidden), taps
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)

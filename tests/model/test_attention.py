@@ -72,7 +72,7 @@ def test_each_row_of_a_tree_sees_its_own_path_and_nothing_else(
     trees = random_tree(rng, 3, 9)
     queries, keys, values = (torch.randn(3, n, 9, DIM) for n in (heads, kv_heads, kv_heads))
     rows = Rows(kv, 0, 9, np.array(kv.lengths, np.int32), trees.sizes.astype(np.int32), Sight.TREE, trees.parents)
-    mixed = attention.attend(rows, 0, queries, keys, values)
+    mixed = attention.attend(rows.plan, 0, queries, keys, values)
     for b in range(3):
         for row in range(int(trees.sizes[b])):
             path, at = [row], row

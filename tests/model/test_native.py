@@ -109,7 +109,7 @@ def in_torch(shape: Shape, layers: list[LayerWeights], turn: Rotary | None, x: T
     for i, weights in enumerate(layers):
         parts = linear(norm(x, weights.norm1), weights.qkv, weights.qkv_bias).split(sizes, -1)
         q, k, v = (part.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for part in parts)
-        mixed = attend(rows, i, turned(q), turned(k), v).transpose(1, 2).flatten(2)
+        mixed = attend(rows.plan, i, turned(q), turned(k), v).transpose(1, 2).flatten(2)
         x = x + linear(mixed, weights.out, weights.out_bias)
         inner = linear(norm(x, weights.norm2), weights.up, weights.up_bias)
         if shape.activation == "silu":
@@ -250,7 +250,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
     before, weight = normal(101, max(rank, 1), seed=1).to(dtype), normal(101, max(rank, 1), seed=2).to(dtype)
     newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
     head = (lambda ids: F.linear(before[ids].double(), weight.double())) if rank else None
-    expected = tree.best_first(torch.from_numpy(newest), logits.double(), head, width=width, budgets=budgets)
+    expected = tree.best_first(newest, logits.double(), head, width=width, budgets=budgets)
     own = Candidates(width, before if rank else None, Matrix(weight) if rank else None)
     grown = own.grow(logits, newest, budgets)
     assert grown.sizes.tolist() == expected.sizes.tolist()

@@ -144,13 +144,49 @@ def test_each_request_of_a_batch_draws_with_its_own_parameters_at_its_own_positi
     logits = torch.randn(3, 4, 60, generator=torch.Generator().manual_seed(4))
     given = [params(seed=1), SamplingParams(), params(seed=2, temperature=0.7, top_p=0.8)]
     positions = [[5, 6, 6, 7], [0, 1, 1], [9]]
-    tokens = choose(logits, logits.argmax(-1).numpy(), given, positions.__getitem__)
+    tokens = choose(logits, given, positions.__getitem__, logits.argmax(-1).numpy())
     assert tokens[1].tolist() == logits[1].argmax(-1).tolist()
     assert tokens[2, 1:].tolist() == logits[2, 1:].argmax(-1).tolist(), "rows that decide nothing"
     for b in (0, 2):
         for row, position in enumerate(positions[b]):
             draw = torch.tensor([uniform(given[b].seed, position)], dtype=torch.float64)
             assert tokens[b, row] == invert(distribution(logits[b, row : row + 1], given[b]), draw)
+
+
+MIXED = (
+    params(),
+    params(temperature=1e-308),
+    params(temperature=5e-324, top_k=3),
+    params(top_k=1),
+    params(top_k=40, temperature=1.3, top_p=0.95, min_p=0.05),
+    params(top_k=10_000),
+    params(top_p=0.3, temperature=2.0),
+    params(min_p=0.2),
+    params(top_k=7),
+    params(top_k=3, top_p=1.0),
+)
+
+
+@pytest.mark.parametrize("vocab", [97, 5000])
+def test_a_row_among_others_has_the_very_bits_that_it_has_alone(vocab: int) -> None:
+    """Else a seeded answer would depend on who else is being served."""
+    rows = [MIXED[i % len(MIXED)] for i in range(37)]
+    logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(5)) * 4
+    logits[::5] = logits[::5].round()  # ties, at the limits too
+    together = distribution(logits, rows)
+    for i, settings in enumerate(rows):
+        assert torch.equal(together[i], distribution(logits[i : i + 1], settings)[0]), settings
+
+
+def test_requests_of_every_kind_together_choose_what_each_chooses_alone() -> None:
+    given = [p if i % 3 else SamplingParams() for i, p in enumerate(MIXED * 2)]
+    logits = torch.randn(len(given), 4, 300, generator=torch.Generator().manual_seed(6)) * 2
+    positions = [list(range(i, i + i % 5)) for i in range(len(given))]
+    together = choose(logits, given, positions.__getitem__)
+    for b in range(len(given)):
+        assert np.array_equal(
+            together[b], choose(logits[b : b + 1], given[b : b + 1], positions[b : b + 1].__getitem__)[0]
+        )
 
 
 # -- parameters

@@ -61,7 +61,7 @@ def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool) -> None:
     """Width 12 is the whole vocabulary, so no candidate is cut off before its time and the tree must be exact."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 4, VOCAB, generator=generator) * 2.5
-    newest = torch.tensor([3, 0, 11])
+    newest = np.array([3, 0, 11])
     bias = bigram(seed) if with_bias else None
     budgets = np.array([10, 1, 7])
     trees = best_first(newest, logits, bias, width=VOCAB, budgets=budgets)
@@ -75,10 +75,10 @@ def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool) -> None:
 def test_width_narrows_the_tree_and_changes_nothing_else() -> None:
     """With width 2 the best chain is still there, and each level has two candidates at most."""
     logits = torch.randn(1, 5, VOCAB, generator=torch.Generator().manual_seed(1))
-    trees = best_first(torch.tensor([2]), logits, bigram(1), width=2, budgets=np.array([50]))
+    trees = best_first(np.array([2]), logits, bigram(1), width=2, budgets=np.array([50]))
     assert trees.sizes.tolist() == [11], "a budget beyond what the width holds takes all of it"
     assert np.bincount(trees.depths[0]).tolist() == [1, 2, 2, 2, 2, 2]
-    wide = best_first(torch.tensor([2]), logits, bigram(1), width=VOCAB, budgets=np.array([1]))
+    wide = best_first(np.array([2]), logits, bigram(1), width=VOCAB, budgets=np.array([1]))
     assert paths_of(wide, 0).keys() <= paths_of(trees, 0).keys()
 
 
@@ -90,7 +90,7 @@ def test_every_tree_is_a_tree_within_its_budget(seed: int) -> None:
     if seed == 3:
         logits[:, :, 0] = 60.0  # certain at every position: child and parent score the same in float32
     budgets = np.array([0, 1, 5, 15, 3, 0])
-    newest = torch.from_numpy(rng.integers(0, VOCAB, 6))
+    newest = rng.integers(0, VOCAB, 6)
     trees = best_first(newest, logits, bigram(seed), width=3, budgets=budgets)
     assert trees.sizes.tolist() == (1 + budgets).tolist()
     assert trees.rows == 16
@@ -122,7 +122,7 @@ def test_a_row_sees_itself_and_its_ancestors() -> None:
 
 
 def test_all_budgets_zero_make_roots() -> None:
-    trees = best_first(torch.tensor([4, 5]), torch.randn(2, 3, VOCAB), None, width=2, budgets=np.array([0, 0]))
+    trees = best_first(np.array([4, 5]), torch.randn(2, 3, VOCAB), None, width=2, budgets=np.array([0, 0]))
     plain = roots(np.array([4, 5]))
     assert trees.rows == plain.rows == 1
     assert trees.tokens.tolist() == plain.tokens.tolist() == [[4], [5]]

@@ -1,0 +1,381 @@
+"""What a step costs on this machine, and what it would have to cost: `python -m model.bench.gpu`.
+
+Needs a GPU with torch and transformers, and no checkpoint: a LLaVA with a language model of the size of Qwen2.5-7B and
+a draft for it are made on the device, with random weights. What they say is worth nothing; how long they take is what
+a trained model of that size takes. First memory bandwidth and the rate of products are measured. Then, for every batch:
+
+    pass 1, pass 16      the target over 1 and over 16 rows per sequence, its output head and the best tokens, in
+                         device time; recorded as a graph or not, with our attention kernel or torch's
+    floor                the time in which the memory can be read that pass 1 must read: weights, keys and values
+    draft                one proposal and one observation of the draft
+    step, spec. step     a whole step of the engine, without a draft and with one, by the clock on the wall
+    idle                 the share of that in which the GPU has nothing to do: it waits for Python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from transformers.utils import logging
+
+from model.attention import Rows, Sight
+from model.bench import report
+from model.config import DTYPES, EngineConfig
+from model.demo import checkpoint as demo
+from model.draft import checkpoint
+from model.draft.network import DraftConfig, DraftNetwork
+from model.engine import Engine
+from model.graphs import Replays, recorder
+from model.kernels import choice
+from model.request import Message, Request, SamplingParams
+from model.targets.llava import LlavaTarget
+
+NODES = 16  # rows of a verified tree, the root included
+RATIOS = ("pass_over_floor", "step_over_floor", "rows_16_over_1", "idle_share")
+TOKENS_BEYOND = 64  # positions beside prompt and answer: the template's
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shapes that are made, and how much memory is moved to measure bandwidth."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    draft: dict[str, Any]
+    bytes_moved: int
+    matrix: int  # side of the matrices multiplied
+
+
+SIZES = {
+    "7b": Size(
+        text={
+            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
+        },
+        vision={
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "image_size": 336, "patch_size": 14, "projection_dim": 768,
+        },
+        draft={"hidden_size": 1024, "num_heads": 8, "intermediate_size": 2816},
+        bytes_moved=4 << 30,
+        matrix=8192,
+    ),
+    "tiny": Size(
+        text={
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        },
+        vision={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 8, "projection_dim": 32,
+        },
+        draft={"hidden_size": 32, "num_heads": 2, "intermediate_size": 48},
+        bytes_moved=1 << 24,
+        matrix=256,
+    ),
+}  # fmt: skip
+
+
+def make_target(size: Size, config: EngineConfig) -> tuple[LlavaTarget, int]:
+    """A target that is on no disk, with random weights, and how many bytes of them each pass must read.
+
+    Its tokenizer writes every byte as one token.
+    """
+    tokenizer = demo.train_tokenizer((), vocabulary=256 + len(demo.SPECIAL))
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in demo.SPECIAL}
+    special = {"bos_token_id": ids[demo.BOS], "eos_token_id": ids[demo.END], "pad_token_id": ids[demo.PAD]}
+    family = Qwen2Config if size.text["hidden_size"] % 128 == 0 else LlamaConfig
+    side, patch = size.vision["image_size"], size.vision["patch_size"]
+    described = LlavaConfig(
+        vision_config=CLIPVisionConfig(**size.vision),
+        text_config=family(**size.text, tie_word_embeddings=False, **special),
+        image_token_index=ids[demo.IMAGE],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=(side // patch) ** 2,
+        tie_word_embeddings=False,
+        **special,
+    )
+    with torch.device(config.device):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration._from_config(
+            described, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+        )
+    text = model.model.language_model
+    read = sum(w.nbytes for module in (text.layers, text.norm, model.lm_head) for w in module.parameters())
+    return LlavaTarget(config, model, demo.processor(tokenizer, side, patch)), read
+
+
+def make_draft(size: Size, target: LlavaTarget, folder: Path) -> None:
+    network = DraftNetwork(
+        DraftConfig(
+            target_hidden_size=target.hidden_size,
+            vocab_size=target.vocab_size,
+            tap_layers=target.tap_layers,
+            **size.draft,
+        )
+    )
+    checkpoint.save(folder, network.to(target.dtype), target, command="model.bench.gpu")
+
+
+# --- clocks
+
+
+def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Of one run, in device time on a GPU: runs follow one another without a wait. The mean after a few to warm up."""
+    for _ in range(3):
+        function()
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return (time.perf_counter() - begun) / repeats
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(repeats):
+        function()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / repeats
+
+
+def wall(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Of one run, by the clock on the wall: the median, after a few to warm up."""
+    taken = []
+    for turn in range(3 + repeats):
+        begun = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if turn >= 3:
+            taken.append(time.perf_counter() - begun)
+    return float(np.median(taken))
+
+
+def busy(function: Callable[[], object], device: torch.device, repeats: int) -> float | None:
+    """Seconds of one run in which the GPU computes or copies, as its profiler counts them; None without one."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / repeats
+
+
+def limits(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """What the machine can do: bytes/s read and copied, multiply-adds counted as two operations/s."""
+    here = torch.ones(size.bytes_moved // 4, device=device)
+    there = torch.empty_like(here)
+    square = torch.randn(size.matrix, size.matrix, device=device).to(dtype)
+    return {
+        "read_bytes_per_second": size.bytes_moved / seconds(here.sum, device, repeats),
+        "copy_bytes_per_second": 2 * size.bytes_moved / seconds(lambda: there.copy_(here), device, repeats),
+        "operations_per_second": 2 * size.matrix**3 / seconds(lambda: square @ square, device, repeats),
+    }
+
+
+# --- an engine at work
+
+
+class Batch:
+    """So many sequences of one length, all of which decode."""
+
+    def __init__(self, engine: Engine, number: int, *, context: int, max_tokens: int, speculation: bool) -> None:
+        self.engine, self.number = engine, number
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        for index in range(number):
+            text = chr(ord("a") + index % 26) * context
+            engine.add(Request(f"{index}", (Message("user", (text,)),), params, speculation))
+        while engine.scheduler.waiting or any(s.prefilling for s in engine.scheduler.running):
+            engine.step()
+
+    def end(self) -> None:
+        for index in range(self.number):
+            self.engine.abort(f"{index}")
+
+    def rows(self, num: int) -> Rows:
+        """A chain of `num` rows behind what each sequence holds."""
+        starts = np.array(self.engine.cache.lengths[: self.number], np.int32)
+        parents = np.tile(np.arange(-1, num - 1, dtype=np.int32), (self.number, 1))
+        counts = np.full(self.number, num, np.int32)
+        return Rows(self.engine.cache, 0, num, starts, counts, Sight.TREE, parents)
+
+    def run(self, num: int) -> Callable[[], object]:
+        """The target's pass over `num` rows of each, to the best token of every row."""
+        tokens = np.full((self.number, num), 9, np.int64)
+
+        @torch.inference_mode()
+        def run() -> object:
+            rows = self.rows(num)
+            positions = (rows.starts[:, None] + np.arange(num, dtype=np.int32))[None]
+            likeliest, logits, _ = self.engine._answers(tokens, positions, rows)
+            return logits.argmax(-1) if likeliest is None else likeliest
+
+        return run
+
+    def draft(self) -> Callable[[], object] | None:
+        drafter, target = self.engine.drafter, self.engine.target
+        if drafter is None:
+            return None
+        newest, budgets = np.full(self.number, 9, np.int64), np.full(self.number, NODES - 1, np.int64)
+        width = target.hidden_size * len(target.tap_layers)
+        taps = torch.zeros(self.number, NODES, width, dtype=target.dtype, device=target.device)
+
+        @torch.inference_mode()
+        def run() -> object:
+            held = list(drafter.cache.lengths)
+            trees = drafter.propose(newest, budgets)
+            drafter.observe(taps, [[0, 1]] * self.number)
+            drafter.cache.lengths[:] = held  # the next run begins where this one did
+            return trees
+
+        return run
+
+
+def floor(engine: Engine, batch: Batch, bandwidth: float, weights: int) -> float:
+    """Seconds in which a pass over one row of each sequence can be read."""
+    cache = engine.cache
+    each = cache.data.shape[0] * 2 * cache.num_heads * cache.data.shape[-1] * cache.data.element_size()
+    return (weights + each * sum(cache.lengths[: batch.number])) / bandwidth
+
+
+def without_kernel() -> AbstractContextManager[object]:
+    return mock.patch.object(choice, "tree_attention", return_value=None)
+
+
+def passes(engine: Engine, batch: Batch, repeats: int) -> dict[str, float]:
+    """Seconds of a pass over one row of each sequence and over NODES, for every way of computing it here."""
+    device, ways = engine.target.device, dict[str, tuple[Replays | None, AbstractContextManager[object]]]()
+    kernel = choice.tree_attention(engine.target.dtype, engine.target.head_dim, device) is not None
+    ways["plain"] = (None, nullcontext())
+    if kernel:
+        ways["plain, torch attention"] = (None, without_kernel())
+    if engine._passes is not None:
+        ways["graph"] = (engine._passes, nullcontext())
+        if kernel:
+            fresh = Replays(engine._run, engine.cache, recorder(device), max_rows=NODES)
+            ways["graph, torch attention"] = (fresh, without_kernel())
+    found, kept = {}, engine._passes
+    for name, (replays, context) in ways.items():
+        engine._passes = replays
+        with context:
+            for num in (1, NODES):
+                found[f"{name}, {num}"] = seconds(batch.run(num), device, repeats)
+    engine._passes = kept
+    return found
+
+
+def measure(
+    engine: Engine, number: int, *, context: int, repeats: int, bandwidth: float, weights: int
+) -> dict[str, Any]:
+    """One row of figures, in milliseconds."""
+    device, room = engine.target.device, engine.max_model_len - context - TOKENS_BEYOND
+    taken: dict[str, float | None] = {}
+    for name, speculation in (("step", False), ("speculating step", True)):
+        batch = Batch(engine, number, context=context, max_tokens=room, speculation=speculation)
+        if not speculation:
+            ways = passes(engine, batch, repeats)
+            least = floor(engine, batch, bandwidth, weights)
+            drafting = batch.draft()
+            taken["draft"] = wall(drafting, device, repeats) if drafting else None
+        taken[name] = wall(engine.step, device, repeats)
+        taken[f"{name}, busy"] = busy(engine.step, device, repeats)
+        batch.end()
+    best = "graph" if engine._passes is not None else "plain"
+    step, working = taken["step"], taken["step, busy"]
+    assert step is not None
+    return {
+        "batch": number,
+        "context": context,
+        "milliseconds": {name: round(1e3 * value, 4) for name, value in (*ways.items(), *taken.items()) if value},
+        "floor_milliseconds": round(1e3 * least, 4),
+        "pass_over_floor": round(ways[f"{best}, 1"] / least, 3),
+        "step_over_floor": round(step / least, 3),
+        "rows_16_over_1": round(ways[f"{best}, {NODES}"] / ways[f"{best}, 1"], 3),
+        "idle_share": None if working is None else round(max(0.0, 1.0 - working / step), 3),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A column for every batch."""
+    columns = [("batch", "floor ms", *(f"{n} ms" for n in rows[0]["milliseconds"]), *RATIOS)]
+    for row in rows:
+        times = (f"{value:.3f}" for value in (row["floor_milliseconds"], *row["milliseconds"].values()))
+        ratios = ("-" if row[name] is None else f"{row[name]:.2f}" for name in RATIOS)
+        columns.append((str(row["batch"]), *times, *ratios))
+    return report.aligned(list(zip(*columns, strict=True)))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    parser.add_argument("--batches", default="1,8,32", help="default: 1,8,32")
+    parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each sequence (default: 1024)")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--output", type=Path, help="write the JSON there too")
+    asked = parser.parse_args(argv)
+    logging.disable_progress_bar()
+    size, batches = SIZES[asked.size], [int(b) for b in asked.batches.split(",")]
+    # A speculating step may emit all of a tree. A batch is stepped 3 + repeats times by one clock and repeats times by
+    # another, and its first sequence decodes while the others' prompts are read.
+    room = (3 + 2 * asked.repeats + max(batches)) * NODES
+    config = EngineConfig(
+        model=asked.size,
+        device=asked.device,
+        dtype=asked.dtype,
+        max_num_seqs=max(batches),
+        max_model_len=asked.context + room + TOKENS_BEYOND,
+        max_rows=NODES * max(batches),
+        max_nodes=NODES - 1,
+        graphs=True,
+    ).resolved()
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    with torch.inference_mode():
+        possible = limits(size, device, dtype, asked.repeats)
+    target, read = make_target(size, config)
+    with tempfile.TemporaryDirectory() as folder:
+        make_draft(size, target, Path(folder))
+        engine = Engine(replace(config, draft=folder, drafter="flash"), target)
+    bandwidth = max(possible["read_bytes_per_second"], possible["copy_bytes_per_second"])
+    sizes = {"context": asked.context, "repeats": asked.repeats, "bandwidth": bandwidth, "weights": read}
+    rows = [measure(engine, number, **sizes) for number in batches]
+    kernel = choice.tree_attention(dtype, target.head_dim, device) is not None
+    result = json.dumps({
+        "machine": report.machine(config.device, config.dtype),
+        "command": shlex.join(["python", "-m", "model.bench.gpu", *argv]),
+        "limits": {name: round(value) for name, value in possible.items()},
+        "bytes_read_per_pass": read,
+        "attention_kernel": kernel,
+        "rows": rows,
+    })  # fmt: skip
+    print(f"\n{table(rows)}\n\n{result}")
+    if asked.output:
+        asked.output.write_text(result + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,81 @@
+"""The benchmark for GPU machines runs, on a machine without one, all that needs none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.attention import Plan
+from model.bench import gpu
+from model.config import EngineConfig
+from model.kv_cache import KVCache
+from model.native import library
+
+
+def figures(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    gpu.main(["--size", "tiny", "--batches", "1,3", "--context", "40", "--repeats", "2", *options])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_it_measures_graphs_against_plain_passes_and_both_against_the_floor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load", lambda: None)
+    output = tmp_path / "figures.json"
+    found = figures(capsys, "--device", "cpu", "--dtype", "float32", "--output", str(output))
+    assert json.loads(output.read_text()) == found
+    assert all(value > 0 for value in found["limits"].values())
+    # Every weight but those of the table of embeddings, which a pass reads a few rows of, and of the tower.
+    attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 96, 2 * 64
+    assert found["bytes_read_per_pass"] == 4 * (4 * (attention + mlp + norms) + 64 + 64 * 512)
+    assert [row["batch"] for row in found["rows"]] == [1, 3]
+    for row in found["rows"]:
+        taken = row["milliseconds"]
+        assert set(taken) == {
+            "plain, 1", "plain, 16", "graph, 1", "graph, 16", "draft", "step", "speculating step",
+        }  # fmt: skip
+        assert row["idle_share"] is None, "nobody can tell without a GPU"
+        assert row["pass_over_floor"] == pytest.approx(taken["graph, 1"] / row["floor_milliseconds"], rel=0.1)
+    one, three = (row["floor_milliseconds"] * found["limits"]["read_bytes_per_second"] for row in found["rows"])
+    assert three > one, "three sequences have more keys and values to be read"
+
+
+def test_a_native_target_has_no_graphs_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    if library.load() is None:
+        pytest.skip("no native library here")
+    found = figures(capsys, "--device", "cpu", "--dtype", "float32")
+    assert {"graph, 1", "plain, torch attention, 1"}.isdisjoint(found["rows"][0]["milliseconds"])
+    assert found["bytes_read_per_pass"] > 400_000, "weights that were handed to the native stack count too"
+
+
+def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() -> None:
+    """On tensors without contents: nothing of it fits here, and whatever asks for a number on the way fails."""
+    size = gpu.SIZES["7b"]
+    target, read = gpu.make_target(size, EngineConfig(model="7b", device="meta", dtype="bfloat16"))
+    assert read == pytest.approx(2 * 7.07e9, rel=0.01), "Qwen2.5-7B has 7.6e9 weights, of which 0.54e9 are embeddings"
+    assert target.recordable
+    kv = KVCache(
+        num_layers=28, num_slots=2, num_heads=4, head_dim=128, capacity=1000, margin=16,
+        dtype=torch.bfloat16, device=target.device,
+    )  # fmt: skip
+    starts = torch.zeros(2, dtype=torch.int64, device="meta")
+    plan = Plan(kv, 0, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
+    ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
+    hidden, taps = target.run(target.embed(ids), ids[None], plan)
+    assert target.logits(hidden).shape == (2, 16, 152064)
+    assert taps.shape == (2, 16, 3 * 3584)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_every_way_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures(capsys, "--device", "cuda")
+    taken = found["rows"][0]["milliseconds"]
+    assert {"graph, 1", "graph, 16", "step, busy"} <= set(taken)
+    assert found["attention_kernel"] == ("graph, torch attention, 1" in taken)
+    assert 0.0 <= found["rows"][0]["idle_share"] < 1.0

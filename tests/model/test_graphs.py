@@ -1,0 +1,287 @@
+"""Passes in few, rounded shapes over static buffers say what passes in their own shapes say.
+
+Without a GPU nothing is recorded, but all else is the same: the buffers, the shapes, what rounding adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from model import graphs
+from model.attention import Plan, Rows, Sight, attend
+from model.drafters.flash import FlashDrafter
+from model.engine import Engine
+from model.graphs import Replays, Shape
+from model.kernels import choice
+from model.kv_cache import KVCache
+from model.native import library
+from model.targets.llava import LlavaTarget
+from tests.model import tiny
+from tests.model.oracle import with_oracle
+from tests.model.test_equality import mixed
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path) -> Iterator[Engine]:
+    """Through torch as on a GPU, its passes replayed; seven slots, so that not every batch is a power of two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "load", lambda: None)
+        yield Engine(
+            tiny.config(
+                tiny_gqa_checkpoint,
+                draft=str(tiny_gqa_draft),
+                max_num_seqs=7,
+                prefill_chunk=16,
+                graphs=True,
+                max_nodes=11,
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_gqa_checkpoint: Path) -> dict[str, list[int]]:
+    """One sequence at a time, without a draft, every pass in its own shape."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "load", lambda: None)
+        plain = Engine(tiny.config(tiny_gqa_checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
+        return {r.request_id: tiny.answers(plain, [r])[r.request_id] for r in mixed()}
+
+
+@pytest.mark.parametrize("every", [0, 1, 3], ids=["at once", "each step", "each third step"])
+def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: dict[str, list[int]], every: int) -> None:
+    """Greedy and seeded, with an untrained draft (its own passes replayed too) and with drafts that mostly hold."""
+    passes, drafter = engine._passes, engine.drafter
+    assert passes is not None
+    assert drafter is not None
+    assert tiny.answers(engine, mixed(), every=every) == expected
+    assert passes.shapes
+    assert drafter._proposals is not None
+    assert drafter._observations is not None
+    assert drafter._proposals.shapes
+    assert drafter._observations.shapes
+    with_oracle(engine, expected, seed=every)
+    try:
+        assert tiny.answers(engine, mixed(), every=every) == expected
+    finally:
+        engine.drafter = drafter
+
+
+class Traced:
+    """A recording in earnest: every operation on tensors is noted once, and no Python runs when they are replayed."""
+
+    def record(self, run: Callable[[], graphs.Outputs]) -> Callable[[], graphs.Outputs]:
+        run()
+        traced = make_fx(run)()
+        return lambda: traced()
+
+
+def test_what_is_recorded_depends_on_nothing_that_python_knew_by_then(
+    tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A length or a position read by Python would be the same in every replay, as it would in a CUDA graph."""
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(graphs, "recorder", lambda _: Traced())
+    engine = Engine(
+        tiny.config(tiny_gqa_checkpoint, draft=str(tiny_gqa_draft), max_num_seqs=7, prefill_chunk=16, graphs=True)
+    )
+    assert tiny.answers(engine, mixed(), every=1) == expected
+    with_oracle(engine, expected)
+    assert tiny.answers(engine, mixed(), every=1) == expected
+
+
+def test_a_few_shapes_hold_every_pass(engine: Engine, expected: dict[str, list[int]]) -> None:
+    """A recording is dear: each is a shape met before, not a pass met before."""
+    assert engine._passes is not None
+    tiny.answers(engine, mixed(), every=2)
+    shapes = set(engine._passes.shapes)
+    assert {s.batch for s in shapes} <= {1, 2, 4, 7}
+    assert {s.rows for s in shapes} <= {1, 8, 12}
+    assert {s.keys for s in shapes} <= {256, engine.cache.stride}
+    tiny.answers(engine, mixed(), every=2)
+    assert set(engine._passes.shapes) == shapes, "the same passes over again, and something was recorded anew"
+
+
+def test_native_passes_are_not_replayed_and_neither_are_those_of_who_does_not_want_it(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library.load() is not None:
+        assert Engine(tiny.config(tiny_checkpoint, graphs=True))._passes is None
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert Engine(tiny.config(tiny_checkpoint))._passes is None, "on a CPU only where it is asked for"
+    assert Engine(tiny.config(tiny_checkpoint, graphs=False))._passes is None
+    assert Engine(tiny.config(tiny_checkpoint, graphs=True))._passes is not None
+
+
+def test_a_pass_beyond_the_number_of_recordings_runs_all_the_same(
+    engine: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MAX_RECORDINGS", 1)
+    assert engine._passes is not None
+    fresh = Replays(engine._run, engine.cache, graphs.Again(), max_rows=12)
+    monkeypatch.setattr(engine, "_passes", fresh)
+    assert tiny.answers(engine, mixed(), every=1) == expected
+    assert len(fresh.shapes) == 1
+
+
+# -- one pass
+
+
+def cache(num_slots: int = 5) -> KVCache:
+    return KVCache(
+        num_layers=1, num_slots=num_slots, num_heads=2, head_dim=8, capacity=100, margin=16,
+        dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def attending(plan: Plan, numbers: Tensor, states: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries, keys and values out of the states: (batch, rows, 3 * 2 * 8)."""
+    assert states is not None
+    q, k, v = states.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    return attend(plan, 0, q, k, v).transpose(1, 2), numbers.sum(0)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 1), (3, 2), (3, 9), (4, 8), (5, 16), (5, 11)])
+@pytest.mark.parametrize("sight", Sight)
+def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows: int, sight: Sight) -> None:
+    """Slots within the batch and beyond it hold something; the rounded pass may write behind that alone."""
+    torch.manual_seed(batch * rows)
+    kv = cache()
+    kv.data.copy_(torch.randn_like(kv.data))
+    for slot, length in enumerate((100, 0, 37, 63, 64)):
+        kv.take(slot)
+        kv.lengths[slot] = length
+    plain = cache()
+    plain.data.copy_(kv.data)
+    before = kv.data.clone()
+    rng = np.random.default_rng(rows)
+    parents = np.array([[-1, *(rng.integers(0, row) for row in range(1, rows))] for _ in range(batch)], np.int32)
+    starts, counts = np.array(kv.lengths[:batch], np.int32), np.full(batch, rows, np.int32)
+    states, numbers = torch.randn(batch, rows, 48), rng.integers(0, 1000, (2, batch, rows))
+    replays = Replays(attending, kv, graphs.Again(), max_rows=16)
+    for _ in range(2):  # recorded, then replayed
+        mixed_, sums = replays(Rows(kv, 0, rows, starts, counts, sight, parents), numbers, states)
+    own = Rows(plain, 0, rows, starts, counts, sight, parents).plan
+    theirs, _ = attending(own, torch.from_numpy(numbers), states)
+    torch.testing.assert_close(mixed_[:, :rows], theirs, atol=1e-6, rtol=0)
+    assert mixed_.isfinite().all(), "rows that rounding adds must not spoil others"
+    assert np.array_equal(sums[:, :rows].numpy(), numbers.sum(0))
+    for slot, length in enumerate(kv.lengths):
+        assert torch.equal(kv.data[:, :, slot, :, :length], before[:, :, slot, :, :length]), "a held position changed"
+        assert torch.equal(kv.data[:, :, slot, :, length + 16 :], before[:, :, slot, :, length + 16 :])
+    assert replays.shapes == (replays.shape(Rows(kv, 0, rows, starts, counts, sight, parents), 48),)
+
+
+def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
+    kv = KVCache(
+        num_layers=1, num_slots=12, num_heads=1, head_dim=1, capacity=4000, margin=16,
+        dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    replays = Replays(attending, kv, graphs.Again(), max_rows=16)
+
+    def shape(batch: int, rows: int, start: int) -> Shape:
+        starts = np.full(batch, start, np.int32)
+        return replays.shape(Rows(kv, 0, rows, starts, np.ones(batch, np.int32), Sight.CAUSAL), 0)
+
+    assert [shape(batch, 1, 0).batch for batch in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]
+    assert [shape(1, rows, 0).rows for rows in (1, 2, 8, 9, 16)] == [1, 8, 8, 16, 16]
+    keys = [shape(1, 1, start).keys for start in (0, 255, 256, 383, 384, 1000, 1024, 2047, 3071, 3999)]
+    assert keys == [256, 256, 384, 384, 512, 1024, 1536, 2048, 3072, 4032]
+
+
+def test_what_rounding_adds_sees_itself_and_nothing_that_is_new_besides() -> None:
+    """A row that sees nothing at all is NaN in some kernels, and NaN spreads through the cache."""
+    kv, seen = cache(), list[Tensor]()
+
+    def look(plan: Plan, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
+        seen.append(plan.visible.clone())
+        return (plan.starts,)
+
+    rows = Rows(kv, 0, 3, np.zeros(3, np.int32), np.full(3, 3, np.int32), Sight.WHOLE)
+    Replays(look, kv, graphs.Again(), max_rows=16)(rows, np.zeros((0, 3, 3), np.int64))
+    expected = torch.eye(8, dtype=torch.bool).repeat(4, 1, 1)
+    expected[:3, :3, :3] = True
+    assert torch.equal(seen[-1], expected)
+
+
+def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever is being served waits while a pass of a new shape is recorded."""
+    kv = cache()
+    replays = Replays(attending, kv, graphs.Again(), max_rows=16)
+    replays.prepare(2, range(1, 17), 48)
+    assert not replays.shapes, "as many shapes as there are lengths"
+    monkeypatch.setattr(choice, "tree_attention", lambda *_: lambda q, *_: q)
+    replays.prepare(2, range(1, 17), 48)
+    ahead = replays.shapes
+    assert [(s.batch, s.rows) for s in ahead] == [(b, r) for b in (5, 4, 2, 1) for r in (16, 8, 1)]
+    for batch in range(1, 6):
+        for rows in range(1, 17):
+            starts, counts = np.full(batch, 3 * rows, np.int32), np.ones(batch, np.int32)
+            numbers = np.zeros((2, batch, rows), np.int64)
+            replays(Rows(kv, 0, rows, starts, counts, Sight.CAUSAL), numbers, torch.randn(batch, rows, 48))
+    assert replays.shapes == ahead
+
+
+def test_sixty_four_rows_see_each_other_through_the_sign_bit_too() -> None:
+    kv = cache(1)
+    kv.data.zero_()
+    seen: list[Tensor] = []
+
+    def look(plan: Plan, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
+        seen.append(plan.visible.clone())
+        return (plan.starts,)
+
+    rows = Rows(kv, 0, 64, np.zeros(1, np.int32), np.array([64], np.int32), Sight.CAUSAL)
+    Replays(look, kv, graphs.Again(), max_rows=64)(rows, np.zeros((0, 1, 64), np.int64))
+    assert np.array_equal(seen[-1].numpy(), rows.visible())
+
+
+def on_meta(num_layers: int, heads: int, head_dim: int) -> tuple[KVCache, Plan]:
+    """A cache and three rows of one slot whose tensors have no contents: whatever asks for a number of them fails."""
+    kv = KVCache(
+        num_layers=num_layers, num_slots=1, num_heads=heads, head_dim=head_dim, capacity=100, margin=16,
+        dtype=torch.float32, device=torch.device("meta"),
+    )  # fmt: skip
+    starts = torch.zeros(1, dtype=torch.int64, device="meta")
+    return kv, Plan(kv, 0, starts, torch.ones(1, 5, 5, dtype=torch.bool, device="meta"), 64)
+
+
+def test_a_pass_asks_for_no_number_on_its_way(
+    tiny_checkpoint: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for the GPU, and could not be recorded. transformers does where a mask function is registered."""
+    monkeypatch.setattr(library, "load", lambda: None)
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), graphs=True))
+    target, drafter = engine.target, engine.drafter
+    assert isinstance(target, LlavaTarget)
+    assert isinstance(drafter, FlashDrafter)
+    target.model.to("meta")
+    drafter.network.to("meta")
+    _, plan = on_meta(4, 2, 32)
+    ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
+    hidden, taps = target.run(target.embed(ids), ids[None], plan)
+    assert hidden.shape == (1, 5, 64)
+    assert taps.shape == (1, 5, 3 * 64)
+    drafter.cache, plan = on_meta(2, 2, 16)
+    drafter._observe(plan, ids[None], taps)
+    (found,) = drafter._propose(plan, ids[None], None)
+    assert found.shape == (1, 3, 20)
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graphs_say_the_same_as_plain_passes(tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path) -> None:
+    settings = {"draft": str(tiny_gqa_draft), "device": "cuda", "max_num_seqs": 7, "prefill_chunk": 16}
+    recorded, plain = (Engine(tiny.config(tiny_gqa_checkpoint, graphs=yes, **settings)) for yes in (True, False))
+    assert tiny.answers(recorded, mixed(), every=1) == tiny.answers(plain, mixed(), every=1)
+    assert recorded._passes is not None
+    assert recorded._passes.shapes
