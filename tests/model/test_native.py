@@ -23,6 +23,7 @@ from model.engine import Engine
 from model.kv_cache import KVCache
 from model.native import library
 from model.native.library import BUILDS, Candidates, LayerWeights, Library, Matrix, Norm, Rotary, Shape, Stack
+from model.native.step import Verifier, move
 from tests.model import tiny
 
 HIDDEN, HEADS, INNER = 128, 4, 112
@@ -274,6 +275,54 @@ def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:
             at = int(trees.parents[b, at])
         found[tuple(path)] = float(trees.scores[b, row])
     return found
+
+
+@pytest.mark.parametrize("vocab", [96, 101])
+def test_verifying_in_one_call_is_verifying_in_its_parts(dtype: torch.dtype, vocab: int) -> None:
+    """Bit for bit: from the embedding of tokens to the first of the likeliest answers, ties and idle slots included."""
+    shape = Shape(hidden=HIDDEN, heads=HEADS, kv_heads=2, head_dim=32, intermediate=INNER, eps=1e-6)
+    layers = [cast(layer(seed, HEADS, 2, 32, bias=False, clip=False), dtype) for seed in (10, 20)]
+    final = Norm((1 + normal(HIDDEN, seed=3, scale=0.1)).to(dtype))
+    stack = Stack(shape, layers, rotary=rotary(32, 256), final_norm=final, taps=(0, 1))
+    embeddings = normal(vocab, HIDDEN, seed=4).to(dtype)
+    weight = normal(vocab, HIDDEN, seed=5, scale=HIDDEN**-0.5).to(dtype)
+    weight[vocab // 2 : 2 * (vocab // 2)] = weight[: vocab // 2]  # (nearly) every logit twice
+    head = Matrix(weight)
+    tokens = np.random.default_rng(6).integers(0, vocab, (3, 7))
+    starts, counts = np.array([40, 3, 0], np.int32), np.array([7, 0, 5], np.int32)
+    places = (starts[:, None] + np.arange(7, dtype=np.int32))[None]
+    parents = some_tree(7, 3, seed=7)
+
+    def rows(held: KVCache) -> Rows:
+        return Rows(held, 0, 7, starts, counts, Sight.TREE, parents)
+
+    chosen, logits, taps = Verifier(stack, embeddings, head)(tokens, places, rows(cache(shape, 3, dtype)))
+    hidden, expected_taps = stack.forward(embeddings[torch.from_numpy(tokens)], places, rows(cache(shape, 3, dtype)))
+    expected = head(hidden)
+    for b, count in enumerate(counts):
+        assert torch.equal(logits[b, :count], expected[b, :count])
+        assert torch.equal(taps[b, :count], expected_taps[b, :count])
+        assert chosen[b, :count].tolist() == expected[b, :count].argmax(-1).tolist()
+    assert set(chosen.flat) <= {*range(vocab // 2), vocab - 1}, "of equals the first, as torch"
+
+
+def test_rows_move_in_every_layer_and_head_and_no_others_do(dtype: torch.dtype) -> None:
+    shape = Shape(hidden=HIDDEN, heads=HEADS, kv_heads=2, head_dim=32, intermediate=INNER, eps=1e-6)
+    moved, expected = cache(shape, 3, dtype), cache(shape, 3, dtype)
+    moves = [(0, 12, 11), (0, 15, 12), (2, 199, 0), (2, 200, 1)]
+    move(moved, moves)
+    expected._move_by_torch(moves)
+    assert torch.equal(moved.data, expected.data)
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_patches_are_what_a_convolution_sees(dtype: torch.dtype, patch: int) -> None:
+    """Each number in its place: channel, line and column of a patch, and patches from left to right and down."""
+    pictures = np.random.default_rng(patch).integers(0, 256, (2, 2 * patch, 3 * patch, 3), np.uint8)
+    table = normal(3, 256, seed=1)
+    seen = torch.stack([table[c][torch.from_numpy(pictures[..., c]).long()] for c in range(3)], 1).to(dtype)
+    expected = F.unfold(seen.float(), patch, stride=patch).transpose(1, 2)
+    assert torch.equal(library.patches(pictures, patch, table, dtype).float(), expected)
 
 
 def test_what_does_not_fit_runs_through_transformers_own_layers(

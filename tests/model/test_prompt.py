@@ -206,3 +206,5 @@ def test_pixels_are_those_of_the_checkpoints_own_processor(tiny_target: Target, 
     pictures = [Image.fromarray(frame) for frame in frames]
     expected = tiny_target.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(tiny_target._pixels(frames), expected, atol=1e-6, rtol=0)
+    if tiny_target.tower is not None:
+        assert torch.equal(tiny_target._patches(frames), tiny_target.tower.cut(tiny_target._pixels(frames)))
