@@ -27,7 +27,8 @@ from model.bench.arms import EngineArm
 from model.bench.options import Options
 from model.config import ConfigError, EngineConfig
 from model.engine import Engine
-from model.native.library import Matrix, Stack
+from model.native.library import Matrix
+from model.native.stack import Stack
 from model.native.step import DraftStep, Verifier, tree_seconds
 from model.request import SamplingParams
 from model.scheduler import Chunk, Decoding

@@ -21,7 +21,8 @@ from model.graphs import MAX_ROWS, Recorder, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, pack
 from model.native import library
-from model.native.library import Candidates, LayerWeights, Norm, Rotary, Shape, Stack
+from model.native.candidates import MAX_WIDTH, Candidates
+from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.native.step import DraftStep
 from model.targets.base import Target
 from model.transfer import upload
@@ -85,7 +86,7 @@ class FlashDrafter:
         return self.network.block_input(self.target.embed(last)[:, None])[:, 0]
 
     def _native_candidates(self) -> Candidates | None:
-        if not library.supports(self.target.dtype, self.target.device) or self.width > library.MAX_WIDTH:
+        if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
             return None
         head = self.network.sequential
         if head is None:

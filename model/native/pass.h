@@ -1,5 +1,5 @@
 // A stack of transformer layers over rows of many sequences, on the CPU: one call a forward pass. Rows, weights and cache
-// are the caller's (library.py); this file knows no tokens, no trees and no models by name.
+// are the caller's (stack.py); this file knows no tokens, no trees and no models by name.
 //
 // Every stage of a layer is shared out among the threads of a team in small tasks, and done when they all are:
 //

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from model.attention import Rows
 from model.kv_cache import KVCache
-from model.native.library import Candidates, Matrix, Stack, TreeArrays, functions, pointer
+from model.native.candidates import Candidates, TreeArrays
+from model.native.library import Matrix, functions, pointer
+from model.native.stack import Stack
 from model.tree import Trees, roots
 
 

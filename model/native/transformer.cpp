@@ -1,4 +1,4 @@
-// What Python calls (library.py, step.py): forward passes, and the steps made of them.
+// What Python calls (library.py, stack.py, candidates.py, step.py): forward passes, and the steps made of them.
 #include "step.h"
 
 namespace {

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from model.attention import Rows, Sight
 from model.native import library
-from model.native.library import LayerWeights, Matrix, Norm, Rotary, Shape, Stack
+from model.native.library import Matrix
+from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 
 LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 
@@ -112,7 +113,7 @@ class Tower:
         x[:, 0] = self.first_place
         torch.add(self.patches(patches), self.places[1:], out=x[:, 1:])
         x = self.norm(x)
-        cache = library.scratch(self.shape, batch, num, x.dtype)
+        cache = scratch(self.shape, batch, num, x.dtype)
         starts, counts = np.zeros(batch, np.int32), np.full(batch, num, np.int32)
         places = np.zeros((1, batch, num), np.int32)
         seen, _ = self.stack.forward(x, places, Rows(cache, 0, num, starts, counts, Sight.WHOLE))

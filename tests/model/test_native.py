@@ -22,7 +22,9 @@ from model.config import EngineConfig
 from model.engine import Engine
 from model.kv_cache import KVCache
 from model.native import library
-from model.native.library import BUILDS, Candidates, LayerWeights, Library, Matrix, Norm, Rotary, Shape, Stack
+from model.native.candidates import Candidates
+from model.native.library import BUILDS, Library, Matrix
+from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.native.step import Verifier, move
 from tests.model import tiny
 

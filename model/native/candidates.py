@@ -1,0 +1,74 @@
+"""Candidate trees from a draft's logits, as candidates.h grows them: `model.tree.best_first`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.native.library import Matrix, functions, pointer
+from model.tree import Trees, roots
+
+MAX_WIDTH = 16  # as in candidates.h
+
+
+class _Draft(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
+        *((n, ctypes.c_void_p) for n in "logits before after".split()),
+    ]
+
+
+class TreeArrays(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in "batch rows".split()),
+        *((n, ctypes.c_void_p) for n in "budgets tokens sizes parents depths scores".split()),
+    ]
+
+    @classmethod
+    def of(cls, trees: Trees, budgets: np.ndarray) -> TreeArrays:
+        """Trees of roots alone, to be grown to at most budgets (batch,) int64 nodes beside them."""
+        return cls(
+            batch=len(budgets),
+            rows=trees.rows,
+            budgets=pointer(budgets, np.int64),
+            tokens=pointer(trees.tokens, np.int64),
+            sizes=pointer(trees.sizes, np.int64),
+            parents=pointer(trees.parents),
+            depths=pointer(trees.depths),
+            scores=pointer(trees.scores, np.float64),
+        )
+
+
+class Candidates:
+    """`model.tree.best_first` in one call. The sequential head, or None: before (vocab, rank), after rank -> vocab."""
+
+    STRUCT = _Draft
+
+    def __init__(self, width: int, before: Tensor | None, after: Matrix | None) -> None:
+        assert 1 <= width <= MAX_WIDTH
+        self.width, self._before, self._after = width, before, after
+
+    def struct(self, *, block: int, vocab: int, logits: Tensor | None = None) -> _Draft:
+        return _Draft(
+            block=block,
+            vocab=vocab,
+            width=min(self.width, vocab),
+            rank=0 if self._before is None else self._before.shape[1],
+            logits=pointer(logits),
+            before=pointer(self._before),
+            after=None if self._after is None else self._after.packed.data_ptr(),
+        )
+
+    def grow(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """logits: (batch, block, vocab); newest, budgets: (batch,) int64."""
+        _, block, vocab = logits.shape
+        logits = logits.contiguous()
+        budgets = np.minimum(budgets, block * self.width)
+        trees = roots(newest, 1 + int(budgets.max(initial=0)))
+        draft, arrays = self.struct(block=block, vocab=vocab, logits=logits), TreeArrays.of(trees, budgets)
+        bfloat16 = ctypes.c_bool(logits.dtype is torch.bfloat16)
+        functions().flash_grow(bfloat16, ctypes.byref(draft), ctypes.byref(arrays))
+        return trees
