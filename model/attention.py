@@ -38,7 +38,7 @@ class Sight(IntEnum):
     WHOLE = 2  # all
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Rows:
     """The rows of one forward pass: as many for every one of some consecutive slots, written from `starts` on.
 

@@ -105,7 +105,7 @@ class RequestStats:
     decode: float  # from the first token to the last
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, as Token
 class RequestOutput:
     """What one step did for one request. Exactly one output per request carries a `finish_reason`; it is the last."""
 

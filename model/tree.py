@@ -16,7 +16,7 @@ from torch import Tensor
 from model.transfer import upload
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, nor are others that every step makes: it takes several times as long
 class Trees:
     """One tree per sequence of a batch, each padded to the same number of rows; row 0 is the root.
 

@@ -14,7 +14,7 @@ import numpy as np
 from model.tree import Trees
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Verdict:
     """path: accepted rows, the root's 0 first; tokens: what is emitted, the bonus token last (len(path) tokens)."""
 
