@@ -15,11 +15,14 @@ from typer.testing import CliRunner
 
 from model import sampling, verify
 from model.bench import __main__ as bench
-from model.bench import equality, figures
+from model.bench import equality, figures, profile
 from model.bench.arms import Run
 from model.bench.margins import margin
 from model.bench.reference import Reference
 from model.engine import Engine
+from model.native import library
+from model.native.stack import Stack
+from model.native.step import Verifier
 from model.request import Message, SamplingParams
 from model.tree import Trees
 from service.cli import app
@@ -80,6 +83,31 @@ def test_a_ratio_is_taken_within_a_repeat_and_never_across() -> None:
     assert flash["tokens_per_second"] == 2.0
     assert flash["decode_tokens_per_second"] == 3.0
     assert flash["speedup_over_generate"] is None
+
+
+@pytest.mark.skipif(library.load() is None, reason="no native library here")
+def test_the_parts_of_a_profiled_step_make_up_the_whole(
+    tiny_checkpoint: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "READ_BYTES", 1 << 22)
+    monkeypatch.setattr(profile, "SQUARE", 64)
+    before = Stack.forward, Verifier.__call__, verify.walk
+    asked = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
+    bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
+    assert before == (Stack.forward, Verifier.__call__, verify.walk), "the stopwatch was left behind"
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["memory_gb_per_second"] > 0
+    steps = {(row["drafter"], row["batch"], row["step"]) for row in result["rows"]}
+    assert steps == {(d, b, s) for d in ("off", "flash") for b in (1, 3) for s in ("prompt", "decode")}
+    for step in steps:
+        *parts, whole = (row for row in result["rows"] if (row["drafter"], row["batch"], row["step"]) == step)
+        assert whole["part"] == "all"
+        assert sum(row["ms"] for row in parts) == pytest.approx(whole["ms"], rel=0.02, abs=1e-3)
+        forwards = {row["part"] for row in parts if row["floor_ms"] is not None}
+        drafting = {"draft forward"} if step[0] == "flash" else set()
+        assert forwards == {"target forward"} | drafting | ({"vision forward"} if step[2] == "prompt" else set())
+        assert whole["around"] == pytest.approx(1 - sum(r["share"] for r in parts if r["part"] in forwards), abs=0.01)
+    assert any(row["part"] == "tree" and row["ms"] > 0 for row in result["rows"])
 
 
 @pytest.mark.parametrize("wrong", [["--drafters", "eagle"], ["--batches", "0"], ["--image", "x.png"], ["--tasks", "x"]])
