@@ -11,7 +11,7 @@ from model.request import Medium
 
 
 class EncoderCache:
-    """Keys are SHA-256 over bytes, shape, kind and `version`, so that nothing else can be mistaken for a medium."""
+    """Keys are SHA-256 over a medium's digest and `version`, so that nothing else can be mistaken for it."""
 
     def __init__(self, budget: int, version: str) -> None:
         self._budget, self._version = budget, version.encode()
@@ -19,10 +19,7 @@ class EncoderCache:
         self._bytes = 0
 
     def key(self, medium: Medium) -> bytes:
-        digest = hashlib.sha256(self._version)
-        digest.update(f"|{medium.kind}|{medium.frames.shape}|{medium.frames.dtype}|".encode())
-        digest.update(medium.frames.tobytes())
-        return digest.digest()
+        return hashlib.sha256(self._version + medium.digest).digest()
 
     def get(self, key: bytes) -> Tensor | None:
         features = self._held.get(key)

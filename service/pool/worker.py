@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from model.request import EngineInfo, EngineStats, Request, RequestError, RequestOutput
+from model.request import EngineInfo, EngineStats, Medium, Request, RequestError, RequestOutput
 from service import cores
 from service.pool import messages as m
 
@@ -57,16 +57,17 @@ def load_engine(options: dict[str, Any]) -> Engine:
 
 
 class Link:
-    """The worker's end of the socket: a thread receives, so that large media arrive while the engine computes."""
+    """The worker's end of the socket: a thread receives, so that large media arrive while the engine computes, and
+    makes requests of what came, with all that can be known of their media beforehand."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._inbox: queue.SimpleQueue[m.ToWorker] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[m.ToWorker | Request] = queue.SimpleQueue()
         self._unsent: deque[memoryview] = deque()
         self._stopping = False
         threading.Thread(target=self._receive_forever, name="link", daemon=True).start()
 
-    def receive(self, *, wait: bool) -> Iterator[m.ToWorker]:
+    def receive(self, *, wait: bool) -> Iterator[m.ToWorker | Request]:
         """All messages that are here; with `wait`, at least one, unless bytes are still to be sent."""
         try:
             if wait:
@@ -100,11 +101,22 @@ class Link:
             while (payload := m.receive_frame(self._sock)) is not None:
                 message = m.to_worker.decode(payload)
                 self._stopping |= isinstance(message, m.Stop)
-                self._inbox.put(message)
+                self._inbox.put(_prepared(message) if isinstance(message, m.Submit) else message)
         except OSError:
             pass
+        except Exception:  # a deaf worker is worse than a dead one
+            log.exception("the API process does not speak our language")
         # Nobody is left to serve. The main thread may be loading or computing for minutes: do not wait for it.
         os._exit(0 if self._stopping else EXIT_ORPHANED)
+
+
+def _prepared(submit: m.Submit) -> Request:
+    request = submit.unpack()
+    for message in request.messages:
+        for part in message.content:
+            if isinstance(part, Medium):
+                _ = part.digest  # kept there; the engine would otherwise compute it between two passes
+    return request
 
 
 def serve(engine: Engine, link: Link) -> None:
@@ -114,7 +126,7 @@ def serve(engine: Engine, link: Link) -> None:
     while True:
         for message in link.receive(wait=not engine.has_work and not stats.owed):
             stats.owed = True
-            if isinstance(message, m.Submit):
+            if isinstance(message, Request):
                 _add(engine, link, live, message)
             elif isinstance(message, m.Abort) and message.request_id in live:
                 last = engine.abort(message.request_id) or RequestOutput(message.request_id, "", (), "abort")
@@ -132,17 +144,17 @@ def serve(engine: Engine, link: Link) -> None:
         link.flush()
 
 
-def _add(engine: Engine, link: Link, live: set[str], submit: m.Submit) -> None:
+def _add(engine: Engine, link: Link, live: set[str], request: Request) -> None:
     try:
-        engine.add(submit.unpack())
+        engine.add(request)
     except RequestError as error:
-        link.send(m.Refused(submit.request_id, error.message, error.param, error.code))
+        link.send(m.Refused(request.request_id, error.message, error.param, error.code))
     except Exception as error:
         # Templates and tokenizers meet strangers' text here: what they choke on is that request's own failure.
-        log.exception("request %s could not be taken in", submit.request_id)
-        link.send(m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),)))
+        log.exception("request %s could not be taken in", request.request_id)
+        link.send(m.Outputs((RequestOutput(request.request_id, "", (), "error", error=repr(error)),)))
     else:
-        live.add(submit.request_id)
+        live.add(request.request_id)
 
 
 class StatsReport:
