@@ -85,6 +85,7 @@ class Engine:
                 width=config.tree_width,
                 recorder=recorder,
             )
+        self._native = target.native and (self.drafter is None or self.drafter.native)
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config)
         self.counters = Counters()
@@ -173,7 +174,7 @@ class Engine:
             case Chunk():
                 with self._torch():
                     outputs = self._prefill(work)
-            case Decoding() if self.target.native:  # torch has no part in it, but for what is sampled
+            case Decoding() if self._native:  # torch has no part in it, but for what is sampled
                 outputs = self._verify(work, self._draft(work))
             case Decoding():
                 with self._torch():
@@ -303,7 +304,7 @@ class Engine:
         for b, (each, verdict) in enumerate(zip(by_slot, verdicts, strict=True)):
             if each is not None:
                 each.computed += len(verdict.path)
-                outputs.append(self._emit(each, verdict.tokens, len(verdict.path) - 1, int(counts[b]) - 1))
+                outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(counts[b]) - 1))
         return outputs
 
     def _answers(

@@ -61,7 +61,6 @@ class FlashDrafter:
         self._layers = _native(network, self.cache.stride)
         pack(network)
         self._candidates = self._native_candidates()
-        self._entries = self._block_entries() if self._layers is not None else None
         self._step = self._native_step()
         self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
         self._proposals = self._observations = None
@@ -81,10 +80,6 @@ class FlashDrafter:
         entering = self.network.block_input(self.target.embed(torch.arange(num, device=self.target.device))[:, None])
         return entering[:, 0, 0].clone(), entering[0, 0, 1:].clone()
 
-    def _block_input(self, last: Tensor) -> Tensor:
-        """(batch,) tokens -> (batch, block, hidden)."""
-        return self.network.block_input(self.target.embed(last)[:, None])[:, 0]
-
     def _native_candidates(self) -> Candidates | None:
         if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
             return None
@@ -97,14 +92,17 @@ class FlashDrafter:
     def _native_step(self) -> DraftStep | None:
         """All of a step in two native calls, where everything it takes is there."""
         head, fuse = self.target.head, self.network.fuse
-        if self._layers is None or self._entries is None or self._candidates is None or head is None:
+        if self._layers is None or self._candidates is None or head is None:
+            return None
+        entries = self._block_entries()
+        if entries is None:
             return None
         assert isinstance(self.network.out, Packed)
         assert isinstance(fuse.linear, Packed)
         return DraftStep(
             self._layers,
-            entries=self._entries[0],
-            masks=self._entries[1],
+            entries=entries[0],
+            masks=entries[1],
             out=self.network.out.matrix,
             head=head,
             tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
@@ -112,6 +110,11 @@ class FlashDrafter:
             fuse_norm=fuse.norm.weight,
             candidates=self._candidates,
         )
+
+    @property
+    def native(self) -> bool:
+        """Whether a step runs in the native library, nothing of it in torch."""
+        return self._step is not None
 
     @property
     def num_bytes(self) -> int:
@@ -217,7 +220,8 @@ class FlashDrafter:
             return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
         last = upload(newest, self.target.device)
         if self._layers is not None:
-            mixed, _ = self._layers.forward(self._block_input(last), None, rows)
+            entering = self.network.block_input(self.target.embed(last)[:, None])[:, 0]
+            mixed, _ = self._layers.forward(entering, None, rows)
             hidden = self.network.out(mixed)
         else:
             hidden = self._block_hidden(rows.plan, last)

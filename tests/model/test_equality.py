@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from model.drafters import flash
 from model.engine import Engine
 from model.native import library
 from model.request import Medium, Request
@@ -211,6 +213,27 @@ def test_prompts_may_be_read_in_bites_smaller_than_a_picture(
 
     monkeypatch.setattr(crowd.scheduler, "schedule", in_bites)
     assert tiny.answers(crowd, mixed()) == expected
+
+
+def test_a_draft_too_large_for_a_table_says_the_same_and_keeps_no_gradients(
+    tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are begun by torch, which must not take notes for a backward pass there."""
+    monkeypatch.setattr(flash, "MAX_TABLE", 0)
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6))
+    assert isinstance(engine.drafter, flash.FlashDrafter)
+    assert not engine.drafter.native
+    begun: list[bool] = []
+    begin = engine.drafter.network.block_input
+
+    def listen(last: Tensor) -> Tensor:
+        begun.append(torch.is_inference_mode_enabled())
+        return begin(last)
+
+    monkeypatch.setattr(engine.drafter.network, "block_input", listen)
+    assert tiny.answers(engine, mixed(), every=1) == expected
+    assert begun or not engine.target.native
+    assert all(begun)
 
 
 def test_a_long_answer_to_the_very_last_position(tiny_checkpoint: Path, plain_engine: Engine) -> None:
