@@ -39,14 +39,15 @@ class Trees:
 def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     """Trees of a root alone: plain decoding. tokens: (batch,)."""
     batch = len(tokens)
-    if rows == 1:
-        padded = tokens[:, None]
-    else:
-        padded = np.zeros((batch, rows), np.int64)
-        padded[:, 0] = tokens
-    parents = np.empty((batch, rows), np.int32)
-    parents.fill(-1)
-    return Trees(padded, parents, np.zeros((batch, rows), np.int32), np.ones(batch, np.int64), np.zeros((batch, rows)))
+    padded = np.zeros((batch, rows), np.int64)
+    padded[:, 0] = tokens
+    return Trees(
+        padded,
+        np.full((batch, rows), -1, np.int32),
+        np.zeros((batch, rows), np.int32),
+        np.ones(batch, np.int64),
+        np.zeros((batch, rows)),
+    )
 
 
 def best_first(

@@ -47,7 +47,6 @@ class Settings(BaseSettings):
     kv_cache_bytes: int | None = option(
         "Model", None, "KV memory per worker, bytes; by default the engine's choice.", ge=1
     )
-
     prefill_chunk: int | None = option(
         "Model", None, "Prompt tokens of one pass; then those that decode have their turn.", ge=16
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.config import DTYPES
+from model.config import DTYPES, EngineConfig
+from model.request import SamplingParams
 
 ARMS = ("generate", "off", "flash")
 DESCRIPTION = """\
@@ -41,6 +42,23 @@ class Options:
     prompt: str | None
     output: Path | None
     profile: bool
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """Nothing is kept of media: prompts return in every repeat, and no arm is to be spared the vision tower."""
+        return EngineConfig(
+            model=self.model,
+            draft=self.draft,
+            device=self.device,
+            dtype=self.dtype,
+            max_num_seqs=max(self.batches),
+            encoder_cache_bytes=0,
+        )
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        temperature = 0.0 if self.sampling == "greedy" else 1.0
+        return SamplingParams(max_tokens=self.max_tokens, temperature=temperature, seed=1)
 
 
 def parser(prog: str) -> argparse.ArgumentParser:

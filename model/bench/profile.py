@@ -25,12 +25,11 @@ from model.attention import Rows
 from model.bench import report, run, workload
 from model.bench.arms import EngineArm
 from model.bench.options import Options
-from model.config import ConfigError, EngineConfig
+from model.config import ConfigError
 from model.engine import Engine
 from model.native.library import Matrix
 from model.native.stack import Stack
 from model.native.step import DraftStep, Verifier, tree_seconds
-from model.request import SamplingParams
 from model.scheduler import Chunk, Decoding
 
 READ_BYTES = 1 << 30  # far beyond any cache
@@ -219,14 +218,7 @@ def profile(options: Options, command: str) -> dict[str, Any]:
     """Measure; print the table and, last, the JSON object. Returns that object."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = EngineConfig(
-        model=options.model,
-        draft=options.draft,
-        device=options.device,
-        dtype=options.dtype,
-        max_num_seqs=max(options.batches),
-        encoder_cache_bytes=0,
-    ).resolved()
+    config = options.engine_config.resolved()
     machine = report.machine(config.device, config.dtype)
     measured = rates(getattr(torch, config.dtype))
     rows: list[dict[str, Any]] = []
@@ -252,9 +244,7 @@ def profile(options: Options, command: str) -> dict[str, Any]:
 
 
 def _rows(engine: Engine, drafter: str, batch: int, options: Options, measured: Rates) -> Iterator[dict[str, Any]]:
-    params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=0.0 if options.sampling == "greedy" else 1.0, seed=1
-    )
+    params = options.sampling_params
     arm, watch = EngineArm(drafter, engine), Stopwatch(measured)
     count = max(options.prompts, ROUNDS * batch)
     arm.run(workload.conversations(options, TASK, first=workload.WARM_UP, count=batch), params, in_flight=batch)

@@ -32,15 +32,7 @@ def run(options: Options, command: str) -> dict[str, Any]:
     logging.disable_progress_bar()  # ours is enough
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = EngineConfig(
-        model=options.model,
-        draft=options.draft,
-        device=options.device,
-        dtype=options.dtype,
-        max_num_seqs=max(options.batches),
-        encoder_cache_bytes=0,  # prompts return in every repeat: a cache would spare the engine's arms the vision tower
-    )
-    config = replace(config, drafter="flash" if "flash" in options.arms else "off").resolved()
+    config = replace(options.engine_config, drafter="flash" if "flash" in options.arms else "off").resolved()
     machine = report.machine(config.device, config.dtype)
     rows: list[dict[str, Any]] = []
     arms = [_arm(name, config) for name in options.arms]
@@ -71,9 +63,7 @@ def _arm(name: str, config: EngineConfig) -> Arm:
 def _measured(options: Options, arms: Sequence[Arm]) -> Iterator[tuple[str, int, dict[str, list[Run]]]]:
     """Every task at every batch size: the runs of each arm, one per repeat."""
     total = len(options.tasks) * len(options.batches) * (options.repeats + 1) * len(arms)
-    params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=0.0 if options.sampling == "greedy" else 1.0, seed=1
-    )
+    params = options.sampling_params
     with tqdm(total=total, unit="run", disable=None) as progress:
         for task in options.tasks:
             measured = workload.conversations(options, task)

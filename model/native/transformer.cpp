@@ -21,7 +21,6 @@ void hold(const Stack& stack, const Rows& rows, const void* context) {
 template <class T>
 void linear(const void* x, int rows, int inputs, int outputs, const void* w, const void* bias, void* y) {
   const long k = round_up(inputs, K_STEP), most = round_up(rows, MANY_ROWS);
-  const int panels = (outputs + LANES - 1) / LANES;
   arena.reserve(Arena::bytes<T>(most * k));
   T* from = arena.take<T>(most * k);
   for (int row = 0; row < rows; row++) {
@@ -29,13 +28,7 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
     memset((void*)(from + row * k + inputs), 0, (k - inputs) * sizeof(T));
   }
   team.run([&](Member member) {
-    product_stage(member, from, k, rows, w, panels, PANELS, k, [&](int row, int some, int panel, int num, float* block, long stride) {
-      for (int r = 0; r < some; r++)
-        for (int p = 0; p < num; p++) {
-          const long output = (panel + p) * LANES;
-          store_some((T*)y + (long)(row + r) * outputs + output, with_bias<T>(block + r * stride + p * LANES, bias, output), outputs - output);
-        }
-    });
+    linear_stage(member, from, rows, Linear{w, bias, (int32_t)k, outputs}, [&](int row) { return (T*)y + (long)row * outputs; });
   });
 }
 

@@ -77,9 +77,7 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
     """
     from model.bench import workload
 
-    params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=0.0 if options.sampling == "greedy" else 1.0, seed=1
-    )
+    params = options.sampling_params
     speeds: Speeds = []
     same: list[bool] = []
     count = max(options.prompts, 2 * streams)
