@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
-from model import graphs, sampling, tree, verify
+from model import drafters, graphs, sampling, tree, verify
 from model.attention import Plan, Rows, Sight, prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
-from model.draft import checkpoint
-from model.drafters.flash import FlashDrafter
+from model.drafters.base import Drafter, Room
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
 from model.native import library
@@ -41,17 +39,17 @@ DEFAULT_MAX_MODEL_LEN = 4096
 class Engine:
     """One target and its draft on one device. Not thread-safe: one caller at a time."""
 
-    def __init__(self, config: EngineConfig, target: Target | None = None) -> None:
-        """The target that `config` names; or this one, which it only tells how to run."""
+    def __init__(self, config: EngineConfig, target: Target | None = None, drafter: Drafter | None = None) -> None:
+        """The target and the drafter that `config` names; or these, which it only tells how to run."""
         self.config = config = config.resolved()
         if config.device == "cpu":
             if config.threads:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
-        self.target = target = target or load_target(config)
+        self.target = target = target or load_target(config, drafters.tap_layers(config))
         self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
-        margin = config.max_nodes + 1
+        margin = config.nodes + 1
         num_slots = self._num_slots(margin)
         self.cache = KVCache(
             num_layers=target.num_layers,
@@ -72,19 +70,8 @@ class Engine:
             self._passes = graphs.Replays(self._run, self.cache, recorder, max_rows=margin)
             with torch.inference_mode():
                 self._passes.prepare(1 + target.num_axes, range(1, margin + 1))
-        self.drafter: FlashDrafter | None = None
-        if config.drafter == "flash":
-            assert config.draft is not None
-            network = checkpoint.load(Path(config.draft), target)
-            self.drafter = FlashDrafter(
-                target,
-                network,
-                num_slots=num_slots,
-                capacity=self.max_model_len,
-                margin=margin,
-                width=config.tree_width,
-                recorder=recorder,
-            )
+        room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
+        self.drafter: Drafter | None = drafter or drafters.load(config, target, room)
         self._native = target.native and (self.drafter is None or self.drafter.native)
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config)
@@ -96,7 +83,7 @@ class Engine:
             model=config.model,
             device=config.device,
             dtype=config.dtype,
-            drafter=config.drafter,
+            drafter=self.drafter.name if self.drafter else "off",
             max_model_len=self.max_model_len,
             max_num_seqs=num_slots,
             tokens_per_image=target.tokens_per_image,
@@ -108,7 +95,7 @@ class Engine:
         """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
         memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.data.nbytes}
         if self.drafter is not None:
-            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache.data.nbytes}
+            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
         return memory | {"encoder_cache": self.config.encoder_cache_bytes}
 
     def _num_slots(self, margin: int) -> int:
@@ -212,7 +199,7 @@ class Engine:
             hidden, taps = target.forward(embeds, positions, rows)
             self.cache.keep([slot], [range(count)])
             if self.drafter:
-                self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)
+                self.drafter.prefill(slot, chunk.start, taps[0], embeds[0])
         sequence.computed = chunk.end
         self.counters.prompt_tokens += count
         if sequence.prefilling:
@@ -227,7 +214,7 @@ class Engine:
         sequence.started = self.counters.now()
         sequence.slot = self.cache.allocate()
         if self.drafter:
-            self.drafter.start(sequence.slot)
+            self.drafter.start(sequence.slot, prompt)
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
         sequence.next_position = int(sequence.positions.max()) + 1
@@ -299,7 +286,7 @@ class Engine:
             self.cache.keep(range(slots), paths)
         if self.drafter:
             with self.counters.timed("draft"):
-                self.drafter.observe(taps, paths)
+                self.drafter.observe(trees, paths, taps)
         outputs = []
         for b, (each, verdict) in enumerate(zip(by_slot, verdicts, strict=True)):
             if each is not None:
@@ -391,5 +378,4 @@ class Engine:
         assert len(held) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
         assert all(self.cache.lengths[slot] == computed for slot, computed in held.items()), "a slot's length is off"
         if self.drafter:
-            self.drafter.cache.check_integrity()
-            assert self.drafter.cache.num_free == self.cache.num_free, "draft and target hold different slots"
+            self.drafter.check_integrity(held)

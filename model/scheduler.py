@@ -114,7 +114,7 @@ class Scheduler:
 
     def _decode(self, sequences: tuple[Sequence, ...]) -> Decoding:
         """Share the rows of a pass among the sequences: the more there are, the less each drafts."""
-        share = min(self._config.max_nodes, self._config.max_rows // len(sequences) - 1)
+        share = min(self._config.nodes, self._config.max_rows // len(sequences) - 1)
         # The last token of an answer needs no draft: verifying the root alone emits it.
         nodes = (max(0, share) if s.request.speculation and s.remaining > 1 else 0 for s in sequences)
         return Decoding(sequences, tuple(nodes))

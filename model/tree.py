@@ -7,6 +7,7 @@ cumulative log-probability are verified; as a child is never likelier than its p
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,19 @@ def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     )
 
 
+def chains(newest: np.ndarray, coming: Seq[list[int]]) -> Trees:
+    """A chain of the tokens in coming[b] behind each root. newest: (batch,)."""
+    rows = 1 + max(map(len, coming), default=0)
+    trees = roots(newest, rows)
+    for b, tokens in enumerate(coming):
+        size = 1 + len(tokens)
+        trees.tokens[b, 1:size] = tokens
+        trees.parents[b, 1:size] = np.arange(size - 1)
+        trees.depths[b, 1:size] = np.arange(1, size)
+        trees.sizes[b] = size
+    return trees
+
+
 def best_first(
     newest: np.ndarray, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
 ) -> Trees:
@@ -62,33 +76,40 @@ def best_first(
 
 
 def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int) -> Tensor:
+    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab); bias: the sequential
+    head, previous tokens (...,) -> (..., vocab), added along each path."""
+
+    def scores(depth: int, frontier: Tensor, _: Tensor) -> Tensor:
+        drafted = logits[:, depth, None, :]
+        return drafted if bias is None else drafted + bias(frontier)
+
+    return levels(newest, scores, depths=logits.shape[1], width=width)
+
+
+def levels(newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], *, depths: int, width: int) -> Tensor:
     """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
 
-    newest: (batch,) int64; logits: (batch, block, vocab) of one draft pass; bias: the sequential head, previous tokens
-    (...,) -> (..., vocab), added along each path. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
+    newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes of
+    the depth before, (batch, nodes) each. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
     float32 cumulative log-probabilities, so that one transfer brings them to the host. Nodes are numbered level by
     level after the root, which is 0.
     """
-    batch, block = logits.shape[:2]
-    frontier = newest[:, None]  # (batch, candidates)
-    reach = torch.zeros(batch, 1, device=logits.device)  # their cumulative log-probability
+    frontier, place = newest[:, None], torch.full_like(newest[:, None], -1)  # (batch, candidates); and their parents
+    reach = torch.zeros(len(newest), 1, device=newest.device)  # their cumulative log-probability
     levels_token, levels_parent, levels_score = [], [], []
     first = 0  # number of the frontier's first node
-    for depth in range(block):
-        scores = logits[:, depth, None, :]
-        if bias is not None:
-            scores = scores + bias(frontier)
-        scores = scores.float().log_softmax(-1)
-        best, token = scores.expand(-1, frontier.shape[1], -1).topk(width, -1)
+    for depth in range(depths):
+        logs = scores(depth, frontier, place).float().log_softmax(-1)
+        best, token = logs.expand(-1, frontier.shape[1], -1).topk(width, -1)
         total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
         reach, place = total.topk(min(width, total.shape[1]), -1)
-        levels_parent.append(first + torch.div(place, width, rounding_mode="floor"))
-        frontier = token.flatten(1).gather(1, place)
+        frontier, place = token.flatten(1).gather(1, place), first + torch.div(place, width, rounding_mode="floor")
+        levels_parent.append(place)
         levels_token.append(frontier)
         levels_score.append(reach)
         first = 1 + depth * width
-    tokens, parents, scores = (torch.cat(levels, 1) for levels in (levels_token, levels_parent, levels_score))
-    return torch.stack((tokens.int(), parents.int(), scores.view(torch.int32)), 1)
+    tokens, parents, reached = (torch.cat(each, 1) for each in (levels_token, levels_parent, levels_score))
+    return torch.stack((tokens.int(), parents.int(), reached.view(torch.int32)), 1)
 
 
 def pruned(newest: np.ndarray, found: np.ndarray, *, width: int, budgets: np.ndarray) -> Trees:

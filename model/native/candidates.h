@@ -89,28 +89,13 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
   }
 }
 
-template <class T>
-void grow(const Draft& draft, const Trees& trees, int b) {
-  const int rows = trees.rows, most = draft.block * draft.width;
-  const int budget = trees.budgets[b] < most ? trees.budgets[b] : most;
-  Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
-  int32_t* number_of = (int32_t*)__builtin_alloca((most + 1) * sizeof(int32_t));  // row of a node; the root is 0
-  int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));
-  bool* kept = (bool*)__builtin_alloca(most);
-  memset(kept, 0, most);
-  Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)rows], 0}};
-  int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
-  for (int depth = 0; depth < draft.block; depth++) {
-    Best next{draft.width}, best[MAX_WIDTH];
-    for (int n = 0; n < num; n++) best[n].width = draft.width;
-    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
-    for (int n = 0; n < num; n++)
-      for (int i = 0; i < best[n].num; i++)  // always less than the parent's, also when the draft is certain
-        next.offer({frontier[n].score + (best[n].held[i].score < 0 ? best[n].held[i].score : 0) - 1e-6f, best[n].held[i].token, first + n});
-    first = count + 1, num = next.num;
-    for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
-  }
-  // The best of all nodes; a parent always is better than its children, and comes before them.
+// Tree b of the best of `count` nodes, as many as its budget has. Parents come before their children and are always
+// better; a node's parent is its number from 1 on, or the root's, 0.
+void plant(const Trees& trees, int b, const Candidate* nodes, const int32_t* level_of, int count) {
+  const int rows = trees.rows, budget = trees.budgets[b];
+  int32_t* number_of = (int32_t*)__builtin_alloca((count + 1) * sizeof(int32_t));  // row of a node; the root is 0
+  bool* kept = (bool*)__builtin_alloca(count + 1);
+  memset(kept, 0, count + 1);
   for (int taken = 0; taken < budget && taken < count; taken++) {
     int best = -1;
     for (int i = 0; i < count; i++)
@@ -135,6 +120,30 @@ void grow(const Draft& draft, const Trees& trees, int b) {
   for (int i = 0; i < count; i++)
     if (kept[i]) take(i);
   trees.sizes[b] = row;
+}
+
+// The `width` best children of frontier node n, whose continuations those in `best` are, are offered to `next`.
+void offer_children(const Candidate& node, int number, const Best& best, Best& next) {
+  for (int i = 0; i < best.num; i++)  // always less than the parent's, also when the draft is certain
+    next.offer({node.score + (best.held[i].score < 0 ? best.held[i].score : 0) - 1e-6f, best.held[i].token, number});
+}
+
+template <class T>
+void grow(const Draft& draft, const Trees& trees, int b) {
+  const int most = draft.block * draft.width;
+  Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
+  int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));
+  Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}};
+  int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
+  for (int depth = 0; depth < draft.block; depth++) {
+    Best next{draft.width}, best[MAX_WIDTH];
+    for (int n = 0; n < num; n++) best[n].width = draft.width;
+    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
+    for (int n = 0; n < num; n++) offer_children(frontier[n], first + n, best[n], next);
+    first = count + 1, num = next.num;
+    for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
+  }
+  plant(trees, b, nodes, level_of, count);
 }
 
 }  // namespace

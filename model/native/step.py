@@ -20,18 +20,18 @@ from model.native.stack import Stack
 from model.tree import Trees, roots
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in "packed bias".split()),
         *((n, ctypes.c_int32) for n in "inputs outputs".split()),
     ]
 
 
-def _linear(matrix: Matrix) -> _Linear:
-    return _Linear(pointer(matrix.packed), pointer(matrix.bias), matrix.inputs, matrix.outputs)
+def linear(matrix: Matrix) -> Linear:
+    return Linear(pointer(matrix.packed), pointer(matrix.bias), matrix.inputs, matrix.outputs)
 
 
-class _Results:
+class Results:
     """Memory for what passes of changing shapes give, (batch, rows, width): made once, and good until the next pass."""
 
     def __init__(self, like: Tensor, width: int) -> None:
@@ -58,9 +58,9 @@ class Verifier:
     def __init__(self, stack: Stack, embeddings: Tensor, head: Matrix) -> None:
         assert embeddings.dtype is head.dtype is stack.dtype
         self.stack, self.head = stack, head
-        self._embeddings, self._head = embeddings.detach().contiguous(), _linear(head)
-        self._taps = _Results(embeddings, stack.num_taps * stack.shape.hidden)
-        self._logits = _Results(embeddings, head.outputs)
+        self._embeddings, self._head = embeddings.detach().contiguous(), linear(head)
+        self._taps = Results(embeddings, stack.num_taps * stack.shape.hidden)
+        self._logits = Results(embeddings, head.outputs)
         self._bfloat16 = ctypes.c_bool(stack.dtype is torch.bfloat16)
 
     def __call__(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -89,9 +89,9 @@ class Verifier:
 class _DraftNetwork(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in "stack entries masks".split()),
-        *((n, _Linear) for n in "out head".split()),
+        *((n, Linear) for n in "out head".split()),
         *((n, ctypes.c_void_p) for n in "tap_norms fuse_norm".split()),
-        ("fuse", _Linear),
+        ("fuse", Linear),
         ("num_taps", ctypes.c_int32),
         ("candidates", Candidates.STRUCT),
     ]
@@ -102,6 +102,8 @@ class DraftStep:
 
     entries: (vocab, hidden), masks: (block - 1, hidden): what enters the layers; tap_norms: (taps, target's hidden).
     """
+
+    STRUCT = _DraftNetwork
 
     def __init__(
         self,
@@ -119,17 +121,17 @@ class DraftStep:
         self.stack, self.out, self.head, self.fuse = stack, out, head, fuse
         self._block, self._width = len(masks) + 1, candidates.width
         tensors = [tensor.detach().contiguous() for tensor in (entries, masks, tap_norms, fuse_norm)]
-        self._logits = _Results(entries, head.outputs)
-        self._kept = (tensors, candidates)
-        self._struct = _DraftNetwork(
+        self._logits = Results(entries, head.outputs)
+        self.candidates, self._kept = candidates, tensors
+        self.struct = _DraftNetwork(
             ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
             pointer(tensors[0]),
             pointer(tensors[1]),
-            _linear(out),
-            _linear(head),
+            linear(out),
+            linear(head),
             pointer(tensors[2]),
             pointer(tensors[3]),
-            _linear(fuse),
+            linear(fuse),
             len(tap_norms),
             candidates.struct(block=self._block, vocab=head.outputs),
         )
@@ -142,7 +144,7 @@ class DraftStep:
         trees = roots(newest, 1 + min(int(budgets.max()), self._block * self._width))
         functions().flash_propose(
             self._bfloat16,
-            ctypes.byref(self._struct),
+            ctypes.byref(self.struct),
             ctypes.byref(self.stack.described(rows, None)),
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.byref(TreeArrays.of(trees, budgets)),
@@ -155,7 +157,7 @@ class DraftStep:
         context = taps.new_empty(len(taps), self.fuse.outputs)
         functions().flash_fuse(
             self._bfloat16,
-            ctypes.byref(self._struct),
+            ctypes.byref(self.struct),
             ctypes.c_void_p(taps.data_ptr()),
             len(taps),
             ctypes.c_void_p(context.data_ptr()),
@@ -166,7 +168,7 @@ class DraftStep:
         """taps (batch, num, taps * hidden); paths (batch, rows) int32: which of them become context, in order."""
         functions().flash_observe(
             self._bfloat16,
-            ctypes.byref(self._struct),
+            ctypes.byref(self.struct),
             ctypes.byref(self.stack.described(rows, None)),
             ctypes.c_void_p(taps.data_ptr()),
             taps.shape[1],

@@ -1,5 +1,6 @@
 // What Python calls (library.py, stack.py, candidates.py, step.py): forward passes, and the steps made of them.
-#include "step.h"
+#include "eagle.h"
+#include "medusa.h"
 
 namespace {
 
@@ -136,6 +137,20 @@ void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* taps, int 
 
 void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths) {
   BY_TYPE(observe, *draft, *rows, taps, num, paths);
+}
+
+// last (batch, hidden) -> logits (batch, block, vocab), and trees.
+void flash_propose_medusa(bool bfloat16, const MedusaNetwork* draft, const void* last, void* logits, const Trees* trees) {
+  BY_TYPE(propose_medusa, *draft, last, logits, *trees);
+}
+
+void flash_propose_eagle(bool bfloat16, const EagleNetwork* draft, const Rows* rows, const void* pending, const Trees* trees) {
+  BY_TYPE(propose_eagle, *draft, *rows, pending, *trees);
+}
+
+void flash_observe_eagle(bool bfloat16, const EagleNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths,
+                         const int64_t* tokens, void* pending) {
+  BY_TYPE(observe_eagle, *draft, *rows, taps, num, paths, tokens, pending);
 }
 
 void flash_move(void* cache, int layers, int heads, const int64_t* strides, long row_bytes, const int32_t* moves, int num) {

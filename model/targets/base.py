@@ -49,6 +49,7 @@ class Target(Protocol):
     native: bool  # all that takes long runs in the native library, nothing in torch
     recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
+    final_norm: Tensor  # (hidden,) scale of the norm between the last layer and lm_head
 
     @property
     def num_bytes(self) -> int:
@@ -103,8 +104,18 @@ def evenly_spaced(num_layers: int, count: int = 3) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(place, num_layers - 1) for place in places))
 
 
-def load(config: EngineConfig) -> Target:
-    """The target that a resolved config names."""
+def tapped(num_layers: int, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers whose output a target is to offer: those wanted, -1 being the last; None: some, evenly spaced."""
+    if wanted is None:
+        return evenly_spaced(num_layers)
+    if not all(-num_layers <= layer < num_layers for layer in wanted):
+        raise ConfigError(f"a draft that reads layers {wanted} is for another target: this one has {num_layers}")
+    return tuple(sorted({layer % num_layers for layer in wanted}))
+
+
+def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
+    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
+    evenly spaced."""
     from model.targets.llava import LlavaTarget
 
     families = {"llava": LlavaTarget}
@@ -114,4 +125,4 @@ def load(config: EngineConfig) -> Target:
         raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
     if kind not in families:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(families)}")
-    return families[kind](config)
+    return families[kind](config, tap_layers=tap_layers)

@@ -23,7 +23,7 @@ from model.native.library import Matrix
 from model.native.step import Verifier
 from model.request import Geometry, Medium, Message, RequestError
 from model.targets import native
-from model.targets.base import Prompt, evenly_spaced
+from model.targets.base import Prompt, tapped
 from model.transfer import upload
 
 FRAMES_AT_ONCE = 8  # frames that pass through the tower together
@@ -32,8 +32,14 @@ FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 class LlavaTarget:
     """See `model.targets.base.Target`."""
 
-    def __init__(self, config: EngineConfig, model: Any = None, processor: Any = None) -> None:
-        """The checkpoint that a resolved config names; or these, which are on no disk."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Any = None,
+        processor: Any = None,
+        tap_layers: tuple[int, ...] | None = None,
+    ) -> None:
+        """The checkpoint that a resolved config names; or these, which are on no disk. For `tap_layers` see `load`."""
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
@@ -59,8 +65,9 @@ class LlavaTarget:
         specials = sorted(self.tokenizer.added_tokens_encoder, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self.geometry = self._geometry()
-        self.tap_layers = evenly_spaced(self.num_layers)
+        self.tap_layers = tapped(self.num_layers, tap_layers)
         decoder = self.model.model.language_model
+        self.final_norm = decoder.norm.weight
         self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions)
         self.tower = native.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from model.config import ConfigError
 from model.draft import checkpoint
-from model.draft.network import DraftConfig, DraftNetwork, rotary_table, rotate
+from model.draft.layers import rotary_table, rotate
+from model.draft.network import DraftConfig, DraftNetwork
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.request import Message
-from model.targets.base import Target
+from model.targets.base import Prompt, Target
 from model.train import trainer
 from model.train.loss import block_loss
 from model.train.trainer import TrainConfig
@@ -43,9 +45,9 @@ class Watched(FlashDrafter):
         self.engine = engine
         self.served: dict[tuple[str, int], Tensor] = {}
 
-    def start(self, slot: int) -> None:
-        super().start(slot)
-        self.oracle.start(slot)
+    def start(self, slot: int, prompt: Prompt) -> None:
+        super().start(slot, prompt)
+        self.oracle.start(slot, prompt)
 
     def free(self, slot: int) -> None:
         super().free(slot)
@@ -55,13 +57,13 @@ class Watched(FlashDrafter):
         super().move(source, target)
         self.oracle.move(source, target)
 
-    def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
-        super().prefill(slot, taps, start, spans)
-        self.oracle.prefill(slot, taps, start, spans)
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+        super().prefill(slot, start, taps, embeds)
+        self.oracle.prefill(slot, start, taps, embeds)
 
-    def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
-        super().observe(taps, paths)
-        self.oracle.observe(taps, paths)
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        super().observe(trees, paths, taps)
+        self.oracle.observe(trees, paths, taps)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         super().propose(newest, budgets)

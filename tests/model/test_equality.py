@@ -140,7 +140,7 @@ def test_the_oracle_really_has_paths_of_every_length_accepted(crowd: Engine, pla
         assert tiny.answers(crowd, [request]) == known
         accepted |= oracle.shapes
     assert {a for _, a in accepted} >= set(range(11))
-    assert {n for n, _ in accepted} == set(range(1, crowd.config.max_nodes + 1))
+    assert {n for n, _ in accepted} == set(range(1, crowd.config.nodes + 1))
 
 
 def test_speculation_on_and_off_in_one_batch(crowd: Engine, expected: dict[str, list[int]]) -> None:
