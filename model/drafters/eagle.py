@@ -149,7 +149,10 @@ class EagleDrafter:
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
         index = indexed(paths)
-        starts, counts = np.array(self.cache.lengths[: len(paths)], np.int32), np.array([len(p) for p in paths], np.int32)
+        starts, counts = (
+            np.array(self.cache.lengths[: len(paths)], np.int32),
+            np.array([len(p) for p in paths], np.int32),
+        )
         rows = Rows(self.cache, 0, index.shape[1], starts, counts, Sight.CAUSAL)
         if self._step is not None:
             self._step.observe(trees.tokens, taps, index, rows, self._pending)
@@ -202,9 +205,7 @@ class Expansion:
         self._parents = np.concatenate((self._parents, parents.cpu().numpy().astype(np.int32)), 1)
         self._depths = np.concatenate((self._depths, np.full(tokens.shape[1], depth, np.int32)))
         batch, num = self._parents.shape
-        rows = Rows(
-            drafter.cache, 0, num, self._starts, np.full(batch, num, np.int32), Sight.TREE, self._parents
-        )
+        rows = Rows(drafter.cache, 0, num, self._starts, np.full(batch, num, np.int32), Sight.TREE, self._parents)
         plan = rows.plan
         positions = plan.starts[:, None] + upload(self._depths, plan.starts.device)
         self._features = network.step(

@@ -40,9 +40,7 @@ class MedusaDrafter:
             return None
         assert isinstance(heads, Packed)
         candidates = Candidates(self.width, None, None)
-        return MedusaStep(
-            self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates
-        )
+        return MedusaStep(self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates)
 
     @property
     def native(self) -> bool:
