@@ -262,7 +262,7 @@ class Engine:
             now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes
             now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
         self.counters.batch_sizes.append(len(decoding.sequences))
-        trees, likeliest, logits = now.look(batch)
+        trees, likeliest, logits = now.look(batch, max(decoding.nodes))
         chosen = self._chosen(by_slot, trees, likeliest, logits)
         sizes = trees.sizes.tolist()
         outputs = []
@@ -276,9 +276,9 @@ class Engine:
         self, by_slot: list[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor
     ) -> np.ndarray:
         """What the target says at every node of the trees: (batch, rows)."""
-        params = [s.request.params if s else sampling.GREEDY for s in by_slot]
-        if likeliest is not None and not any(each.temperature for each in params):
+        if likeliest is not None and not any(s is not None and s.request.params.temperature for s in by_slot):
             return likeliest
+        params = [s.request.params if s else sampling.GREEDY for s in by_slot]
 
         def answered(b: int) -> list[int]:
             sequence, depths = by_slot[b], trees.depths[b, : trees.sizes[b]]
@@ -294,12 +294,12 @@ class Engine:
         params, eos = sequence.request.params, self.target.eos_ids
         sequence.last_token = self.counters.now()
         sequence.first_token = sequence.first_token or sequence.last_token
-        detokenizer, stops = sequence.detokenizer, sequence.stops
+        decode, stops = sequence.detokenizer.decode, sequence.stops
         emitted: list[Token] = []
         text, finish = "", None
-        for token in tokens[: sequence.remaining]:
-            piece = detokenizer.decode(token)
-            emitted.append(Token(token, piece, "draft" if len(emitted) < accepted else "target"))
+        for index, token in enumerate(tokens[: sequence.remaining]):
+            piece = decode(token)
+            emitted.append(Token(token, piece, "draft" if index < accepted else "target"))
             text += stops.decode(piece) if params.stop else piece
             if stops.stopped or (token in eos and not params.ignore_eos):
                 finish = "stop"

@@ -14,6 +14,7 @@ What a step writes beyond `lengths` is scratch until `keep` moves the accepted r
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -49,7 +50,7 @@ class KVCache:
         # What native code needs to know; of a single layer, whose memory may serve all in turn, there is no next one.
         self.address = self.data.data_ptr()
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])
-        self.lengths = [0] * num_slots
+        self.lengths = array("i", [0] * num_slots)  # native code reads and writes them too
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
         # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors
         heads = torch.arange(num_slots * num_heads, device=device) * self.stride

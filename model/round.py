@@ -38,8 +38,8 @@ class Round(Protocol):
         """Trees are this one's from now on; None: roots alone, which is plain decoding."""
         ...
 
-    def look(self, batch: int) -> tuple[Trees, np.ndarray | None, Tensor]:
-        """Trees for slots 0..batch; the target's likeliest token behind each node (batch, rows) int64, if it is known,
+    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+        """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind each node (batch, rows) int64, if it is known,
         and its logits (batch, rows, vocab). Good until the next round; what stands in rows that are not real is no
         matter."""
         ...
@@ -81,9 +81,9 @@ class TorchRound:
     def use(self, drafter: Drafter | None) -> None:
         self.drafter = drafter
 
-    def look(self, batch: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
         newest, budgets = self.newest[:batch], self.budgets[:batch]
-        if self.drafter is None or budgets.max() <= 0:
+        if self.drafter is None or not nodes:
             trees = tree.roots(newest)
         else:
             with self._counters.timed("draft"):

@@ -243,7 +243,7 @@ class Batch:
 
         @torch.inference_mode()
         def run() -> object:
-            held = list(drafter.cache.lengths)
+            held = drafter.cache.lengths[:]
             trees = drafter.propose(newest, budgets)
             drafter.observe(trees, [[0, 1]] * self.number, taps)
             drafter.cache.lengths[:] = held  # the next run begins where this one did

@@ -33,6 +33,7 @@ from model.native.round import NativeRound
 from model.native.stack import Stack
 from model.native.step import DraftStep
 from model.scheduler import Chunk, Decoding
+from model.tree import Trees
 
 READ_BYTES = 1 << 30  # far beyond any cache
 SQUARE = 2048  # side of the matrices that the rate is measured with
@@ -112,24 +113,20 @@ def _fused_cost(step: DraftStep, taps: torch.Tensor) -> Cost:
     return _matrix_cost(step.fuse, float(len(taps)))
 
 
-def _round_costs(now: NativeRound) -> dict[str, Cost]:
-    """By its parts, of the round that is just over but for what it kept in the draft's cache."""
-    verifier, flash = now.verifier, now.flash
-    rows = now.verified
+def _round_costs(now: NativeRound, trees: Trees, starts: np.ndarray, drafted: np.ndarray) -> dict[str, Cost]:
+    """Of a round that is just over, by its parts. starts, drafted: (slots,) int32, what both caches held before it."""
+    batch, verifier, flash = len(trees.sizes), now.verifier, now.flash
+    rows = Rows(now.cache, 0, trees.rows, starts[:batch], now.counts[:batch], Sight.TREE, trees.parents)
     costs = {"verify": _stack_cost(verifier.stack, rows) + _matrix_cost(verifier.head, float(rows.counts.sum()))}
     if flash is not None and flash.step is not None:
-        step = flash.step
-        starts = np.array(flash.cache.lengths[: rows.batch], np.int32)
-        drafting = (now.budgets[: rows.batch] > 0).astype(np.int32) * np.int32(step.block)
-        block = Rows(flash.cache, 0, step.block, starts, drafting, Sight.WHOLE)
-        each = float(drafting.sum())
-        if each:
+        step, kept = flash.step, now.accepted[:batch]
+        drafting = (now.budgets[:batch] > 0).astype(np.int32) * np.int32(step.block)
+        if each := float(drafting.sum()):
+            block = Rows(flash.cache, 0, step.block, drafted[:batch], drafting, Sight.WHOLE)
             costs["propose"] = _stack_cost(step.stack, block) + _matrix_cost(step.out, each)
             costs["propose"] += _matrix_cost(step.head, each)
-        kept = Rows(flash.cache, 0, rows.num, starts, now.kept, Sight.CAUSAL)
-        costs["observe"] = _stack_cost(step.stack, kept, only_held=True) + _matrix_cost(
-            step.fuse, float(now.kept.sum())
-        )
+        told = Rows(flash.cache, 0, trees.rows, drafted[:batch], kept, Sight.CAUSAL)
+        costs["observe"] = _stack_cost(step.stack, told, only_held=True) + _matrix_cost(step.fuse, float(kept.sum()))
     return costs
 
 
@@ -181,28 +178,36 @@ class Stopwatch:
     def round(self, now: NativeRound) -> list[tuple[Any, str, Any]]:
         """What is to be put in place of the two halves of a round; each tells itself what its parts took."""
 
-        def half(function: Callable[..., Any], parts: tuple[str, ...], *, last: bool) -> Any:
-            @wraps(function)
-            def call(*given: Any) -> Any:
-                begun = time.perf_counter()
-                result = function(*given)
-                spent = time.perf_counter() - begun
-                taken = now.seconds
-                for part in parts:
-                    self.seconds["decode", ROUND_PARTS[part]] += taken[part]
-                    spent -= taken[part]
-                self.seconds["decode", "between"] += spent
-                for part, least in _round_costs(now).items() if last else ():
-                    self.floors["decode", ROUND_PARTS[part]] += self._rates.floor(least.num_bytes, least.flops)
-                self._within[-1] += time.perf_counter() - begun
-                return result
+        held: dict[str, Any] = {}
 
-            return call
+        def taken(half: Callable[..., Any], given: tuple[Any, ...], parts: tuple[str, ...]) -> Any:
+            begun = time.perf_counter()
+            result = half(*given)
+            spent, seconds = time.perf_counter() - begun, now.seconds
+            for part in parts:
+                self.seconds["decode", ROUND_PARTS[part]] += seconds[part]
+                spent -= seconds[part]
+            self.seconds["decode", "between"] += spent
+            return result
 
-        return [
-            (now, "look", half(now.look, ("propose", "grow", "verify"), last=False)),
-            (now, "accept", half(now.accept, ("accept", "observe"), last=True)),
-        ]
+        def look(*given: Any, plain: Any = now.look) -> Any:
+            begun = time.perf_counter()
+            held["starts"] = np.array(now.cache.lengths, np.int32)
+            held["drafted"] = held["starts"] if now.flash is None else np.array(now.flash.cache.lengths, np.int32)
+            result = taken(plain, given, ("propose", "grow", "verify"))
+            held["trees"] = result[0]
+            self._within[-1] += time.perf_counter() - begun
+            return result
+
+        def accept(*given: Any, plain: Any = now.accept) -> Any:
+            begun = time.perf_counter()
+            result = taken(plain, given, ("accept", "observe"))
+            for part, least in _round_costs(now, **held).items():
+                self.floors["decode", ROUND_PARTS[part]] += self._rates.floor(least.num_bytes, least.flops)
+            self._within[-1] += time.perf_counter() - begun
+            return result
+
+        return [(now, "look", look), (now, "accept", accept)]
 
     def deciding(self, schedule: Callable[..., Chunk | Decoding | None]) -> Any:
         @wraps(schedule)
@@ -266,9 +271,12 @@ def profile(options: Options, command: str) -> dict[str, Any]:
             engine = Engine(replace(config, drafter=cast("Any", drafter)))
             if not engine.target.native:
                 raise ConfigError("--profile looks into the native library, which does not run this model here")
+            gc.collect()
+            gc.freeze()  # as the worker does: walking through model and libraries takes as long as many steps
             for batch in options.batches:
                 rows += _rows(engine, drafter, batch, options, measured)
             del engine
+            gc.unfreeze()
             gc.collect()
     result = {
         "machine": machine,

@@ -128,6 +128,12 @@ void offer_children(const Candidate& node, int number, const Best& best, Best& n
     next.offer({node.score + (best.held[i].score < 0 ? best.held[i].score : 0) - 1e-6f, best.held[i].token, number});
 }
 
+inline int no_worse(const Candidate* nodes, int count, float score) {
+  int found = 0;
+  for (int i = 0; i < count; i++) found += nodes[i].score >= score;
+  return found;
+}
+
 template <class T>
 void grow(const Draft& draft, const Trees& trees, int b) {
   const int most = draft.block * draft.width;
@@ -142,6 +148,9 @@ void grow(const Draft& draft, const Trees& trees, int b) {
     for (int n = 0; n < num; n++) offer_children(frontier[n], first + n, best[n], next);
     first = count + 1, num = next.num;
     for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
+    // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
+    while (num && no_worse(nodes, count, frontier[num - 1].score) >= trees.budgets[b]) num--;
+    if (!num) break;
   }
   plant(trees, b, nodes, level_of, count);
 }

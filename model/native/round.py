@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import Rows, Sight
 from model.drafters.base import Drafter
 from model.drafters.flash import FlashDrafter
 from model.kv_cache import KVCache
@@ -44,8 +43,12 @@ class _Round(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in "newest budgets roots".split()),
         ("trees", TreeArrays),
         *((n, ctypes.c_void_p) for n in "counts positions paths accepted taps logits drafted chosen emitted".split()),
-        ("seconds", ctypes.c_double * len(PARTS)),
+        ("seconds", ctypes.c_void_p),
     ]
+
+
+def _described(cache: KVCache) -> _Cache:
+    return _Cache(cache.address, *cache.strides, cache.lengths.buffer_info()[0])
 
 
 class _Shape:
@@ -68,7 +71,7 @@ class _Shape:
             numbers(memory.scores),
         )
         self.chosen, self.emitted = numbers(memory.chosen), numbers(memory.emitted)
-        self.paths = numbers(memory.paths)
+        self.paths, self.accepted = numbers(memory.paths), memory.accepted[:batch]
         self.logits = states(memory.logits, memory.verifier.head.outputs)
         self.taps = states(memory.taps, memory.tap_width)
 
@@ -91,7 +94,8 @@ class NativeRound:
         self.tokens, self.chosen, self.emitted = (np.zeros(most, np.int64) for _ in range(3))
         self.parents, self.depths, self.paths = (np.zeros(most, np.int32) for _ in range(3))
         self.scores, self.sizes = np.zeros(most), np.zeros(slots, np.int64)
-        self._lengths, self._draft_lengths, self._counts, self._accepted = (np.zeros(slots, np.int32) for _ in range(4))
+        self.counts, self.accepted = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+        self._seconds = np.zeros(len(PARTS))
         self._positions = np.zeros(verifier.num_axes * most, np.int32)
         self._drafted = like.new_empty(0)
         self._shapes: dict[tuple[int, int], _Shape] = {}
@@ -100,20 +104,21 @@ class NativeRound:
             target=ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
             embeddings=pointer(like),
             head=linear(verifier.head),
-            target_cache=_Cache(cache.address, *cache.strides, pointer(self._lengths)),
+            target_cache=_described(cache),
             axes=verifier.num_axes,
             newest=pointer(self.newest, np.int64),
             budgets=pointer(self.budgets, np.int64),
             roots=pointer(self.roots),
             trees=TreeArrays.of(self._now.trees, self.budgets),
-            counts=pointer(self._counts),
+            counts=pointer(self.counts),
             positions=pointer(self._positions),
             paths=pointer(self.paths),
-            accepted=pointer(self._accepted),
+            accepted=pointer(self.accepted),
             taps=pointer(self.taps),
             logits=pointer(self.logits),
             chosen=pointer(self.chosen, np.int64),
             emitted=pointer(self.emitted, np.int64),
+            seconds=pointer(self._seconds, np.float64),
         )
         self._given = ctypes.c_bool(like.dtype is torch.bfloat16), ctypes.byref(self._struct)
         self._look, self._accept = functions().flash_look, functions().flash_accept
@@ -122,77 +127,54 @@ class NativeRound:
         self.drafter, self.flash, struct = drafter, None, self._struct
         struct.draft = None
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
-            self.flash, held = drafter, drafter.cache
+            self.flash, held, self._most_nodes = drafter, drafter.cache, step.most_nodes
             self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self.verifier.head.outputs)
             struct.drafted = pointer(self._drafted)
             struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
-            struct.draft_cache = _Cache(held.address, *held.strides, pointer(self._draft_lengths))
+            struct.draft_cache = _described(held)
 
-    def look(self, batch: int) -> tuple[Trees, np.ndarray, Tensor]:
-        struct, drafter = self._struct, self.drafter
-        most = int(self.budgets[:batch].max())
-        rows, trees = 1, None
-        if most > 0:
-            if self.flash is not None and self.flash.step is not None:
-                rows += min(most, self.flash.step.most_nodes)
-            elif drafter is not None:
-                with self._counters.timed("draft"):
-                    trees = drafter.propose(self.newest[:batch], self.budgets[:batch].clip(0))
-                rows = trees.rows
+    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
+        struct, flash, trees = self._struct, self.flash, None
+        rows = 1
+        if flash is not None:
+            rows += min(nodes, self._most_nodes)
+        elif nodes and self.drafter is not None:
+            with self._counters.timed("draft"):
+                trees = self.drafter.propose(self.newest[:batch], self.budgets[:batch].clip(0))
+            rows = trees.rows
         shape = self._shapes.get((batch, rows))
         if shape is None:
             shape = self._shapes[batch, rows] = _Shape(self, batch, rows)
-        self._now = shape
+        if shape is not self._now:
+            self._now = shape
+            struct.batch = struct.trees.batch = batch
+            struct.rows = struct.trees.rows = rows
         if trees is not None:
             shape.trees.fill(trees)
-        struct.batch = struct.trees.batch = batch
-        struct.rows = struct.trees.rows = rows
         struct.given = trees is not None
-        self._lengths[:batch] = self.cache.lengths[:batch]
-        if self.flash is not None:
-            self._draft_lengths[:batch] = self.flash.cache.lengths[:batch]
         self._look(*self._given)
         return shape.trees, shape.chosen, shape.logits
 
     def accept(self, chosen: np.ndarray) -> list[list[int]]:
-        shape, struct, drafter = self._now, self._struct, self.drafter
+        shape, drafter, counters = self._now, self.drafter, self._counters
         if chosen is not shape.chosen:
             shape.chosen[:] = chosen
         self._accept(*self._given)
-        batch = struct.batch
-        counts = self._accepted[:batch].tolist()
-        emitted = [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]
-        for slot, count in enumerate(counts):
-            self.cache.lengths[slot] += count
-        propose, grow, verify, accept, observe = struct.seconds
-        seconds = self._counters.step_seconds
-        seconds.append(("verify", verify + accept))
+        counts = shape.accepted.tolist()
+        propose, grow, verify, accept, observe = self._seconds.tolist()
+        counters.step_seconds.append(("verify", verify + accept))
         if self.flash is not None:
-            for slot, count in enumerate(counts):
-                self.flash.cache.lengths[slot] += count
-            seconds.append(("draft", propose + grow + observe))
+            counters.step_seconds.append(("draft", propose + grow + observe))
         elif drafter is not None:
             paths = [row[:count] for row, count in zip(shape.paths.tolist(), counts, strict=True)]
-            with self._counters.timed("draft"):
+            with counters.timed("draft"):
                 drafter.observe(shape.trees, paths, shape.taps)
-        return emitted
+        return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]
 
     @property
     def seconds(self) -> dict[str, float]:
         """What each part of the latest round took."""
-        return dict(zip(PARTS, self._struct.seconds, strict=True))
-
-    @property
-    def verified(self) -> Rows:
-        """The rows of the latest round as they were when it looked."""
-        batch, trees = self._struct.batch, self._now.trees
-        counts = self._counts[:batch]
-        return Rows(self.cache, 0, trees.rows, self._lengths[:batch], counts, Sight.TREE, trees.parents)
-
-    @property
-    def kept(self) -> np.ndarray:
-        """(batch,) int32: how many of those were kept."""
-        return self._accepted[: self._struct.batch]
+        return dict(zip(PARTS, self._seconds.tolist(), strict=True))
 
     @property
     def drafted(self) -> Tensor:

@@ -48,7 +48,7 @@ struct Round {
   int32_t *counts, *positions, *paths, *accepted;  // (batch,) real rows; (axes, batch, rows); (batch, rows); (batch,) rows of a path
   void *taps, *logits, *drafted;
   int64_t *chosen, *emitted;  // (batch, rows): the target's own tokens; what is emitted
-  double seconds[NUM_PARTS];
+  double* seconds;            // (NUM_PARTS,) that each part took
 };
 }
 
@@ -272,6 +272,10 @@ void accept(Round& round) {
   if (round.draft) {
     const Rows kept = rows_of(round.draft_cache, round.batch, longest, CAUSAL, round.accepted, nullptr, nullptr);
     observe<T>(*round.draft, kept, round.taps, round.rows, round.paths);
+  }
+  for (int b = 0; b < round.batch; b++) {
+    round.target_cache.lengths[b] += round.accepted[b];
+    if (round.draft) round.draft_cache.lengths[b] += round.accepted[b];
   }
   round.seconds[ACCEPTING] = accepted - begun;
   round.seconds[OBSERVING] = now() - accepted;

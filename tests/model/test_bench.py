@@ -152,8 +152,8 @@ def test_an_honest_engine_passes(tiny_checkpoint: Path, tiny_draft: Path, tmp_pa
 def credulous(honest: Any) -> Any:
     """A round that takes the draft's word for the first token of every tree."""
 
-    def look(self: Any, batch: int) -> Any:
-        trees, likeliest, logits = honest(self, batch)
+    def look(self: Any, *given: int) -> Any:
+        trees, likeliest, logits = honest(self, *given)
         for b in np.flatnonzero(trees.sizes > 1):
             logits[b, 0, trees.tokens[b, 1]] = 1e4
             if likeliest is not None:

@@ -127,6 +127,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
 
     monkeypatch.setattr(trainer, "block_loss", learn)
     network, target = checkpoint.load(draft, engine.target), engine.target  # the served one's layers are packed
+    assert isinstance(network, DraftNetwork)
     offsets = list(range(34))
     with torch.no_grad():
         seen = trainer.capture(
@@ -165,15 +166,15 @@ def test_a_native_round_drafts_what_its_parts_draft() -> None:
             engine.use(drafter)
         seen: dict[tuple[str, int], Tensor] = {}
 
-        def watched(batch: int, look: Any = now.look, seen: Any = seen, engine: Any = engine) -> Any:
-            result = look(batch)
+        def watched(*given: int, look: Any = now.look, seen: Any = seen, engine: Any = engine) -> Any:
+            result = look(*given)
             logits = engine.round.drafted if engine.round.flash is not None else engine.drafter.drafted
             for s in engine.scheduler.running:
                 if not s.prefilling and engine.round.budgets[s.slot] > 0:
                     seen[s.request.request_id, len(s.tokens)] = logits[s.slot].clone()
             return result
 
-        now.look = watched  # type: ignore[method-assign]
+        now.look = watched  # type: ignore[assignment,method-assign]
         for number, task in enumerate(prompts.TASKS):
             told = prompts.messages(number, split="heldout", task=task)
             engine.add(Request(f"{number}", told, SamplingParams(max_tokens=60)))

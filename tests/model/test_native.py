@@ -7,6 +7,7 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 from __future__ import annotations
 
 import shutil
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,7 +317,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
 
     held, expected_cache = cache(shape, 4, dtype), cache(shape, 4, dtype)
     for each in (held, expected_cache):
-        each.lengths[:] = [40, 3, 9, 20]
+        each.lengths[:] = array("i", [40, 3, 9, 20])
     starts, counts = np.array([40, 3, 9], np.int32), np.array([7, 0, 5], np.int32)
     rows = Rows(expected_cache, 0, 7, starts, counts, Sight.TREE, trees.parents)
     places = (roots[:, None] + trees.depths)[None]
@@ -327,7 +328,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), max_nodes=11)
     now.use(drafter)  # type: ignore[arg-type]
     now.newest[:3], now.budgets[:3], now.roots[:3] = trees.tokens[:, 0], [6, IDLE, 4], roots
-    seen, chosen, logits = now.look(3)
+    seen, chosen, logits = now.look(3, 6)
     assert np.array_equal(seen.parents, trees.parents)
     for b, count in enumerate(counts):
         assert torch.equal(logits[b, :count], expected[b, :count])
