@@ -16,9 +16,10 @@ from model.draft.network import DraftNetwork
 from model.engine import Engine
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Target
-from model.train import trainer
+from model.train import loss as taught
 from model.train.data import Example, read_answers, write_answers
-from model.train.loss import block_loss
+from model.train.loss import block_loss, draft_loss
+from model.train.seen import capture
 from model.train.trainer import TrainConfig, train
 from tests.model import tiny
 
@@ -51,7 +52,7 @@ def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         seen.append(loss.item())
         return loss, hits
 
-    monkeypatch.setattr(trainer, "block_loss", listen)
+    monkeypatch.setattr(taught, "block_loss", listen)
     return seen
 
 
@@ -72,10 +73,10 @@ def test_a_trained_draft_is_accepted_when_it_is_served(
     tiny_checkpoint: Path, tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way: answers, training, checkpoint, engine. The prompts are the trained ones: it need only remember."""
-    losses = losses_of(monkeypatch)
+    told = losses_of(monkeypatch)
     network = fresh(tiny_target)
     train(tiny_target, network, examples, messages, settings(160), tmp_path / "draft.pt", group)
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert sum(told[-10:]) < 0.5 * sum(told[:10])
     checkpoint.save(tmp_path / "draft", network, tiny_target)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tmp_path / "draft"), max_num_seqs=6, prefill_chunk=20))
     params = SamplingParams(max_tokens=30)
@@ -92,8 +93,8 @@ def test_the_loss_reaches_every_weight_of_the_draft(tiny_checkpoint: Path, examp
     network = tiny.new_draft(target).float().train()
     prompts = [target.prompt(messages(e.number)) for e in examples[:2]]
     with torch.no_grad():
-        seen = trainer.capture(target, prompts, [e.answer for e in examples[:2]])
-    loss, _ = trainer.draft_loss(target, network, seen, settings(1), random.Random(0))
+        seen = capture(target, prompts, [e.answer for e in examples[:2]])
+    loss, _ = draft_loss(target, network, seen, anchors=8, gamma=5.0, rng=random.Random(0))
     loss.backward()
     for name, weight in network.named_parameters():
         assert weight.grad is not None, name
@@ -136,10 +137,10 @@ def test_a_finished_training_is_not_done_again(
 ) -> None:
     network = fresh(tiny_target)
     train(tiny_target, network, examples, messages, settings(2), tmp_path / "draft.pt", group)
-    losses = losses_of(monkeypatch)
+    told = losses_of(monkeypatch)
     again = fresh(tiny_target)
     train(tiny_target, again, examples, messages, settings(2), tmp_path / "draft.pt", group)
-    assert losses == []
+    assert told == []
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
 
 
