@@ -38,6 +38,7 @@ from model.config import DTYPES, EngineConfig
 from model.demo import checkpoint as demo
 from model.draft import checkpoint
 from model.draft.network import DraftConfig, DraftNetwork
+from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.graphs import Replays, recorder
 from model.kernels import choice
@@ -232,7 +233,7 @@ class Batch:
 
     def draft(self) -> Callable[[], object] | None:
         drafter, target = self.engine.drafter, self.engine.target
-        if drafter is None:
+        if not isinstance(drafter, FlashDrafter):
             return None
         newest, budgets = np.full(self.number, 9, np.int64), np.full(self.number, NODES - 1, np.int64)
         width = target.hidden_size * len(target.tap_layers)
@@ -242,7 +243,7 @@ class Batch:
         def run() -> object:
             held = list(drafter.cache.lengths)
             trees = drafter.propose(newest, budgets)
-            drafter.observe(taps, [[0, 1]] * self.number)
+            drafter.observe(trees, [[0, 1]] * self.number, taps)
             drafter.cache.lengths[:] = held  # the next run begins where this one did
             return trees
 

@@ -39,10 +39,8 @@ class MedusaDrafter:
         if target.head is None or not fits or self.width > MAX_WIDTH:
             return None
         assert isinstance(heads, Packed)
-        candidates = Candidates(self.width, None, None)
-        return MedusaStep(
-            self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates
-        )
+        candidates = Candidates(self.width)
+        return MedusaStep(self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates)
 
     @property
     def native(self) -> bool:

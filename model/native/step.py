@@ -119,7 +119,7 @@ class DraftStep:
         candidates: Candidates,
     ) -> None:
         self.stack, self.out, self.head, self.fuse = stack, out, head, fuse
-        self._block, self._width = len(masks) + 1, candidates.width
+        self._most = candidates.most(block := len(masks) + 1)
         tensors = [tensor.detach().contiguous() for tensor in (entries, masks, tap_norms, fuse_norm)]
         self._logits = Results(entries, head.outputs)
         self.candidates, self._kept = candidates, tensors
@@ -133,7 +133,7 @@ class DraftStep:
             pointer(tensors[3]),
             linear(fuse),
             len(tap_norms),
-            candidates.struct(block=self._block, vocab=head.outputs),
+            candidates.struct(block=block, vocab=head.outputs),
         )
         self._bfloat16 = ctypes.c_bool(stack.dtype is torch.bfloat16)
 
@@ -141,7 +141,7 @@ class DraftStep:
         """newest, budgets (batch,) int64; rows: a block for each that drafts. See `model.tree.best_first`; its logits
         (batch, block, vocab) too, unset for those that do not draft, and good until the next call."""
         logits = self._logits.of(rows.batch, rows.num)
-        trees = roots(newest, 1 + min(int(budgets.max()), self._block * self._width))
+        trees = roots(newest, 1 + min(int(budgets.max()), self._most))
         functions().flash_propose(
             self._bfloat16,
             ctypes.byref(self.struct),

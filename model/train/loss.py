@@ -25,7 +25,8 @@ class Anchors:
     """Places where drafts begin, as many in each answer.
 
     places: (batch, anchors), position of the newest token, which is newest: (batch, anchors) itself; labels: (drafts,
-    block) the tokens after it, -100 beyond the answer's end; taught: (drafts, block, vocab) what the target gave for them.
+    block) the tokens after it, -100 beyond the answer's end; taught: (drafts, block, vocab) what the target gave for
+    them.
     """
 
     places: Tensor

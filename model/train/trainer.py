@@ -74,9 +74,7 @@ def train(
             )
         seen = memory.seen(target, batch, messages)
         with torch.autocast(target.device.type, torch.bfloat16, enabled=config.autocast):
-            loss, hits = draft_loss(
-                target, network, seen, anchors=config.anchors, gamma=config.gamma, rng=rng
-            )
+            loss, hits = draft_loss(target, network, seen, anchors=config.anchors, gamma=config.gamma, rng=rng)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from model.config import TRAINED, ConfigError, EngineConfig
+from model.config import TRAINED
 from model.engine import Engine
 from model.native import library
 from tests.model import tiny
@@ -102,7 +101,11 @@ def test_paths_of_every_length_enter_its_context(
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_native_step_proposes_what_torch_does(
-    name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tiny_checkpoint: Path,
+    drafts: dict[str, Path],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same trees, node by node, wherever rounding does not decide which node is the last to get in."""
     requests = mixed(10)
@@ -122,7 +125,9 @@ def test_the_native_step_proposes_what_torch_does(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("settings", [{"max_nodes": 1}, {"max_nodes": 40, "max_rows": 500, "tree_width": 6}, {"max_rows": 20}])
+@pytest.mark.parametrize(
+    "settings", [{"max_nodes": 1}, {"max_nodes": 40, "max_rows": 500, "tree_width": 6}, {"max_rows": 20}]
+)
 def test_within_any_budget(
     name: str, settings: dict[str, int], tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:

@@ -59,7 +59,7 @@ def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: di
     """Greedy and seeded, with an untrained draft (its own passes replayed too) and with drafts that mostly hold."""
     passes, drafter = engine._passes, engine.drafter
     assert passes is not None
-    assert drafter is not None
+    assert isinstance(drafter, FlashDrafter)
     assert tiny.answers(engine, mixed(), every=every) == expected
     assert passes.shapes
     assert drafter._proposals is not None
