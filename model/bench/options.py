@@ -46,11 +46,16 @@ class Options:
     profile: bool
 
     @property
+    def draft(self) -> str | None:
+        """Of one drafter, where only one is looked at."""
+        return self.drafts[0] if self.drafts else None
+
+    @property
     def engine_config(self) -> EngineConfig:
         """Nothing is kept of media: prompts return in every repeat, and no arm is to be spared the vision tower."""
         return EngineConfig(
             model=self.model,
-            draft=self.drafts[0] if self.drafts else None,
+            draft=self.draft,
             device=self.device,
             dtype=self.dtype,
             max_num_seqs=max(self.batches),
