@@ -16,16 +16,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from model import drafters, graphs, sampling, tree, verify
-from model.attention import Plan, Rows, Sight, prompt_rows
+from model import drafters, graphs, sampling
+from model.attention import prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
 from model.drafters.base import Drafter, Room
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
 from model.native import library
-from model.native.step import move
+from model.native.round import NativeRound
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
+from model.round import IDLE, Round, TorchRound
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
@@ -60,22 +61,20 @@ class Engine:
             margin=margin,
             dtype=target.dtype,
             device=target.device,
-            move_rows=move if target.native else None,
         )
         if target.device.index is not None and target.device.type == "cuda":
             torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
-        self._passes = None
-        if recorder is not None and margin <= graphs.MAX_ROWS:
-            self._passes = graphs.Replays(self._run, self.cache, recorder, max_rows=margin)
-            with torch.inference_mode():
-                self._passes.prepare(1 + target.num_axes, range(1, margin + 1))
+        self.counters = Counters()
+        self.round: Round
+        if target.verifier is not None:
+            self.round = NativeRound(target.verifier, self.cache, self.counters, max_nodes=config.nodes)
+        else:
+            self.round = TorchRound(target, self.cache, self.counters, max_nodes=config.nodes, recorder=recorder)
         room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
-        self.drafter: Drafter | None = drafter or drafters.load(config, target, room)
-        self._native = target.native and (self.drafter is None or self.drafter.native)
+        self.use(drafter or drafters.load(config, target, room))
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config)
-        self.counters = Counters()
         self.features = EncoderCache(
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
         )
@@ -90,6 +89,12 @@ class Engine:
             geometry=target.geometry,
             memory=self._memory(),
         )
+
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
+        self.drafter: Drafter | None = drafter
+        self.round.use(drafter)
+        self._native = self.round.native and (drafter is None or drafter.native)
 
     def _memory(self) -> dict[str, int]:
         """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
@@ -162,11 +167,11 @@ class Engine:
                 with self._torch():
                     outputs = self._prefill(work)
             case Decoding() if self._native:  # torch has no part in it, but for what is sampled
-                outputs = self._verify(work, self._draft(work))
+                outputs = self._decode(work)
             case Decoding():
                 with self._torch():
                     self._compact()
-                    outputs = self._verify(work, self._draft(work))
+                    outputs = self._decode(work)
             case None:
                 return []
         self.scheduler.took(work, self.counters.now() - begun)
@@ -244,68 +249,43 @@ class Engine:
             if upto == pieces:
                 self.features.put(sequence.medium_key, embeds[first:last].clone())
 
-    def _draft(self, decoding: Decoding) -> Trees:
-        """One tree per slot from 0 to the highest decoding one; slots that do not decode get an idle root."""
-        slots = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
-        newest, budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+    def _decode(self, decoding: Decoding) -> list[RequestOutput]:
+        """One round of draft and verify over slots from 0 to the highest decoding one."""
+        now = self.round
+        batch = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
+        now.budgets[:batch] = IDLE
+        by_slot: list[Sequence | None] = [None] * batch
         for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
-            newest[sequence.slot], budgets[sequence.slot] = sequence.tokens[-1], nodes
-        if self.drafter is None or not any(decoding.nodes):
-            return tree.roots(newest)
-        with self.counters.timed("draft"):
-            return self.drafter.propose(newest, budgets)
-
-    def _verify(self, decoding: Decoding, trees: Trees) -> list[RequestOutput]:
-        """One pass of the target over all trees; keep what it agrees with."""
-        slots = len(trees.tokens)
-        by_slot: list[Sequence | None] = [None] * slots
-        counts, roots = np.zeros(slots, np.int32), np.zeros((slots, 1), np.int32)  # rows; position ids of roots
-        for sequence in decoding.sequences:
             slot = sequence.slot
             assert slot is not None
-            by_slot[slot], counts[slot] = sequence, trees.sizes[slot]
-            roots[slot] = sequence.next_position + len(sequence.tokens) - 1
+            by_slot[slot] = sequence
+            now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes
+            now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
         self.counters.batch_sizes.append(len(decoding.sequences))
-
-        def answered(b: int) -> list[int]:
-            sequence, depths = by_slot[b], trees.depths[b, : counts[b]]
-            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
-
-        with self.counters.timed("verify"):
-            starts = np.array(self.cache.lengths[:slots], np.int32)
-            rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
-            likeliest, logits, taps = self._answers(trees.tokens, (roots + trees.depths)[None], rows)
-            if likeliest is not None and not any(s.request.params.temperature for s in decoding.sequences):
-                chosen = likeliest
-            else:
-                params = [s.request.params if s else sampling.GREEDY for s in by_slot]
-                with self._torch():
-                    chosen = sampling.choose(logits, params, answered, likeliest)
-            verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
-            paths = [verdict.path for verdict in verdicts]
-            self.cache.keep(range(slots), paths)
-        if self.drafter:
-            with self.counters.timed("draft"):
-                self.drafter.observe(trees, paths, taps)
+        trees, likeliest, logits = now.look(batch)
+        chosen = self._chosen(by_slot, trees, likeliest, logits)
+        sizes = trees.sizes.tolist()
         outputs = []
-        for b, (each, verdict) in enumerate(zip(by_slot, verdicts, strict=True)):
+        for each, size, tokens in zip(by_slot, sizes, now.accept(chosen), strict=True):
             if each is not None:
-                each.computed += len(verdict.path)
-                outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(counts[b]) - 1))
+                each.computed += len(tokens)
+                outputs.append(self._emit(each, tokens, len(tokens) - 1, size - 1))
         return outputs
 
-    def _answers(
-        self, tokens: np.ndarray, positions: np.ndarray, rows: Rows
-    ) -> tuple[np.ndarray | None, Tensor, Tensor]:
-        """`Target.verify`, which may have been recorded in this shape."""
-        if self._passes is None:
-            return self.target.verify(tokens, positions, rows)
-        hidden, taps = self._passes(rows, np.concatenate((tokens[None], positions)))
-        return None, self.target.logits(hidden[:, : rows.num]), taps[:, : rows.num]
+    def _chosen(
+        self, by_slot: list[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor
+    ) -> np.ndarray:
+        """What the target says at every node of the trees: (batch, rows)."""
+        params = [s.request.params if s else sampling.GREEDY for s in by_slot]
+        if likeliest is not None and not any(each.temperature for each in params):
+            return likeliest
 
-    def _run(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-        """numbers: (1 + axes, batch, rows), tokens and position ids."""
-        return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)
+        def answered(b: int) -> list[int]:
+            sequence, depths = by_slot[b], trees.depths[b, : trees.sizes[b]]
+            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
+
+        with self._torch():
+            return sampling.choose(logits, params, answered, likeliest)
 
     # --- what comes of it
 

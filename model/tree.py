@@ -36,6 +36,11 @@ class Trees:
     def rows(self) -> int:
         return int(self.tokens.shape[1])
 
+    def fill(self, other: Trees) -> None:
+        """Hold what other trees of the same shape hold, in the memory of these."""
+        for name in ("tokens", "parents", "depths", "sizes", "scores"):
+            getattr(self, name)[...] = getattr(other, name)
+
 
 def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     """Trees of a root alone: plain decoding. tokens: (batch,)."""

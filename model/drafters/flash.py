@@ -66,7 +66,7 @@ class FlashDrafter:
         self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
         pack(network)
         self._candidates = self._native_candidates()
-        self._step = self._native_step()
+        self.step = self._native_step()  # with which proposing and observing are part of the native round
         self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
         self._proposals = self._observations = None
         if room.recorder is not None and self._layers is None and self._candidates is None and room.margin <= MAX_ROWS:
@@ -98,7 +98,7 @@ class FlashDrafter:
         return Candidates(self.width, head.before.weight, head.after.matrix)
 
     def _native_step(self) -> DraftStep | None:
-        """All of a step in two native calls, where everything it takes is there."""
+        """What a native round needs of the draft, where all of it is native."""
         head, fuse = self.target.head, self.network.fuse
         if self._layers is None or self._candidates is None or head is None:
             return None
@@ -121,7 +121,7 @@ class FlashDrafter:
 
     @property
     def native(self) -> bool:
-        return self._step is not None
+        return self.step is not None
 
     @property
     def num_bytes(self) -> int:
@@ -149,7 +149,7 @@ class FlashDrafter:
         assert self._spans.keys() == self._visual.keys() == held.keys(), "a medium of a sequence that is gone"
 
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
-        fused = self.network.fuse(taps) if self._step is None else self._step.fused(taps)
+        fused = self.network.fuse(taps) if self.step is None else self.step.fused(taps)
         end = start + len(fused)
         rows: list[Tensor] = []
         at = start
@@ -179,15 +179,12 @@ class FlashDrafter:
         index = indexed(paths)
         counts = [len(path) for path in paths]
         rows = self._behind(0, index.shape[1], counts)
-        if self._step is not None:
-            self._step.observe(taps, index, rows)
+        places = upload(index, taps.device).long()
+        kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
+        if self._observations is not None:
+            self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
-            places = upload(index, taps.device).long()
-            kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
-            if self._observations is not None:
-                self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
-            else:
-                self._write(rows, self.network.fuse(kept))
+            self._write(rows, self.network.fuse(kept))
         self._advance(0, counts)
 
     def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
@@ -220,9 +217,6 @@ class FlashDrafter:
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
-        if self._step is not None:
-            trees, self.drafted = self._step.propose(newest, budgets, rows)
-            return trees
         if self._proposals is not None:
             (found,) = self._proposals(rows, np.repeat(newest[None, :, None], self.block, 2))
             return self._trees(newest, found, budgets)

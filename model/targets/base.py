@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from model.attention import Plan, Rows
 from model.config import ConfigError, EngineConfig
 from model.native.library import Matrix
+from model.native.step import Verifier
 from model.request import Geometry, Medium, Message
 
 
@@ -46,6 +47,7 @@ class Target(Protocol):
     tokens_per_image: int
     geometry: Geometry
     head: Matrix | None  # lm_head, where it is packed for the native library
+    verifier: Verifier | None  # what a native round needs, where the decoder runs natively
     native: bool  # all that takes long runs in the native library, nothing in torch
     recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
@@ -82,11 +84,6 @@ class Target(Protocol):
         Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
         (batch, rows, num_taps * hidden). What they hold in rows that are not real (see Rows) does not matter.
         """
-        ...
-
-    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray | None, Tensor, Tensor]:
-        """`forward` over tokens (batch, rows) int64, and what follows from it: the likeliest token behind each of them
-        (batch, rows) int64 if it is known, logits (batch, rows, vocab), and the tapped layers' outputs."""
         ...
 
     def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -251,12 +251,6 @@ class LlavaTarget:
         ).last_hidden_state
         return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
 
-    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray | None, Tensor, Tensor]:
-        if self.verifier is not None:
-            return self.verifier(tokens, positions, rows)
-        hidden, taps = self.forward(self.embed(upload(tokens, self.device)), positions, rows)
-        return None, self.logits(hidden), taps
-
     def logits(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)
         return scores

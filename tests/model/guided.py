@@ -75,5 +75,6 @@ def guided(engine: Engine, known: Mapping[str, list[int]], seed: int = 0) -> Gui
     """Give an idle engine's own drafter an oracle's trees to observe."""
     assert not engine.has_work
     assert engine.drafter is not None
-    engine.drafter = wrapped = Guided(engine, engine.drafter, known, seed)
+    wrapped = Guided(engine, engine.drafter, known, seed)
+    engine.use(wrapped)
     return wrapped

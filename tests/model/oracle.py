@@ -114,5 +114,5 @@ def with_oracle(engine: Engine, known: Mapping[str, list[int]], seed: int = 0, t
     """Give an idle engine this drafter instead of its own."""
     assert not engine.has_work
     oracle = OracleDrafter(engine, known, seed, truth)
-    engine.drafter = oracle
+    engine.use(oracle)
     return oracle

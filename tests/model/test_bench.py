@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from model import sampling, verify
+from model import sampling
 from model.bench import __main__ as bench
 from model.bench import equality, figures, profile
 from model.bench.arms import Run
@@ -21,10 +21,11 @@ from model.bench.margins import margin
 from model.bench.reference import Reference
 from model.engine import Engine
 from model.native import library
+from model.native.round import NativeRound
 from model.native.stack import Stack
-from model.native.step import Verifier
+from model.native.step import DraftStep
 from model.request import Message, SamplingParams
-from model.tree import Trees
+from model.round import TorchRound
 from service.cli import app
 from tests.model import tiny
 
@@ -91,10 +92,10 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
 ) -> None:
     monkeypatch.setattr(profile, "READ_BYTES", 1 << 22)
     monkeypatch.setattr(profile, "SQUARE", 64)
-    before = Stack.forward, Verifier.__call__, verify.walk
+    before = Stack.forward, DraftStep.fused, Engine.step
     asked = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
     bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
-    assert before == (Stack.forward, Verifier.__call__, verify.walk), "the stopwatch was left behind"
+    assert before == (Stack.forward, DraftStep.fused, Engine.step), "the stopwatch was left behind"
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["memory_gb_per_second"] > 0
     steps = {(row["drafter"], row["batch"], row["step"]) for row in result["rows"]}
@@ -157,18 +158,26 @@ def test_an_honest_engine_passes(tiny_checkpoint: Path, tiny_draft: Path, tmp_pa
     assert all(difference["excused"] for difference in result["differences"])
 
 
+def credulous(honest: Any) -> Any:
+    """A round that takes the draft's word for the first token of every tree."""
+
+    def look(self: Any, batch: int) -> Any:
+        trees, likeliest, logits = honest(self, batch)
+        for b in np.flatnonzero(trees.sizes > 1):
+            logits[b, 0, trees.tokens[b, 1]] = 1e4
+            if likeliest is not None:
+                likeliest[b, 0] = trees.tokens[b, 1]
+        return trees, likeliest, logits
+
+    return look
+
+
 def test_a_planted_difference_is_found(
     tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verification that takes the draft's word: the very bug that the check exists for."""
-    honest = verify.walk
-
-    def credulous(trees: Trees, b: int, chosen: np.ndarray) -> verify.Verdict:
-        if trees.sizes[b] < 2:
-            return honest(trees, b, chosen)
-        return verify.Verdict([0, 1], [int(trees.tokens[b, 1]), int(chosen[1])])
-
-    monkeypatch.setattr(verify, "walk", credulous)
+    for kind in (NativeRound, TorchRound):
+        monkeypatch.setattr(kind, "look", credulous(kind.look))
     code, result = check(tiny_checkpoint, tiny_draft, tmp_path / "equality.json")
     assert code == 1
     assert not result["passed"]

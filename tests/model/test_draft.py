@@ -14,13 +14,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.config import ConfigError
+from model.config import ConfigError, EngineConfig
+from model.demo import prompts
 from model.draft import checkpoint
 from model.draft.layers import rotary_table, rotate
 from model.draft.network import DraftConfig, DraftNetwork
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
-from model.request import Message
+from model.native import library
+from model.native.round import NativeRound
+from model.request import Message, Request, SamplingParams
 from model.targets.base import Prompt, Target
 from model.train import loss
 from model.train.loss import block_loss, draft_loss
@@ -41,6 +44,7 @@ class Watched(FlashDrafter):
     def __init__(self, engine: Engine, known: dict[str, list[int]], seed: int) -> None:
         assert isinstance(engine.drafter, FlashDrafter)
         self.__dict__.update(engine.drafter.__dict__)
+        self.step = None  # its parts one by one, so that trees can be others than its own
         self.oracle = OracleDrafter(engine, known, seed, truth=0.3)
         self.engine = engine
         self.served: dict[tuple[str, int], Tensor] = {}
@@ -111,7 +115,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     known = tiny.answers(plain, [tiny.ask("brief", "Hi", max_tokens=6), *requests])
 
     watched = Watched(engine, known, seed)
-    engine.drafter = watched
+    engine.use(watched)
     served = watched.served
     assert tiny.answers(engine, [tiny.ask("brief", "Hi", max_tokens=6), *requests]) == known
 
@@ -145,6 +149,46 @@ def test_served_blocks_are_the_blocks_that_were_trained(
             compared += 1
     assert compared > 20
     assert drafted.std() > 0.5, "logits that all lie at nought would be equal without meaning anything"
+
+
+@pytest.mark.skipif(library.load() is None, reason="no native library here")
+def test_a_native_round_drafts_what_its_parts_draft() -> None:
+    """The bundled draft, whose long paths are mostly accepted: what it reads of them, in one call or in several."""
+    served: list[dict[tuple[str, int], Tensor]] = []
+    accepted: list[list[int]] = []
+    for native in (True, False):
+        engine = Engine(EngineConfig(dtype="float32", max_num_seqs=4, max_model_len=1280))
+        drafter, now = engine.drafter, engine.round
+        assert isinstance(drafter, FlashDrafter)
+        assert isinstance(now, NativeRound)
+        if not native:
+            drafter.step = None
+            engine.use(drafter)
+        seen: dict[tuple[str, int], Tensor] = {}
+
+        def watched(batch: int, look: Any = now.look, seen: Any = seen, engine: Any = engine) -> Any:
+            result = look(batch)
+            logits = engine.round.drafted if engine.round.flash is not None else engine.drafter.drafted
+            for s in engine.scheduler.running:
+                if not s.prefilling and engine.round.budgets[s.slot] > 0:
+                    seen[s.request.request_id, len(s.tokens)] = logits[s.slot].clone()
+            return result
+
+        now.look = watched  # type: ignore[method-assign]
+        for number, task in enumerate(prompts.TASKS):
+            told = prompts.messages(number, split="heldout", task=task)
+            engine.add(Request(f"{number}", told, SamplingParams(max_tokens=60)))
+        while engine.has_work:
+            engine.step()
+            engine.check_integrity()
+        accepted.append(list(engine.pop_stats().acceptance_lengths))
+        served.append(seen)
+    one, other = served
+    both = one.keys() & other.keys()
+    assert len(both) > 0.8 * len(one)
+    for key in both:
+        torch.testing.assert_close(one[key], other[key], atol=5e-2, rtol=1e-2)
+    assert sum(accepted[0]) / len(accepted[0]) > 4, "paths too short to tell anything"
 
 
 def test_the_trainer_sees_what_the_target_serves(tiny_target: Target, plain_engine: Engine) -> None:

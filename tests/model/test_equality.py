@@ -282,7 +282,7 @@ def test_bfloat16_says_the_same_however_it_is_run(tiny_checkpoint: Path, tiny_dr
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=8, dtype="bfloat16"))
     requests = [r for r in mixed(32) if (r.params.temperature == 0) == (kind == "greedy")]
     alone = {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in requests}
-    engine.drafter = None
+    engine.use(None)
     plain = {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in requests}
     with_oracle(engine, plain)
     crowd = tiny.answers(engine, requests, every=1)

@@ -22,7 +22,9 @@ from model.draft.eagle import EagleConfig, EagleNetwork
 from model.draft.medusa import MedusaConfig, MedusaNetwork
 from model.draft.network import DraftConfig, DraftNetwork
 from model.engine import Engine
+from model.graphs import Replays
 from model.request import Medium, Message, Request, RequestOutput, SamplingParams
+from model.round import TorchRound
 from model.targets.base import Target
 from model.targets.base import load as load_target
 
@@ -202,3 +204,16 @@ def text_of(outputs: Iterable[RequestOutput]) -> str:
 def answers(engine: Engine, requests: Iterable[Request], *, every: int = 0) -> dict[str, list[int]]:
     """Token ids of every request's whole answer."""
     return {request_id: token_ids(outputs) for request_id, outputs in drain(engine, requests, every=every).items()}
+
+
+def in_torch(engine: Engine) -> TorchRound:
+    """The engine's round, which must be torch's."""
+    assert isinstance(engine.round, TorchRound)
+    return engine.round
+
+
+def replays(engine: Engine) -> Replays:
+    """The target's passes, which must be recorded."""
+    passes = in_torch(engine).passes
+    assert passes is not None
+    return passes
