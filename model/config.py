@@ -102,7 +102,7 @@ class EngineConfig:
         held = drafter_of(Path(draft))
         if self.drafter not in ("auto", held):
             raise ConfigError(
-                f"draft {draft!r} is one for --drafter {held}, not for {self.drafter!r}: give --draft PATH of such a one"
+                f"draft {draft!r} is one for --drafter {held}, not for {self.drafter!r}: give --draft PATH of such one"
             )
         return held
 

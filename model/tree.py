@@ -69,6 +69,74 @@ def chains(newest: np.ndarray, coming: Seq[list[int]]) -> Trees:
     return trees
 
 
+@dataclass(frozen=True)
+class FixedTree:
+    """A tree whose nodes are there whatever the draft says; best nodes first, so that the first few are a tree too.
+
+    Nodes are counted from 1, the root is 0. Node i + 1 has parent parents[i], and the token of rank ranks[i] at its
+    depth.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return tuple(depths[1:])
+
+    @property
+    def width(self) -> int:
+        return 1 + max(self.ranks)
+
+
+def fixed(hits: Seq[Seq[float]], nodes: int) -> FixedTree:
+    """The `nodes` likeliest nodes. hits[d][r]: how often rank r at depth d is right, where all before it was."""
+    reached, tips = [1.0], [(0, 0, rank) for rank in range(len(hits[0]))]
+    parents: list[int] = []
+    ranks: list[int] = []
+    while len(parents) < nodes and tips:
+        parent, depth, rank = best = max(tips, key=lambda tip: reached[tip[0]] * hits[tip[1]][tip[2]])
+        tips.remove(best)
+        parents.append(parent)
+        ranks.append(rank)
+        reached.append(reached[parent] * hits[depth][rank])
+        if depth + 1 < len(hits):
+            tips += [(len(parents), depth + 1, r) for r in range(len(hits[depth + 1]))]
+    return FixedTree(tuple(parents), tuple(ranks))
+
+
+def fill(shape: FixedTree, logits: Tensor) -> Tensor:
+    """The nodes of a fixed tree, as `levels` returns nodes. logits: (batch, block, vocab) of one draft pass."""
+    best = logits.float().log_softmax(-1).topk(shape.width, -1)
+    places = [(depth - 1) * shape.width + rank for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
+    where = upload(np.array(places), logits.device)
+    tokens, scores = best.indices.flatten(1)[:, where], best.values.flatten(1)[:, where]
+    on_path = np.zeros((len(places), len(places)), np.float32)
+    for node, parent in enumerate(shape.parents):
+        on_path[node] = on_path[parent - 1] if parent else 0.0
+        on_path[node, node] = 1.0
+    reached = scores @ upload(on_path.T.copy(), logits.device)
+    parents = upload(np.array(shape.parents, np.int32), logits.device).expand_as(tokens)
+    return torch.stack((tokens.int(), parents, reached.view(torch.int32)), 1)
+
+
+def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np.ndarray) -> Trees:
+    """Trees of the first budgets[b] nodes of `fill`. newest: (batch,); found: (batch, 3, nodes) int32."""
+    most = min(int(budgets.max(initial=0)), len(shape.ranks))
+    trees = roots(newest, 1 + most)
+    trees.tokens[:, 1:], trees.parents[:, 1:] = found[:, 0, :most], found[:, 1, :most]
+    trees.depths[:, 1:] = shape.depths[:most]
+    trees.scores[:, 1:] = np.ascontiguousarray(found[:, 2, :most]).view(np.float32)
+    trees.sizes[:] = 1 + np.minimum(budgets, most)
+    beyond = np.arange(1 + most) >= trees.sizes[:, None]
+    trees.parents[beyond] = -1
+    trees.depths[beyond] = 0
+    return trees
+
+
 def best_first(
     newest: np.ndarray, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
 ) -> Trees:
@@ -81,8 +149,8 @@ def best_first(
 
 
 def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int) -> Tensor:
-    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab); bias: the sequential
-    head, previous tokens (...,) -> (..., vocab), added along each path."""
+    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab); bias: the
+    sequential head, previous tokens (...,) -> (..., vocab), added along each path."""
 
     def scores(depth: int, frontier: Tensor, _: Tensor) -> Tensor:
         drafted = logits[:, depth, None, :]
@@ -94,8 +162,8 @@ def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] 
 def levels(newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], *, depths: int, width: int) -> Tensor:
     """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
 
-    newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes of
-    the depth before, (batch, nodes) each. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
+    newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes
+    of the depth before, (batch, nodes) each. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
     float32 cumulative log-probabilities, so that one transfer brings them to the host. Nodes are numbered level by
     level after the root, which is 0.
     """

@@ -234,7 +234,7 @@ class Batch:
 
     def draft(self) -> Callable[[], object] | None:
         drafter, target = self.engine.drafter, self.engine.target
-        if drafter is None:
+        if not isinstance(drafter, FlashDrafter):
             return None
         assert isinstance(drafter, FlashDrafter)
         newest, budgets = np.full(self.number, 9, np.int64), np.full(self.number, NODES - 1, np.int64)

@@ -1,9 +1,9 @@
 """The EAGLE draft as a network: one decoder layer that goes on in the target's hidden states, token by token.
 
-Source: arXiv 2401.15077 (EAGLE), section "Drafting phase": the draft reads pairs of a feature and the token after it, and
-predicts the next feature, which the target's lm_head turns into a token; arXiv 2503.01840 (EAGLE-3): the feature fuses
-several of the target's layers, and training goes on along the draft's own features, as serving does. Every position of
-the sequence stays in the draft's context, visual ones uncompressed.
+Source: arXiv 2401.15077 (EAGLE), section "Drafting phase": the draft reads pairs of a feature and the token after it,
+and predicts the next feature, which the target's lm_head turns into a token; arXiv 2503.01840 (EAGLE-3): the feature
+fuses several of the target's layers, and training goes on along the draft's own features, as serving does. Every
+position of the sequence stays in the draft's context, visual ones uncompressed.
 
     row of position p    feature p, fused from the target's layers, or the draft's own where the target has not been yet
                        + embedding of what stands at p + 1: a token, or a piece of a medium
@@ -64,15 +64,16 @@ class EagleNetwork(nn.Module):
         return rows
 
     def context_keys_values(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of rows (batch, rows, hidden) at positions (batch, rows): each (batch, heads, rows, head_dim)."""
+        """Keys and values of rows (batch, rows, hidden) at positions (batch, rows): each (batch, heads, rows,
+        head_dim)."""
         (layer,) = self.layers
         cos, sin = rotary_table(self.config, positions, rows.dtype)
         keys, values = layer.keys_values(layer.attention_norm(rows), cos, sin)  # type: ignore[operator]
         return keys, values
 
     def step(self, rows: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """One pass: rows (batch, rows, hidden) at positions (batch, rows) to features of their own, (batch, rows, hidden),
-        which `hidden` reads and the rows after them begin from."""
+        """One pass: rows (batch, rows, hidden) at positions (batch, rows) to features of their own, (batch, rows,
+        hidden), which `hidden` reads and the rows after them begin from."""
         (layer,) = self.layers
         cos, sin = rotary_table(self.config, positions, rows.dtype)
         features: Tensor = self.norm(layer(rows, cos, sin, attend))

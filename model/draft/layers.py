@@ -1,7 +1,7 @@
 """What draft networks are built of: fusing the target's hidden states, rotary positions, one transformer layer.
 
-Attention is a function handed in, so that training (many drafts over one context, at once) and serving (one draft over a
-KV cache) run the same layers.
+Attention is a function handed in, so that training (many drafts over one context, at once) and serving (one draft over
+a KV cache) run the same layers.
 """
 
 from __future__ import annotations

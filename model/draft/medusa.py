@@ -1,8 +1,8 @@
 """The Medusa draft as a network: independent heads that guess ahead from where the target stands.
 
 Source: arXiv 2401.10774 (Medusa), section "Medusa heads": each head is one residual block over the target's last hidden
-state, h + SiLU(W h + b). As in its first training stage the target is frozen; unlike there, heads share the target's own
-lm_head instead of each learning one. Knows nothing of requests, caches or trees.
+state, h + SiLU(W h + b). As in its first training stage the target is frozen; unlike there, heads share the target's
+own lm_head instead of each learning one. Knows nothing of requests, caches or trees.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from model.tree import Trees
 class Room:
     """What the engine has room for, and so a drafter beside it.
 
-    capacity: positions of a sequence; margin: rows of a tree, the root's included; width: candidates kept at each depth;
-    recorder: passes that torch computes at every step are to be recorded with it (see graphs.py).
+    capacity: positions of a sequence; margin: rows of a tree, the root's included; width: candidates kept at each
+    depth; recorder: passes that torch computes at every step are to be recorded with it (see graphs.py).
     """
 
     num_slots: int
@@ -67,13 +67,13 @@ class Drafter(Protocol):
         ...
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        """A tree for each of slots 0.., of at most budgets[b] nodes beside its root. newest, budgets: (slots,) int64, the
-        last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
+        """A tree for each of slots 0.., of at most budgets[b] nodes beside its root. newest, budgets: (slots,) int64,
+        the last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
         ...
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending; none of
-        a slot that does not decode. taps: (slots, rows, num_taps * hidden), good until the next pass."""
+        """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
+        none of a slot that does not decode. taps: (slots, rows, num_taps * hidden), good until the next pass."""
         ...
 
     def free(self, slot: int) -> None:

@@ -1,14 +1,14 @@
 """The EAGLE drafter at work: its layer's keys and values of every position of a sequence, and a pass for every depth.
 
-Row p of its context joins the feature of position p with the token (or the piece of a medium) at p + 1. So the last kept
-position has no row yet: its feature is *pending* until the token after it is kept, or proposed from:
+Row p of its context joins the feature of position p with the token (or the piece of a medium) at p + 1. So the last
+kept position has no row yet: its feature is *pending* until the token after it is kept, or proposed from:
 
     target has computed    0 1 2 ... n-1                 newest: position n, known but not computed
     context rows           0 1 2 ... n-2                 pending: the feature of n-1
     tree                   root = (pending, newest), below it rows of the draft's own features, a pass per depth
 
-The tree grows by confidence, as in arXiv 2406.16858 (EAGLE-2), section "Dynamic draft tree": at every depth the nodes with
-the highest cumulative probability are expanded, and of all nodes the best become the tree.
+The tree grows by confidence, as in arXiv 2406.16858 (EAGLE-2), section "Dynamic draft tree": at every depth the nodes
+with the highest cumulative probability are expanded, and of all nodes the best become the tree.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class EagleDrafter:
             tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
             fuse=fuse.linear.matrix,
             fuse_norm=fuse.norm.weight,
-            candidates=Candidates(self.width, None, None),
+            candidates=Candidates(self.width),
         )
         return EagleStep(draft, network.feature.matrix, config.block)
 
@@ -149,10 +149,8 @@ class EagleDrafter:
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
         index = indexed(paths)
-        starts, counts = (
-            np.array(self.cache.lengths[: len(paths)], np.int32),
-            np.array([len(p) for p in paths], np.int32),
-        )
+        starts = np.array(self.cache.lengths[: len(paths)], np.int32)
+        counts = np.array([len(path) for path in paths], np.int32)
         rows = Rows(self.cache, 0, index.shape[1], starts, counts, Sight.CAUSAL)
         if self._step is not None:
             self._step.observe(trees.tokens, taps, index, rows, self._pending)

@@ -39,7 +39,7 @@ class MedusaDrafter:
         if target.head is None or not fits or self.width > MAX_WIDTH:
             return None
         assert isinstance(heads, Packed)
-        candidates = Candidates(self.width, None, None)
+        candidates = Candidates(self.width)
         return MedusaStep(self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates)
 
     @property

@@ -39,7 +39,10 @@ class Text:
         """At most `num` tokens: what followed the latest occurrence of the longest suffix that ends in `newest`."""
         suffix = (*self.tokens[-(LONGEST - 1) :], newest)
         for first in range(len(suffix)):
-            if (at := self._followed.get(suffix[first:])) is not None:
+            run = suffix[first:]
+            # Not yet in the index: a run that `newest` itself follows, of one token repeated.
+            repeats = tuple(self.tokens[-len(run) :]) == run
+            if (at := len(self.tokens) if repeats else self._followed.get(run)) is not None:
                 return [*self.tokens[at : at + num], newest][:num]
         return []
 

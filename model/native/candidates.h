@@ -9,6 +9,8 @@ struct Draft {
   const void *logits;  // (batch, block, vocab)
   const void *before;  // (vocab, rank) of the sequential head; null: none
   const void *after;   // packed: rank -> vocab
+  const int32_t *fixed;  // (num_fixed, 3): parent, rank and depth of the nodes of a fixed tree; null: best-first
+  int32_t num_fixed;
 };
 
 // One tree per sequence, `rows` each, to be filled behind their roots.
@@ -134,8 +136,29 @@ inline int no_worse(const Candidate* nodes, int count, float score) {
   return found;
 }
 
+// Tree b of the first nodes of the fixed tree, as many as its budget has.
+template <class T>
+void fill(const Draft& draft, const Trees& trees, int b) {
+  const Candidate root = {0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0};
+  Best* best = (Best*)__builtin_alloca(draft.block * sizeof(Best));  // at each depth
+  for (int depth = 0; depth < draft.block; depth++) {
+    best[depth] = Best{draft.width};
+    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, &root, 1, best + depth);
+  }
+  const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
+  const long at = b * (long)trees.rows;
+  for (int row = 1; row <= num; row++) {
+    const int32_t parent = draft.fixed[3 * row - 3], rank = draft.fixed[3 * row - 2], depth = draft.fixed[3 * row - 1];
+    const Candidate& one = best[depth - 1].held[rank];
+    trees.tokens[at + row] = one.token, trees.scores[at + row] = trees.scores[at + parent] + one.score;
+    trees.parents[at + row] = parent, trees.depths[at + row] = depth;
+  }
+  trees.sizes[b] = 1 + num;
+}
+
 template <class T>
 void grow(const Draft& draft, const Trees& trees, int b) {
+  if (draft.fixed) return fill<T>(draft, trees, b);
   const int most = draft.block * draft.width;
   Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
   int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));

@@ -1,4 +1,5 @@
-"""What eagle.h offers: the EAGLE draft's tree, grown by a pass per depth in one call, and its reading of what was kept."""
+"""What eagle.h offers: the EAGLE draft's tree, grown by a pass per depth in one call, and its reading of what was
+kept."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ class _EagleNetwork(ctypes.Structure):
 
 
 class EagleStep:
-    """draft: the network around its one layer, without masks; feature: a feature's part in what enters the layer; block:
-    how deep trees become."""
+    """draft: the network around its one layer, without masks; feature: a feature's part in what enters the layer;
+    block: how deep trees become."""
 
     def __init__(self, draft: DraftStep, feature: Matrix, block: int) -> None:
         self._draft, self._feature = draft, feature
-        self._most = block * draft.candidates.width
+        self._most = draft.candidates.most(block)
         self._struct = _EagleNetwork(draft.struct, linear(feature))
         self._struct.draft.candidates.block = block
         self._bfloat16 = ctypes.c_bool(feature.dtype is torch.bfloat16)
@@ -48,8 +49,8 @@ class EagleStep:
         return trees
 
     def observe(self, tokens: np.ndarray, taps: Tensor, paths: np.ndarray, rows: Rows, pending: Tensor) -> None:
-        """tokens (batch, num) int64; taps (batch, num, taps * hidden); paths (batch, rows) int32: which of them were kept,
-        in order; pending (slots, hidden) is brought up to date."""
+        """tokens (batch, num) int64; taps (batch, num, taps * hidden); paths (batch, rows) int32: which of them were
+        kept, in order; pending (slots, hidden) is brought up to date."""
         functions().flash_observe_eagle(
             self._bfloat16,
             ctypes.byref(self._struct),

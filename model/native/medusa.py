@@ -28,8 +28,7 @@ class MedusaStep:
 
     def __init__(self, norm: Tensor, heads: Matrix, head: Matrix, block: int, candidates: Candidates) -> None:
         self._norm, self._heads, self._head, self._candidates = norm.detach().contiguous(), heads, head, candidates
-        self._most = block * candidates.width
-        self._block = block
+        self._most, self._block = candidates.most(block), block
         self._logits = Results(norm, head.outputs)
         self._bfloat16 = ctypes.c_bool(heads.dtype is torch.bfloat16)
         self._struct = _MedusaNetwork(

@@ -84,7 +84,7 @@ class DraftStep:
     ) -> None:
         self.stack, self.out, self.head, self.fuse = stack, out, head, fuse
         self.block = len(masks) + 1
-        self.most_nodes = self.block * candidates.width
+        self.most_nodes = candidates.most(self.block)
         tensors = [tensor.detach().contiguous() for tensor in (entries, masks, tap_norms, fuse_norm)]
         self.candidates, self._kept = candidates, tensors
         self.struct = _DraftNetwork(

@@ -19,8 +19,8 @@ from tests.model.oracle import OracleDrafter
 
 
 class Guided:
-    """`drafter`, whose trees nobody verifies. trees[request, answer tokens known]: the paths from the root to every node of
-    the one that it proposed, as tokens."""
+    """`drafter`, whose trees nobody verifies. trees[request, answer tokens known]: the paths from the root to every
+    node of the one that it proposed, as tokens."""
 
     def __init__(self, engine: Engine, drafter: Drafter, known: Mapping[str, list[int]], seed: int = 0) -> None:
         self.engine, self.drafter = engine, drafter

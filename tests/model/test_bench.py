@@ -111,7 +111,16 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
     assert any(row["part"] == "tree" and row["ms"] > 0 for row in result["rows"])
 
 
-@pytest.mark.parametrize("wrong", [["--drafters", "eagle"], ["--batches", "0"], ["--image", "x.png"], ["--tasks", "x"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--drafters", "eagles"],
+        ["--drafters", "replay:1.1"],
+        ["--batches", "0"],
+        ["--image", "x.png"],
+        ["--tasks", "x"],
+    ],
+)
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench.main(wrong)
@@ -247,7 +256,7 @@ def test_generate_says_what_the_engine_says(
     ("more", "complaint"),
     [
         (["--temperature", "-1"], "temperature is out of range"),
-        (["--drafter", "eagle"], "not built yet"),
+        (["--drafter", "eagle"], "one for --drafter flash"),
         (["--model", "/nowhere"], "cannot be loaded"),
     ],
 )

@@ -25,9 +25,9 @@ from model.native import library
 from model.native.round import NativeRound
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Prompt, Target
-from model.train import trainer
-from model.train.loss import block_loss
-from model.train.trainer import TrainConfig
+from model.train import loss
+from model.train.loss import block_loss, draft_loss
+from model.train.seen import capture
 from model.tree import Trees
 from tests.model import tiny
 from tests.model.oracle import OracleDrafter
@@ -125,15 +125,15 @@ def test_served_blocks_are_the_blocks_that_were_trained(
         taught.append(drafted)
         return block_loss(drafted, *rest, **named)
 
-    monkeypatch.setattr(trainer, "block_loss", learn)
+    monkeypatch.setattr(loss, "block_loss", learn)
     network, target = checkpoint.load(draft, engine.target), engine.target  # the served one's layers are packed
     assert isinstance(network, DraftNetwork)
     offsets = list(range(34))
     with torch.no_grad():
-        seen = trainer.capture(
+        seen = capture(
             target, [target.prompt(m) for m in CONVERSATIONS.values()], [tuple(known[name]) for name in CONVERSATIONS]
         )
-        trainer.draft_loss(target, network, seen, TrainConfig(anchors=len(offsets)), Places([*offsets]))
+        draft_loss(target, network, seen, anchors=len(offsets), gamma=5.0, rng=Places([*offsets]))
     block = network.config.block
     drafted = taught[0].view(len(CONVERSATIONS), len(offsets), block, -1)
     compared = 0
@@ -197,7 +197,7 @@ def test_the_trainer_sees_what_the_target_serves(tiny_target: Target, plain_engi
     answer = tiny.answers(plain_engine, [tiny.ask(name, *CONVERSATIONS[name][0].content, max_tokens=30)])[name]
     prompt = tiny_target.prompt(CONVERSATIONS[name])
     with torch.no_grad():
-        seen = trainer.capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])])
+        seen = capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])])
     assert seen[0].taught[:30].argmax(-1).tolist() == answer
     assert seen[1].taught[:9].argmax(-1).tolist() == answer[:9]
 
