@@ -6,7 +6,7 @@ cumulative log-probability are verified; as a child is never likelier than its p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -80,6 +80,16 @@ class FixedTree:
     parents: tuple[int, ...]
     ranks: tuple[int, ...]
 
+    @classmethod
+    def of(cls, children: Mapping[tuple[int, ...], int], depth: int) -> FixedTree:
+        """Down to `depth` the tree in which the node that a path of ranks leads to has children[path] children.
+
+        Sorted by how far their ranks are from the likeliest, all together, and then by depth.
+        """
+        every = ((*path, rank) for path, number in children.items() for rank in range(number) if len(path) < depth)
+        paths = [(), *sorted(every, key=lambda path: (sum(path), len(path), path))]
+        return cls(tuple(paths.index(path[:-1]) for path in paths[1:]), tuple(path[-1] for path in paths[1:]))
+
     @property
     def depths(self) -> tuple[int, ...]:
         depths = [0]
@@ -90,22 +100,6 @@ class FixedTree:
     @property
     def width(self) -> int:
         return 1 + max(self.ranks)
-
-
-def fixed(hits: Seq[Seq[float]], nodes: int) -> FixedTree:
-    """The `nodes` likeliest nodes. hits[d][r]: how often rank r at depth d is right, where all before it was."""
-    reached, tips = [1.0], [(0, 0, rank) for rank in range(len(hits[0]))]
-    parents: list[int] = []
-    ranks: list[int] = []
-    while len(parents) < nodes and tips:
-        parent, depth, rank = best = max(tips, key=lambda tip: reached[tip[0]] * hits[tip[1]][tip[2]])
-        tips.remove(best)
-        parents.append(parent)
-        ranks.append(rank)
-        reached.append(reached[parent] * hits[depth][rank])
-        if depth + 1 < len(hits):
-            tips += [(len(parents), depth + 1, r) for r in range(len(hits[depth + 1]))]
-    return FixedTree(tuple(parents), tuple(ranks))
 
 
 def fill(shape: FixedTree, logits: Tensor) -> Tensor:

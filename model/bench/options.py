@@ -132,7 +132,7 @@ def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
         device=given.device,
         dtype=given.dtype,
         threads=given.threads,
-        arms=tuple(arm for arm in ARMS if arm in arms),
+        arms=(*(arm for arm in ARMS if arm in arms), *dict.fromkeys(arm for arm in arms if arm not in ARMS)),
         tasks=("own image",) if given.image else tasks,
         batches=sizes,
         repeats=given.repeats or (2 if given.quick else 5),

@@ -73,6 +73,8 @@ class MedusaDrafter:
         for slot in slots:
             self._held[slot] += len(paths[slot])
         rows = [slot * taps.shape[1] + paths[slot][-1] for slot in slots]
+        if self._step is not None:
+            return self._step.observe(taps, rows, self._last, slots)
         where = upload(np.array((slots, rows)), taps.device)
         self._last.index_copy_(0, where[0], taps.flatten(0, 1).index_select(0, where[1]))
 

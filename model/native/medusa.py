@@ -39,6 +39,14 @@ class MedusaStep:
             candidates.struct(block=block, vocab=head.outputs),
         )
 
+    def observe(self, taps: Tensor, rows: list[int], last: Tensor, slots: list[int]) -> None:
+        """Rows of taps (batch, num, hidden), counted through, go to those slots of last (slots, hidden). By memmove: to
+        ask torch takes ten times as long."""
+        taps, size = taps.contiguous(), last.shape[1] * last.itemsize
+        source, target = taps.data_ptr(), last.data_ptr()
+        for row, slot in zip(rows, slots, strict=True):
+            ctypes.memmove(target + slot * size, source + row * size, size)
+
     def propose(self, last: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """last: (batch, hidden); newest, budgets (batch,) int64. See `model.tree.best_first`."""
         trees = roots(newest, 1 + min(int(budgets.max()), self._most))

@@ -111,6 +111,25 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
     assert any(row["part"] == "tree" and row["ms"] > 0 for row in result["rows"])
 
 
+def test_drafters_are_compared_on_the_same_prompts(
+    tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its own draft; what is simulated says so wherever it shows."""
+    eagle = tiny.save_network(tmp_path / "eagle", "eagle", tiny_checkpoint)
+    asked = [*models(tiny_checkpoint, tiny_draft), "--draft", str(eagle), "--sampling", "seeded"]
+    asked += ["--drafters", "off,flash,eagle,ngram,replay:1,replay:0.5", "--tasks", "image caption"]
+    bench.main([*asked, "--batches", "1,3", "--prompts", "3", "--repeats", "1", "--max-tokens", "12"])
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    simulated = ["replay:1 (simulation)", "replay:0.5 (simulation)"]
+    assert [row["drafter"] for row in rows if row["batch"] == 3] == ["off", "flash", "eagle", "ngram", *simulated]
+    assert sum("(simulation)" in line for line in table) == 4
+    for row in rows:
+        assert row["same_tokens_as_plain"] == 1.0
+        if row["drafter"] == "replay:1 (simulation)":
+            assert row["acceptance_length"] >= 10, "every token is right, and an answer has twelve"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
