@@ -32,7 +32,8 @@ class EngineConfig:
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
-    max_rows: int = 96  # rows (tokens and draft nodes) verified in one step, over all sequences
+    load_aware: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
+    max_rows: int = 256  # rows (tokens and draft nodes) verified in one step, over all sequences
     max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
@@ -87,7 +88,10 @@ class EngineConfig:
                 draft = str(DEMO_WEIGHTS / "draft")
         graphs = device.startswith("cuda") if self.graphs is None else self.graphs
         drafter = self._drafter(draft)
-        return replace(self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter, graphs=graphs)
+        aware = self.load_aware and drafter != "flash-paper"
+        return replace(
+            self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter, graphs=graphs, load_aware=aware
+        )
 
     def _drafter(self, draft: str | None) -> DrafterName:
         """The one that is asked for, or with "auto" the one whose draft this is."""

@@ -21,18 +21,21 @@ from model.attention import prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
 from model.drafters.base import Drafter, Room
+from model.drafters.flash import FlashDrafter
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
+from model.load import Load
 from model.native import library
 from model.native.round import NativeRound
+from model.rehearsal import Chains, rehearse
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
-from model.round import IDLE, Round, TorchRound
+from model.round import Round, TorchRound
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
 from model.targets.base import Target
 from model.targets.base import load as load_target
-from model.tree import Trees
+from model.tree import IDLE, PLAIN, Trees
 
 DEFAULT_MAX_MODEL_LEN = 4096
 
@@ -65,16 +68,17 @@ class Engine:
         if target.device.index is not None and target.device.type == "cuda":
             torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
-        self.counters = Counters()
+        self.counters, self.load = Counters(), Load(num_slots, config.nodes)
         self.round: Round
         if target.verifier is not None:
-            self.round = NativeRound(target.verifier, self.cache, self.counters, max_nodes=config.nodes)
+            self.round = NativeRound(target.verifier, self.cache, self.counters, self.load)
         else:
-            self.round = TorchRound(target, self.cache, self.counters, max_nodes=config.nodes, recorder=recorder)
+            self.round = TorchRound(target, self.cache, self.counters, self.load, recorder)
         room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
         self.use(drafter or drafters.load(config, target, room))
+        self._verified = 0  # nodes of the latest round
         self.vocabulary = Vocabulary(target.tokenizer)
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, self.load)
         self.features = EncoderCache(
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
         )
@@ -93,8 +97,21 @@ class Engine:
     def use(self, drafter: Drafter | None) -> None:
         """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
         self.drafter: Drafter | None = drafter
+        if drafter is not None and self.config.load_aware and not self.load.known:
+            self._rehearse(drafter)
         self.round.use(drafter)
         self._native = self.round.native and (drafter is None or drafter.native)
+
+    def _rehearse(self, drafter: Drafter) -> None:
+        """Learn what rounds take, of FLASH's in the native stack with what drafting takes."""
+        caches = [self.cache]
+        if self.round.native and isinstance(drafter, FlashDrafter) and drafter.step is not None:
+            self.round.use(drafter)
+            caches.append(drafter.cache)
+        else:
+            self.round.use(Chains())
+        with nullcontext() if self.round.native else self._torch():
+            rehearse(self.round, self.load, caches)
 
     def _memory(self) -> dict[str, int]:
         """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
@@ -174,7 +191,11 @@ class Engine:
                     outputs = self._decode(work)
             case None:
                 return []
-        self.scheduler.took(work, self.counters.now() - begun)
+        seconds = self.counters.now() - begun
+        self.scheduler.took(work, seconds)
+        if isinstance(work, Decoding):
+            drafting = len(work.nodes) - work.nodes.count(0)
+            self.load.took(len(work.nodes), drafting, self._verified, seconds)
         return outputs
 
     @contextmanager
@@ -203,8 +224,10 @@ class Engine:
             positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
             hidden, taps = target.forward(embeds, positions, rows)
             self.cache.keep([slot], [range(count)])
-            if self.drafter:
+            if self.drafter and sequence.speculates:
+                begun = self.counters.now()
                 self.drafter.prefill(slot, chunk.start, taps[0], embeds[0])
+                self.load.read(count, self.counters.now() - begun)
         sequence.computed = chunk.end
         self.counters.prompt_tokens += count
         if sequence.prefilling:
@@ -218,8 +241,10 @@ class Engine:
         prompt, target = sequence.prompt, self.target
         sequence.started = self.counters.now()
         sequence.slot = self.cache.allocate()
-        if self.drafter:
-            self.drafter.start(sequence.slot, prompt)
+        if self.drafter and sequence.request.speculation:
+            sequence.speculates = self.load.begins(len(self.scheduler.running), len(prompt.ids))
+            if sequence.speculates:
+                self.drafter.start(sequence.slot, prompt)
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
         sequence.next_position = int(sequence.positions.max()) + 1
@@ -251,7 +276,7 @@ class Engine:
 
     def _decode(self, decoding: Decoding) -> list[RequestOutput]:
         """One round of draft and verify over slots from 0 to the highest decoding one."""
-        now = self.round
+        now, load = self.round, self.load
         batch = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
         now.budgets[:batch] = IDLE
         by_slot: list[Sequence | None] = [None] * batch
@@ -259,17 +284,23 @@ class Engine:
             slot = sequence.slot
             assert slot is not None
             by_slot[slot] = sequence
-            now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes
+            now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes if sequence.speculates else PLAIN
             now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
-        self.counters.batch_sizes.append(len(decoding.sequences))
-        trees, likeliest, logits = now.look(batch, max(decoding.nodes))
+        active, most = len(decoding.sequences), max(decoding.nodes)
+        self.counters.batch_sizes.append(active)
+        trees, likeliest, logits = now.look(batch, most)
         chosen = self._chosen(by_slot, trees, likeliest, logits)
         sizes = trees.sizes.tolist()
+        told = now.accept(chosen)
+        self._verified = sum(sizes) - batch
         outputs = []
-        for each, size, tokens in zip(by_slot, sizes, now.accept(chosen), strict=True):
-            if each is not None:
-                each.computed += len(tokens)
-                outputs.append(self._emit(each, tokens, len(tokens) - 1, size - 1))
+        for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
+            assert sequence.slot is not None
+            tokens, size = told[sequence.slot], sizes[sequence.slot]
+            sequence.computed += len(tokens)
+            if nodes:
+                load.drafted(sequence, len(tokens) - 1)
+            outputs.append(self._emit(sequence, tokens, len(tokens) - 1, size - 1))
         return outputs
 
     def _chosen(
@@ -323,10 +354,12 @@ class Engine:
         """End a sequence, whatever state it is in, and free its slot."""
         self.scheduler.remove(sequence)
         sequence.finish_reason = reason
+        if reason in ("stop", "length"):
+            self.load.finished(len(sequence.tokens))
         sequence.embeds = sequence.positions = None
         if sequence.slot is not None:
             self.cache.free(sequence.slot)
-            if self.drafter:
+            if self.drafter and sequence.speculates:
                 self.drafter.free(sequence.slot)
             sequence.slot = None
         text, tokens = (so_far.text, so_far.tokens) if so_far else ("", ())
@@ -347,7 +380,7 @@ class Engine:
             if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:
                 break
             self.cache.move(sequence.slot, lowest)
-            if self.drafter:
+            if self.drafter and sequence.speculates:
                 self.drafter.move(sequence.slot, lowest)
             sequence.slot = lowest
 
@@ -358,4 +391,5 @@ class Engine:
         assert len(held) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
         assert all(self.cache.lengths[slot] == computed for slot, computed in held.items()), "a slot's length is off"
         if self.drafter:
-            self.drafter.check_integrity(held)
+            knows = {s.slot for s in self.scheduler.running if s.speculates}
+            self.drafter.check_integrity({slot: computed for slot, computed in held.items() if slot in knows})

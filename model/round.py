@@ -15,26 +15,25 @@ from torch import Tensor
 
 from model import tree, verify
 from model.attention import Plan, Rows, Sight
-from model.drafters.base import Drafter
+from model.drafters.base import Proposing
 from model.graphs import MAX_ROWS, Recorder, Replays
 from model.kv_cache import KVCache
+from model.load import Load
 from model.stats import Counters
 from model.targets.base import Target
-from model.tree import Trees
-
-IDLE = -1  # the budget of a slot that has no part in a round
+from model.tree import IDLE, PLAIN, Trees
 
 
 class Round(Protocol):
     """For each slot from 0 on the caller sets newest (slots,) int64, its last token; budgets (slots,) int64, how many
-    nodes it may verify beside that, or IDLE; roots (slots,) int32, the newest token's position id."""
+    nodes it may verify beside that, or IDLE, or PLAIN (its drafter knows nothing of it); roots (slots,) int32, the newest token's position id."""
 
     native: bool  # no part of it runs in torch
     newest: np.ndarray
     budgets: np.ndarray
     roots: np.ndarray
 
-    def use(self, drafter: Drafter | None) -> None:
+    def use(self, drafter: Proposing | None) -> None:
         """Trees are this one's from now on; None: roots alone, which is plain decoding."""
         ...
 
@@ -60,25 +59,24 @@ class TorchRound:
         target: Target,
         cache: KVCache,
         counters: Counters,
-        *,
-        max_nodes: int,
+        load: Load,
         recorder: Recorder | None = None,
     ) -> None:
         """With a `recorder`, the target's passes are recorded and replayed: see graphs.py."""
-        self.target, self.cache, self._counters = target, cache, counters
-        self.drafter: Drafter | None = None
+        self.target, self.cache, self.load, self._counters = target, cache, load, counters
+        self.drafter: Proposing | None = None
         slots = cache.num_slots
         self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self.roots = np.zeros(slots, np.int32)
         self._trees = tree.roots(self.newest)
         self._taps = torch.empty(0)
         self.passes = None
-        if recorder is not None and max_nodes < MAX_ROWS:
-            self.passes = Replays(self.run, cache, recorder, max_rows=max_nodes + 1)
+        if recorder is not None and load.nodes < MAX_ROWS:
+            self.passes = Replays(self.run, cache, recorder, max_rows=load.nodes + 1)
             with torch.inference_mode():
-                self.passes.prepare(1 + target.num_axes, range(1, max_nodes + 2))
+                self.passes.prepare(1 + target.num_axes, range(1, load.nodes + 2))
 
-    def use(self, drafter: Drafter | None) -> None:
+    def use(self, drafter: Proposing | None) -> None:
         self.drafter = drafter
 
     def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
@@ -87,7 +85,7 @@ class TorchRound:
             trees = tree.roots(newest)
         else:
             with self._counters.timed("draft"):
-                trees = self.drafter.propose(newest, budgets.clip(0))
+                trees = self.load.admitted(self.drafter.propose(newest, budgets.clip(0)), budgets)
         with self._counters.timed("verify"):
             starts = np.array(self.cache.lengths[:batch], np.int32)
             counts = np.where(budgets == IDLE, 0, trees.sizes).astype(np.int32)
@@ -103,11 +101,13 @@ class TorchRound:
             verify.IDLE if self.budgets[b] == IDLE else verify.walk(self._trees, b, chosen[b]) for b in range(batch)
         ]
         paths = [verdict.path for verdict in verdicts]
+        self.load.saw(self._trees, paths)
         with self._counters.timed("verify"):
             self.cache.keep(range(batch), paths)
         if self.drafter is not None:
             with self._counters.timed("draft"):
-                self.drafter.observe(self._trees, paths, self._taps)
+                told = [[] if self.budgets[b] == PLAIN else path for b, path in enumerate(paths)]
+                self.drafter.observe(self._trees, told, self._taps)
         return [verdict.tokens for verdict in verdicts]
 
     def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model.config import EngineConfig
+from model.load import Load
 from model.sequence import Sequence
 
 
@@ -42,8 +43,8 @@ class Scheduler:
     question waits, behind a long video. How much a bite may be is learnt from how long passes take.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config, self._nodes = config, config.nodes
+    def __init__(self, config: EngineConfig, load: Load) -> None:
+        self._config, self._load = config, load
         self._whole = WHOLE_CHUNKS * config.prefill_chunk
         self._turns = 0  # of those that decode
         self._rows = 0  # prompt tokens since the last of them, without bites
@@ -116,7 +117,6 @@ class Scheduler:
         return min(max(chunk // BITE * BITE, BITE), affordable)
 
     def _decode(self, sequences: list[Sequence]) -> Decoding:
-        """Share the rows of a pass among the sequences: the more there are, the less each drafts."""
-        share = max(0, min(self._nodes, self._config.max_rows // len(sequences) - 1))
-        # The last token of an answer needs no draft: verifying the root alone emits it.
-        return Decoding(sequences, [share if s.request.speculation and s.remaining > 1 else 0 for s in sequences])
+        """Share the rows of a pass among the sequences; how many of them are worth it, they are told by the load."""
+        share = max(0, min(self._load.nodes, self._config.max_rows // len(sequences) - 1))
+        return Decoding(sequences, self._load.budgets(sequences, share))

@@ -31,6 +31,11 @@ class Sequence:
     started: float = 0.0  # when the first prefill chunk ran
     first_token: float = 0.0
     last_token: float = 0.0
+    speculates: bool = False  # whether its drafter knows of it
+    tries: int = 0  # rounds in which it drafted
+    brought: float = 0.0  # accepted nodes of such a round, of late
+    pause: int = 0  # rounds before it may draft again
+    next_pause: int = 0
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0

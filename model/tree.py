@@ -16,6 +16,9 @@ from torch import Tensor
 
 from model.transfer import upload
 
+# Budgets of slots that verify no nodes, as if it were 0: one that has no part in a round, and one that is not drafted for.
+IDLE, PLAIN = -1, -2
+
 
 @dataclass(slots=True)  # not frozen, nor are others that every step makes: it takes several times as long
 class Trees:
@@ -63,6 +66,7 @@ def chains(newest: np.ndarray, coming: Seq[list[int]]) -> Trees:
     for b, tokens in enumerate(coming):
         size = 1 + len(tokens)
         trees.tokens[b, 1:size] = tokens
+        trees.scores[b, 1:size] = -0.05 * np.arange(1, size)  # nobody says how likely: less so with every depth
         trees.parents[b, 1:size] = np.arange(size - 1)
         trees.depths[b, 1:size] = np.arange(1, size)
         trees.sizes[b] = size
@@ -214,3 +218,29 @@ def _likeliest_path_first(kept: np.ndarray, parents: np.ndarray, scores: np.ndar
         path.append(int(children[np.argmax(scores[children])]))
         parent = path[-1] + 1
     return np.concatenate((np.array(path, np.int64), kept[~np.isin(kept, path)]))
+
+
+def admitted(trees: Trees, active: int, seconds: np.ndarray, chances: Callable[[np.ndarray], np.ndarray]) -> Trees:
+    """The likeliest nodes of all trees, as many as give the most tokens a second.
+
+    active: sequences that have a part in the round, each of which emits one token anyway; seconds[n]: what a round takes
+    in which n nodes are verified; chances: how likely nodes of such scores are accepted.
+    """
+    real = np.arange(trees.rows) < trees.sizes[:, None]
+    real[:, 0] = False
+    scores = -np.sort(-trees.scores[real])
+    expected = active + np.concatenate(([0.0], np.cumsum(chances(scores))))
+    best = int(np.argmax(expected / seconds[: len(expected)]))
+    if best == len(scores):
+        return trees
+    keep = real & (trees.scores >= scores[best - 1]) if best else np.zeros_like(real)
+    keep[:, 0] = True
+    number = np.cumsum(keep, 1) - 1  # of a row among those kept; a node is kept only where its parent is
+    few = roots(trees.tokens[:, 0], 1 + int(keep[:, 1:].sum(1).max(initial=0)))
+    for b in range(len(trees.tokens)):
+        kept = np.flatnonzero(keep[b])
+        for name in ("tokens", "depths", "scores"):
+            getattr(few, name)[b, : len(kept)] = getattr(trees, name)[b, kept]
+        few.parents[b, 1 : len(kept)] = number[b, trees.parents[b, kept[1:]]]
+        few.sizes[b] = len(kept)
+    return few

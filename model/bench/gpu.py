@@ -256,7 +256,7 @@ def _round(engine: Engine) -> TorchRound:
     """Its target's passes in torch or, on a CPU, in the native stack, one by one."""
     if isinstance(engine.round, TorchRound):
         return engine.round
-    return TorchRound(engine.target, engine.cache, engine.counters, max_nodes=NODES - 1)
+    return TorchRound(engine.target, engine.cache, engine.counters, engine.load)
 
 
 def floor(engine: Engine, batch: Batch, bandwidth: float, weights: int) -> float:

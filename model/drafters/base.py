@@ -34,7 +34,21 @@ class Room:
     recorder: Recorder | None = None
 
 
-class Drafter(Protocol):
+class Proposing(Protocol):
+    """What a round asks of a drafter."""
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """A tree for each of slots 0.., of at most budgets[b] nodes beside its root. newest, budgets: (slots,) int64,
+        the last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
+        ...
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
+        none of a slot that does not decode. taps: (slots, rows, num_taps * hidden), good until the next pass."""
+        ...
+
+
+class Drafter(Proposing, Protocol):
     """Tensors are on the target's device, in its dtype."""
 
     @property
@@ -64,16 +78,6 @@ class Drafter(Protocol):
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         """The target has computed prompt positions start.. of it. taps: (positions, num_taps * hidden); embeds:
         (positions, hidden), what entered there: of tokens, and of media."""
-        ...
-
-    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        """A tree for each of slots 0.., of at most budgets[b] nodes beside its root. newest, budgets: (slots,) int64,
-        the last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
-        ...
-
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
-        none of a slot that does not decode. taps: (slots, rows, num_taps * hidden), good until the next pass."""
         ...
 
     def free(self, slot: int) -> None:

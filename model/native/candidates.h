@@ -1,5 +1,10 @@
 // Candidate trees from a draft's logits: model/tree.py's `best_first`, in one call.
 #pragma once
+#include <stdlib.h>
+
+#include <algorithm>
+#include <functional>
+
 #include "product.h"
 
 extern "C" {
@@ -11,6 +16,13 @@ struct Draft {
   const void *after;   // packed: rank -> vocab
   const int32_t *fixed;  // (num_fixed, 3): parent, rank and depth of the nodes of a fixed tree; null: best-first
   int32_t num_fixed;
+};
+
+// What drafting is worth (model/load.py); seconds null: every node has its place.
+struct Worth {
+  const double* seconds;  // of a round, by nodes over all sequences
+  const double* chance;   // (BINS,) of a node's being accepted, by its score
+  int64_t *tried, *held;  // (BINS,) nodes verified so far, and accepted
 };
 
 // One tree per sequence, `rows` each, to be filled behind their roots.
@@ -26,6 +38,8 @@ struct Trees {
 namespace {
 
 constexpr int MAX_WIDTH = 16;
+constexpr int BINS = 24;
+constexpr float FINENESS = 12.0f;  // of scores' bins; see model/load.py
 
 struct Candidate {
   float score;  // cumulative log-probability
@@ -91,10 +105,68 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
   }
 }
 
-// Tree b of the best of `count` nodes, as many as its budget has. Parents come before their children and are always
+inline int bin_of(float score) {
+  const int bin = FINENESS * __builtin_sqrtf(-score);
+  return bin < BINS ? bin : BINS - 1;
+}
+
+// The nodes of one tree, level by level; a node's parent is its number from 1 on, or the root's, 0.
+struct Growth {
+  Candidate* nodes;
+  int32_t* level_of;
+  int count;
+};
+
+// How many nodes of each tree are verified: in descending probability, where tokens per second have their maximum.
+// Where nothing is said of worth, as many as the budgets have.
+inline void admit(const Worth& worth, const Trees& trees, const Growth* growths, int64_t* admitted) {
+  int total = 0, sequences = 0;
+  for (int b = 0; b < trees.batch; b++) {
+    const int count = trees.budgets[b] > 0 ? growths[b].count : 0;
+    admitted[b] = count < trees.budgets[b] ? count : trees.budgets[b];
+    total += admitted[b] > 0 ? admitted[b] : 0, sequences += trees.budgets[b] != -1;
+  }
+  if (!worth.seconds || !total) return;
+  float* best = (float*)malloc(2 * total * sizeof(float));
+  float *of_tree = best, *all = best + total;
+  int num = 0;
+  for (int b = 0; b < trees.batch; b++) {
+    if (admitted[b] <= 0) continue;
+    of_tree = all + num;  // of a tree only its best
+    for (int taken = 0, count = 0; count < growths[b].count; count++) {
+      const float score = growths[b].nodes[count].score;
+      if (taken == admitted[b] && score <= of_tree[taken - 1]) continue;
+      int at = taken < admitted[b] ? taken++ : taken - 1;
+      for (; at > 0 && of_tree[at - 1] < score; at--) of_tree[at] = of_tree[at - 1];
+      of_tree[at] = score;
+    }
+    num += admitted[b];
+  }
+  memcpy(best, all, num * sizeof(float));
+  std::sort(all, all + num, std::greater<float>());
+  double expected = sequences, rate = expected / worth.seconds[0];
+  int most = 0;
+  for (int n = 1; n <= num; n++) {
+    expected += worth.chance[bin_of(all[n - 1])];
+    if (expected > rate * worth.seconds[n]) rate = expected / worth.seconds[n], most = n;
+  }
+  const float bar = most ? all[most - 1] : 1.0f;
+  num = 0;
+  for (int b = 0; b < trees.batch; b++) {
+    if (admitted[b] <= 0) continue;
+    const float* scores = best + num;
+    num += admitted[b];
+    while (admitted[b] && scores[admitted[b] - 1] < bar) admitted[b]--;
+  }
+  free(best);
+}
+
+// Tree b of the best of its nodes, `budget` of them. Parents come before their children and are always
 // better; a node's parent is its number from 1 on, or the root's, 0.
-void plant(const Trees& trees, int b, const Candidate* nodes, const int32_t* level_of, int count) {
-  const int rows = trees.rows, budget = trees.budgets[b];
+void plant(const Trees& trees, int b, const Growth& growth, int budget) {
+  const Candidate* nodes = growth.nodes;
+  const int32_t* level_of = growth.level_of;
+  const int rows = trees.rows, count = growth.count;
   int32_t* number_of = (int32_t*)__builtin_alloca((count + 1) * sizeof(int32_t));  // row of a node; the root is 0
   bool* kept = (bool*)__builtin_alloca(count + 1);
   memset(kept, 0, count + 1);
@@ -157,11 +229,8 @@ void fill(const Draft& draft, const Trees& trees, int b) {
 }
 
 template <class T>
-void grow(const Draft& draft, const Trees& trees, int b) {
-  if (draft.fixed) return fill<T>(draft, trees, b);
-  const int most = draft.block * draft.width;
-  Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
-  int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));
+void expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
+  Candidate* nodes = growth.nodes;
   Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}};
   int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
   for (int depth = 0; depth < draft.block; depth++) {
@@ -170,12 +239,21 @@ void grow(const Draft& draft, const Trees& trees, int b) {
     continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
     for (int n = 0; n < num; n++) offer_children(frontier[n], first + n, best[n], next);
     first = count + 1, num = next.num;
-    for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
+    for (int n = 0; n < num; n++) growth.level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
     // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
     while (num && no_worse(nodes, count, frontier[num - 1].score) >= trees.budgets[b]) num--;
     if (!num) break;
   }
-  plant(trees, b, nodes, level_of, count);
+  growth.count = count;
+}
+
+template <class T>
+void grow(const Draft& draft, const Trees& trees, int b) {
+  if (draft.fixed) return fill<T>(draft, trees, b);
+  const int most = draft.block * draft.width;
+  Growth growth = {(Candidate*)__builtin_alloca(most * sizeof(Candidate)), (int32_t*)__builtin_alloca(most * sizeof(int32_t)), 0};
+  expand<T>(draft, trees, b, growth);
+  plant(trees, b, growth, trees.budgets[b]);
 }
 
 }  // namespace

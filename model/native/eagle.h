@@ -127,7 +127,7 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
   }
   team.run([&](Member member) {
     member.share(batch, [&](int b) {
-      if (trees.budgets[b] > 0) plant(trees, b, growing[b].nodes, growing[b].level_of, growing[b].count);
+      if (trees.budgets[b] > 0) plant(trees, b, {growing[b].nodes, growing[b].level_of, growing[b].count}, trees.budgets[b]);
     });
   });
 }

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.drafters.base import Drafter
+from model.drafters.base import Proposing
 from model.drafters.flash import FlashDrafter
 from model.kv_cache import KVCache
+from model.load import Load
 from model.native.candidates import TreeArrays
 from model.native.library import functions, pointer
 from model.native.step import Linear, Verifier, linear
 from model.stats import Counters
-from model.tree import Trees
+from model.tree import PLAIN, Trees
 
 PARTS = ("propose", "grow", "verify", "accept", "observe")
 
@@ -42,7 +43,11 @@ class _Round(ctypes.Structure):
         *((n, ctypes.c_int32) for n in "batch rows axes given".split()),
         *((n, ctypes.c_void_p) for n in "newest budgets roots".split()),
         ("trees", TreeArrays),
-        *((n, ctypes.c_void_p) for n in "counts positions paths accepted taps logits drafted chosen emitted".split()),
+        *((n, ctypes.c_void_p) for n in "curve chance tried held".split()),
+        *(
+            (n, ctypes.c_void_p)
+            for n in "counts positions paths accepted shown taps logits drafted chosen emitted".split()
+        ),
         ("seconds", ctypes.c_void_p),
     ]
 
@@ -81,12 +86,12 @@ class NativeRound:
 
     native = True
 
-    def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, *, max_nodes: int) -> None:
-        self.verifier, self.cache, self._counters = verifier, cache, counters
-        self.drafter: Drafter | None = None
+    def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, load: Load) -> None:
+        self.verifier, self.cache, self.load, self._counters = verifier, cache, load, counters
+        self.drafter: Proposing | None = None
         self.flash: FlashDrafter | None = None  # the same, where it has its part in the native calls
         like, stack, slots = verifier.embeddings, verifier.stack, cache.num_slots
-        most = slots * (1 + max_nodes)
+        most = slots * (1 + load.nodes)
         self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self.roots = np.zeros(slots, np.int32)
         self.tap_width = stack.num_taps * stack.shape.hidden
@@ -94,7 +99,7 @@ class NativeRound:
         self.tokens, self.chosen, self.emitted = (np.zeros(most, np.int64) for _ in range(3))
         self.parents, self.depths, self.paths = (np.zeros(most, np.int32) for _ in range(3))
         self.scores, self.sizes = np.zeros(most), np.zeros(slots, np.int64)
-        self.counts, self.accepted = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+        self.counts, self.accepted, self._shown = (np.zeros(slots, np.int32) for _ in range(3))
         self._seconds = np.zeros(len(PARTS))
         self._positions = np.zeros(verifier.num_axes * most, np.int32)
         self._drafted = like.new_empty(0)
@@ -110,10 +115,14 @@ class NativeRound:
             budgets=pointer(self.budgets, np.int64),
             roots=pointer(self.roots),
             trees=TreeArrays.of(self._now.trees, self.budgets),
+            chance=pointer(load.chance, np.float64),
+            tried=pointer(load.tried, np.int64),
+            held=pointer(load.held, np.int64),
             counts=pointer(self.counts),
             positions=pointer(self._positions),
             paths=pointer(self.paths),
             accepted=pointer(self.accepted),
+            shown=pointer(self._shown),
             taps=pointer(self.taps),
             logits=pointer(self.logits),
             chosen=pointer(self.chosen, np.int64),
@@ -123,7 +132,7 @@ class NativeRound:
         self._given = ctypes.c_bool(like.dtype is torch.bfloat16), ctypes.byref(self._struct)
         self._look, self._accept = functions().flash_look, functions().flash_accept
 
-    def use(self, drafter: Drafter | None) -> None:
+    def use(self, drafter: Proposing | None) -> None:
         self.drafter, self.flash, struct = drafter, None, self._struct
         struct.draft = None
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
@@ -138,9 +147,11 @@ class NativeRound:
         rows = 1
         if flash is not None:
             rows += min(nodes, self._most_nodes)
+            struct.curve = self.load.curve_at
         elif nodes and self.drafter is not None:
             with self._counters.timed("draft"):
                 trees = self.drafter.propose(self.newest[:batch], self.budgets[:batch].clip(0))
+                trees = self.load.admitted(trees, self.budgets[:batch])
             rows = trees.rows
         shape = self._shapes.get((batch, rows))
         if shape is None:
@@ -166,7 +177,9 @@ class NativeRound:
         if self.flash is not None:
             counters.step_seconds.append(("draft", propose + grow + observe))
         elif drafter is not None:
-            paths = [row[:count] for row, count in zip(shape.paths.tolist(), counts, strict=True)]
+            budgets = self.budgets[: len(counts)].tolist()
+            told = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
+            paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
             with counters.timed("draft"):
                 drafter.observe(shape.trees, paths, shape.taps)
         return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]

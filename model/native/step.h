@@ -31,6 +31,7 @@ struct Cache {
   int32_t* lengths;
 };
 
+enum { IDLE = -1, PLAIN = -2 };
 enum Part { PROPOSING, GROWING, VERIFYING, ACCEPTING, OBSERVING, NUM_PARTS };
 
 // One round over slots 0.. of both caches (model/round.py). `rows` a slot: its root and at most so many nodes less one.
@@ -42,10 +43,12 @@ struct Round {
   Cache target_cache, draft_cache;
   int32_t batch, rows, axes;
   int32_t given;                    // whether the trees are there already
-  const int64_t *newest, *budgets;  // (batch,) last token; nodes at most, or -1: the slot idles
+  const int64_t *newest, *budgets;  // (batch,) last token; nodes at most, IDLE or PLAIN (model/tree.py)
   const int32_t* roots;             // (batch,) position ids of the roots
   Trees trees;
-  int32_t *counts, *positions, *paths, *accepted;  // (batch,) real rows; (axes, batch, rows); (batch, rows); (batch,) rows of a path
+  Worth worth;
+  int32_t *counts, *positions, *paths;  // (batch,) real rows; (axes, batch, rows); (batch, rows) those of a path
+  int32_t *accepted, *shown;              // (batch,) how many those are, and of them the draft is shown
   void *taps, *logits, *drafted;
   int64_t *chosen, *emitted;  // (batch, rows): the target's own tokens; what is emitted
   double* seconds;            // (NUM_PARTS,) that each part took
@@ -108,12 +111,19 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
 
 // Logits (batch, block, vocab), and trees behind the roots that `trees` has; rows.counts is 0 for those that get none.
 template <class T>
-void propose(const DraftNetwork& draft, const Rows& rows, void* logits, const Trees& trees, double& growing) {
+void propose(const DraftNetwork& draft, const Rows& rows, const Worth& worth, void* logits, const Trees& trees, double& growing) {
   const Stack& stack = *draft.stack;
   const long wide = stack.hidden, block = rows.rows, count = rows.batch * block, most = round_up(count, MANY_ROWS);
   const long wide_out = draft.out.outputs, vocab = draft.head.outputs;
-  scratch.reserve(Arena::bytes<T>(count * wide) + Arena::bytes<T>(most * wide_out));
+  const int nodes = draft.candidates.block * draft.candidates.width;  // of a tree at most
+  scratch.reserve(Arena::bytes<T>(count * wide) + Arena::bytes<T>(most * wide_out) + Arena::bytes<Candidate>(rows.batch * nodes) +
+                  Arena::bytes<int32_t>(rows.batch * nodes) + Arena::bytes<Growth>(rows.batch) + Arena::bytes<int64_t>(rows.batch));
   T *embeds = scratch.take<T>(count * wide), *hidden = scratch.take<T>(most * wide_out);
+  Candidate* candidate = scratch.take<Candidate>(rows.batch * nodes);
+  int32_t* level_of = scratch.take<int32_t>(rows.batch * nodes);
+  Growth* growths = scratch.take<Growth>(rows.batch);
+  int64_t* admitted = scratch.take<int64_t>(rows.batch);
+  for (int b = 0; b < rows.batch; b++) growths[b] = {candidate + b * nodes, level_of + b * nodes, 0};
   Pass<T> pass(stack, rows, arena);
   Draft candidates = draft.candidates;
   candidates.logits = logits;
@@ -129,9 +139,19 @@ void propose(const DraftNetwork& draft, const Rows& rows, void* logits, const Tr
     linear_stage(member, pass.normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
     linear_stage(member, hidden, pass.num, draft.head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
     const double begun = now();
-    member.share(trees.batch, [&](int b) {
-      if (rows.counts[b]) grow<T>(candidates, trees, b);
-    });
+    if (candidates.fixed) {
+      member.share(trees.batch, [&](int b) {
+        if (rows.counts[b]) fill<T>(candidates, trees, b);
+      });
+    } else {
+      member.share(trees.batch, [&](int b) {
+        if (rows.counts[b]) expand<T>(candidates, trees, b, growths[b]);
+      });
+      member.share(1, [&](int) { admit(worth, trees, growths, admitted); });
+      member.share(trees.batch, [&](int b) {
+        if (rows.counts[b]) plant(trees, b, growths[b], admitted[b]);
+      });
+    }
     if (pthread_equal(caller, pthread_self())) growing = now() - begun;
   });
 }
@@ -229,12 +249,12 @@ void look(Round& round) {
   if (!round.given && rows > 1) {
     const int block = round.draft->candidates.block;
     for (int b = 0; b < batch; b++) round.counts[b] = round.budgets[b] > 0 ? block : 0;
-    propose<T>(*round.draft, rows_of(round.draft_cache, batch, block, WHOLE, round.counts, nullptr, nullptr), round.drafted, trees,
+    propose<T>(*round.draft, rows_of(round.draft_cache, batch, block, WHOLE, round.counts, nullptr, nullptr), round.worth, round.drafted, trees,
                round.seconds[GROWING]);
   }
   const double drafted = now();
   for (int b = 0; b < batch; b++) {
-    round.counts[b] = round.budgets[b] < 0 ? 0 : trees.sizes[b];
+    round.counts[b] = round.budgets[b] == IDLE ? 0 : trees.sizes[b];
     for (int axis = 0; axis < round.axes; axis++)
       for (long at = b * rows; at < (b + 1) * rows; at++) round.positions[axis * all + at] = round.roots[b] + trees.depths[at];
   }
@@ -249,9 +269,11 @@ inline int walk(const Round& round, int b) {
   const long first = b * (long)round.rows;
   const Trees& trees = round.trees;
   int length = 1;
+  for (int row = 1; row < round.counts[b]; row++) round.worth.tried[bin_of(trees.scores[first + row])]++;
   round.paths[first] = 0, round.emitted[first] = round.chosen[first];
   for (int row = 1; row < round.counts[b]; row++) {  // a parent comes before its children, so that once through is enough
     if (trees.parents[first + row] != round.paths[first + length - 1] || trees.tokens[first + row] != round.emitted[first + length - 1]) continue;
+    round.worth.held[bin_of(trees.scores[first + row])]++;
     round.paths[first + length] = row, round.emitted[first + length] = round.chosen[first + row];
     length++;
   }
@@ -262,20 +284,21 @@ inline int walk(const Round& round, int b) {
 template <class T>
 void accept(Round& round) {
   const double begun = now();
-  int longest = 0;
+  int longest = 0;  // of what the draft is shown
   for (int b = 0; b < round.batch; b++) {
     round.accepted[b] = round.counts[b] ? walk(round, b) : 0;
-    longest = round.accepted[b] > longest ? round.accepted[b] : longest;
+    round.shown[b] = round.budgets[b] == PLAIN ? 0 : round.accepted[b];
+    longest = round.shown[b] > longest ? round.shown[b] : longest;
   }
   move_rows<T>(round);
   const double accepted = now();
-  if (round.draft) {
-    const Rows kept = rows_of(round.draft_cache, round.batch, longest, CAUSAL, round.accepted, nullptr, nullptr);
+  if (round.draft && longest) {
+    const Rows kept = rows_of(round.draft_cache, round.batch, longest, CAUSAL, round.shown, nullptr, nullptr);
     observe<T>(*round.draft, kept, round.taps, round.rows, round.paths);
   }
   for (int b = 0; b < round.batch; b++) {
     round.target_cache.lengths[b] += round.accepted[b];
-    if (round.draft) round.draft_cache.lengths[b] += round.accepted[b];
+    if (round.draft) round.draft_cache.lengths[b] += round.shown[b];
   }
   round.seconds[ACCEPTING] = accepted - begun;
   round.seconds[OBSERVING] = now() - accepted;

@@ -22,14 +22,15 @@ from model.attention import Rows, Sight, attend
 from model.config import EngineConfig
 from model.engine import Engine
 from model.kv_cache import KVCache
+from model.load import Load
 from model.native import library
 from model.native.candidates import Candidates
 from model.native.library import BUILDS, Library, Matrix
 from model.native.round import NativeRound
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.native.step import Verifier
-from model.round import IDLE
 from model.stats import Counters
+from model.tree import IDLE
 from tests.model import tiny
 
 HIDDEN, HEADS, INNER = 128, 4, 112
@@ -325,7 +326,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     expected = head(hidden)
 
     drafter = Given(trees)
-    now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), max_nodes=11)
+    now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), Load(4, 11))
     now.use(drafter)  # type: ignore[arg-type]
     now.newest[:3], now.budgets[:3], now.roots[:3] = trees.tokens[:, 0], [6, IDLE, 4], roots
     seen, chosen, logits = now.look(3, 6)

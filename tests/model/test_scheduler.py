@@ -8,6 +8,7 @@ import pytest
 
 from model.config import EngineConfig
 from model.detokenize import StopStrings
+from model.load import Load
 from model.request import Request, SamplingParams
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
@@ -25,7 +26,8 @@ class Day:
     """A scheduler and a machine; `turns` has what lay between two turns of those that decode: (name, tokens) each."""
 
     def __init__(self, seconds: Callable[[Chunk], float], **settings: float) -> None:
-        self.scheduler = Scheduler(EngineConfig(prefill_chunk=CHUNK, **settings))  # type: ignore[arg-type]
+        config = EngineConfig(prefill_chunk=CHUNK, **settings)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(config, Load(config.max_num_seqs, config.nodes))
         self.seconds = seconds
         self.turns: list[list[tuple[str, int]]] = [[]]
         self.gaps = [0.0]

@@ -135,9 +135,16 @@ def save_draft(folder: Path, model: Path, **shape: Any) -> Path:
 
 
 def config(model: Path, **settings: Any) -> EngineConfig:
-    """The tiny checkpoint on the CPU in float32, without a draft unless one is given."""
-    given = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "encoder_cache_bytes": 1 << 20, **settings}
-    return EngineConfig(model=str(model), **given)
+    """The tiny checkpoint on the CPU in float32, without a draft unless one is given, which is used whether it pays or
+    not."""
+    given = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_model_len": 256,
+        "encoder_cache_bytes": 1 << 20,
+        "load_aware": False,
+    }
+    return EngineConfig(model=str(model), **{**given, **settings})
 
 
 # -- requests
