@@ -9,6 +9,7 @@ from typing import Literal
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 DRAFTERS = ("auto", "flash", "off")
+DEFAULT_MAX_MODEL_LEN = 4096
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -24,7 +25,7 @@ class EngineConfig:
     dtype: str = "auto"
     drafter: Literal["auto", "flash", "off"] = "auto"
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
-    max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to 4096
+    max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to DEFAULT_MAX_MODEL_LEN
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
@@ -83,6 +84,10 @@ class EngineConfig:
             raise ConfigError(f"draft {draft!r} is not a folder with config.json and model.safetensors")
         graphs = device.startswith("cuda") if self.graphs is None else self.graphs
         return replace(self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter, graphs=graphs)
+
+    def context(self, max_positions: int) -> int:
+        """Tokens of prompt and answer together, for a model that knows so many positions."""
+        return min(self.max_model_len or DEFAULT_MAX_MODEL_LEN, max_positions)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

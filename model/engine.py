@@ -35,8 +35,6 @@ from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.tree import Trees
 
-DEFAULT_MAX_MODEL_LEN = 4096
-
 
 class Engine:
     """One target and its draft on one device. Not thread-safe: one caller at a time."""
@@ -50,7 +48,7 @@ class Engine:
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
         self.target = target = target or load_target(config)
-        self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
+        self.max_model_len = config.context(target.max_positions)
         margin = config.max_nodes + 1
         num_slots = self._num_slots(margin)
         self.cache = KVCache(
@@ -287,7 +285,8 @@ class Engine:
         with self.counters.timed("verify"):
             starts = np.array(self.cache.lengths[:slots], np.int32)
             rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
-            likeliest, logits, taps = self._answers(trees.tokens, (roots + trees.depths)[None], rows)
+            positions = np.repeat((roots + trees.depths)[None], self.target.num_axes, 0)  # alike on all axes
+            likeliest, logits, taps = self._answers(trees.tokens, positions, rows)
             if likeliest is not None and not any(s.request.params.temperature for s in decoding.sequences):
                 chosen = likeliest
             else:

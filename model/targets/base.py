@@ -6,6 +6,7 @@ ids, the chat template, how a video becomes tokens. The layers are transformers'
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,8 +107,9 @@ def evenly_spaced(num_layers: int, count: int = 3) -> tuple[int, ...]:
 def load(config: EngineConfig) -> Target:
     """The target that a resolved config names."""
     from model.targets.llava import LlavaTarget
+    from model.targets.qwen2_5_vl import Qwen25VLTarget
 
-    families = {"llava": LlavaTarget}
+    families: dict[str, Callable[[EngineConfig], Target]] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
     try:
         kind = AutoConfig.from_pretrained(config.model).model_type
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from model.config import EngineConfig
 from model.native import library
 from model.request import Geometry, Medium, Message
-from model.targets import native
+from model.targets import native, pixels
 from model.targets.base import Prompt
 from model.targets.language import LanguageModel
 from model.targets.prompt import Conversations, Place, media_of, widened
@@ -87,8 +87,8 @@ class LlavaTarget(LanguageModel):
             if self.tower is not None:
                 features.append(self.tower(self._patches(frames)))
             else:
-                pixels = self._pixels(frames).to(self.device, self.dtype)
-                features += self.model.model.get_image_features(pixel_values=pixels).pooler_output
+                made = self._pixels(frames).to(self.device, self.dtype)
+                features += self.model.model.get_image_features(pixel_values=made).pooler_output
         return torch.cat([f.flatten(0, -2) for f in features])
 
     def _ready(self, frames: np.ndarray) -> bool:
@@ -104,21 +104,16 @@ class LlavaTarget(LanguageModel):
         assert self.tower is not None
         if self._ready(frames):
             return library.patches(frames, self.tower.patch, self._shades, self.dtype)
-        return self.tower.cut(self._pixels(frames).to(self.dtype))
+        return pixels.cut(self._pixels(frames).to(self.dtype), self.tower.patch)
 
     def _pixels(self, frames: np.ndarray) -> Tensor:
         """(images, 3, height, width) float32, as the checkpoint's own processor makes them."""
         if self._ready(frames):
-            shown = torch.from_numpy(frames).long()
-            return torch.stack([self._shades[channel][shown[..., channel]] for channel in range(3)], 1)
+            return pixels.shown(frames, self._shades)
         pictures = [Image.fromarray(frame) for frame in frames]
-        pixels: Tensor = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return pixels
+        made: Tensor = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return made
 
     @cached_property
     def _shades(self) -> Tensor:
-        """(3, 256) float32: what the processor makes of a byte, by channel."""
-        images = self.processor.image_processor
-        mean, std = (torch.tensor(of, dtype=torch.float32)[:, None] for of in (images.image_mean, images.image_std))
-        shades: Tensor = (torch.arange(256.0) - mean / images.rescale_factor) / (std / images.rescale_factor)
-        return shades
+        return pixels.shades(self.processor.image_processor)
