@@ -228,7 +228,7 @@ class Engine:
             self.drafter.start(sequence.slot)
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
-        sequence.next_position = int(sequence.positions.max()) + 1
+        sequence.next_position = int(sequence.positions[0, -1]) + 1
 
     def _see(self, sequence: Sequence, end: int) -> None:
         """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes

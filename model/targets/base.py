@@ -73,7 +73,8 @@ class Target(Protocol):
         ...
 
     def positions(self, prompt: Prompt) -> np.ndarray:
-        """Position ids of the prompt: (axes, tokens) int32. Generated tokens go on from the largest, on every axis."""
+        """Position ids of the prompt: (axes, tokens) int32, below `max_positions`. Its last token has the same on every
+        axis, and generated tokens go on from there."""
         ...
 
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -49,10 +49,8 @@ class LanguageModel:
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
         self.tap_layers = evenly_spaced(self.num_layers)
-        # On several axes positions may be ahead of tokens, since a video has its time: prompts end before
-        # `max_positions` all the same (the family sees to that), and answers go on from there.
-        reach = (2 if num_axes > 1 else 1) * self.max_positions + config.max_nodes
-        self.decoder = native.decoder(decoder, self.tap_layers, reach)
+        # The last trees reach beyond the last position; what they hold there is never kept.
+        self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions + config.max_nodes)
         rope = getattr(text, "rope_parameters", None) or {}
         # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
         self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"

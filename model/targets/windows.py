@@ -2,7 +2,7 @@
 expected, `tower` returns None, and the model runs through transformers' own layers.
 
 Patches of a frame lie in the order in which they are merged: the merge x merge of one token side by side, tokens from
-left to right and down. Most layers look at windows only: a window is one sequence of a batch, and in the others a frame.
+left to right and down. Most layers look at windows only: there a window is one sequence of a batch, elsewhere a frame.
 """
 
 from __future__ import annotations
