@@ -16,18 +16,20 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from model.bench.inputs import Qwen25VL
+from model.bench.reference import Reference
 from model.config import ConfigError
 from model.draft import checkpoint
 from model.engine import Engine
 from model.native import library
-from model.request import Area, Medium, Message, Request, RequestError
+from model.request import Area, Medium, Message, Request, RequestError, SamplingParams
 from model.targets.qwen2_5_vl import Qwen25VLTarget
 from model.train import trainer
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import with_oracle
-from tests.model.qwen_reference import Reference
 from tests.model.test_prompt import HOSTILE
 from tests.model.tiny_qwen import UNIT, image, video
 
@@ -61,9 +63,36 @@ def mixed(number: int = 22) -> list[Request]:
     ]
 
 
+class Theirs(Reference):
+    """transformers alone, from frames and texts to tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), device="cpu", dtype="float32")
+
+    def answer(self, messages: tuple[Message, ...], max_tokens: int) -> list[int]:
+        return list(self.generate([messages], SamplingParams(max_tokens)).tokens[0])
+
+    def positions(self, messages: tuple[Message, ...]) -> np.ndarray:
+        """(3, tokens)."""
+        named = {k: v for k, v in self.inputs([messages]).items() if not k.startswith("pixel")}
+        places, _ = self.model.model.get_rope_index(**named)
+        return np.asarray(places[:, 0])
+
+    @torch.inference_mode()
+    def features(self, medium: Medium) -> Tensor:
+        """(tokens, hidden), all of a medium in one pass of the tower."""
+        inputs = self.inputs([user(medium)])
+        if medium.kind == "image":
+            made = self.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        else:
+            made = self.model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+        (features,) = made.pooler_output
+        return features
+
+
 @pytest.fixture(scope="module")
-def reference(qwen_checkpoint: Path) -> Reference:
-    return Reference(qwen_checkpoint)
+def reference(qwen_checkpoint: Path) -> Theirs:
+    return Theirs(qwen_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +119,35 @@ def expected(qwen_plain: Engine) -> dict[str, list[int]]:
 
 
 def test_greedy_answers_are_those_of_transformers_generate(
-    qwen_checkpoint: Path, qwen_draft: Path, reference: Reference
+    qwen_checkpoint: Path, qwen_draft: Path, reference: Theirs
 ) -> None:
     """In a batch, in chunks, with a draft, to the answer's end; against code that shares nothing with ours."""
     engine = Engine(tiny.config(qwen_checkpoint, draft=str(qwen_draft), max_num_seqs=8, prefill_chunk=32))
     requests = [tiny.ask(name, *content, max_tokens=40, ignore_eos=False) for name, content in CONTENTS.items()]
     ours = tiny.answers(engine, requests)
     for name, content in CONTENTS.items():
-        assert ours[name] == reference.generate(user(*content), 40), name
+        assert ours[name] == reference.answer(user(*content), 40), name
+
+
+def test_the_reference_cuts_videos_as_their_processor_would(reference: Theirs) -> None:
+    """It needs torchvision; so here it is in words: steps, tokens, patches of a token; channel, frame, line, column."""
+    inputs, merge, side = reference._inputs, tiny_qwen.MERGE, tiny_qwen.PATCH
+    assert isinstance(inputs, Qwen25VL)
+    mean, std = np.array(inputs.images.image_mean), np.array(inputs.images.image_std)
+    for medium in (video(1, 4, 2, 3), video(2, 3, 4, 1)):
+        frames = np.concatenate((medium.frames, medium.frames[-1:]))[: len(medium.frames) + len(medium.frames) % 2]
+        pixels = ((frames / 255.0 - mean) / std).transpose(0, 3, 1, 2)
+        expected = []
+        for step in range(0, len(frames), 2):
+            for top in range(0, frames.shape[1], UNIT):
+                for left in range(0, frames.shape[2], UNIT):
+                    for y in range(top, top + merge * side, side):
+                        for x in range(left, left + merge * side, side):
+                            patch = pixels[step : step + 2, :, y : y + side, x : x + side]
+                            expected.append(patch.swapaxes(0, 1).ravel())
+        patches, grid = inputs.cut(medium.frames)
+        np.testing.assert_allclose(patches, np.stack(expected), atol=1e-5)
+        assert np.prod(grid) == len(expected)
 
 
 def test_answers_depend_on_order_place_and_time(qwen_plain: Engine) -> None:
@@ -127,10 +177,10 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_ids_and_positions_are_those_of_transformers(target: Qwen25VLTarget, reference: Reference, name: str) -> None:
+def test_ids_and_positions_are_those_of_transformers(target: Qwen25VLTarget, reference: Theirs, name: str) -> None:
     messages = CONVERSATIONS[name]
     prompt = target.prompt(messages)
-    inputs = reference.inputs(messages)
+    inputs = reference.inputs([messages])
     assert prompt.ids == inputs["input_ids"][0].tolist()
     np.testing.assert_array_equal(target.positions(prompt), reference.positions(messages))
     for medium, (first, last) in zip(prompt.media, prompt.spans, strict=True):
@@ -139,7 +189,7 @@ def test_ids_and_positions_are_those_of_transformers(target: Qwen25VLTarget, ref
     assert sum(last - first for first, last in prompt.spans) == int((inputs["mm_token_type_ids"] > 0).sum())
 
 
-def test_positions_in_time_follow_the_clock_of_the_clip(target: Qwen25VLTarget, reference: Reference) -> None:
+def test_positions_in_time_follow_the_clock_of_the_clip(target: Qwen25VLTarget, reference: Theirs) -> None:
     """Rounded down as transformers rounds, for any pace; half a second a frame where nobody knows."""
     rng = random.Random(0)
     for seconds in (0.0333, 0.1, 0.125, 0.35, 1.0, 2.7, *(rng.uniform(0.01, 9) for _ in range(30))):
@@ -165,7 +215,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("medium", [*SHAPES, video(8, 7, 3, 3), video(9, 2, 5, 2), video(10, 1, 2, 2)], ids=repr)
 def test_features_are_those_of_transformers_piece_by_piece(
-    target: Qwen25VLTarget, in_torch: Engine, reference: Reference, medium: Medium
+    target: Qwen25VLTarget, in_torch: Engine, reference: Theirs, medium: Medium
 ) -> None:
     """Windows that do not come out even, whole frames, steps of a video that are encoded in any portions."""
     whole = reference.features(medium)
@@ -189,12 +239,12 @@ def test_native_features_have_the_same_bits_in_any_portions(target: Qwen25VLTarg
 
 @pytest.mark.parametrize("size", [(50, 37), (200, 31), (16, 16), (96, 96), (333, 500), (17, 300)], ids=str)
 def test_a_picture_of_any_size_becomes_what_transformers_makes_of_it(
-    target: Qwen25VLTarget, reference: Reference, size: tuple[int, int]
+    target: Qwen25VLTarget, reference: Theirs, size: tuple[int, int]
 ) -> None:
     """The service resizes where it decodes; whoever hands over a raw picture gets the same."""
     noise = np.random.default_rng(0).integers(0, 256, (1, size[1], size[0], 3), np.uint8)
     medium = Medium("image", noise)
-    inputs = reference.inputs(user(medium))
+    inputs = reference.inputs([user(medium)])
     (ours,) = target.prompt(user(medium)).media
     grid = target.grid(ours)
     assert [1, *(tiny_qwen.MERGE * side for side in grid[1:])] == inputs["image_grid_thw"][0].tolist()
@@ -274,13 +324,13 @@ def test_what_cannot_be_shown_is_refused(target: Qwen25VLTarget, medium: Medium,
         target.prompt(user(medium, "What?"))
 
 
-def test_a_clip_may_reach_to_the_last_position(qwen_crowd: Engine, reference: Reference) -> None:
+def test_a_clip_may_reach_to_the_last_position(qwen_crowd: Engine, reference: Theirs) -> None:
     """Positions run ahead of tokens there, and fall back behind the clip."""
     request = tiny.ask("r", video(1, 8, 2, 2, seconds=19.6), "Hi", max_tokens=40)
     prompt = qwen_crowd.target.prompt(request.messages)
     reach = int(qwen_crowd.target.positions(prompt).max())
     assert qwen_crowd.target.max_positions - 15 < reach < qwen_crowd.target.max_positions
-    assert tiny.answers(qwen_crowd, [request])["r"] == reference.generate(request.messages, 40)
+    assert tiny.answers(qwen_crowd, [request])["r"] == reference.answer(request.messages, 40)
 
 
 # -- however it is run
@@ -445,7 +495,7 @@ def test_a_checkpoint_of_the_published_shape_loads_and_runs(tied: bool, tmp_path
         },
     )
     folder = as_on_the_hub(tmp_path / "target", made)
-    reference = Reference(made)
+    reference = Theirs(made)
     engine = Engine(tiny.config(folder, max_num_seqs=4, max_model_len=1024))
     if library.load() is not None:
         assert engine.target.native
@@ -461,7 +511,7 @@ def test_a_checkpoint_of_the_published_shape_loads_and_runs(tied: bool, tmp_path
     requests = [replace(r, params=replace(r.params, ignore_eos=False)) for r in requests]
     answers = tiny.answers(engine, requests)
     for request in requests:
-        assert answers[request.request_id] == reference.generate(request.messages, 12)
+        assert answers[request.request_id] == reference.answer(request.messages, 12)
     with_oracle(engine, answers)
     assert tiny.answers(engine, requests) == answers
 
