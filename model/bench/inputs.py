@@ -1,4 +1,4 @@
-"""What transformers' model classes take, made of conversations without our target adapters; one class for each way to it.
+"""What transformers' model classes take, made of conversations without our target adapters; a class for each way to it.
 
 Each has the checkpoint's `tokenizer`, and makes of a list of conversations its left-padded ids, their mask, and pixels.
 """
@@ -48,7 +48,8 @@ class ByProcessor:
 
 
 class Qwen25VL:
-    """Its processor needs torchvision for the sake of videos; so they are cut here. Images are cut by transformers."""
+    """Its processor needs torchvision for the sake of videos; so they are cut here, at the size they have. Images are
+    brought to size and cut by transformers."""
 
     SECONDS_PER_FRAME = 0.5  # of a video of which nothing is known
 
