@@ -70,6 +70,10 @@ class Medium:
     frames: np.ndarray
     seconds_per_frame: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.seconds_per_frame is not None and not 0.0 < self.seconds_per_frame < math.inf:
+            raise RequestError(f"seconds_per_frame is out of range: {self.seconds_per_frame!r}", param="messages")
+
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over kind, shape and pixels: what features depend on. Takes milliseconds for a video: whoever has the

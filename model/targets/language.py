@@ -39,8 +39,8 @@ class LanguageModel:
         self.dtype = getattr(torch, config.dtype)
         self.tokenizer = tokenizer
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self._decoder = decoder = self.model.model.language_model
-        decoder.set_attn_implementation(attention.NAME)
+        self._language = language = self.model.model.language_model
+        language.set_attn_implementation(attention.NAME)
         text = self.model.config.text_config
         self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
         self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
@@ -50,7 +50,7 @@ class LanguageModel:
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
         self.tap_layers = evenly_spaced(self.num_layers)
         # The last trees reach beyond the last position; what they hold there is never kept.
-        self.decoder = native.decoder(decoder, self.tap_layers, self.max_positions + config.max_nodes)
+        self.decoder = native.decoder(language, self.tap_layers, self.max_positions + config.max_nodes)
         rope = getattr(text, "rope_parameters", None) or {}
         # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
         self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"
@@ -59,10 +59,10 @@ class LanguageModel:
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
         self.verifier = None
         if self.decoder is not None and self.head is not None:
-            self.verifier = Verifier(self.decoder, decoder.embed_tokens.weight, self.head)
+            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head)
         self._taps: dict[int, Tensor] = {}
         for layer in self.tap_layers if self.decoder is None else ():
-            decoder.layers[layer].register_forward_hook(self._tap(layer))
+            language.layers[layer].register_forward_hook(self._tap(layer))
 
     def _tap(self, layer: int) -> Any:
         def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
@@ -77,7 +77,7 @@ class LanguageModel:
         return int(held + packed + (self.head.packed.nbytes if self.head is not None else 0))
 
     def embed(self, ids: Tensor) -> Tensor:
-        embedded: Tensor = self._decoder.embed_tokens(ids)
+        embedded: Tensor = self._language.embed_tokens(ids)
         return embedded
 
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class LanguageModel:
 
     def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         places = positions.long()
-        hidden = self._decoder(
+        hidden = self._language(
             inputs_embeds=embeds,
             position_ids=places if self.num_axes > 1 else places[0],
             use_cache=False,

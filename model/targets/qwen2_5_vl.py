@@ -30,6 +30,7 @@ from model.targets.prompt import Conversations, Place, media_of, widened
 PATCHES_AT_ONCE = 8192  # that pass through the tower together
 SECONDS_PER_FRAME = 0.5  # of a video of which nobody knows it: two frames a second, as Qwen samples them
 NUM_FRAMES = 16  # taken of a video where neither its sender nor the checkpoint says how many
+BEYOND_ALL = np.float32(1 << 30)  # a position that no model knows, and an int32 can hold
 CONTEXT_SHARE = 0.9  # of the context, that one medium may take
 # What the video processor assumes where a checkpoint says nothing.
 VIDEO_DEFAULTS = {
@@ -54,11 +55,21 @@ class Qwen25VLTarget(LanguageModel):
         self._time_scale = np.float32(vision.tokens_per_second)
         self._placeholders = {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
         images = Qwen2VLImageProcessorPil.from_pretrained(config.model)
+        videos: dict[str, Any] = VIDEO_DEFAULTS | BaseVideoProcessor.get_video_processor_dict(config.model)[0]
         self._shades = pixels.shades(images)
-        self.geometry = self._geometry(images, config)
-        areas = self._areas.values()
+        self._areas = self._sizes(images, videos, config.context(self.max_positions))
+        self.geometry = Geometry(
+            exact=None,
+            shortest_edge=None,
+            crop=None,
+            resample=int(images.resample),
+            default_num_frames=int(videos.get("num_frames") or NUM_FRAMES),
+            image=self._areas["image"],
+            video=self._areas["video"],
+        )
         self.tokens_per_image = self._areas["image"].max_pixels // self._areas["image"].multiple ** 2
-        self.tower = windows.tower(self.model.model.visual, max(area.longest for area in areas) // self.patch)
+        longest = max(area.longest for area in self._areas.values())
+        self.tower = windows.tower(self.model.model.visual, longest // self.patch)
         self.native = self.decoder is not None and self.tower is not None
         template = Qwen2_5_VLProcessor.get_processor_dict(config.model)[0].get("chat_template")
         render = partial(
@@ -70,29 +81,25 @@ class Qwen25VLTarget(LanguageModel):
     def num_bytes(self) -> int:
         return self.bytes_beside(self.tower)
 
-    def _geometry(self, images: Any, config: EngineConfig) -> Geometry:
-        """Sizes as the checkpoint's processors have them; but what could not fit the context is scaled down to it."""
+    def _sizes(self, images: Any, videos: dict[str, Any], context: int) -> dict[str, Area]:
+        """As the checkpoint's processors have them; but what could not fit the context is scaled down to it."""
         unit = self.patch * self.merge
-        videos: dict[str, Any] = VIDEO_DEFAULTS | BaseVideoProcessor.get_video_processor_dict(config.model)[0]
-        context = config.context(self.max_positions)
         fitting = int(CONTEXT_SHARE * context) * unit**2
-        least, most = images.size["shortest_edge"], images.size["longest_edge"]
-        self._areas = {"image": Area(unit, least, max(least, min(most, fitting)))}
-        least = videos.get("min_pixels") or videos["size"]["shortest_edge"]
-        most = videos.get("max_pixels") or videos["size"]["longest_edge"]
         total = None
         if videos.get("cap_pixels_per_frame") is not False:  # the processor is about to make this its default
             total = self.together * int(min(videos["max_video_tokens"], context) * unit * unit * CONTEXT_SHARE)
-        self._areas["video"] = Area(unit, least, max(least, min(most, fitting)), total)
-        return Geometry(
-            exact=None,
-            shortest_edge=None,
-            crop=None,
-            resample=int(images.resample),
-            default_num_frames=int(videos.get("num_frames") or NUM_FRAMES),
-            image=self._areas["image"],
-            video=self._areas["video"],
-        )
+
+        def area(least: int, most: int, all_frames: int | None = None) -> Area:
+            return Area(unit, least, max(least, min(most, fitting)), all_frames)
+
+        size = videos["size"]
+        least, most = (
+            videos.get(f"{name}_pixels") for name in ("min", "max")
+        )  # where a checkpoint has its older names
+        return {
+            "image": area(images.size["shortest_edge"], images.size["longest_edge"]),
+            "video": area(least or size["shortest_edge"], most or size["longest_edge"], total),
+        }
 
     # --- prompt
 
@@ -143,7 +150,8 @@ class Qwen25VLTarget(LanguageModel):
             grid = self.grid(medium)
             seconds = self.together * (medium.seconds_per_frame or SECONDS_PER_FRAME)
             times = np.arange(grid[0], dtype=np.float32) * (self._time_scale * np.float32(seconds))
-            axes = np.meshgrid(times.astype(np.int32), np.arange(grid[1]), np.arange(grid[2]), indexing="ij")
+            times = np.minimum(times, BEYOND_ALL).astype(np.int32)
+            axes = np.meshgrid(times, np.arange(grid[1]), np.arange(grid[2]), indexing="ij")
             places[:, first:last] = np.stack(axes).reshape(3, -1) + following
             following += max(grid[1:])
             at = last
@@ -172,14 +180,15 @@ class Qwen25VLTarget(LanguageModel):
 
     def patches(self, medium: Medium, first: int, last: int) -> Tensor:
         """Of steps first..last: (steps, patches, numbers), those that are merged side by side; numbers by channel,
-        frame, y and x. Where frames lack for the last step, the last one is repeated; an image is a still."""
-        frames = medium.frames[first * self.together : last * self.together]
-        missing = (last - first) * self.together - len(frames)
-        frames = np.concatenate((frames, np.repeat(frames[-1:], missing, 0))) if missing else frames
+        frame, y and x. Where frames lack for the last step, the last one is repeated."""
+        frames, steps = medium.frames[first * self.together : last * self.together], last - first
+        if medium.kind == "video" and (missing := steps * self.together - len(frames)):
+            frames = np.concatenate((frames, np.repeat(frames[-1:], missing, 0)))
         if self.tower is not None:
             cut = library.patches(frames, self.patch, self._shades, self.dtype)
         else:
             cut = pixels.cut(pixels.shown(frames, self._shades), self.patch)
         down, across = (side // (self.patch * self.merge) for side in frames.shape[1:3])
-        cut = cut.view(last - first, self.together, down, self.merge, across, self.merge, 3, self.patch**2)
+        cut = cut.view(steps, -1, down, self.merge, across, self.merge, 3, self.patch**2)
+        cut = cut.expand(-1, self.together, *cut.shape[2:])  # an image is a still: its frame is all of a step's
         return cut.permute(0, 2, 4, 3, 5, 6, 1, 7).flatten(5).flatten(1, 4)

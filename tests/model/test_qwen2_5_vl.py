@@ -316,8 +316,9 @@ def test_special_tokens_in_a_users_text_are_plain_text(target: Qwen25VLTarget, t
         (Medium("image", tiny_qwen.picture(0, 32, 32, 2)), "2 frames"),
         (Medium("image", np.zeros((1, 2, 402, 3), np.uint8)), "differ too much"),
         (video(1, 8, seconds=60.0), "so much time"),
+        (video(1, 8, seconds=1e30), "so much time"),
     ],
-    ids=["empty", "two frames", "narrow", "endless"],
+    ids=["empty", "two frames", "narrow", "long", "endless"],
 )
 def test_what_cannot_be_shown_is_refused(target: Qwen25VLTarget, medium: Medium, says: str) -> None:
     with pytest.raises(RequestError, match=says):
@@ -331,6 +332,12 @@ def test_a_clip_may_reach_to_the_last_position(qwen_crowd: Engine, reference: Th
     reach = int(qwen_crowd.target.positions(prompt).max())
     assert qwen_crowd.target.max_positions - 15 < reach < qwen_crowd.target.max_positions
     assert tiny.answers(qwen_crowd, [request])["r"] == reference.answer(request.messages, 40)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_pace_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(RequestError, match="seconds_per_frame"):
+        video(1, seconds=seconds)
 
 
 # -- however it is run
@@ -372,6 +379,19 @@ def test_transformers_own_layers_say_the_same(
         assert tiny.answers(engine, mixed(), every=1) == expected
         with_oracle(engine, expected)
         assert tiny.answers(engine, mixed(), every=1) == expected
+
+
+def test_a_tower_that_does_not_fit_the_native_stack_runs_through_torch(tmp_path: Path) -> None:
+    """Its heads of 24: the decoder is none the worse for it."""
+    folder = tiny_qwen.save_checkpoint(tmp_path, vision={"hidden_size": 48})
+    engine = Engine(tiny.config(folder, max_num_seqs=4))
+    assert isinstance(engine.target, Qwen25VLTarget)
+    assert engine.target.tower is None
+    assert (engine.target.decoder is not None) == (library.load() is not None)
+    reference = Theirs(folder)
+    requests = [tiny.ask(name, *CONTENTS[name], max_tokens=12, ignore_eos=False) for name in ("two images", "video")]
+    for request_id, answer in tiny.answers(engine, requests).items():
+        assert answer == reference.answer(user(*CONTENTS[request_id]), 12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
