@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
-DRAFTERS = ("auto", "flash", "off")
+DrafterName = Literal["auto", "flash", "flash-paper", "eagle", "medusa", "ngram", "off"]
+DRAFTERS: tuple[str, ...] = get_args(DrafterName)
+TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # a folder holds what they have learnt
+MAX_NODES, PAPER_NODES = 15, 25  # draft nodes per sequence and step; of flash-paper's fixed tree
 DEFAULT_MAX_MODEL_LEN = 4096
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -23,14 +27,14 @@ class EngineConfig:
     draft: str | None = None  # folder of a trained draft; None: the bundled one for "demo", else none
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"
-    drafter: Literal["auto", "flash", "off"] = "auto"
+    drafter: DrafterName = "auto"  # "auto": what the draft's folder says
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
     max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to DEFAULT_MAX_MODEL_LEN
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
     max_rows: int = 96  # rows (tokens and draft nodes) verified in one step, over all sequences
-    max_nodes: int = 15  # draft nodes per sequence and step
+    max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
     graphs: bool | None = None  # record the passes that torch computes, and replay them; None: on a GPU
@@ -52,8 +56,15 @@ class EngineConfig:
             "encoder_cache_bytes": 0,
         }
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+
+    @property
+    def nodes(self) -> int:
+        """Draft nodes per sequence and step at most."""
+        if self.max_nodes is not None:
+            return self.max_nodes
+        return PAPER_NODES if self.drafter == "flash-paper" else MAX_NODES
 
     def resolved(self) -> EngineConfig:
         """The same configuration with "demo" and "auto" replaced by what they stand for here."""
@@ -75,15 +86,26 @@ class EngineConfig:
             model = str(DEMO_WEIGHTS / "target")
             if draft is None and (DEMO_WEIGHTS / "draft" / "config.json").exists():
                 draft = str(DEMO_WEIGHTS / "draft")
-        if self.drafter == "flash" and draft is None:
-            raise ConfigError(
-                "drafter 'flash' needs a trained draft for this model: give --draft PATH, or --drafter off"
-            )
-        drafter: Literal["flash", "off"] = "off" if self.drafter == "off" or draft is None else "flash"
-        if draft is not None and drafter != "off" and not (Path(draft) / "config.json").exists():
-            raise ConfigError(f"draft {draft!r} is not a folder with config.json and model.safetensors")
         graphs = device.startswith("cuda") if self.graphs is None else self.graphs
+        drafter = self._drafter(draft)
         return replace(self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter, graphs=graphs)
+
+    def _drafter(self, draft: str | None) -> DrafterName:
+        """The one that is asked for, or with "auto" the one whose draft this is."""
+        if self.drafter in ("ngram", "off"):
+            return self.drafter
+        if draft is None:
+            if self.drafter == "auto":
+                return "off"
+            raise ConfigError(
+                f"drafter {self.drafter!r} needs a trained draft for this model: give --draft PATH, or --drafter off"
+            )
+        held = drafter_of(Path(draft))
+        if self.drafter not in ("auto", held):
+            raise ConfigError(
+                f"draft {draft!r} is one for --drafter {held}, not for {self.drafter!r}: give --draft PATH of such one"
+            )
+        return held
 
     def context(self, max_positions: int) -> int:
         """Tokens of prompt and answer together, for a model that knows so many positions."""
@@ -92,3 +114,17 @@ class EngineConfig:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         return tuple(f.name for f in fields(cls))
+
+
+def drafter_of(folder: Path) -> DrafterName:
+    """Whose draft it is that this folder holds."""
+    try:
+        named = json.loads((folder / "config.json").read_text())["drafter"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"draft {str(folder)!r} is not a folder with config.json and model.safetensors") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"draft {str(folder)!r} cannot be read: {error!r}") from error
+    for known in TRAINED:
+        if named == known:
+            return known
+    raise ConfigError(f"draft {str(folder)!r} is one for drafter {named!r}; known: {', '.join(TRAINED)}")

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
-from model import graphs, sampling, tree, verify
-from model.attention import Plan, Rows, Sight, prompt_rows
+from model import drafters, graphs, sampling
+from model.attention import prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
-from model.draft import checkpoint
-from model.drafters.flash import FlashDrafter
+from model.drafters.base import Drafter, Room
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
 from model.native import library
-from model.native.step import move
+from model.native.round import NativeRound
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
+from model.round import IDLE, Round, TorchRound
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
 from model.stats import Counters
@@ -39,17 +38,17 @@ from model.tree import Trees
 class Engine:
     """One target and its draft on one device. Not thread-safe: one caller at a time."""
 
-    def __init__(self, config: EngineConfig, target: Target | None = None) -> None:
-        """The target that `config` names; or this one, which it only tells how to run."""
+    def __init__(self, config: EngineConfig, target: Target | None = None, drafter: Drafter | None = None) -> None:
+        """The target and the drafter that `config` names; or these, which it only tells how to run."""
         self.config = config = config.resolved()
         if config.device == "cpu":
             if config.threads:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
-        self.target = target = target or load_target(config)
+        self.target = target = target or load_target(config, drafters.tap_layers(config))
         self.max_model_len = config.context(target.max_positions)
-        margin = config.max_nodes + 1
+        margin = config.nodes + 1
         num_slots = self._num_slots(margin)
         self.cache = KVCache(
             num_layers=target.num_layers,
@@ -60,33 +59,20 @@ class Engine:
             margin=margin,
             dtype=target.dtype,
             device=target.device,
-            move_rows=move if target.native else None,
         )
         if target.device.index is not None and target.device.type == "cuda":
             torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
-        self._passes = None
-        if recorder is not None and margin <= graphs.MAX_ROWS:
-            self._passes = graphs.Replays(self._run, self.cache, recorder, max_rows=margin)
-            with torch.inference_mode():
-                self._passes.prepare(1 + target.num_axes, range(1, margin + 1))
-        self.drafter: FlashDrafter | None = None
-        if config.drafter == "flash":
-            assert config.draft is not None
-            network = checkpoint.load(Path(config.draft), target)
-            self.drafter = FlashDrafter(
-                target,
-                network,
-                num_slots=num_slots,
-                capacity=self.max_model_len,
-                margin=margin,
-                width=config.tree_width,
-                recorder=recorder,
-            )
-        self._native = target.native and (self.drafter is None or self.drafter.native)
+        self.counters = Counters()
+        self.round: Round
+        if target.verifier is not None:
+            self.round = NativeRound(target.verifier, self.cache, self.counters, max_nodes=config.nodes)
+        else:
+            self.round = TorchRound(target, self.cache, self.counters, max_nodes=config.nodes, recorder=recorder)
+        room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
+        self.use(drafter or drafters.load(config, target, room))
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config)
-        self.counters = Counters()
         self.features = EncoderCache(
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
         )
@@ -94,7 +80,7 @@ class Engine:
             model=config.model,
             device=config.device,
             dtype=config.dtype,
-            drafter=config.drafter,
+            drafter=self.drafter.name if self.drafter else "off",
             max_model_len=self.max_model_len,
             max_num_seqs=num_slots,
             tokens_per_image=target.tokens_per_image,
@@ -102,11 +88,17 @@ class Engine:
             memory=self._memory(),
         )
 
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
+        self.drafter: Drafter | None = drafter
+        self.round.use(drafter)
+        self._native = self.round.native and (drafter is None or drafter.native)
+
     def _memory(self) -> dict[str, int]:
         """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
         memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.data.nbytes}
         if self.drafter is not None:
-            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache.data.nbytes}
+            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
         return memory | {"encoder_cache": self.config.encoder_cache_bytes}
 
     def _num_slots(self, margin: int) -> int:
@@ -173,11 +165,11 @@ class Engine:
                 with self._torch():
                     outputs = self._prefill(work)
             case Decoding() if self._native:  # torch has no part in it, but for what is sampled
-                outputs = self._verify(work, self._draft(work))
+                outputs = self._decode(work)
             case Decoding():
                 with self._torch():
                     self._compact()
-                    outputs = self._verify(work, self._draft(work))
+                    outputs = self._decode(work)
             case None:
                 return []
         self.scheduler.took(work, self.counters.now() - begun)
@@ -210,7 +202,7 @@ class Engine:
             hidden, taps = target.forward(embeds, positions, rows)
             self.cache.keep([slot], [range(count)])
             if self.drafter:
-                self.drafter.prefill(slot, taps[0], chunk.start, sequence.prompt.spans)
+                self.drafter.prefill(slot, chunk.start, taps[0], embeds[0])
         sequence.computed = chunk.end
         self.counters.prompt_tokens += count
         if sequence.prefilling:
@@ -225,7 +217,7 @@ class Engine:
         sequence.started = self.counters.now()
         sequence.slot = self.cache.allocate()
         if self.drafter:
-            self.drafter.start(sequence.slot)
+            self.drafter.start(sequence.slot, prompt)
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
         sequence.next_position = int(sequence.positions[0, -1]) + 1
@@ -255,69 +247,43 @@ class Engine:
             if upto == pieces:
                 self.features.put(sequence.medium_key, embeds[first:last].clone())
 
-    def _draft(self, decoding: Decoding) -> Trees:
-        """One tree per slot from 0 to the highest decoding one; slots that do not decode get an idle root."""
-        slots = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
-        newest, budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+    def _decode(self, decoding: Decoding) -> list[RequestOutput]:
+        """One round of draft and verify over slots from 0 to the highest decoding one."""
+        now = self.round
+        batch = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
+        now.budgets[:batch] = IDLE
+        by_slot: list[Sequence | None] = [None] * batch
         for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
-            newest[sequence.slot], budgets[sequence.slot] = sequence.tokens[-1], nodes
-        if self.drafter is None or not any(decoding.nodes):
-            return tree.roots(newest)
-        with self.counters.timed("draft"):
-            return self.drafter.propose(newest, budgets)
-
-    def _verify(self, decoding: Decoding, trees: Trees) -> list[RequestOutput]:
-        """One pass of the target over all trees; keep what it agrees with."""
-        slots = len(trees.tokens)
-        by_slot: list[Sequence | None] = [None] * slots
-        counts, roots = np.zeros(slots, np.int32), np.zeros((slots, 1), np.int32)  # rows; position ids of roots
-        for sequence in decoding.sequences:
             slot = sequence.slot
             assert slot is not None
-            by_slot[slot], counts[slot] = sequence, trees.sizes[slot]
-            roots[slot] = sequence.next_position + len(sequence.tokens) - 1
+            by_slot[slot] = sequence
+            now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes
+            now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
         self.counters.batch_sizes.append(len(decoding.sequences))
-
-        def answered(b: int) -> list[int]:
-            sequence, depths = by_slot[b], trees.depths[b, : counts[b]]
-            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
-
-        with self.counters.timed("verify"):
-            starts = np.array(self.cache.lengths[:slots], np.int32)
-            rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
-            positions = np.repeat((roots + trees.depths)[None], self.target.num_axes, 0)  # alike on all axes
-            likeliest, logits, taps = self._answers(trees.tokens, positions, rows)
-            if likeliest is not None and not any(s.request.params.temperature for s in decoding.sequences):
-                chosen = likeliest
-            else:
-                params = [s.request.params if s else sampling.GREEDY for s in by_slot]
-                with self._torch():
-                    chosen = sampling.choose(logits, params, answered, likeliest)
-            verdicts = [verify.walk(trees, b, chosen[b]) if s else verify.IDLE for b, s in enumerate(by_slot)]
-            paths = [verdict.path for verdict in verdicts]
-            self.cache.keep(range(slots), paths)
-        if self.drafter:
-            with self.counters.timed("draft"):
-                self.drafter.observe(taps, paths)
+        trees, likeliest, logits = now.look(batch, max(decoding.nodes))
+        chosen = self._chosen(by_slot, trees, likeliest, logits)
+        sizes = trees.sizes.tolist()
         outputs = []
-        for b, (each, verdict) in enumerate(zip(by_slot, verdicts, strict=True)):
+        for each, size, tokens in zip(by_slot, sizes, now.accept(chosen), strict=True):
             if each is not None:
-                each.computed += len(verdict.path)
-                outputs.append(self._emit(each, verdict.tokens, verdict.num_accepted, int(counts[b]) - 1))
+                each.computed += len(tokens)
+                outputs.append(self._emit(each, tokens, len(tokens) - 1, size - 1))
         return outputs
 
-    def _answers(
-        self, tokens: np.ndarray, positions: np.ndarray, rows: Rows
-    ) -> tuple[np.ndarray | None, Tensor, Tensor]:
-        """`Target.verify`, which may have been recorded in this shape."""
-        if self._passes is None:
-            return self.target.verify(tokens, positions, rows)
-        hidden, taps = self._passes(rows, np.concatenate((tokens[None], positions)))
-        return None, self.target.logits(hidden[:, : rows.num]), taps[:, : rows.num]
+    def _chosen(
+        self, by_slot: list[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor
+    ) -> np.ndarray:
+        """What the target says at every node of the trees: (batch, rows)."""
+        if likeliest is not None and not any(s is not None and s.request.params.temperature for s in by_slot):
+            return likeliest
+        params = [s.request.params if s else sampling.GREEDY for s in by_slot]
 
-    def _run(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-        """numbers: (1 + axes, batch, rows), tokens and position ids."""
-        return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)
+        def answered(b: int) -> list[int]:
+            sequence, depths = by_slot[b], trees.depths[b, : trees.sizes[b]]
+            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
+
+        with self._torch():
+            return sampling.choose(logits, params, answered, likeliest)
 
     # --- what comes of it
 
@@ -326,12 +292,12 @@ class Engine:
         params, eos = sequence.request.params, self.target.eos_ids
         sequence.last_token = self.counters.now()
         sequence.first_token = sequence.first_token or sequence.last_token
-        detokenizer, stops = sequence.detokenizer, sequence.stops
+        decode, stops = sequence.detokenizer.decode, sequence.stops
         emitted: list[Token] = []
         text, finish = "", None
-        for token in tokens[: sequence.remaining]:
-            piece = detokenizer.decode(token)
-            emitted.append(Token(token, piece, "draft" if len(emitted) < accepted else "target"))
+        for index, token in enumerate(tokens[: sequence.remaining]):
+            piece = decode(token)
+            emitted.append(Token(token, piece, "draft" if index < accepted else "target"))
             text += stops.decode(piece) if params.stop else piece
             if stops.stopped or (token in eos and not params.ignore_eos):
                 finish = "stop"
@@ -390,5 +356,4 @@ class Engine:
         assert len(held) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
         assert all(self.cache.lengths[slot] == computed for slot, computed in held.items()), "a slot's length is off"
         if self.drafter:
-            self.drafter.cache.check_integrity()
-            assert self.drafter.cache.num_free == self.cache.num_free, "draft and target hold different slots"
+            self.drafter.check_integrity(held)

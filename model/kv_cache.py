@@ -14,7 +14,7 @@ What a step writes beyond `lengths` is scratch until `keep` moves the accepted r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from array import array
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -41,9 +41,7 @@ class KVCache:
         margin: int,
         dtype: torch.dtype,
         device: torch.device,
-        move_rows: Callable[[KVCache, list[Move]], None] | None = None,
     ) -> None:
-        """`move_rows`: carries out moves in order, in every layer and head; the caller's, where torch would be slow."""
         self.capacity, self.num_slots, self.num_heads = capacity, num_slots, num_heads
         self.stride = self.positions_per_slot(capacity, margin)
         shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
@@ -52,8 +50,7 @@ class KVCache:
         # What native code needs to know; of a single layer, whose memory may serve all in turn, there is no next one.
         self.address = self.data.data_ptr()
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])
-        self.lengths = [0] * num_slots
-        self._move_rows = move_rows or KVCache._move_by_torch
+        self.lengths = array("i", [0] * num_slots)  # native code reads and writes them too
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
         # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors
         heads = torch.arange(num_slots * num_heads, device=device) * self.stride
@@ -131,9 +128,9 @@ class KVCache:
                 moves += [(slot, held + old, held + new) for new, old in enumerate(path) if new != old]
             self.lengths[slot] = held + len(path)
         if moves:
-            self._move_rows(self, moves)
+            self._move(moves)
 
-    def _move_by_torch(self, moves: list[Move]) -> None:
+    def _move(self, moves: list[Move]) -> None:
         # Rows move down only, and all sources are read before any target is written.
         sources, targets = [], []
         for slot, old, new in moves:

@@ -23,3 +23,9 @@ def pack(module: nn.Module) -> None:
         for name, linear in list(child.named_children()):
             if type(linear) is nn.Linear and library.supports(linear.weight.dtype, linear.weight.device):
                 setattr(child, name, Packed(linear))
+
+
+def held_by(module: nn.Module) -> int:
+    """Bytes of its weights, packed ones included."""
+    packed = (part.matrix.packed.nbytes for part in module.modules() if isinstance(part, Packed))
+    return sum(parameter.nbytes for parameter in module.parameters()) + sum(packed)

@@ -214,7 +214,7 @@ class EngineInfo:
     model: str  # name or path it was loaded from
     device: str
     dtype: str
-    drafter: str  # "flash" or "off"
+    drafter: str  # its name, or "off"
     max_model_len: int  # prompt + answer, tokens
     max_num_seqs: int
     tokens_per_image: int  # at most, where that depends on the image

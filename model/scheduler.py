@@ -19,12 +19,12 @@ class Chunk:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: every step makes one, and that takes several times as long
 class Decoding:
     """Every one of these sequences goes on; sequences[i] may verify nodes[i] draft nodes."""
 
-    sequences: tuple[Sequence, ...]
-    nodes: tuple[int, ...]
+    sequences: list[Sequence]
+    nodes: list[int]
 
 
 WHOLE_CHUNKS = 4  # what a prompt is longer than is read in bites: a few long steps are lost among those of an answer
@@ -43,7 +43,7 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self._config, self._nodes = config, config.nodes
         self._whole = WHOLE_CHUNKS * config.prefill_chunk
         self._turns = 0  # of those that decode
         self._rows = 0  # prompt tokens since the last of them, without bites
@@ -69,12 +69,16 @@ class Scheduler:
 
     def schedule(self, free_slots: int) -> Chunk | Decoding | None:
         """What to compute now; None where there is nothing to do."""
-        decoding = tuple(s for s in self.running if not s.prefilling)
-        for prompt in self._prompts(free_slots):
-            if room := self._room(prompt) if decoding else self._config.prefill_chunk:
-                if prompt not in self.running:
-                    self.running.append(self.waiting.popleft())
-                return Chunk(prompt, prompt.computed, min(prompt.computed + room, len(prompt.prompt.ids)))
+        begun: list[Sequence] = []
+        decoding: list[Sequence] = []
+        for sequence in self.running:
+            (begun if sequence.prefilling else decoding).append(sequence)
+        if begun or self.waiting:
+            for prompt in self._prompts(begun, free_slots):
+                if room := self._room(prompt) if decoding else self._config.prefill_chunk:
+                    if prompt not in self.running:
+                        self.running.append(self.waiting.popleft())
+                    return Chunk(prompt, prompt.computed, min(prompt.computed + room, len(prompt.prompt.ids)))
         return self._decode(decoding) if decoding else None
 
     def took(self, work: Chunk | Decoding, seconds: float) -> None:
@@ -94,9 +98,8 @@ class Scheduler:
             self._row_seconds = seconds / (work.end - work.start)
             self._rows += work.end - work.start
 
-    def _prompts(self, free_slots: int) -> Iterator[Sequence]:
+    def _prompts(self, begun: list[Sequence], free_slots: int) -> Iterator[Sequence]:
         """Those that may be read now, best first: begun; waiting, where there is a slot; the rest of long ones."""
-        begun = [s for s in self.running if s.prefilling]
         yield from (s for s in begun if s.computed < self._whole)
         if self.waiting and free_slots:
             yield self.waiting[0]
@@ -112,9 +115,8 @@ class Scheduler:
         affordable = int(max(0.0, self._credit) / self._row_seconds + 1e-6) // BITE * BITE
         return min(max(chunk // BITE * BITE, BITE), affordable)
 
-    def _decode(self, sequences: tuple[Sequence, ...]) -> Decoding:
+    def _decode(self, sequences: list[Sequence]) -> Decoding:
         """Share the rows of a pass among the sequences: the more there are, the less each drafts."""
-        share = min(self._config.max_nodes, self._config.max_rows // len(sequences) - 1)
+        share = max(0, min(self._nodes, self._config.max_rows // len(sequences) - 1))
         # The last token of an answer needs no draft: verifying the root alone emits it.
-        nodes = (max(0, share) if s.request.speculation and s.remaining > 1 else 0 for s in sequences)
-        return Decoding(sequences, tuple(nodes))
+        return Decoding(sequences, [share if s.request.speculation and s.remaining > 1 else 0 for s in sequences])

@@ -6,7 +6,8 @@ cumulative log-probability are verified; as a child is never likelier than its p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,11 @@ class Trees:
     def rows(self) -> int:
         return int(self.tokens.shape[1])
 
+    def fill(self, other: Trees) -> None:
+        """Hold what other trees of the same shape hold, in the memory of these."""
+        for name in ("tokens", "parents", "depths", "sizes", "scores"):
+            getattr(self, name)[...] = getattr(other, name)
+
 
 def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     """Trees of a root alone: plain decoding. tokens: (batch,)."""
@@ -50,6 +56,81 @@ def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
     )
 
 
+def chains(newest: np.ndarray, coming: Seq[list[int]]) -> Trees:
+    """A chain of the tokens in coming[b] behind each root. newest: (batch,)."""
+    rows = 1 + max(map(len, coming), default=0)
+    trees = roots(newest, rows)
+    for b, tokens in enumerate(coming):
+        size = 1 + len(tokens)
+        trees.tokens[b, 1:size] = tokens
+        trees.parents[b, 1:size] = np.arange(size - 1)
+        trees.depths[b, 1:size] = np.arange(1, size)
+        trees.sizes[b] = size
+    return trees
+
+
+@dataclass(frozen=True)
+class FixedTree:
+    """A tree whose nodes are there whatever the draft says; best nodes first, so that the first few are a tree too.
+
+    Nodes are counted from 1, the root is 0. Node i + 1 has parent parents[i], and the token of rank ranks[i] at its
+    depth.
+    """
+
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, children: Mapping[tuple[int, ...], int], depth: int) -> FixedTree:
+        """Down to `depth` the tree in which the node that a path of ranks leads to has children[path] children.
+
+        Sorted by how far their ranks are from the likeliest, all together, and then by depth.
+        """
+        every = ((*path, rank) for path, number in children.items() for rank in range(number) if len(path) < depth)
+        paths = [(), *sorted(every, key=lambda path: (sum(path), len(path), path))]
+        return cls(tuple(paths.index(path[:-1]) for path in paths[1:]), tuple(path[-1] for path in paths[1:]))
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return tuple(depths[1:])
+
+    @property
+    def width(self) -> int:
+        return 1 + max(self.ranks)
+
+
+def fill(shape: FixedTree, logits: Tensor) -> Tensor:
+    """The nodes of a fixed tree, as `levels` returns nodes. logits: (batch, block, vocab) of one draft pass."""
+    best = logits.float().log_softmax(-1).topk(shape.width, -1)
+    places = [(depth - 1) * shape.width + rank for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
+    where = upload(np.array(places), logits.device)
+    tokens, scores = best.indices.flatten(1)[:, where], best.values.flatten(1)[:, where]
+    on_path = np.zeros((len(places), len(places)), np.float32)
+    for node, parent in enumerate(shape.parents):
+        on_path[node] = on_path[parent - 1] if parent else 0.0
+        on_path[node, node] = 1.0
+    reached = scores @ upload(on_path.T.copy(), logits.device)
+    parents = upload(np.array(shape.parents, np.int32), logits.device).expand_as(tokens)
+    return torch.stack((tokens.int(), parents, reached.view(torch.int32)), 1)
+
+
+def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np.ndarray) -> Trees:
+    """Trees of the first budgets[b] nodes of `fill`. newest: (batch,); found: (batch, 3, nodes) int32."""
+    most = min(int(budgets.max(initial=0)), len(shape.ranks))
+    trees = roots(newest, 1 + most)
+    trees.tokens[:, 1:], trees.parents[:, 1:] = found[:, 0, :most], found[:, 1, :most]
+    trees.depths[:, 1:] = shape.depths[:most]
+    trees.scores[:, 1:] = np.ascontiguousarray(found[:, 2, :most]).view(np.float32)
+    trees.sizes[:] = 1 + np.minimum(budgets, most)
+    beyond = np.arange(1 + most) >= trees.sizes[:, None]
+    trees.parents[beyond] = -1
+    trees.depths[beyond] = 0
+    return trees
+
+
 def best_first(
     newest: np.ndarray, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
 ) -> Trees:
@@ -62,33 +143,40 @@ def best_first(
 
 
 def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int) -> Tensor:
+    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab); bias: the
+    sequential head, previous tokens (...,) -> (..., vocab), added along each path."""
+
+    def scores(depth: int, frontier: Tensor, _: Tensor) -> Tensor:
+        drafted = logits[:, depth, None, :]
+        return drafted if bias is None else drafted + bias(frontier)
+
+    return levels(newest, scores, depths=logits.shape[1], width=width)
+
+
+def levels(newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], *, depths: int, width: int) -> Tensor:
     """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
 
-    newest: (batch,) int64; logits: (batch, block, vocab) of one draft pass; bias: the sequential head, previous tokens
-    (...,) -> (..., vocab), added along each path. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
+    newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes
+    of the depth before, (batch, nodes) each. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
     float32 cumulative log-probabilities, so that one transfer brings them to the host. Nodes are numbered level by
     level after the root, which is 0.
     """
-    batch, block = logits.shape[:2]
-    frontier = newest[:, None]  # (batch, candidates)
-    reach = torch.zeros(batch, 1, device=logits.device)  # their cumulative log-probability
+    frontier, place = newest[:, None], torch.full_like(newest[:, None], -1)  # (batch, candidates); and their parents
+    reach = torch.zeros(len(newest), 1, device=newest.device)  # their cumulative log-probability
     levels_token, levels_parent, levels_score = [], [], []
     first = 0  # number of the frontier's first node
-    for depth in range(block):
-        scores = logits[:, depth, None, :]
-        if bias is not None:
-            scores = scores + bias(frontier)
-        scores = scores.float().log_softmax(-1)
-        best, token = scores.expand(-1, frontier.shape[1], -1).topk(width, -1)
+    for depth in range(depths):
+        logs = scores(depth, frontier, place).float().log_softmax(-1)
+        best, token = logs.expand(-1, frontier.shape[1], -1).topk(width, -1)
         total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
         reach, place = total.topk(min(width, total.shape[1]), -1)
-        levels_parent.append(first + torch.div(place, width, rounding_mode="floor"))
-        frontier = token.flatten(1).gather(1, place)
+        frontier, place = token.flatten(1).gather(1, place), first + torch.div(place, width, rounding_mode="floor")
+        levels_parent.append(place)
         levels_token.append(frontier)
         levels_score.append(reach)
         first = 1 + depth * width
-    tokens, parents, scores = (torch.cat(levels, 1) for levels in (levels_token, levels_parent, levels_score))
-    return torch.stack((tokens.int(), parents.int(), scores.view(torch.int32)), 1)
+    tokens, parents, reached = (torch.cat(each, 1) for each in (levels_token, levels_parent, levels_score))
+    return torch.stack((tokens.int(), parents.int(), reached.view(torch.int32)), 1)
 
 
 def pruned(newest: np.ndarray, found: np.ndarray, *, width: int, budgets: np.ndarray) -> Trees:

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from model.config import DrafterName
+
 MIB = 1024 * 1024
 # What the engine is told as it stands; None leaves the choice to it.
 ENGINE_OPTIONS = (
     *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
     *("prefill_chunk", "prefill_stretch", "max_nodes", "max_rows", "encoder_cache_bytes"),
 )
-DRAFTERS_TO_COME = ("eagle", "medusa", "ngram")
 
 
 def option(panel: str, default: Any, description: str, *, hidden: bool = False, **bounds: Any) -> Any:
@@ -31,9 +32,12 @@ class Settings(BaseSettings):
 
     # The model and where it runs
     model: str = option("Model", "demo", "Path or id of the target model; 'demo' is the bundled one.", min_length=1)
-    draft: str | None = option("Model", None, "Path of the FLASH draft; without it, the one beside the target.")
-    drafter: Literal["auto", "flash", "eagle", "medusa", "ngram", "off"] = option(
-        "Model", "auto", "How tokens are drafted: auto (flash where there is a draft), flash, off."
+    draft: str | None = option("Model", None, "Path of a trained draft; without it, the bundled model's own.")
+    drafter: DrafterName = option(
+        "Model",
+        "auto",
+        "How tokens are drafted: auto (as the draft was trained; off without one), flash, flash-paper, eagle, medusa, "
+        "ngram (looks up what was said before; needs no draft), off.",
     )
     served_model_name: str | None = option("Model", None, "The name that clients use; by default the model's own.")
     device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker on each of these.")
@@ -107,13 +111,6 @@ class Settings(BaseSettings):
     @classmethod
     def split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    @field_validator("drafter")
-    @classmethod
-    def drafter_is_built(cls, value: str) -> str:
-        if value in DRAFTERS_TO_COME:
-            raise ValueError(f"the drafter {value!r} is not built yet; choose auto, flash or off")
-        return value
 
     @field_validator("device")
     @classmethod

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from model.bench.reference import Conversation, Reference
+from model.config import EngineConfig
+from model.drafters.replay import ReplayDrafter
 from model.engine import Engine
 from model.request import Request, SamplingParams
 
@@ -126,3 +128,35 @@ class EngineArm:
             drafts=drafts,
             accepted=accepted,
         )
+
+
+class ReplayArm:
+    """A simulated draft that costs nothing and is right with probability `accuracy` a token: see drafters/replay.py.
+
+    What is new to it is answered without a draft first, which does not count.
+    """
+
+    def __init__(self, accuracy: float, config: EngineConfig) -> None:
+        plain = Engine(replace(config, drafter="off"))
+        self._drafter = ReplayDrafter(accuracy, plain.target.vocab_size)
+        self._plain = EngineArm("off", plain)
+        self._replaying = EngineArm(self._drafter.name, Engine(plain.config, plain.target, self._drafter))
+        self._learnt: set[tuple[int, SamplingParams]] = set()
+        self._conversations: list[Conversation] = []  # held, so that no other gets the same id
+        self.name = self._drafter.name
+
+    def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
+        self._learn(conversations, params)
+        return self._replaying.run(conversations, params)
+
+    def _learn(self, conversations: Sequence[Conversation], params: SamplingParams) -> None:
+        keys = [
+            (id(conversation), replace(params, seed=params.seed + i)) for i, conversation in enumerate(conversations)
+        ]
+        if self._learnt.issuperset(keys):
+            return
+        answers = self._plain.run(conversations, params).answers
+        for conversation, answer in zip(conversations, answers, strict=True):
+            self._drafter.learn(self._plain.engine.target.prompt(conversation), answer)
+        self._learnt.update(keys)
+        self._conversations += conversations

@@ -32,7 +32,7 @@ from model.bench import report
 from model.bench.differences import EPSILON, Comparison, Difference, differences, summary
 from model.bench.jobs import GREEDY, SETTINGS, Job, Setting, alone, crowd_of, mixed, task_of
 from model.bench.reference import Conversation, Reference
-from model.config import DTYPES, EngineConfig
+from model.config import DRAFTERS, DTYPES, EngineConfig
 from model.demo import prompts
 from model.engine import Engine
 
@@ -47,12 +47,12 @@ class Check:
         self.config, self.max_tokens, self.progress = config.resolved(), max_tokens, progress
         self.reference = Reference(self.config.model, device=self.config.device, dtype=self.config.dtype)
         self.plain = Engine(replace(self.config, drafter="off", max_num_seqs=1))
-        self.flash = Engine(self.config)
+        self.drafting = Engine(self.config)
 
     def run(self, conversations: Mapping[int, Conversation], settings: Sequence[Setting]) -> list[Comparison]:
         """All comparisons, for every case under every setting."""
         plain_jobs = [Job(case, setting, speculation=False) for setting in settings for case in conversations]
-        flash_jobs = [replace(job, speculation=True) for job in plain_jobs]
+        drafted_jobs = [replace(job, speculation=True) for job in plain_jobs]
         greedy = [job for job in plain_jobs if job.setting == GREEDY]
         crowd = crowd_of(conversations, settings, seed=SEED)
         total = len(greedy) + 2 * len(plain_jobs) + len(crowd)
@@ -67,12 +67,12 @@ class Check:
                 generated.append(answers[0])
                 bar.update()
             bar.set_description("with speculation, alone")
-            flash = alone(self.flash, flash_jobs, conversations, self.max_tokens, bar.update)
+            drafted = alone(self.drafting, drafted_jobs, conversations, self.max_tokens, bar.update)
             bar.set_description("in a crowd")
-            together = mixed(self.flash, crowd, conversations, self.max_tokens, seed=SEED, done=bar.update)
+            together = mixed(self.drafting, crowd, conversations, self.max_tokens, seed=SEED, done=bar.update)
         return [
             Comparison("generate = plain", greedy, generated, [plain[j.case, j.setting] for j in greedy]),
-            Comparison("plain = flash, alone", flash_jobs, told, flash),
+            Comparison(f"plain = {self.config.drafter}, alone", drafted_jobs, told, drafted),
             Comparison("plain = in a crowd", crowd, [plain[j.case, j.setting] for j in crowd], together),
         ]
 
@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         "model.bench.equality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="demo", help="path or id of the target (default: the bundled one)")
-    parser.add_argument("--draft", help="path of its FLASH draft")
+    parser.add_argument("--drafter", default="flash", choices=DRAFTERS[1:-1], help="default: flash")
+    parser.add_argument("--draft", help="path of its draft")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--threads", type=int)
@@ -163,7 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     if given.threads:
         torch.set_num_threads(given.threads)
-    config = EngineConfig(model=given.model, draft=given.draft, device=given.device, dtype=given.dtype, drafter="flash")
+    config = EngineConfig(
+        model=given.model, draft=given.draft, device=given.device, dtype=given.dtype, drafter=given.drafter
+    )
     result = check(
         config,
         QUICK if given.quick else SETTINGS,

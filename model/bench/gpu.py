@@ -38,10 +38,12 @@ from model.config import DTYPES, EngineConfig
 from model.demo import checkpoint as demo
 from model.draft import checkpoint
 from model.draft.network import DraftConfig, DraftNetwork
+from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.graphs import Replays, recorder
 from model.kernels import choice
 from model.request import Message, Request, SamplingParams
+from model.round import TorchRound
 from model.targets.llava import LlavaTarget
 
 NODES = 16  # rows of a verified tree, the root included
@@ -225,28 +227,36 @@ class Batch:
         def run() -> object:
             rows = self.rows(num)
             positions = (rows.starts[:, None] + np.arange(num, dtype=np.int32))[None]
-            likeliest, logits, _ = self.engine._answers(tokens, positions, rows)
-            return logits.argmax(-1) if likeliest is None else likeliest
+            logits, _ = _round(self.engine).answers(tokens, positions, rows)
+            return logits.argmax(-1)
 
         return run
 
     def draft(self) -> Callable[[], object] | None:
         drafter, target = self.engine.drafter, self.engine.target
-        if drafter is None:
+        if not isinstance(drafter, FlashDrafter):
             return None
+        assert isinstance(drafter, FlashDrafter)
         newest, budgets = np.full(self.number, 9, np.int64), np.full(self.number, NODES - 1, np.int64)
         width = target.hidden_size * len(target.tap_layers)
         taps = torch.zeros(self.number, NODES, width, dtype=target.dtype, device=target.device)
 
         @torch.inference_mode()
         def run() -> object:
-            held = list(drafter.cache.lengths)
+            held = drafter.cache.lengths[:]
             trees = drafter.propose(newest, budgets)
-            drafter.observe(taps, [[0, 1]] * self.number)
+            drafter.observe(trees, [[0, 1]] * self.number, taps)
             drafter.cache.lengths[:] = held  # the next run begins where this one did
             return trees
 
         return run
+
+
+def _round(engine: Engine) -> TorchRound:
+    """Its target's passes in torch or, on a CPU, in the native stack, one by one."""
+    if isinstance(engine.round, TorchRound):
+        return engine.round
+    return TorchRound(engine.target, engine.cache, engine.counters, max_nodes=NODES - 1)
 
 
 def floor(engine: Engine, batch: Batch, bandwidth: float, weights: int) -> float:
@@ -267,18 +277,19 @@ def passes(engine: Engine, batch: Batch, repeats: int) -> dict[str, float]:
     ways["plain"] = (None, nullcontext())
     if kernel:
         ways["plain, torch attention"] = (None, without_kernel())
-    if engine._passes is not None:
-        ways["graph"] = (engine._passes, nullcontext())
+    now = _round(engine)
+    if now.passes is not None:
+        ways["graph"] = (now.passes, nullcontext())
         if kernel:
-            fresh = Replays(engine._run, engine.cache, recorder(device), max_rows=NODES)
+            fresh = Replays(now.run, engine.cache, recorder(device), max_rows=NODES)
             ways["graph, torch attention"] = (fresh, without_kernel())
-    found, kept = {}, engine._passes
+    found, kept = {}, now.passes
     for name, (replays, context) in ways.items():
-        engine._passes = replays
+        now.passes = replays
         with context:
             for num in (1, NODES):
                 found[f"{name}, {num}"] = seconds(batch.run(num), device, repeats)
-    engine._passes = kept
+    now.passes = kept
     return found
 
 
@@ -298,7 +309,7 @@ def measure(
         taken[name] = wall(engine.step, device, repeats)
         taken[f"{name}, busy"] = busy(engine.step, device, repeats)
         batch.end()
-    best = "graph" if engine._passes is not None else "plain"
+    best = "graph" if _round(engine).passes is not None else "plain"
     step, working = taken["step"], taken["step, busy"]
     assert step is not None
     return {

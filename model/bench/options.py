@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from model.config import DTYPES, EngineConfig
+from model.config import DRAFTERS, DTYPES, DrafterName, EngineConfig, drafter_of
 from model.request import SamplingParams
 
-ARMS = ("generate", "off", "flash")
+ARMS = ("generate", "off", *(name for name in DRAFTERS if name not in ("auto", "off")))
+REPLAY = "replay:"
 DESCRIPTION = """\
 Compares, on the same prompts in one run: transformers' own generate (batched, left-padded), the engine without
-speculation (off) and the engine with FLASH (flash).
+speculation (off) and the engine with FLASH (flash); or with other drafters: flash-paper, eagle, medusa (each needs its
+own --draft), ngram. replay:0.8 is a simulation: a draft that costs nothing and is right with probability 0.8 a token.
 
 A round submits BATCH prompts at once and ends with the last token of the last of them; a repeat is as many rounds as
 it takes for every prompt to have been answered once. tokens/s = tokens emitted (EOS included, padding not) / seconds of
@@ -27,7 +29,7 @@ between requests, so that no arm is spared the vision tower.
 @dataclass(frozen=True)
 class Options:
     model: str
-    draft: str | None
+    drafts: tuple[str, ...]
     device: str
     dtype: str
     threads: int | None
@@ -44,6 +46,11 @@ class Options:
     profile: bool
 
     @property
+    def draft(self) -> str | None:
+        """Of one drafter, where only one is looked at."""
+        return self.drafts[0] if self.drafts else None
+
+    @property
     def engine_config(self) -> EngineConfig:
         """Nothing is kept of media: prompts return in every repeat, and no arm is to be spared the vision tower."""
         return EngineConfig(
@@ -54,6 +61,11 @@ class Options:
             max_num_seqs=max(self.batches),
             encoder_cache_bytes=0,
         )
+
+    def config_of(self, drafter: str) -> EngineConfig:
+        """The engine with this drafter, and with the draft among those given that is its own."""
+        draft = next((draft for draft in self.drafts if drafter_of(Path(draft)) == drafter), None)
+        return replace(self.engine_config, draft=draft, drafter=cast("DrafterName", drafter))
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -66,11 +78,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     made.add_argument("--model", default="demo", help="path or id of the target; demo is the bundled one (default)")
-    made.add_argument("--draft", help="path of the FLASH draft")
+    made.add_argument("--draft", action="append", default=[], help="path of a draft; repeatable, one for each drafter")
     made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     made.add_argument("--dtype", default="auto", choices=DTYPES, help="of all three alike (default: auto)")
     made.add_argument("--threads", type=_positive, help="CPU threads (default: as torch chooses)")
-    made.add_argument("--drafters", default="generate,off,flash", help="which to compare (default: all three)")
+    made.add_argument("--drafters", default="generate,off,flash", help="which to compare (default: generate,off,flash)")
     made.add_argument(
         "--tasks",
         default="image caption,image question,video caption",
@@ -102,8 +114,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
     """The options that were given, checked; exits with the parser's message where they cannot be used."""
     arms = _split(given.drafters)
-    if not arms or set(arms) - set(ARMS):
-        made.error(f"--drafters must be some of {', '.join(ARMS)}")
+    if not arms or not all(arm in ARMS or _is_replay(arm) for arm in arms):
+        made.error(f"--drafters must be some of {', '.join(ARMS)}, {REPLAY}ACCURACY")
     tasks = tuple(task.replace("-", " ") for task in _split(given.tasks))
     if set(tasks) - {f"{kind} {what}" for kind in ("image", "video") for what in ("caption", "question")}:
         made.error("--tasks must be some of image caption, image question, video caption, video question")
@@ -116,11 +128,11 @@ def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
         made.error("--batches must be numbers, such as 1,4,8,16")
     return Options(
         model=given.model,
-        draft=given.draft,
+        drafts=tuple(given.draft),
         device=given.device,
         dtype=given.dtype,
         threads=given.threads,
-        arms=tuple(arm for arm in ARMS if arm in arms),
+        arms=(*(arm for arm in ARMS if arm in arms), *dict.fromkeys(arm for arm in arms if arm not in ARMS)),
         tasks=("own image",) if given.image else tasks,
         batches=sizes,
         repeats=given.repeats or (2 if given.quick else 5),
@@ -132,6 +144,13 @@ def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
         output=given.output,
         profile=given.profile,
     )
+
+
+def _is_replay(arm: str) -> bool:
+    try:
+        return arm.startswith(REPLAY) and 0.0 <= float(arm.removeprefix(REPLAY)) <= 1.0
+    except ValueError:
+        return False
 
 
 def _split(text: str) -> tuple[str, ...]:

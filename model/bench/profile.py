@@ -18,19 +18,22 @@ from functools import wraps
 from typing import Any, cast
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
-from model import sampling, verify
-from model.attention import Rows
+from model import sampling
+from model.attention import Rows, Sight
 from model.bench import report, run, workload
 from model.bench.arms import EngineArm
 from model.bench.options import Options
 from model.config import ConfigError
 from model.engine import Engine
 from model.native.library import Matrix
+from model.native.round import NativeRound
 from model.native.stack import Stack
-from model.native.step import DraftStep, Verifier, tree_seconds
+from model.native.step import DraftStep
 from model.scheduler import Chunk, Decoding
+from model.tree import Trees
 
 READ_BYTES = 1 << 30  # far beyond any cache
 SQUARE = 2048  # side of the matrices that the rate is measured with
@@ -38,6 +41,13 @@ ATTEMPTS = 5
 TASK = "image caption"
 ROUNDS = 4  # requests at least for each one at once
 AROUND = ("schedule", "tree", "sampling", "acceptance", "kv moves", "text", "between")
+ROUND_PARTS = {
+    "propose": "draft forward",
+    "grow": "tree",
+    "verify": "target forward",
+    "accept": "acceptance",
+    "observe": "draft forward",
+}
 NOTES = """\
 ms: per step (decode: one pass of target and draft over all sequences; prompt: one request). floor: the least that its
 bytes and multiplications take here. around: all that is not a forward, share of the step."""
@@ -99,21 +109,25 @@ def _matrix_cost(matrix: Matrix, rows: float) -> Cost:
     return Cost(float(weights * matrix.dtype.itemsize), 2.0 * weights * rows)
 
 
-def _verify_cost(verifier: Verifier, _: Any, __: Any, rows: Rows) -> Cost:
-    return _stack_cost(verifier.stack, rows) + _matrix_cost(verifier.head, float(rows.counts.sum()))
-
-
-def _propose_cost(step: DraftStep, _: Any, __: Any, rows: Rows) -> Cost:
-    real = float(rows.counts.sum())
-    return _stack_cost(step.stack, rows) + _matrix_cost(step.out, real) + _matrix_cost(step.head, real)
-
-
 def _fused_cost(step: DraftStep, taps: torch.Tensor) -> Cost:
     return _matrix_cost(step.fuse, float(len(taps)))
 
 
-def _observe_cost(step: DraftStep, _: Any, __: Any, rows: Rows) -> Cost:
-    return _stack_cost(step.stack, rows, only_held=True) + _matrix_cost(step.fuse, float(rows.counts.sum()))
+def _round_costs(now: NativeRound, trees: Trees, starts: np.ndarray, drafted: np.ndarray) -> dict[str, Cost]:
+    """Of a round that is just over, by its parts. starts, drafted: (slots,) int32, what both caches held before it."""
+    batch, verifier, flash = len(trees.sizes), now.verifier, now.flash
+    rows = Rows(now.cache, 0, trees.rows, starts[:batch], now.counts[:batch], Sight.TREE, trees.parents)
+    costs = {"verify": _stack_cost(verifier.stack, rows) + _matrix_cost(verifier.head, float(rows.counts.sum()))}
+    if flash is not None and flash.step is not None:
+        step, kept = flash.step, now.accepted[:batch]
+        drafting = (now.budgets[:batch] > 0).astype(np.int32) * np.int32(step.block)
+        if each := float(drafting.sum()):
+            block = Rows(flash.cache, 0, step.block, drafted[:batch], drafting, Sight.WHOLE)
+            costs["propose"] = _stack_cost(step.stack, block) + _matrix_cost(step.out, each)
+            costs["propose"] += _matrix_cost(step.head, each)
+        told = Rows(flash.cache, 0, trees.rows, drafted[:batch], kept, Sight.CAUSAL)
+        costs["observe"] = _stack_cost(step.stack, told, only_held=True) + _matrix_cost(step.fuse, float(kept.sum()))
+    return costs
 
 
 # -- the stopwatch
@@ -161,6 +175,40 @@ class Stopwatch:
 
         return call
 
+    def round(self, now: NativeRound) -> list[tuple[Any, str, Any]]:
+        """What is to be put in place of the two halves of a round; each tells itself what its parts took."""
+
+        held: dict[str, Any] = {}
+
+        def taken(half: Callable[..., Any], given: tuple[Any, ...], parts: tuple[str, ...]) -> Any:
+            begun = time.perf_counter()
+            result = half(*given)
+            spent, seconds = time.perf_counter() - begun, now.seconds
+            for part in parts:
+                self.seconds["decode", ROUND_PARTS[part]] += seconds[part]
+                spent -= seconds[part]
+            self.seconds["decode", "between"] += spent
+            return result
+
+        def look(*given: Any, plain: Any = now.look) -> Any:
+            begun = time.perf_counter()
+            held["starts"] = np.array(now.cache.lengths, np.int32)
+            held["drafted"] = held["starts"] if now.flash is None else np.array(now.flash.cache.lengths, np.int32)
+            result = taken(plain, given, ("propose", "grow", "verify"))
+            held["trees"] = result[0]
+            self._within[-1] += time.perf_counter() - begun
+            return result
+
+        def accept(*given: Any, plain: Any = now.accept) -> Any:
+            begun = time.perf_counter()
+            result = taken(plain, given, ("accept", "observe"))
+            for part, least in _round_costs(now, **held).items():
+                self.floors["decode", ROUND_PARTS[part]] += self._rates.floor(least.num_bytes, least.flops)
+            self._within[-1] += time.perf_counter() - begun
+            return result
+
+        return [(now, "look", look), (now, "accept", accept)]
+
     def deciding(self, schedule: Callable[..., Chunk | Decoding | None]) -> Any:
         @wraps(schedule)
         def call(*given: Any) -> Chunk | Decoding | None:
@@ -175,7 +223,8 @@ class Stopwatch:
 @contextmanager
 def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     """As long as this lasts, every part of the engine's steps is timed."""
-    target, drafter = engine.target, engine.drafter
+    target, drafter, now = engine.target, engine.drafter, engine.round
+    assert isinstance(now, NativeRound)
 
     def forward(owner: Any, name: str, cost: Callable[..., Cost]) -> tuple[Any, str, Any]:
         return owner, name, watch.timed("forward", getattr(owner, name), cost)
@@ -184,13 +233,10 @@ def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         forward(Stack, "forward", lambda stack, _embeds, _positions, rows: _stack_cost(stack, rows)),
         forward(Stack, "hold", lambda stack, _context, _positions, rows: _stack_cost(stack, rows, only_held=True)),
         forward(Matrix, "__call__", lambda matrix, x: _matrix_cost(matrix, x.numel() / matrix.inputs)),
-        forward(Verifier, "__call__", _verify_cost),
-        forward(DraftStep, "propose", _propose_cost),
         forward(DraftStep, "fused", _fused_cost),
-        forward(DraftStep, "observe", _observe_cost),
+        *watch.round(now),
         (target, "encode", watch.owned("vision", target.encode)),
         (sampling, "choose", watch.timed("sampling", sampling.choose)),
-        (verify, "walk", watch.timed("acceptance", verify.walk)),
         (engine.scheduler, "schedule", watch.timed("schedule", watch.deciding(engine.scheduler.schedule))),
         (engine.cache, "keep", watch.timed("kv moves", engine.cache.keep)),
         (engine, "_compact", watch.timed("kv moves", engine._compact)),
@@ -198,9 +244,7 @@ def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         (engine, "step", watch.timed("between", engine.step)),
     ]
     if drafter is not None:
-        places += [
-            (drafter, name, watch.owned("draft", getattr(drafter, name))) for name in ("propose", "observe", "prefill")
-        ]
+        places.append((drafter, "prefill", watch.owned("draft", drafter.prefill)))
     patches = [patch.object(owner, name, replacement) for owner, name, replacement in places]
     for each in patches:
         each.start()
@@ -227,9 +271,12 @@ def profile(options: Options, command: str) -> dict[str, Any]:
             engine = Engine(replace(config, drafter=cast("Any", drafter)))
             if not engine.target.native:
                 raise ConfigError("--profile looks into the native library, which does not run this model here")
+            gc.collect()
+            gc.freeze()  # as the worker does: walking through model and libraries takes as long as many steps
             for batch in options.batches:
                 rows += _rows(engine, drafter, batch, options, measured)
             del engine
+            gc.unfreeze()
             gc.collect()
     result = {
         "machine": machine,
@@ -248,13 +295,8 @@ def _rows(engine: Engine, drafter: str, batch: int, options: Options, measured: 
     arm, watch = EngineArm(drafter, engine), Stopwatch(measured)
     count = max(options.prompts, ROUNDS * batch)
     arm.run(workload.conversations(options, TASK, first=workload.WARM_UP, count=batch), params, in_flight=batch)
-    grown = tree_seconds()
     with watched(engine, watch):
         arm.run(workload.conversations(options, TASK, count=count), params, in_flight=batch)
-    if watch.steps["decode"] and engine.drafter is not None:  # trees are grown within the draft's pass
-        grown = tree_seconds() - grown
-        watch.seconds["decode", "draft forward"] -= grown
-        watch.seconds["decode", "tree"] += grown
     for kind in ("prompt", "decode"):
         steps = watch.steps[kind]
         parts = {part: seconds for (of, part), seconds in watch.seconds.items() if of == kind}

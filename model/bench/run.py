@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from model.bench import figures, report, workload
-from model.bench.arms import Arm, EngineArm, GenerateArm, Run, joined
-from model.bench.options import Options
+from model.bench.arms import Arm, EngineArm, GenerateArm, ReplayArm, Run, joined
+from model.bench.options import REPLAY, Options
 from model.bench.reference import Conversation, Reference
 from model.config import EngineConfig
 from model.engine import Engine
@@ -32,10 +32,10 @@ def run(options: Options, command: str) -> dict[str, Any]:
     logging.disable_progress_bar()  # ours is enough
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = replace(options.engine_config, drafter="flash" if "flash" in options.arms else "off").resolved()
+    config = options.config_of("off").resolved()
     machine = report.machine(config.device, config.dtype)
     rows: list[dict[str, Any]] = []
-    arms = [_arm(name, config) for name in options.arms]
+    arms = [_arm(name, options, config) for name in options.arms]
     sampling = "greedy" if options.sampling == "greedy" else "seeded (temperature 1)"
     for task, batch, runs in _measured(options, arms):
         target = report.target_name(options.model)
@@ -54,10 +54,12 @@ def show(result: dict[str, Any], table: str, options: Options) -> None:
     sys.stdout.flush()
 
 
-def _arm(name: str, config: EngineConfig) -> Arm:
+def _arm(name: str, options: Options, plain: EngineConfig) -> Arm:
     if name == "generate":
-        return GenerateArm(Reference(config.model, device=config.device, dtype=config.dtype))
-    return EngineArm(name, Engine(replace(config, drafter="flash" if name == "flash" else "off")))
+        return GenerateArm(Reference(plain.model, device=plain.device, dtype=plain.dtype))
+    if name.startswith(REPLAY):
+        return ReplayArm(float(name.removeprefix(REPLAY)), plain)
+    return EngineArm(name, Engine(options.config_of(name)))
 
 
 def _measured(options: Options, arms: Sequence[Arm]) -> Iterator[tuple[str, int, dict[str, list[Run]]]]:

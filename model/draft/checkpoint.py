@@ -1,10 +1,11 @@
-"""A trained draft on disk: `config.json` (shape, target's fingerprint, versions, command) and `model.safetensors`."""
+"""A trained draft on disk: `config.json` (drafter, shape, target's fingerprint, versions, command) and
+`model.safetensors`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,29 @@ from safetensors import SafetensorError
 
 from model import __version__
 from model.config import ConfigError
+from model.draft.eagle import EagleConfig, EagleNetwork
+from model.draft.medusa import MedusaConfig, MedusaNetwork
 from model.draft.network import DraftConfig, DraftNetwork
 from model.targets.base import Target
+
+DraftShape = DraftConfig | EagleConfig | MedusaConfig
+Network = DraftNetwork | EagleNetwork | MedusaNetwork
+KINDS: dict[str, tuple[type[Any], type[Any]]] = {
+    "flash": (DraftConfig, DraftNetwork),
+    "flash-paper": (DraftConfig, DraftNetwork),
+    "eagle": (EagleConfig, EagleNetwork),
+    "medusa": (MedusaConfig, MedusaNetwork),
+}
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a draft's config.json says that is needed to load it."""
+
+    drafter: str
+    config: DraftShape
+    target_fingerprint: str
 
 
 def fingerprint(target: Target) -> str:
@@ -27,13 +49,14 @@ def fingerprint(target: Target) -> str:
     return hashlib.sha256(shape.encode() + rows.numpy().tobytes()).hexdigest()
 
 
-def save(folder: Path, network: DraftNetwork, target: Target, **notes: Any) -> None:
-    """Write the draft in bfloat16. `notes` (command, data, figures...) are kept in config.json as they are."""
+def save(folder: Path, network: Network, target: Target, *, drafter: str | None = None, **notes: Any) -> None:
+    """Write the draft in bfloat16. drafter: whose it is, where its network serves several; `notes` (command, data,
+    figures...) are kept in config.json as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    described = {
-        "drafter": "flash",
+    written = {
+        "drafter": drafter or next(name for name, (_, kind) in KINDS.items() if type(network) is kind),
         "draft": asdict(network.config),
         "target_fingerprint": fingerprint(target),
         "flashserve_version": __version__,
@@ -41,27 +64,41 @@ def save(folder: Path, network: DraftNetwork, target: Target, **notes: Any) -> N
         "transformers_version": transformers.__version__,
         **notes,
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def load(folder: Path, target: Target) -> DraftNetwork:
-    """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target."""
+def described(folder: Path) -> Described:
+    """The draft in `folder`, but for its weights. ConfigError if it cannot be read."""
     try:
-        described = json.loads((folder / "config.json").read_text())
-        config = DraftConfig(**{**described["draft"], "tap_layers": tuple(described["draft"]["tap_layers"])})
-        network = DraftNetwork(config)
+        told = json.loads((folder / "config.json").read_text())
+        config_type, _ = KINDS[told["drafter"]]
+        config = config_type(**{**told["draft"], "tap_layers": tuple(told["draft"]["tap_layers"])})
+        return Described(told["drafter"], config, told["target_fingerprint"])
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+
+
+def load(folder: Path, target: Target) -> Network:
+    """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target."""
+    told = described(folder)
+    _, network_type = KINDS[told.drafter]
+    try:
+        network: Network = network_type(told.config)
         network.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-        trained_for = described["target_fingerprint"]
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"draft {str(folder)!r} cannot be read: {error}") from error
-    if trained_for != fingerprint(target):
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+    if told.target_fingerprint != fingerprint(target):
         raise ConfigError(
             f"draft {str(folder)!r} was trained for another target than the one being served; "
             "train one for this target, or serve with --drafter off"
         )
-    if config.tap_layers != target.tap_layers:
+    if told.config.tap_layers != target.tap_layers:
         raise ConfigError(
-            f"draft {str(folder)!r} reads layers {config.tap_layers}; the target offers {target.tap_layers}"
+            f"draft {str(folder)!r} reads layers {told.config.tap_layers}; the target offers {target.tap_layers}"
         )
     network.to(target.device, target.dtype).eval().requires_grad_(False)
     return network
+
+
+def _unreadable(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"draft {str(folder)!r} cannot be read: {error}")

@@ -5,21 +5,18 @@ drafting". Ours departs from the paper in three ways (see DECISIONS.md): the con
 values, a low-rank sequential head restores the dependence between the tokens of a block, and text positions of the
 context keep their full resolution.
 
-Knows nothing of requests, caches or trees. Attention is a function handed in, so that training (many blocks over one
-context, at once) and serving (one block over a KV cache) run the same layers.
+Knows nothing of requests, caches or trees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-# (layer, queries, keys, values) -> mixed values, all (batch, heads, rows, head_dim)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+from model.draft.layers import Attend, DraftLayer, Fuse, rotary_table
 
 
 @dataclass(frozen=True)
@@ -41,25 +38,6 @@ class DraftConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
-
-
-class Fuse(nn.Module):
-    """Hidden states of several target layers to one context vector: linear, then RMSNorm."""
-
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        width = config.target_hidden_size
-        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=1e-6) for _ in config.tap_layers])
-        self.linear = nn.Linear(width * len(config.tap_layers), config.hidden_size, bias=False)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-
-    def forward(self, taps: Tensor) -> Tensor:
-        """(..., num_taps * target_hidden) -> (..., hidden)."""
-        parts = taps.unflatten(-1, (len(self.norms), -1))
-        weights = torch.stack([norm.weight for norm in self.norms])  # type: ignore[misc]
-        scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all at once: it runs at every step
-        fused: Tensor = self.norm(self.linear(scaled.flatten(-2)))
-        return fused
 
 
 class LatentCompressor(nn.Module):
@@ -84,56 +62,6 @@ class LatentCompressor(nn.Module):
         pooled = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         latents: Tensor = self.norm(self.out(pooled))
         return latents
-
-
-def rotary_table(config: DraftConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions (batch, rows), computed in float32: each (batch, 1, rows, head_dim), sin's first half
-    negated, so that `rotate` need only swap halves."""
-    half = config.head_dim // 2
-    speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
-    angle = positions[:, None, :, None] * speed
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of (batch, heads, rows, head_dim) by the tables of `rotary_table`."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((right, left), -1) * sin
-
-
-class DraftLayer(nn.Module):
-    """One transformer layer whose queries are the block and whose keys and values are context and block."""
-
-    def __init__(self, config: DraftConfig, index: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.index, self.heads = index, config.num_heads
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
-        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, width, bias=False)
-
-    def split(self, x: Tensor) -> Tensor:
-        """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.kv(x).chunk(2, -1)
-        return rotate(self.split(keys), cos, sin), self.split(values)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x: (batch, rows, hidden), the block(s) being drafted; cos, sin: see `rotary_table`."""
-        y = self.attention_norm(x)
-        keys, values = self.keys_values(y, cos, sin)
-        mixed = attend(self.index, rotate(self.split(self.q(y)), cos, sin), keys, values)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        result: Tensor = x + self.down(F.silu(gate) * up)
-        return result
 
 
 class SequentialHead(nn.Module):

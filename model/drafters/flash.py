@@ -8,68 +8,73 @@ computed *and kept* enters it, so it is rolled back together with the target's c
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import attention, tree
 from model.attention import Plan, Rows, Sight
-from model.draft.network import DraftNetwork, rotary_table
-from model.graphs import MAX_ROWS, Recorder, Replays
+from model.draft.network import DraftNetwork
+from model.drafters.base import Room
+from model.drafters.layers import MAX_TABLE, indexed, native_layers
+from model.graphs import MAX_ROWS, Replays
 from model.kv_cache import KVCache
-from model.linear import Packed, pack
+from model.linear import Packed, held_by, pack
 from model.native import library
 from model.native.candidates import MAX_WIDTH, Candidates
-from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.native.step import DraftStep
-from model.targets.base import Target
+from model.targets.base import Prompt, Target
 from model.transfer import upload
-from model.tree import Trees
+from model.tree import FixedTree, Trees
 
-MAX_TABLE = 1 << 24  # numbers in a table made at load
+# The tree of `flash-paper`, children by path of ranks: 25 nodes over five positions, as the paper has. Which they are
+# is taken from EAGLE (arXiv 2401.15077), whose static tree has as many of both.
+PAPER_TREE = {
+    (): 4,
+    (0,): 3, (1,): 2, (2,): 2, (3,): 1,
+    (0, 0): 3, (0, 1): 2, (0, 2): 2, (1, 0): 1,
+    (0, 0, 0): 3,
+    (0, 0, 0, 0): 2,
+}  # fmt: skip
 
 
 class FlashDrafter:
-    def __init__(
-        self,
-        target: Target,
-        network: DraftNetwork,
-        *,
-        num_slots: int,
-        capacity: int,
-        margin: int,
-        width: int,
-        recorder: Recorder | None = None,
-    ) -> None:
-        """With a `recorder`, what torch computes at every step is recorded and replayed: see graphs.py."""
+    """See `model.drafters.base.Drafter`."""
+
+    def __init__(self, name: str, target: Target, network: DraftNetwork, room: Room) -> None:
         config = network.config
-        self.target, self.network, self.width = target, network, width
+        self.name = name
+        self.target, self.network, self.width = target, network, room.width
         self.block = config.block
+        self._fixed = FixedTree.of(PAPER_TREE, config.block) if name == "flash-paper" else None
         self.cache = KVCache(
             num_layers=config.num_layers,
-            num_slots=num_slots,
+            num_slots=room.num_slots,
             num_heads=config.num_heads,
             head_dim=config.head_dim,
-            capacity=capacity,
-            margin=max(margin, config.block),
+            capacity=room.capacity,
+            margin=max(room.margin, config.block),
             dtype=target.dtype,
             device=target.device,
         )
+        self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
         self._visual: dict[int, list[Tensor]] = {}  # slot -> fused states of a medium whose prefill is under way
-        self._layers = _native(network, self.cache.stride)
+        self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
         pack(network)
         self._candidates = self._native_candidates()
-        self._step = self._native_step()
+        self.step = self._native_step()  # with which proposing and observing are part of the native round
         self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
         self._proposals = self._observations = None
-        if recorder is not None and self._layers is None and self._candidates is None and margin <= MAX_ROWS:
-            self._proposals = Replays(self._propose, self.cache, recorder, max_rows=self.block)
-            self._observations = Replays(self._observe, self.cache, recorder, max_rows=margin)
+        if room.recorder is not None and self._layers is None and self._candidates is None and room.margin <= MAX_ROWS:
+            self._proposals = Replays(self._propose, self.cache, room.recorder, max_rows=self.block)
+            self._observations = Replays(self._observe, self.cache, room.recorder, max_rows=room.margin)
             with torch.inference_mode():
                 self._proposals.prepare(1, [self.block])
-                self._observations.prepare(0, range(1, margin + 1), len(config.tap_layers) * config.target_hidden_size)
+                width = len(config.tap_layers) * config.target_hidden_size
+                self._observations.prepare(0, range(1, room.margin + 1), width)
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:
@@ -84,13 +89,15 @@ class FlashDrafter:
         if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
             return None
         head = self.network.sequential
+        if self._fixed is not None:
+            return Candidates(self._fixed.width, fixed=self._fixed)
         if head is None:
-            return Candidates(self.width, None, None)
+            return Candidates(self.width)
         assert isinstance(head.after, Packed)
         return Candidates(self.width, head.before.weight, head.after.matrix)
 
     def _native_step(self) -> DraftStep | None:
-        """All of a step in two native calls, where everything it takes is there."""
+        """What a native round needs of the draft, where all of it is native."""
         head, fuse = self.target.head, self.network.fuse
         if self._layers is None or self._candidates is None or head is None:
             return None
@@ -113,35 +120,39 @@ class FlashDrafter:
 
     @property
     def native(self) -> bool:
-        """Whether a step runs in the native library, nothing of it in torch."""
-        return self._step is not None
+        return self.step is not None
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights, as they are held."""
-        held = sum(parameter.nbytes for parameter in self.network.parameters())
-        packed = [module.matrix.packed.nbytes for module in self.network.modules() if isinstance(module, Packed)]
-        return held + sum(packed) + (self._layers.num_bytes if self._layers is not None else 0)
+        return held_by(self.network) + (self._layers.num_bytes if self._layers is not None else 0)
 
-    def start(self, slot: int) -> None:
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.data.nbytes
+
+    def start(self, slot: int, prompt: Prompt) -> None:
         self.cache.take(slot)
-        self._visual[slot] = []
+        self._spans[slot], self._visual[slot] = prompt.spans, []
 
     def free(self, slot: int) -> None:
         self.cache.free(slot)
-        del self._visual[slot]
+        del self._spans[slot], self._visual[slot]
 
     def move(self, source: int, target: int) -> None:
         self.cache.move(source, target)
-        self._visual[target] = self._visual.pop(source)
+        self._spans[target], self._visual[target] = self._spans.pop(source), self._visual.pop(source)
 
-    def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
-        """Take in prompt positions start.. of one sequence. taps: (positions, taps * hidden); spans: the media's."""
-        fused = self.network.fuse(taps) if self._step is None else self._step.fused(taps)
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        self.cache.check_integrity()
+        assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
+        assert self._spans.keys() == self._visual.keys() == held.keys(), "a medium of a sequence that is gone"
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        fused = self.network.fuse(taps) if self.step is None else self.step.fused(taps)
         end = start + len(fused)
         rows: list[Tensor] = []
         at = start
-        for first, last in spans:
+        for first, last in self._spans[slot]:
             if last <= start or first >= end:
                 continue
             if first > at:
@@ -163,22 +174,16 @@ class FlashDrafter:
             self._write(self._behind(slot, len(context), [len(context)]), context[None])
             self._advance(slot, [len(context)])
 
-    def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
-        """Take in what a verify step kept. taps: (slots, rows, taps * hidden) of slots 0..; paths: rows, ascending."""
-        index = np.zeros((len(paths), max(map(len, paths))), np.int32)
-        for b, path in enumerate(paths):
-            index[b, : len(path)] = path
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+        index = indexed(paths)
         counts = [len(path) for path in paths]
         rows = self._behind(0, index.shape[1], counts)
-        if self._step is not None:
-            self._step.observe(taps, index, rows)
+        places = upload(index, taps.device).long()
+        kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
+        if self._observations is not None:
+            self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
-            places = upload(index, taps.device).long()
-            kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
-            if self._observations is not None:
-                self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
-            else:
-                self._write(rows, self.network.fuse(kept))
+            self._write(rows, self.network.fuse(kept))
         self._advance(0, counts)
 
     def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
@@ -208,16 +213,12 @@ class FlashDrafter:
             self.cache.lengths[first_slot + b] += count
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        """A tree for each of slots 0.., of at most budgets[b] nodes. newest: (slots,) the last token of each."""
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
-        if self._step is not None:
-            trees, self.drafted = self._step.propose(newest, budgets, rows)
-            return trees
         if self._proposals is not None:
             (found,) = self._proposals(rows, np.repeat(newest[None, :, None], self.block, 2))
-            return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
+            return self._trees(newest, found, budgets)
         last = upload(newest, self.target.device)
         if self._layers is not None:
             entering = self.network.block_input(self.target.embed(last)[:, None])[:, 0]
@@ -228,13 +229,25 @@ class FlashDrafter:
         self.drafted = logits = self.target.logits(hidden)
         if self._candidates is not None:
             return self._candidates.grow(logits, newest, budgets)
-        return tree.best_first(newest, logits, self.network.sequential, width=self.width, budgets=budgets)
+        return self._trees(newest, self._nodes(last, logits), budgets)
+
+    def _nodes(self, newest: Tensor, logits: Tensor) -> Tensor:
+        """What trees are made of, as `tree.levels` returns it. newest: (batch,); logits: (batch, block, vocab)."""
+        if self._fixed is not None:
+            return tree.fill(self._fixed, logits)
+        return tree.candidates(newest, logits, self.network.sequential, width=self.width)
+
+    def _trees(self, newest: np.ndarray, nodes: Tensor, budgets: np.ndarray) -> Trees:
+        found = nodes.cpu().numpy()
+        if self._fixed is not None:
+            return tree.planted(newest, found, self._fixed, budgets)
+        return tree.pruned(newest, found, width=self.width, budgets=budgets)
 
     def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-        """See tree.candidates. numbers: (1, batch, block), the newest token of each slot, repeated."""
+        """See _nodes. numbers: (1, batch, block), the newest token of each slot, repeated."""
         newest = numbers[0, :, 0]
         logits = self.target.logits(self._block_hidden(plan, newest))
-        return (tree.candidates(newest, logits, self.network.sequential, width=self.width),)
+        return (self._nodes(newest, logits),)
 
     def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
         """(batch,) tokens -> (batch, block, target_hidden), to be read by the target's lm_head."""
@@ -244,38 +257,3 @@ class FlashDrafter:
             lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
         )[:, 0]
         return hidden
-
-
-def _native(network: DraftNetwork, positions: int) -> Stack | None:
-    """The draft's layers and its last norm in the native stack, where that can run them; released from the network."""
-    config, weight = network.config, network.masks
-    shape = Shape(
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        kv_heads=config.num_heads,
-        head_dim=config.head_dim,
-        intermediate=config.intermediate_size,
-        eps=1e-6,
-    )
-    if not (shape.fits and library.supports(weight.dtype, weight.device)):
-        return None
-    layers: list[Any] = list(network.layers)
-    cos, sin = rotary_table(config, torch.arange(positions + config.block)[None], weight.dtype)
-    stack = Stack(
-        shape,
-        [
-            LayerWeights(
-                norm1=Norm(layer.attention_norm.weight),
-                qkv=torch.cat((layer.q.weight, layer.kv.weight)),
-                out=layer.out.weight,
-                norm2=Norm(layer.mlp_norm.weight),
-                up=layer.gate_up.weight,
-                down=layer.down.weight,
-            )
-            for layer in layers
-        ],
-        rotary=Rotary(cos[0, 0], sin[0, 0], np.zeros(config.head_dim, np.int32)),
-        final_norm=Norm(network.norm.weight),
-    )
-    network.layers = nn.ModuleList()
-    return stack

@@ -9,6 +9,8 @@ struct Draft {
   const void *logits;  // (batch, block, vocab)
   const void *before;  // (vocab, rank) of the sequential head; null: none
   const void *after;   // packed: rank -> vocab
+  const int32_t *fixed;  // (num_fixed, 3): parent, rank and depth of the nodes of a fixed tree; null: best-first
+  int32_t num_fixed;
 };
 
 // One tree per sequence, `rows` each, to be filled behind their roots.
@@ -89,28 +91,13 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
   }
 }
 
-template <class T>
-void grow(const Draft& draft, const Trees& trees, int b) {
-  const int rows = trees.rows, most = draft.block * draft.width;
-  const int budget = trees.budgets[b] < most ? trees.budgets[b] : most;
-  Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
-  int32_t* number_of = (int32_t*)__builtin_alloca((most + 1) * sizeof(int32_t));  // row of a node; the root is 0
-  int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));
-  bool* kept = (bool*)__builtin_alloca(most);
-  memset(kept, 0, most);
-  Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)rows], 0}};
-  int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
-  for (int depth = 0; depth < draft.block; depth++) {
-    Best next{draft.width}, best[MAX_WIDTH];
-    for (int n = 0; n < num; n++) best[n].width = draft.width;
-    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
-    for (int n = 0; n < num; n++)
-      for (int i = 0; i < best[n].num; i++)  // always less than the parent's, also when the draft is certain
-        next.offer({frontier[n].score + (best[n].held[i].score < 0 ? best[n].held[i].score : 0) - 1e-6f, best[n].held[i].token, first + n});
-    first = count + 1, num = next.num;
-    for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
-  }
-  // The best of all nodes; a parent always is better than its children, and comes before them.
+// Tree b of the best of `count` nodes, as many as its budget has. Parents come before their children and are always
+// better; a node's parent is its number from 1 on, or the root's, 0.
+void plant(const Trees& trees, int b, const Candidate* nodes, const int32_t* level_of, int count) {
+  const int rows = trees.rows, budget = trees.budgets[b];
+  int32_t* number_of = (int32_t*)__builtin_alloca((count + 1) * sizeof(int32_t));  // row of a node; the root is 0
+  bool* kept = (bool*)__builtin_alloca(count + 1);
+  memset(kept, 0, count + 1);
   for (int taken = 0; taken < budget && taken < count; taken++) {
     int best = -1;
     for (int i = 0; i < count; i++)
@@ -135,6 +122,60 @@ void grow(const Draft& draft, const Trees& trees, int b) {
   for (int i = 0; i < count; i++)
     if (kept[i]) take(i);
   trees.sizes[b] = row;
+}
+
+// The `width` best children of frontier node n, whose continuations those in `best` are, are offered to `next`.
+void offer_children(const Candidate& node, int number, const Best& best, Best& next) {
+  for (int i = 0; i < best.num; i++)  // always less than the parent's, also when the draft is certain
+    next.offer({node.score + (best.held[i].score < 0 ? best.held[i].score : 0) - 1e-6f, best.held[i].token, number});
+}
+
+inline int no_worse(const Candidate* nodes, int count, float score) {
+  int found = 0;
+  for (int i = 0; i < count; i++) found += nodes[i].score >= score;
+  return found;
+}
+
+// Tree b of the first nodes of the fixed tree, as many as its budget has.
+template <class T>
+void fill(const Draft& draft, const Trees& trees, int b) {
+  const Candidate root = {0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0};
+  Best* best = (Best*)__builtin_alloca(draft.block * sizeof(Best));  // at each depth
+  for (int depth = 0; depth < draft.block; depth++) {
+    best[depth] = Best{draft.width};
+    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, &root, 1, best + depth);
+  }
+  const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
+  const long at = b * (long)trees.rows;
+  for (int row = 1; row <= num; row++) {
+    const int32_t parent = draft.fixed[3 * row - 3], rank = draft.fixed[3 * row - 2], depth = draft.fixed[3 * row - 1];
+    const Candidate& one = best[depth - 1].held[rank];
+    trees.tokens[at + row] = one.token, trees.scores[at + row] = trees.scores[at + parent] + one.score;
+    trees.parents[at + row] = parent, trees.depths[at + row] = depth;
+  }
+  trees.sizes[b] = 1 + num;
+}
+
+template <class T>
+void grow(const Draft& draft, const Trees& trees, int b) {
+  if (draft.fixed) return fill<T>(draft, trees, b);
+  const int most = draft.block * draft.width;
+  Candidate* nodes = (Candidate*)__builtin_alloca(most * sizeof(Candidate));
+  int32_t* level_of = (int32_t*)__builtin_alloca(most * sizeof(int32_t));
+  Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}};
+  int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
+  for (int depth = 0; depth < draft.block; depth++) {
+    Best next{draft.width}, best[MAX_WIDTH];
+    for (int n = 0; n < num; n++) best[n].width = draft.width;
+    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
+    for (int n = 0; n < num; n++) offer_children(frontier[n], first + n, best[n], next);
+    first = count + 1, num = next.num;
+    for (int n = 0; n < num; n++) level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
+    // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
+    while (num && no_worse(nodes, count, frontier[num - 1].score) >= trees.budgets[b]) num--;
+    if (!num) break;
+  }
+  plant(trees, b, nodes, level_of, count);
 }
 
 }  // namespace

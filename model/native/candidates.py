@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.native.library import Matrix, functions, pointer
-from model.tree import Trees, roots
+from model.tree import FixedTree, Trees, roots
 
 MAX_WIDTH = 16  # as in candidates.h
 
@@ -17,7 +17,8 @@ MAX_WIDTH = 16  # as in candidates.h
 class _Draft(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
-        *((n, ctypes.c_void_p) for n in "logits before after".split()),
+        *((n, ctypes.c_void_p) for n in "logits before after fixed".split()),
+        ("num_fixed", ctypes.c_int32),
     ]
 
 
@@ -43,13 +44,26 @@ class TreeArrays(ctypes.Structure):
 
 
 class Candidates:
-    """`model.tree.best_first` in one call. The sequential head, or None: before (vocab, rank), after rank -> vocab."""
+    """`model.tree.best_first` in one call. The sequential head, or None: before (vocab, rank), after rank -> vocab.
+
+    Or a fixed tree, of which `width` must hold all ranks; then without a sequential head.
+    """
 
     STRUCT = _Draft
 
-    def __init__(self, width: int, before: Tensor | None, after: Matrix | None) -> None:
+    def __init__(
+        self, width: int, before: Tensor | None = None, after: Matrix | None = None, fixed: FixedTree | None = None
+    ) -> None:
         assert 1 <= width <= MAX_WIDTH
+        assert fixed is None or (before is None and fixed.width <= width)
         self.width, self._before, self._after = width, before, after
+        self._fixed = None
+        if fixed is not None:
+            self._fixed = np.array((fixed.parents, fixed.ranks, fixed.depths), np.int32).T.copy()
+
+    def most(self, block: int) -> int:
+        """Nodes of a tree at most."""
+        return block * self.width if self._fixed is None else len(self._fixed)
 
     def struct(self, *, block: int, vocab: int, logits: Tensor | None = None) -> _Draft:
         return _Draft(
@@ -60,13 +74,15 @@ class Candidates:
             logits=pointer(logits),
             before=pointer(self._before),
             after=None if self._after is None else self._after.packed.data_ptr(),
+            fixed=pointer(self._fixed),
+            num_fixed=0 if self._fixed is None else len(self._fixed),
         )
 
     def grow(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """logits: (batch, block, vocab); newest, budgets: (batch,) int64."""
         _, block, vocab = logits.shape
         logits = logits.contiguous()
-        budgets = np.minimum(budgets, block * self.width)
+        budgets = np.minimum(budgets, self.most(block))
         trees = roots(newest, 1 + int(budgets.max(initial=0)))
         draft, arrays = self.struct(block=block, vocab=vocab, logits=logits), TreeArrays.of(trees, budgets)
         bfloat16 = ctypes.c_bool(logits.dtype is torch.bfloat16)

@@ -47,7 +47,6 @@ def load() -> Library | None:
             continue
         functions = ctypes.CDLL(spec.origin)
         functions.flash_begin.restype = ctypes.c_bool
-        functions.flash_tree_seconds.restype = ctypes.c_double
         if functions.flash_begin(1):
             return Library(name, functions, dtypes)
     return None

@@ -23,11 +23,36 @@ struct DraftNetwork {
   int32_t num_taps;
   Draft candidates;
 };
+
+// Where a stack's keys and values lie, as in `Rows`; lengths: (slots,) what every slot holds.
+struct Cache {
+  void* data;
+  int64_t layer_stride, values_stride, slot_stride, head_stride;
+  int32_t* lengths;
+};
+
+enum Part { PROPOSING, GROWING, VERIFYING, ACCEPTING, OBSERVING, NUM_PARTS };
+
+// One round over slots 0.. of both caches (model/round.py). `rows` a slot: its root and at most so many nodes less one.
+struct Round {
+  const Stack* target;
+  const void* embeddings;
+  Linear head;
+  const DraftNetwork* draft;  // null: none
+  Cache target_cache, draft_cache;
+  int32_t batch, rows, axes;
+  int32_t given;                    // whether the trees are there already
+  const int64_t *newest, *budgets;  // (batch,) last token; nodes at most, or -1: the slot idles
+  const int32_t* roots;             // (batch,) position ids of the roots
+  Trees trees;
+  int32_t *counts, *positions, *paths, *accepted;  // (batch,) real rows; (axes, batch, rows); (batch, rows); (batch,) rows of a path
+  void *taps, *logits, *drafted;
+  int64_t *chosen, *emitted;  // (batch, rows): the target's own tokens; what is emitted
+  double* seconds;            // (NUM_PARTS,) that each part took
+};
 }
 
 namespace {
-
-double tree_seconds = 0.0;  // that `propose` has spent on trees, for whoever measures
 
 static inline double now() {
   timespec time;
@@ -83,7 +108,7 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
 
 // Logits (batch, block, vocab), and trees behind the roots that `trees` has; rows.counts is 0 for those that get none.
 template <class T>
-void propose(const DraftNetwork& draft, const Rows& rows, void* logits, const Trees& trees) {
+void propose(const DraftNetwork& draft, const Rows& rows, void* logits, const Trees& trees, double& growing) {
   const Stack& stack = *draft.stack;
   const long wide = stack.hidden, block = rows.rows, count = rows.batch * block, most = round_up(count, MANY_ROWS);
   const long wide_out = draft.out.outputs, vocab = draft.head.outputs;
@@ -107,7 +132,7 @@ void propose(const DraftNetwork& draft, const Rows& rows, void* logits, const Tr
     member.share(trees.batch, [&](int b) {
       if (rows.counts[b]) grow<T>(candidates, trees, b);
     });
-    if (pthread_equal(caller, pthread_self())) tree_seconds += now() - begun;
+    if (pthread_equal(caller, pthread_self())) growing = now() - begun;
   });
 }
 
@@ -136,7 +161,7 @@ void fuse(const DraftNetwork& draft, const void* taps, int rows, void* context) 
   });
 }
 
-// Of taps (batch, num, num_taps, target's hidden) the rows that `paths` (batch, rows.rows) names, fused, become context.
+// Of taps (batch, num, num_taps, target's hidden) the rows that `paths` (batch, num) names, fused, become context.
 template <class T>
 void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int num, const int32_t* paths) {
   const long wide = draft.stack->hidden, wide_taps = draft.fuse.inputs;
@@ -145,8 +170,8 @@ void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int 
   T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide), *context = scratch.take<T>(most * wide);
   Pass<T> pass(*draft.stack, rows, arena);
   const auto from = [&](int row) {
-    const int place = pass.where[row], b = place / rows.rows;
-    return (const T*)taps + (b * (long)num + paths[place]) * wide_taps;
+    const int b = pass.where[row] / rows.rows, at = pass.where[row] % rows.rows;
+    return (const T*)taps + (b * (long)num + paths[b * (long)num + at]) * wide_taps;
   };
   team.run([&](Member member) {
     fuse_stages(member, draft, pass.num, scaled, fused, from, [&](int row) { return context + pass.where[row] * wide; });
@@ -154,18 +179,106 @@ void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int 
   });
 }
 
-// moves (num, 3): in every layer and head of a slot, the row at one position goes to another; in order.
-inline void move_rows(char* cache, int layers, int heads, const int64_t* strides, long row_bytes, const int32_t* moves, int num) {
+// In every layer and head of a slot, the rows of its path go where it ends.
+template <class T>
+void move_rows(const Round& round) {
+  const Stack& stack = *round.target;
+  const Cache& cache = round.target_cache;
+  const long bytes = stack.head_dim * sizeof(T);
+  const auto moved = [&](int b) { return round.accepted[b] && round.paths[b * (long)round.rows + round.accepted[b] - 1] >= round.accepted[b]; };
+  bool any = false;
+  for (int b = 0; b < round.batch; b++) any = any || moved(b);
+  if (!any) return;
   team.run([&](Member member) {
-    member.share(2 * layers, [&](int task) {
-      char* part = cache + (task / 2) * strides[0] + (task % 2) * strides[1];
-      for (int i = 0; i < num; i++)
-        for (int head = 0; head < heads; head++) {
-          char* rows = part + moves[3 * i] * strides[2] + head * strides[3];
-          memcpy(rows + moves[3 * i + 2] * row_bytes, rows + moves[3 * i + 1] * row_bytes, row_bytes);
+    member.share(2 * stack.num_layers, [&](int task) {
+      T* part = (T*)cache.data + (task / 2) * cache.layer_stride + (task % 2) * cache.values_stride;
+      for (int b = 0; b < round.batch; b++) {
+        if (!moved(b)) continue;
+        for (int i = 0; i < round.accepted[b]; i++) {
+          const int from = round.paths[b * (long)round.rows + i];
+          if (from == i) continue;
+          for (int head = 0; head < stack.kv_heads; head++) {
+            T* rows = part + b * cache.slot_stride + head * cache.head_stride + (long)cache.lengths[b] * stack.head_dim;
+            memcpy((void*)(rows + (long)i * stack.head_dim), rows + (long)from * stack.head_dim, bytes);
+          }
         }
+      }
     });
   });
+}
+
+inline Rows rows_of(const Cache& cache, int batch, int rows, Sight sight, const int32_t* counts, const int32_t* parents, const int32_t* positions) {
+  return Rows{batch, rows, 0, sight, cache.lengths, counts, parents, positions, cache.data,
+              cache.layer_stride, cache.values_stride, cache.slot_stride, cache.head_stride};
+}
+
+// Trees for the slots with a budget, and what the target says at every node.
+template <class T>
+void look(Round& round) {
+  const int batch = round.batch;
+  const long rows = round.rows, all = batch * rows;
+  const double begun = now();
+  Trees& trees = round.trees;
+  if (!round.given) {
+    memset(trees.tokens, 0, all * sizeof *trees.tokens);
+    memset(trees.depths, 0, all * sizeof *trees.depths);
+    memset(trees.parents, -1, all * sizeof *trees.parents);
+    for (int b = 0; b < batch; b++) trees.tokens[b * rows] = round.newest[b], trees.sizes[b] = 1;
+  }
+  round.seconds[GROWING] = 0.0;
+  if (!round.given && rows > 1) {
+    const int block = round.draft->candidates.block;
+    for (int b = 0; b < batch; b++) round.counts[b] = round.budgets[b] > 0 ? block : 0;
+    propose<T>(*round.draft, rows_of(round.draft_cache, batch, block, WHOLE, round.counts, nullptr, nullptr), round.drafted, trees,
+               round.seconds[GROWING]);
+  }
+  const double drafted = now();
+  for (int b = 0; b < batch; b++) {
+    round.counts[b] = round.budgets[b] < 0 ? 0 : trees.sizes[b];
+    for (int axis = 0; axis < round.axes; axis++)
+      for (long at = b * rows; at < (b + 1) * rows; at++) round.positions[axis * all + at] = round.roots[b] + trees.depths[at];
+  }
+  const Rows verified = rows_of(round.target_cache, batch, rows, TREE, round.counts, trees.parents, round.positions);
+  verify<T>(*round.target, verified, round.embeddings, trees.tokens, round.head, round.taps, round.logits, round.chosen);
+  round.seconds[PROPOSING] = drafted - begun - round.seconds[GROWING];
+  round.seconds[VERIFYING] = now() - drafted;
+}
+
+// Sample and match (model/verify.py): descend to the child that carries what the target chose, as long as there is one.
+inline int walk(const Round& round, int b) {
+  const long first = b * (long)round.rows;
+  const Trees& trees = round.trees;
+  int length = 1;
+  round.paths[first] = 0, round.emitted[first] = round.chosen[first];
+  for (int row = 1; row < round.counts[b]; row++) {  // a parent comes before its children, so that once through is enough
+    if (trees.parents[first + row] != round.paths[first + length - 1] || trees.tokens[first + row] != round.emitted[first + length - 1]) continue;
+    round.paths[first + length] = row, round.emitted[first + length] = round.chosen[first + row];
+    length++;
+  }
+  return length;
+}
+
+// What `chosen` agrees with is kept, in both caches, and emitted.
+template <class T>
+void accept(Round& round) {
+  const double begun = now();
+  int longest = 0;
+  for (int b = 0; b < round.batch; b++) {
+    round.accepted[b] = round.counts[b] ? walk(round, b) : 0;
+    longest = round.accepted[b] > longest ? round.accepted[b] : longest;
+  }
+  move_rows<T>(round);
+  const double accepted = now();
+  if (round.draft) {
+    const Rows kept = rows_of(round.draft_cache, round.batch, longest, CAUSAL, round.accepted, nullptr, nullptr);
+    observe<T>(*round.draft, kept, round.taps, round.rows, round.paths);
+  }
+  for (int b = 0; b < round.batch; b++) {
+    round.target_cache.lengths[b] += round.accepted[b];
+    if (round.draft) round.draft_cache.lengths[b] += round.accepted[b];
+  }
+  round.seconds[ACCEPTING] = accepted - begun;
+  round.seconds[OBSERVING] = now() - accepted;
 }
 
 }  // namespace

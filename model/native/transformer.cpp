@@ -1,5 +1,6 @@
 // What Python calls (library.py, stack.py, candidates.py, step.py): forward passes, and the steps made of them.
-#include "step.h"
+#include "eagle.h"
+#include "medusa.h"
 
 namespace {
 
@@ -118,27 +119,24 @@ void flash_hold(bool bfloat16, const Stack* stack, const Rows* rows, const void*
 // Trees of the likeliest drafted nodes behind the roots that `trees` has.
 void flash_grow(bool bfloat16, const Draft* draft, const Trees* trees) { BY_TYPE(grow_all, *draft, *trees); }
 
-// tokens (batch, rows) -> taps (batch, rows, num_taps, hidden), logits (batch, rows, vocab) and chosen (batch, rows).
-void flash_verify(bool bfloat16, const Stack* stack, const Rows* rows, const void* embeddings, const int64_t* tokens, const Linear* head,
-                  void* taps, void* logits, int64_t* chosen) {
-  BY_TYPE(verify, *stack, *rows, embeddings, tokens, *head, taps, logits, chosen);
-}
-
-void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, void* logits, const Trees* trees) {
-  BY_TYPE(propose, *draft, *rows, logits, *trees);
-}
-
-double flash_tree_seconds() { return tree_seconds; }
-
 void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* taps, int rows, void* context) {
   BY_TYPE(fuse, *draft, taps, rows, context);
 }
 
-void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths) {
-  BY_TYPE(observe, *draft, *rows, taps, num, paths);
+// last (batch, hidden) -> logits (batch, block, vocab), and trees.
+void flash_propose_medusa(bool bfloat16, const MedusaNetwork* draft, const void* last, void* logits, const Trees* trees) {
+  BY_TYPE(propose_medusa, *draft, last, logits, *trees);
 }
 
-void flash_move(void* cache, int layers, int heads, const int64_t* strides, long row_bytes, const int32_t* moves, int num) {
-  move_rows((char*)cache, layers, heads, strides, row_bytes, moves, num);
+void flash_propose_eagle(bool bfloat16, const EagleNetwork* draft, const Rows* rows, const void* pending, const Trees* trees) {
+  BY_TYPE(propose_eagle, *draft, *rows, pending, *trees);
 }
+
+void flash_observe_eagle(bool bfloat16, const EagleNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths,
+                         const int64_t* tokens, void* pending) {
+  BY_TYPE(observe_eagle, *draft, *rows, taps, num, paths, tokens, pending);
+}
+
+void flash_look(bool bfloat16, Round* round) { BY_TYPE(look, *round); }
+void flash_accept(bool bfloat16, Round* round) { BY_TYPE(accept, *round); }
 }

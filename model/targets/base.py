@@ -6,9 +6,8 @@ ids, the chat template, how a video becomes tokens. The layers are transformers'
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from model.attention import Plan, Rows
 from model.config import ConfigError, EngineConfig
 from model.native.library import Matrix
+from model.native.step import Verifier
 from model.request import Geometry, Medium, Message
 
 
@@ -47,9 +47,11 @@ class Target(Protocol):
     tokens_per_image: int
     geometry: Geometry
     head: Matrix | None  # lm_head, where it is packed for the native library
+    verifier: Verifier | None  # what a native round needs, where the decoder runs natively
     native: bool  # all that takes long runs in the native library, nothing in torch
     recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
+    final_norm: Tensor  # (hidden,) scale of the norm between the last layer and lm_head
 
     @property
     def num_bytes(self) -> int:
@@ -85,11 +87,6 @@ class Target(Protocol):
         """
         ...
 
-    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray | None, Tensor, Tensor]:
-        """`forward` over tokens (batch, rows) int64, and what follows from it: the likeliest token behind each of them
-        (batch, rows) int64 if it is known, logits (batch, rows, vocab), and the tapped layers' outputs."""
-        ...
-
     def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """`forward` by torch alone, all that it reads being on the device; positions (axes, batch, rows) integers."""
         ...
@@ -105,16 +102,27 @@ def evenly_spaced(num_layers: int, count: int = 3) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(place, num_layers - 1) for place in places))
 
 
-def load(config: EngineConfig) -> Target:
-    """The target that a resolved config names."""
+def tapped(num_layers: int, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers whose output a target is to offer: those wanted, -1 being the last; None: some, evenly spaced."""
+    if wanted is None:
+        return evenly_spaced(num_layers)
+    if not all(-num_layers <= layer < num_layers for layer in wanted):
+        raise ConfigError(f"a draft that reads layers {wanted} is for another target: this one has {num_layers}")
+    return tuple(sorted({layer % num_layers for layer in wanted}))
+
+
+def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
+    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
+    evenly spaced."""
     from model.targets.llava import LlavaTarget
     from model.targets.qwen2_5_vl import Qwen25VLTarget
 
-    families: dict[str, Callable[[EngineConfig], Target]] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
+    families: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
     try:
         kind = AutoConfig.from_pretrained(config.model).model_type
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
     if kind not in families:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(families)}")
-    return families[kind](config)
+    target: Target = families[kind](config, tap_layers=tap_layers)
+    return target

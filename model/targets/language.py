@@ -20,7 +20,7 @@ from model.native import library
 from model.native.library import Matrix
 from model.native.step import Verifier
 from model.targets import native
-from model.targets.base import evenly_spaced
+from model.targets.base import tapped
 from model.transfer import upload
 
 
@@ -32,8 +32,17 @@ class NativeTower(Protocol):
 class LanguageModel:
     """The half of `model.targets.base.Target` that is the same in all families; they add the other."""
 
-    def __init__(self, config: EngineConfig, model: Any, tokenizer: PreTrainedTokenizerBase, *, num_axes: int) -> None:
-        """A resolved config; a conditional generation model of transformers, whose decoder layers may be released."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tap_layers: tuple[int, ...] | None,
+        *,
+        num_axes: int,
+    ) -> None:
+        """A resolved config; a conditional generation model of transformers, whose decoder layers may be released. For
+        `tap_layers` see `model.targets.base.load`."""
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
@@ -48,9 +57,10 @@ class LanguageModel:
         self.max_positions, self.num_axes = text.max_position_embeddings, num_axes
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
-        self.tap_layers = evenly_spaced(self.num_layers)
+        self.tap_layers = tapped(self.num_layers, tap_layers)
+        self.final_norm = language.norm.weight
         # The last trees reach beyond the last position; what they hold there is never kept.
-        self.decoder = native.decoder(language, self.tap_layers, self.max_positions + config.max_nodes)
+        self.decoder = native.decoder(language, self.tap_layers, self.max_positions + config.nodes)
         rope = getattr(text, "rope_parameters", None) or {}
         # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
         self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"
@@ -59,7 +69,7 @@ class LanguageModel:
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
         self.verifier = None
         if self.decoder is not None and self.head is not None:
-            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head)
+            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head, num_axes)
         self._taps: dict[int, Tensor] = {}
         for layer in self.tap_layers if self.decoder is None else ():
             language.layers[layer].register_forward_hook(self._tap(layer))
@@ -94,12 +104,6 @@ class LanguageModel:
             plan=plan,
         ).last_hidden_state
         return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
-
-    def verify(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[np.ndarray | None, Tensor, Tensor]:
-        if self.verifier is not None:
-            return self.verifier(tokens, positions, rows)
-        hidden, taps = self.forward(self.embed(upload(tokens, self.device)), positions, rows)
-        return None, self.logits(hidden), taps
 
     def logits(self, hidden: Tensor) -> Tensor:
         scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)

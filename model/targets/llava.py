@@ -28,13 +28,19 @@ FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 class LlavaTarget(LanguageModel):
     """See `model.targets.base.Target`."""
 
-    def __init__(self, config: EngineConfig, model: Any = None, processor: Any = None) -> None:
-        """The checkpoint that a resolved config names; or these, which are on no disk."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Any = None,
+        processor: Any = None,
+        tap_layers: tuple[int, ...] | None = None,
+    ) -> None:
+        """The checkpoint that a resolved config names; or these, which are on no disk. For `tap_layers` see `load`."""
         self.processor = processor or AutoProcessor.from_pretrained(config.model)
         model = model or LlavaForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
         )
-        super().__init__(config, model, self.processor.tokenizer, num_axes=1)
+        super().__init__(config, model, self.processor.tokenizer, tap_layers, num_axes=1)
         self.tower = native.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
         self.image_id: int = self.model.config.image_token_index

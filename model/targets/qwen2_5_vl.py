@@ -42,14 +42,14 @@ VIDEO_DEFAULTS = {
 class Qwen25VLTarget(LanguageModel):
     """See `model.targets.base.Target`."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """The checkpoint that a resolved config names."""
+    def __init__(self, config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> None:
+        """The checkpoint that a resolved config names. For `tap_layers` see `load`."""
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
         )
         if "sliding_attention" in model.config.text_config.layer_types:
             raise ConfigError(f"model {config.model!r} uses sliding window attention, which is not supported")
-        super().__init__(config, model, AutoTokenizer.from_pretrained(config.model), num_axes=3)
+        super().__init__(config, model, AutoTokenizer.from_pretrained(config.model), tap_layers, num_axes=3)
         vision = self.model.config.vision_config
         self.patch, self.merge, self.together = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self._time_scale = np.float32(vision.tokens_per_second)

@@ -1,10 +1,64 @@
-"""The loss of a block drafter. Knows logits only."""
+"""What a draft is taught: at random places of answers to say what the target said next. The same for every drafter.
+
+Each drafter's loss puts its network where serving would put it at such a place, and compares what it drafts there.
+"""
 
 from __future__ import annotations
+
+import random
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from model.draft.checkpoint import Network
+from model.draft.eagle import EagleNetwork
+from model.draft.medusa import MedusaNetwork
+from model.draft.network import DraftNetwork
+from model.targets.base import Prompt, Target
+from model.train.seen import Seen
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Places where drafts begin, as many in each answer.
+
+    places: (batch, anchors), position of the newest token, which is newest: (batch, anchors) itself; labels: (drafts,
+    block) the tokens after it, -100 beyond the answer's end; taught: (drafts, block, vocab) what the target gave for
+    them.
+    """
+
+    places: Tensor
+    newest: Tensor
+    labels: Tensor
+    taught: Tensor
+
+    @classmethod
+    def of(cls, seen: list[Seen], block: int, count: int, rng: random.Random) -> Anchors:
+        places, newest, labels, taught = [], [], [], []
+        for each in seen:
+            ids = each.ids
+            # The newest token of a draft is any answer token but the last.
+            first, last = len(each.prompt.ids), len(ids) - 2
+            for p in (rng.randint(first, max(first, last)) for _ in range(count)):
+                places.append(p)
+                newest.append(ids[p])
+                labels.append([ids[p + 1 + j] if p + 1 + j < len(ids) else -100 for j in range(block)])
+                taught.append(each.taught[[min(p + j, len(ids) - 1) - first + 1 for j in range(block)]])
+        device = seen[0].taps.device
+        by_answer = (len(seen), count)
+        return cls(
+            torch.tensor(places, device=device).view(by_answer),
+            torch.tensor(newest, device=device).view(by_answer),
+            torch.tensor(labels, device=device),
+            torch.stack(taught).float(),
+        )
+
+    @property
+    def previous(self) -> Tensor:
+        """(drafts, block): the token before each label."""
+        return torch.cat((self.newest.flatten()[:, None], self.labels[:, :-1].clamp_min(0)), 1)
 
 
 def block_loss(drafted: Tensor, taught: Tensor, labels: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
@@ -22,3 +76,118 @@ def block_loss(drafted: Tensor, taught: Tensor, labels: Tensor, *, gamma: float)
     loss = ((surprise.view_as(weight) + apart) * weight).sum() / weight.sum().clamp_min(1e-6)
     hits = ((drafted.argmax(-1) == labels) & there).sum(0) / there.sum(0).clamp_min(1)
     return loss, hits
+
+
+def draft_loss(
+    target: Target, network: Network, seen: list[Seen], *, anchors: int, gamma: float, rng: random.Random
+) -> tuple[Tensor, Tensor]:
+    """Draft `anchors` times per answer, at random places; the loss, and hits per position."""
+    places = Anchors.of(seen, network.config.block, anchors, rng)
+    match network:
+        case DraftNetwork():
+            drafted = flash_logits(target, network, seen, places)
+        case EagleNetwork():
+            drafted = eagle_logits(target, network, seen, places)
+        case MedusaNetwork():
+            drafted = medusa_logits(target, network, seen, places)
+    return block_loss(drafted.float(), places.taught, places.labels, gamma=gamma)
+
+
+# --- each (drafts, block, vocab)
+
+
+def flash_logits(target: Target, network: DraftNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
+    """Blocks over each answer's context, of which each sees what comes before its newest token, and itself."""
+    block, count = network.config.block, anchors.places.shape[1]
+    contexts, before = [], []
+    for each, places in zip(seen, anchors.places.tolist(), strict=True):
+        context, index = context_of(network, each.taps.float(), each.prompt)
+        contexts.append(context)
+        before.append([index[p] for p in places])
+    context = _padded(contexts)
+    device, batch, longest = context.device, len(seen), context.shape[1]
+    starts = torch.tensor(before, device=device)  # (batch, anchors)
+    kept = network.context_keys_values(context, torch.arange(longest, device=device).expand(batch, -1))
+    owner = torch.arange(count * block, device=device) // block
+    sees_context = torch.arange(longest, device=device) < starts.repeat_interleave(block, 1)[:, :, None]
+    sees_block = (owner[:, None] == owner[None, :]).expand(batch, -1, -1)
+    mask = torch.cat((sees_context, sees_block), -1)[:, None]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = kept[layer]
+        return F.scaled_dot_product_attention(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), attn_mask=mask)
+
+    hidden = network.block_hidden(target.embed(anchors.newest).float(), starts, attend)
+    drafted = target.logits(hidden.to(target.dtype)).flatten(0, 1)
+    return drafted if network.sequential is None else drafted + network.sequential(anchors.previous)
+
+
+def context_of(network: DraftNetwork, taps: Tensor, prompt: Prompt) -> tuple[Tensor, list[int]]:
+    """The draft's context of one sequence: its rows (rows, hidden); for each position, how many rows lie before it."""
+    fused = network.fuse(taps)
+    rows: list[Tensor] = []
+    index: list[int] = []
+    at = count = 0
+    for start, end in prompt.spans:
+        rows.append(fused[at:start])
+        index += range(count, count + start - at)
+        count += start - at
+        if network.compressor is not None:
+            rows.append(network.compressor(fused[None, start:end])[0])
+            count += len(rows[-1])
+        index += [count] * (end - start)
+        at = end
+    rows.append(fused[at:])
+    index += range(count, count + len(fused) - at)
+    return torch.cat(rows), index
+
+
+def eagle_logits(target: Target, network: EagleNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
+    """A pass per depth, each going on from the features of the one before, as in serving: EAGLE-3's training-time test.
+
+    A draft's rows see the context up to the position before its newest token, and those of its own that came before.
+    """
+    features = _padded([network.fuse(each.taps.float()) for each in seen])
+    entries = network.entry(_padded([each.embeds.float() for each in seen]))
+    context = network.entering(features[:, :-1], entries[:, 1:])
+    device, (batch, longest) = context.device, context.shape[:2]
+    count = anchors.places.shape[1]
+    kept = network.context_keys_values(context, torch.arange(longest, device=device).expand(batch, -1))
+    before = anchors.places - 1  # rows of the context, and the position of the first row of a draft
+    sees_context = (torch.arange(longest, device=device) < before[:, :, None])[:, None]
+    own = torch.eye(count, dtype=torch.bool, device=device).expand(batch, 1, -1, -1)
+    states = features.gather(1, before[:, :, None].expand(-1, -1, features.shape[-1]))
+    tokens = anchors.previous.view(batch, count, -1)
+    drafted = []
+    for depth in range(network.config.block):
+        entry = network.entry(target.embed(tokens[:, :, depth]).float())
+        mask = torch.cat((sees_context, *[own] * (depth + 1)), -1)
+        attend = Growing(*kept, mask)
+        states = network.step(network.entering(states, entry), before + depth, attend)
+        kept = attend.keys, attend.values
+        drafted.append(target.logits(network.hidden(states).to(target.dtype)))
+    return torch.stack(drafted, 2).flatten(0, 1)
+
+
+class Growing:
+    """Attention over keys and values, (batch, heads, rows, head_dim), to which those of a pass are added."""
+
+    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
+        """mask: (batch, 1, rows, keys before and rows), what each row sees."""
+        self.keys, self.values, self._mask = keys, values, mask
+
+    def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys, self.values = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=self._mask)
+
+
+def medusa_logits(target: Target, network: MedusaNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
+    """All heads, over what the target's last layer gave at the position before the newest token."""
+    last = torch.cat([each.taps[p - 1] for each, p in zip(seen, anchors.places, strict=True)])
+    return target.logits(network(last.float()).to(target.dtype))
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """Of different lengths, (rows, width) each -> (batch, longest, width)."""
+    longest = max(map(len, rows))
+    return torch.stack([F.pad(each, (0, 0, 0, longest - len(each))) for each in rows])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from model.config import ConfigError, EngineConfig
+from model.config import DRAFTERS, ConfigError, EngineConfig
 from model.request import Geometry, Medium, Message, Request, RequestError, RequestOutput, RequestStats, SamplingParams
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
@@ -45,8 +45,8 @@ def generate(
     num_frames: Annotated[int | None, typer.Option(help="Frames taken of a video.", rich_help_panel=VIDEO)] = None,
     fps: Annotated[float | None, typer.Option(help="Or: frames taken a second.", rich_help_panel=VIDEO)] = None,
     model: Annotated[str, typer.Option(help="Path or id of the target.", rich_help_panel=ENGINE)] = "demo",
-    draft: Annotated[str | None, typer.Option(help="Path of the FLASH draft.", rich_help_panel=ENGINE)] = None,
-    drafter: Annotated[str, typer.Option(help="auto, flash or off.", rich_help_panel=ENGINE)] = "auto",
+    draft: Annotated[str | None, typer.Option(help="Path of a trained draft.", rich_help_panel=ENGINE)] = None,
+    drafter: Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.", rich_help_panel=ENGINE)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=ENGINE)] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=ENGINE)] = "auto",
 ) -> None:

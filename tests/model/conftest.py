@@ -62,7 +62,7 @@ def crowd(crowd_engine: Engine) -> Iterator[Engine]:
     yield crowd_engine
     for sequence in (*crowd_engine.scheduler.running, *crowd_engine.scheduler.waiting):  # of a test that failed
         crowd_engine.abort(sequence.request.request_id)
-    crowd_engine.drafter = drafter
+    crowd_engine.use(drafter)
     tiny.assert_idle(crowd_engine)
 
 
@@ -103,5 +103,5 @@ def qwen_crowd(qwen_crowd_engine: Engine) -> Iterator[Engine]:
     yield qwen_crowd_engine
     for sequence in (*qwen_crowd_engine.scheduler.running, *qwen_crowd_engine.scheduler.waiting):
         qwen_crowd_engine.abort(sequence.request.request_id)
-    qwen_crowd_engine.drafter = drafter
+    qwen_crowd_engine.use(drafter)
     tiny.assert_idle(qwen_crowd_engine)

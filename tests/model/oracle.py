@@ -1,13 +1,14 @@
 """A drafter that knows the answer, and corrupts it on purpose: paths of every length and branching get accepted.
 
-It has FlashDrafter's interface and looks nothing like it, so that what it shows is the engine's own. It also notes what
-the engine tells it: what enters its context must be what the target has kept, or the two would drift apart unnoticed.
+It is a `Drafter` unlike any other, so that what it shows is the engine's own. It also notes what the engine tells it:
+what enters its context must be what the target has kept, or the two would drift apart unnoticed.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from model.engine import Engine
 from model.kv_cache import KVCache
+from model.targets.base import Prompt
 from model.tree import Trees, roots
 
 
 class OracleDrafter:
     """`known`: request id -> the answer that decoding without a draft gives."""
+
+    name, native, num_bytes, cache_bytes = "oracle", False, 0, 0
 
     def __init__(self, engine: Engine, known: Mapping[str, list[int]], seed: int = 0, truth: float = 0.75) -> None:
         self.engine, self.known, self.truth = engine, known, truth
@@ -30,14 +34,14 @@ class OracleDrafter:
             num_heads=1,
             head_dim=1,
             capacity=engine.cache.capacity,
-            margin=engine.config.max_nodes + 1,
+            margin=engine.config.nodes + 1,
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
         self.shapes: set[tuple[int, int]] = set()  # (nodes proposed, accepted)
         self._sizes: list[int] = []  # nodes of this step's trees, if there are any
 
-    def start(self, slot: int) -> None:
+    def start(self, slot: int, prompt: Prompt) -> None:
         self.cache.take(slot)
 
     def free(self, slot: int) -> None:
@@ -46,19 +50,25 @@ class OracleDrafter:
     def move(self, source: int, target: int) -> None:
         self.cache.move(source, target)
 
-    def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
-        assert taps.ndim == 2
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+        assert taps.ndim == embeds.ndim == 2
+        assert len(taps) == len(embeds)
         assert start == self.cache.lengths[slot], "a prompt's chunks come out of order"
         self.cache.lengths[slot] += len(taps)
 
-    def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
-        assert taps.shape[0] == len(paths)
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        assert len(trees.tokens) == taps.shape[0] == len(paths)
         for slot, path in enumerate(paths):
             assert path == sorted(set(path))
             self.cache.lengths[slot] += len(path)
             if path and self._sizes and self._sizes[slot]:
                 self.shapes.add((self._sizes[slot], len(path) - 1))
         self._sizes = []
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        self.cache.check_integrity()
+        assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
+        assert all(self.cache.lengths[slot] == computed for slot, computed in held.items())
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """Trees that hold some of what will come, and decoys at every depth."""
@@ -104,5 +114,5 @@ def with_oracle(engine: Engine, known: Mapping[str, list[int]], seed: int = 0, t
     """Give an idle engine this drafter instead of its own."""
     assert not engine.has_work
     oracle = OracleDrafter(engine, known, seed, truth)
-    engine.drafter = oracle  # type: ignore[assignment]
+    engine.use(oracle)
     return oracle

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from model import sampling, verify
+from model import sampling
 from model.bench import __main__ as bench
 from model.bench import equality, figures, profile
 from model.bench.arms import Run
@@ -21,10 +21,11 @@ from model.bench.margins import margin
 from model.bench.reference import Reference
 from model.engine import Engine
 from model.native import library
+from model.native.round import NativeRound
 from model.native.stack import Stack
-from model.native.step import Verifier
+from model.native.step import DraftStep
 from model.request import Message, SamplingParams
-from model.tree import Trees
+from model.round import TorchRound
 from service.cli import app
 from tests.model import tiny
 
@@ -91,10 +92,10 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
 ) -> None:
     monkeypatch.setattr(profile, "READ_BYTES", 1 << 22)
     monkeypatch.setattr(profile, "SQUARE", 64)
-    before = Stack.forward, Verifier.__call__, verify.walk
+    before = Stack.forward, DraftStep.fused, Engine.step
     asked = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
     bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
-    assert before == (Stack.forward, Verifier.__call__, verify.walk), "the stopwatch was left behind"
+    assert before == (Stack.forward, DraftStep.fused, Engine.step), "the stopwatch was left behind"
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["memory_gb_per_second"] > 0
     steps = {(row["drafter"], row["batch"], row["step"]) for row in result["rows"]}
@@ -110,7 +111,35 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
     assert any(row["part"] == "tree" and row["ms"] > 0 for row in result["rows"])
 
 
-@pytest.mark.parametrize("wrong", [["--drafters", "eagle"], ["--batches", "0"], ["--image", "x.png"], ["--tasks", "x"]])
+def test_drafters_are_compared_on_the_same_prompts(
+    tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its own draft; what is simulated says so wherever it shows."""
+    eagle = tiny.save_network(tmp_path / "eagle", "eagle", tiny_checkpoint)
+    asked = [*models(tiny_checkpoint, tiny_draft), "--draft", str(eagle), "--sampling", "seeded"]
+    asked += ["--drafters", "off,flash,eagle,ngram,replay:1,replay:0.5", "--tasks", "image caption"]
+    bench.main([*asked, "--batches", "1,3", "--prompts", "3", "--repeats", "1", "--max-tokens", "12"])
+    *table, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    simulated = ["replay:1 (simulation)", "replay:0.5 (simulation)"]
+    assert [row["drafter"] for row in rows if row["batch"] == 3] == ["off", "flash", "eagle", "ngram", *simulated]
+    assert sum("(simulation)" in line for line in table) == 4
+    for row in rows:
+        assert row["same_tokens_as_plain"] == 1.0
+        if row["drafter"] == "replay:1 (simulation)":
+            assert row["acceptance_length"] >= 10, "every token is right, and an answer has twelve"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--drafters", "eagles"],
+        ["--drafters", "replay:1.1"],
+        ["--batches", "0"],
+        ["--image", "x.png"],
+        ["--tasks", "x"],
+    ],
+)
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench.main(wrong)
@@ -148,18 +177,26 @@ def test_an_honest_engine_passes(tiny_checkpoint: Path, tiny_draft: Path, tmp_pa
     assert all(difference["excused"] for difference in result["differences"])
 
 
+def credulous(honest: Any) -> Any:
+    """A round that takes the draft's word for the first token of every tree."""
+
+    def look(self: Any, *given: int) -> Any:
+        trees, likeliest, logits = honest(self, *given)
+        for b in np.flatnonzero(trees.sizes > 1):
+            logits[b, 0, trees.tokens[b, 1]] = 1e4
+            if likeliest is not None:
+                likeliest[b, 0] = trees.tokens[b, 1]
+        return trees, likeliest, logits
+
+    return look
+
+
 def test_a_planted_difference_is_found(
     tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verification that takes the draft's word: the very bug that the check exists for."""
-    honest = verify.walk
-
-    def credulous(trees: Trees, b: int, chosen: np.ndarray) -> verify.Verdict:
-        if trees.sizes[b] < 2:
-            return honest(trees, b, chosen)
-        return verify.Verdict([0, 1], [int(trees.tokens[b, 1]), int(chosen[1])])
-
-    monkeypatch.setattr(verify, "walk", credulous)
+    for kind in (NativeRound, TorchRound):
+        monkeypatch.setattr(kind, "look", credulous(kind.look))
     code, result = check(tiny_checkpoint, tiny_draft, tmp_path / "equality.json")
     assert code == 1
     assert not result["passed"]
@@ -238,7 +275,7 @@ def test_generate_says_what_the_engine_says(
     ("more", "complaint"),
     [
         (["--temperature", "-1"], "temperature is out of range"),
-        (["--drafter", "eagle"], "not built yet"),
+        (["--drafter", "eagle"], "one for --drafter flash"),
         (["--model", "/nowhere"], "cannot be loaded"),
     ],
 )

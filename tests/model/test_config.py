@@ -98,7 +98,7 @@ def test_memory_is_known_before_the_first_request(tiny_checkpoint: Path, tiny_dr
         num_heads=target.num_kv_heads,
         head_dim=target.head_dim,
         capacity=engine.max_model_len,
-        margin=engine.config.max_nodes + 1,
+        margin=engine.config.nodes + 1,
         dtype=target.dtype,
     )
     assert memory["kv_cache"] == 3 * each

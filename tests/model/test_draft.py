@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.config import ConfigError
+from model.config import ConfigError, EngineConfig
+from model.demo import prompts
 from model.draft import checkpoint
-from model.draft.network import DraftConfig, DraftNetwork, rotary_table, rotate
+from model.draft.layers import rotary_table, rotate
+from model.draft.network import DraftConfig, DraftNetwork
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
-from model.request import Message
-from model.targets.base import Target
-from model.train import trainer
-from model.train.loss import block_loss
-from model.train.trainer import TrainConfig
+from model.native import library
+from model.native.round import NativeRound
+from model.request import Message, Request, SamplingParams
+from model.targets.base import Prompt, Target
+from model.train import loss
+from model.train.loss import block_loss, draft_loss
+from model.train.seen import capture
 from model.tree import Trees
 from tests.model import tiny
 from tests.model.oracle import OracleDrafter
@@ -39,13 +44,14 @@ class Watched(FlashDrafter):
     def __init__(self, engine: Engine, known: dict[str, list[int]], seed: int) -> None:
         assert isinstance(engine.drafter, FlashDrafter)
         self.__dict__.update(engine.drafter.__dict__)
+        self.step = None  # its parts one by one, so that trees can be others than its own
         self.oracle = OracleDrafter(engine, known, seed, truth=0.3)
         self.engine = engine
         self.served: dict[tuple[str, int], Tensor] = {}
 
-    def start(self, slot: int) -> None:
-        super().start(slot)
-        self.oracle.start(slot)
+    def start(self, slot: int, prompt: Prompt) -> None:
+        super().start(slot, prompt)
+        self.oracle.start(slot, prompt)
 
     def free(self, slot: int) -> None:
         super().free(slot)
@@ -55,13 +61,13 @@ class Watched(FlashDrafter):
         super().move(source, target)
         self.oracle.move(source, target)
 
-    def prefill(self, slot: int, taps: Tensor, start: int, spans: tuple[tuple[int, int], ...]) -> None:
-        super().prefill(slot, taps, start, spans)
-        self.oracle.prefill(slot, taps, start, spans)
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+        super().prefill(slot, start, taps, embeds)
+        self.oracle.prefill(slot, start, taps, embeds)
 
-    def observe(self, taps: Tensor, paths: list[list[int]]) -> None:
-        super().observe(taps, paths)
-        self.oracle.observe(taps, paths)
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        super().observe(trees, paths, taps)
+        self.oracle.observe(trees, paths, taps)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         super().propose(newest, budgets)
@@ -109,7 +115,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     known = tiny.answers(plain, [tiny.ask("brief", "Hi", max_tokens=6), *requests])
 
     watched = Watched(engine, known, seed)
-    engine.drafter = watched
+    engine.use(watched)
     served = watched.served
     assert tiny.answers(engine, [tiny.ask("brief", "Hi", max_tokens=6), *requests]) == known
 
@@ -119,14 +125,15 @@ def test_served_blocks_are_the_blocks_that_were_trained(
         taught.append(drafted)
         return block_loss(drafted, *rest, **named)
 
-    monkeypatch.setattr(trainer, "block_loss", learn)
+    monkeypatch.setattr(loss, "block_loss", learn)
     network, target = checkpoint.load(draft, engine.target), engine.target  # the served one's layers are packed
+    assert isinstance(network, DraftNetwork)
     offsets = list(range(34))
     with torch.no_grad():
-        seen = trainer.capture(
+        seen = capture(
             target, [target.prompt(m) for m in CONVERSATIONS.values()], [tuple(known[name]) for name in CONVERSATIONS]
         )
-        trainer.draft_loss(target, network, seen, TrainConfig(anchors=len(offsets)), Places([*offsets]))
+        draft_loss(target, network, seen, anchors=len(offsets), gamma=5.0, rng=Places([*offsets]))
     block = network.config.block
     drafted = taught[0].view(len(CONVERSATIONS), len(offsets), block, -1)
     compared = 0
@@ -144,13 +151,53 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     assert drafted.std() > 0.5, "logits that all lie at nought would be equal without meaning anything"
 
 
+@pytest.mark.skipif(library.load() is None, reason="no native library here")
+def test_a_native_round_drafts_what_its_parts_draft() -> None:
+    """The bundled draft, whose long paths are mostly accepted: what it reads of them, in one call or in several."""
+    served: list[dict[tuple[str, int], Tensor]] = []
+    accepted: list[list[int]] = []
+    for native in (True, False):
+        engine = Engine(EngineConfig(dtype="float32", max_num_seqs=4, max_model_len=1280))
+        drafter, now = engine.drafter, engine.round
+        assert isinstance(drafter, FlashDrafter)
+        assert isinstance(now, NativeRound)
+        if not native:
+            drafter.step = None
+            engine.use(drafter)
+        seen: dict[tuple[str, int], Tensor] = {}
+
+        def watched(*given: int, look: Any = now.look, seen: Any = seen, engine: Any = engine) -> Any:
+            result = look(*given)
+            logits = engine.round.drafted if engine.round.flash is not None else engine.drafter.drafted
+            for s in engine.scheduler.running:
+                if not s.prefilling and engine.round.budgets[s.slot] > 0:
+                    seen[s.request.request_id, len(s.tokens)] = logits[s.slot].clone()
+            return result
+
+        now.look = watched  # type: ignore[assignment,method-assign]
+        for number, task in enumerate(prompts.TASKS):
+            told = prompts.messages(number, split="heldout", task=task)
+            engine.add(Request(f"{number}", told, SamplingParams(max_tokens=60)))
+        while engine.has_work:
+            engine.step()
+            engine.check_integrity()
+        accepted.append(list(engine.pop_stats().acceptance_lengths))
+        served.append(seen)
+    one, other = served
+    both = one.keys() & other.keys()
+    assert len(both) > 0.8 * len(one)
+    for key in both:
+        torch.testing.assert_close(one[key], other[key], atol=5e-2, rtol=1e-2)
+    assert sum(accepted[0]) / len(accepted[0]) > 4, "paths too short to tell anything"
+
+
 def test_the_trainer_sees_what_the_target_serves(tiny_target: Target, plain_engine: Engine) -> None:
     """The logits it teaches by must be those from which the answer came: each answer token is their best."""
     name = "media"
     answer = tiny.answers(plain_engine, [tiny.ask(name, *CONVERSATIONS[name][0].content, max_tokens=30)])[name]
     prompt = tiny_target.prompt(CONVERSATIONS[name])
     with torch.no_grad():
-        seen = trainer.capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])])
+        seen = capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])])
     assert seen[0].taught[:30].argmax(-1).tolist() == answer
     assert seen[1].taught[:9].argmax(-1).tolist() == answer[:9]
 

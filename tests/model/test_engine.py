@@ -413,7 +413,7 @@ def test_steps_with_a_draft_account_for_every_token_but_the_first(crowd: Engine,
     stats, _ = totals(crowd, [long_request("r0", max_tokens=50)])
     remaining_one = 49 - sum(stats.acceptance_lengths)
     assert remaining_one in (0, 1), "the last token of all needs no draft"
-    assert all(1 <= length <= crowd.config.max_nodes + 1 for length in stats.acceptance_lengths)
+    assert all(1 <= length <= crowd.config.nodes + 1 for length in stats.acceptance_lengths)
     assert stats.drafts + stats.accepted_tokens >= sum(stats.acceptance_lengths)
 
 

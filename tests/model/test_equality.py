@@ -140,7 +140,7 @@ def test_the_oracle_really_has_paths_of_every_length_accepted(crowd: Engine, pla
         assert tiny.answers(crowd, [request]) == known
         accepted |= oracle.shapes
     assert {a for _, a in accepted} >= set(range(11))
-    assert {n for n, _ in accepted} == set(range(1, crowd.config.max_nodes + 1))
+    assert {n for n, _ in accepted} == set(range(1, crowd.config.nodes + 1))
 
 
 def test_speculation_on_and_off_in_one_batch(crowd: Engine, expected: dict[str, list[int]]) -> None:
@@ -282,7 +282,7 @@ def test_bfloat16_says_the_same_however_it_is_run(tiny_checkpoint: Path, tiny_dr
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=8, dtype="bfloat16"))
     requests = [r for r in mixed(32) if (r.params.temperature == 0) == (kind == "greedy")]
     alone = {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in requests}
-    engine.drafter = None
+    engine.use(None)
     plain = {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in requests}
     with_oracle(engine, plain)
     crowd = tiny.answers(engine, requests, every=1)

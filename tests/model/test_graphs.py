@@ -57,9 +57,8 @@ def expected(tiny_gqa_checkpoint: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize("every", [0, 1, 3], ids=["at once", "each step", "each third step"])
 def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: dict[str, list[int]], every: int) -> None:
     """Greedy and seeded, with an untrained draft (its own passes replayed too) and with drafts that mostly hold."""
-    passes, drafter = engine._passes, engine.drafter
-    assert passes is not None
-    assert drafter is not None
+    passes, drafter = tiny.replays(engine), engine.drafter
+    assert isinstance(drafter, FlashDrafter)
     assert tiny.answers(engine, mixed(), every=every) == expected
     assert passes.shapes
     assert drafter._proposals is not None
@@ -70,7 +69,7 @@ def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: di
     try:
         assert tiny.answers(engine, mixed(), every=every) == expected
     finally:
-        engine.drafter = drafter
+        engine.use(drafter)
 
 
 class Traced:
@@ -98,34 +97,32 @@ def test_what_is_recorded_depends_on_nothing_that_python_knew_by_then(
 
 def test_a_few_shapes_hold_every_pass(engine: Engine, expected: dict[str, list[int]]) -> None:
     """A recording is dear: each is a shape met before, not a pass met before."""
-    assert engine._passes is not None
     tiny.answers(engine, mixed(), every=2)
-    shapes = set(engine._passes.shapes)
+    shapes = set(tiny.replays(engine).shapes)
     assert {s.batch for s in shapes} <= {1, 2, 4, 7}
     assert {s.rows for s in shapes} <= {1, 8, 12}
     assert {s.keys for s in shapes} <= {256, engine.cache.stride}
     tiny.answers(engine, mixed(), every=2)
-    assert set(engine._passes.shapes) == shapes, "the same passes over again, and something was recorded anew"
+    assert set(tiny.replays(engine).shapes) == shapes, "the same passes over again, and something was recorded anew"
 
 
 def test_native_passes_are_not_replayed_and_neither_are_those_of_who_does_not_want_it(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if library.load() is not None:
-        assert Engine(tiny.config(tiny_checkpoint, graphs=True))._passes is None
+        assert Engine(tiny.config(tiny_checkpoint, graphs=True)).round.native
     monkeypatch.setattr(library, "load", lambda: None)
-    assert Engine(tiny.config(tiny_checkpoint))._passes is None, "on a CPU only where it is asked for"
-    assert Engine(tiny.config(tiny_checkpoint, graphs=False))._passes is None
-    assert Engine(tiny.config(tiny_checkpoint, graphs=True))._passes is not None
+    assert tiny.in_torch(Engine(tiny.config(tiny_checkpoint))).passes is None, "on a CPU only where it is asked for"
+    assert tiny.in_torch(Engine(tiny.config(tiny_checkpoint, graphs=False))).passes is None
+    assert tiny.in_torch(Engine(tiny.config(tiny_checkpoint, graphs=True))).passes is not None
 
 
 def test_a_pass_beyond_the_number_of_recordings_runs_all_the_same(
     engine: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "MAX_RECORDINGS", 1)
-    assert engine._passes is not None
-    fresh = Replays(engine._run, engine.cache, graphs.Again(), max_rows=12)
-    monkeypatch.setattr(engine, "_passes", fresh)
+    fresh = Replays(tiny.in_torch(engine).run, engine.cache, graphs.Again(), max_rows=12)
+    monkeypatch.setattr(tiny.in_torch(engine), "passes", fresh)
     assert tiny.answers(engine, mixed(), every=1) == expected
     assert len(fresh.shapes) == 1
 
@@ -283,5 +280,4 @@ def test_cuda_graphs_say_the_same_as_plain_passes(tiny_gqa_checkpoint: Path, tin
     settings = {"draft": str(tiny_gqa_draft), "device": "cuda", "max_num_seqs": 7, "prefill_chunk": 16}
     recorded, plain = (Engine(tiny.config(tiny_gqa_checkpoint, graphs=yes, **settings)) for yes in (True, False))
     assert tiny.answers(recorded, mixed(), every=1) == tiny.answers(plain, mixed(), every=1)
-    assert recorded._passes is not None
-    assert recorded._passes.shapes
+    assert tiny.replays(recorded).shapes

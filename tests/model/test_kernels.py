@@ -102,14 +102,13 @@ def test_an_engine_says_the_same_with_it(
 
     monkeypatch.setattr(choice, "tree_attention", lambda *_: listening)
     engine = Engine(tiny.config(tiny_gqa_checkpoint, **settings))
-    assert engine._passes is not None
-    ahead = engine._passes.shapes
+    ahead = tiny.replays(engine).shapes
     assert {shape.keys for shape in ahead} == {engine.cache.stride}
     assert tiny.answers(engine, requests) == expected
     with_oracle(engine, expected)
     assert tiny.answers(engine, requests) == expected
     assert calls
-    assert engine._passes.shapes == ahead, "something was recorded while somebody waited"
+    assert tiny.replays(engine).shapes == ahead, "something was recorded while somebody waited"
 
 
 @pytest.mark.parametrize(("dtype", "number"), [("bf16", "*bf16"), ("fp32", "*fp32")])

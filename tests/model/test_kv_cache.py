@@ -95,7 +95,7 @@ def test_move_takes_the_rows_along_and_frees_the_source() -> None:
     kv.move(second, first)
     kv.check_integrity()
     assert held(kv, first) == [4, 5, 6]
-    assert kv.lengths == [3, 0, 0, 0]
+    assert list(kv.lengths) == [3, 0, 0, 0]
     assert kv.allocate() == second, "the source is free again, and the lowest"
 
 
@@ -125,7 +125,7 @@ def test_a_freed_slot_starts_empty_and_the_lowest_goes_first() -> None:
     kv.free(1)
     assert kv.lowest_free() == 1
     assert [kv.allocate(), kv.allocate()] == [1, 2]
-    assert kv.lengths == [1, 0, 0, 1]
+    assert list(kv.lengths) == [1, 0, 0, 1]
     assert kv.lowest_free() is None
 
 

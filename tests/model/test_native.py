@@ -7,6 +7,7 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 from __future__ import annotations
 
 import shutil
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model import tree
+from model import tree, verify
 from model.attention import Rows, Sight, attend
 from model.config import EngineConfig
 from model.engine import Engine
@@ -24,8 +25,11 @@ from model.kv_cache import KVCache
 from model.native import library
 from model.native.candidates import Candidates
 from model.native.library import BUILDS, Library, Matrix
+from model.native.round import NativeRound
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
-from model.native.step import Verifier, move
+from model.native.step import Verifier
+from model.round import IDLE
+from model.stats import Counters
 from tests.model import tiny
 
 HIDDEN, HEADS, INNER = 128, 4, 112
@@ -279,9 +283,23 @@ def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:
     return found
 
 
-@pytest.mark.parametrize("vocab", [96, 101])
-def test_verifying_in_one_call_is_verifying_in_its_parts(dtype: torch.dtype, vocab: int) -> None:
-    """Bit for bit: from the embedding of tokens to the first of the likeliest answers, ties and idle slots included."""
+class Given:
+    """A drafter of whatever trees a test wants."""
+
+    def __init__(self, trees: tree.Trees) -> None:
+        self.trees, self.observed = trees, list[list[int]]()
+
+    def propose(self, _newest: np.ndarray, budgets: np.ndarray) -> tree.Trees:
+        assert budgets.tolist() == [6, 0, 4], "a slot that idles drafts nothing"
+        return self.trees
+
+    def observe(self, _trees: tree.Trees, paths: list[list[int]], _taps: Tensor) -> None:
+        self.observed = paths
+
+
+@pytest.mark.parametrize("vocab", [48, 77])
+def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab: int) -> None:
+    """Logits, taps, choices, the accepted path and the rows it moves, in every layer and head and in no other slot."""
     shape = Shape(hidden=HIDDEN, heads=HEADS, kv_heads=2, head_dim=32, intermediate=INNER, eps=1e-6)
     layers = [cast(layer(seed, HEADS, 2, 32, bias=False, clip=False), dtype) for seed in (10, 20)]
     final = Norm((1 + normal(HIDDEN, seed=3, scale=0.1)).to(dtype))
@@ -290,31 +308,47 @@ def test_verifying_in_one_call_is_verifying_in_its_parts(dtype: torch.dtype, voc
     weight = normal(vocab, HIDDEN, seed=5, scale=HIDDEN**-0.5).to(dtype)
     weight[vocab // 2 : 2 * (vocab // 2)] = weight[: vocab // 2]  # (nearly) every logit twice
     head = Matrix(weight)
-    tokens = np.random.default_rng(6).integers(0, vocab, (3, 7))
-    starts, counts = np.array([40, 3, 0], np.int32), np.array([7, 0, 5], np.int32)
-    places = (starts[:, None] + np.arange(7, dtype=np.int32))[None]
-    parents = some_tree(7, 3, seed=7)
+    sizes, roots = np.array([7, 1, 5]), np.array([40, 0, 9], np.int32)
+    trees = tree.roots(np.zeros(3, np.int64), 7)
+    trees.tokens[:] = np.random.default_rng(6).integers(0, vocab, (3, 7))
+    trees.parents[:], trees.sizes[:] = some_tree(7, 3, seed=7), sizes
+    for row in range(1, 7):
+        trees.depths[:, row] = 1 + trees.depths[np.arange(3), trees.parents[:, row]]
 
-    def rows(held: KVCache) -> Rows:
-        return Rows(held, 0, 7, starts, counts, Sight.TREE, parents)
-
-    chosen, logits, taps = Verifier(stack, embeddings, head)(tokens, places, rows(cache(shape, 3, dtype)))
-    hidden, expected_taps = stack.forward(embeddings[torch.from_numpy(tokens)], places, rows(cache(shape, 3, dtype)))
+    held, expected_cache = cache(shape, 4, dtype), cache(shape, 4, dtype)
+    for each in (held, expected_cache):
+        each.lengths[:] = array("i", [40, 3, 9, 20])
+    starts, counts = np.array([40, 3, 9], np.int32), np.array([7, 0, 5], np.int32)
+    rows = Rows(expected_cache, 0, 7, starts, counts, Sight.TREE, trees.parents)
+    places = (roots[:, None] + trees.depths)[None]
+    hidden, taps = stack.forward(embeddings[torch.from_numpy(trees.tokens)], places, rows)
     expected = head(hidden)
+
+    drafter = Given(trees)
+    now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), max_nodes=11)
+    now.use(drafter)  # type: ignore[arg-type]
+    now.newest[:3], now.budgets[:3], now.roots[:3] = trees.tokens[:, 0], [6, IDLE, 4], roots
+    seen, chosen, logits = now.look(3, 6)
+    assert np.array_equal(seen.parents, trees.parents)
     for b, count in enumerate(counts):
         assert torch.equal(logits[b, :count], expected[b, :count])
-        assert torch.equal(taps[b, :count], expected_taps[b, :count])
         assert chosen[b, :count].tolist() == expected[b, :count].argmax(-1).tolist()
-    assert set(chosen.flat) <= {*range(vocab // 2), vocab - 1}, "of equals the first, as torch"
+    assert set(chosen[:1].flat) <= {*range(vocab // 2), vocab - 1}, "of equals the first, as torch"
 
-
-def test_rows_move_in_every_layer_and_head_and_no_others_do(dtype: torch.dtype) -> None:
-    shape = Shape(hidden=HIDDEN, heads=HEADS, kv_heads=2, head_dim=32, intermediate=INNER, eps=1e-6)
-    moved, expected = cache(shape, 3, dtype), cache(shape, 3, dtype)
-    moves = [(0, 12, 11), (0, 15, 12), (2, 199, 0), (2, 200, 1)]
-    move(moved, moves)
-    expected._move_by_torch(moves)
-    assert torch.equal(moved.data, expected.data)
+    told = chosen.copy()  # let the longest branch be what the target says
+    deepest = int(trees.depths[0].argmax())
+    for row in iter(lambda: deepest, 0):
+        told[0, trees.parents[0, row]] = trees.tokens[0, row]
+        deepest = int(trees.parents[0, row])
+    verdicts = [verify.walk(trees, b, told[b]) if counts[b] else verify.IDLE for b in range(3)]
+    assert verdicts[0].path != list(range(len(verdicts[0].path))), "nothing would have to move"
+    assert now.accept(told) == [verdict.tokens for verdict in verdicts]
+    assert drafter.observed == [verdict.path for verdict in verdicts]
+    assert torch.equal(now._now.taps[0, : counts[0]], taps[0, : counts[0]])
+    expected_cache.keep(range(3), drafter.observed)
+    assert held.lengths == expected_cache.lengths
+    for slot, length in enumerate(held.lengths):
+        assert torch.equal(held.data[:, :, slot, :, :length], expected_cache.data[:, :, slot, :, :length])
 
 
 @pytest.mark.parametrize("patch", [14, 16])

@@ -27,7 +27,8 @@ from model.engine import Engine
 from model.native import library
 from model.request import Area, Medium, Message, Request, RequestError, SamplingParams
 from model.targets.qwen2_5_vl import Qwen25VLTarget
-from model.train import trainer
+from model.train.loss import draft_loss
+from model.train.seen import capture
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import with_oracle
 from tests.model.test_prompt import HOSTILE
@@ -375,7 +376,7 @@ def test_transformers_own_layers_say_the_same(
             tiny.config(qwen_checkpoint, draft=str(qwen_draft), max_num_seqs=6, prefill_chunk=16, graphs=graphs)
         )
         assert not engine.target.native
-        assert (engine._passes is not None) == graphs
+        assert (tiny.in_torch(engine).passes is not None) == graphs
         assert tiny.answers(engine, mixed(), every=1) == expected
         with_oracle(engine, expected)
         assert tiny.answers(engine, mixed(), every=1) == expected
@@ -402,9 +403,10 @@ def test_native_rows_say_the_same_bit_for_bit(qwen_checkpoint: Path, qwen_draft:
     assert engine.target.native
     assert engine._native, "decoding takes the native step"
     alone = {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in mixed()}
-    drafter, engine.drafter = engine.drafter, None
+    drafter = engine.drafter
+    engine.use(None)
     assert {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in mixed()} == alone
-    engine.drafter = drafter
+    engine.use(drafter)
     assert tiny.answers(engine, mixed(), every=1) == alone
     with_oracle(engine, alone)
     assert tiny.answers(engine, mixed(), every=1) == alone
@@ -424,7 +426,7 @@ def test_training_sees_what_serving_computes(qwen_plain: Engine, expected: dict[
     target = qwen_plain.target
     prompts = [target.prompt(r.messages) for r in requests]
     with torch.inference_mode():
-        seen = trainer.capture(target, prompts, [tuple(expected[r.request_id]) for r in requests])
+        seen = capture(target, prompts, [tuple(expected[r.request_id]) for r in requests])
     for request, each in zip(requests, seen, strict=True):
         assert each.taught[:-1].argmax(-1).tolist() == expected[request.request_id]
 
@@ -436,9 +438,8 @@ def test_a_draft_learns_from_it(qwen_plain: Engine, expected: dict[str, list[int
     chosen = [r for r in mixed() if len(expected[r.request_id]) > 4][:4]
     with torch.no_grad():
         prompts = [target.prompt(r.messages) for r in chosen]
-        seen = trainer.capture(target, prompts, [tuple(expected[r.request_id]) for r in chosen])
-    config = trainer.TrainConfig(anchors=4, autocast=False)
-    loss, _ = trainer.draft_loss(target, network, seen, config, random.Random(0))
+        seen = capture(target, prompts, [tuple(expected[r.request_id]) for r in chosen])
+    loss, _ = draft_loss(target, network, seen, anchors=4, gamma=5.0, rng=random.Random(0))
     loss.backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in network.parameters())
     checkpoint.save(tmp_path / "draft", network, target)

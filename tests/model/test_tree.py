@@ -12,8 +12,10 @@ from torch import Tensor
 
 from model import verify
 from model.attention import Rows, Sight
+from model.config import PAPER_NODES
+from model.drafters.flash import PAPER_TREE
 from model.kv_cache import KVCache
-from model.tree import Trees, best_first, roots
+from model.tree import FixedTree, Trees, best_first, fill, planted, roots
 
 VOCAB = 12
 
@@ -178,3 +180,39 @@ def test_of_two_children_alike_one_is_followed() -> None:
     assert verdict.tokens[0] == 10
     assert verdict.path in ([0, 1], [0, 2, 3])
     assert len(verdict.tokens) == len(verdict.path)
+
+
+# -- a fixed tree
+
+
+def test_a_fixed_trees_first_nodes_are_a_tree_and_its_likeliest_path_comes_first() -> None:
+    """Budgets cut it anywhere; and where the likeliest path is accepted, nothing need be moved."""
+    shape = FixedTree.of(PAPER_TREE, 5)
+    assert len(shape.ranks) == PAPER_NODES == sum(PAPER_TREE.values())
+    assert all(parent <= node for node, parent in enumerate(shape.parents))
+    assert shape.ranks[:5] == (0,) * 5
+    assert shape.depths[:5] == (1, 2, 3, 4, 5)
+    assert [shape.depths.count(depth) for depth in range(1, 6)] == [4, 8, 8, 3, 2]
+    siblings = list(zip(shape.parents, shape.ranks, strict=True))
+    assert len(set(siblings)) == len(siblings)
+    assert set(FixedTree.of(PAPER_TREE, 3).depths) == {1, 2, 3}
+
+
+def test_a_fixed_tree_is_filled_by_rank_whatever_the_probabilities() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 30)
+    shape = FixedTree.of(PAPER_TREE, 5)
+    newest, budgets = np.array([7, 9]), np.array([25, 6])
+    trees = planted(newest, fill(shape, logits).numpy(), shape, budgets)
+    assert trees.sizes.tolist() == [26, 7]
+    ranked = logits.topk(4, -1).indices
+    logs = logits.log_softmax(-1)
+    for b in range(2):
+        for row in range(1, int(trees.sizes[b])):
+            depth, parent = int(trees.depths[b, row]), int(trees.parents[b, row])
+            token = int(trees.tokens[b, row])
+            assert token == ranked[b, depth - 1, shape.ranks[row - 1]]
+            assert trees.depths[b, parent] == depth - 1
+            wanted = trees.scores[b, parent] + logs[b, depth - 1, token].item()
+            assert trees.scores[b, row] == pytest.approx(wanted, abs=1e-4)
+    assert (trees.parents[1, 7:] == -1).all()

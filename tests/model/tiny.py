@@ -16,11 +16,17 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from model.config import EngineConfig
 from model.demo import checkpoint as demo
-from model.draft import checkpoint
+from model.draft import checkpoint, presets
+from model.draft.checkpoint import Network
+from model.draft.eagle import EagleConfig, EagleNetwork
+from model.draft.medusa import MedusaConfig, MedusaNetwork
 from model.draft.network import DraftConfig, DraftNetwork
 from model.engine import Engine
+from model.graphs import Replays
 from model.request import Medium, Message, Request, RequestOutput, SamplingParams
+from model.round import TorchRound
 from model.targets.base import Target
+from model.targets.base import load as load_target
 
 SIDE, PATCH = 32, 8
 TOKENS_PER_IMAGE = (SIDE // PATCH) ** 2
@@ -93,6 +99,33 @@ def new_draft(target: Target, *, seed: int = 0, **shape: Any) -> DraftNetwork:
     if network.sequential is not None:
         torch.nn.init.normal_(network.sequential.after.weight, std=0.5)
     return network.to(target.device, target.dtype).eval()
+
+
+def new_network(drafter: str, target: Target, *, seed: int = 0) -> Network:
+    """An untrained draft of any kind for a tiny target; its heads, or its layer, have something to say."""
+    widths = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    torch.manual_seed(seed)
+    if drafter == "medusa":
+        medusa = MedusaNetwork(MedusaConfig(**widths, tap_layers=target.tap_layers, block=4), target.final_norm)
+        torch.nn.init.normal_(medusa.heads.weight, std=0.2)
+        return medusa.to(target.device, target.dtype).eval()
+    if drafter == "eagle":
+        shape = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "block": 5}
+        eagle = EagleNetwork(EagleConfig(**widths, **shape, tap_layers=target.tap_layers))
+        return eagle.to(target.device, target.dtype).eval()
+    return new_draft(target, seed=seed, **(presets.PAPER if drafter == "flash-paper" else {}))
+
+
+def target_for(drafter: str, model: Path, **settings: Any) -> Target:
+    """The tiny target with the layers tapped that this drafter reads."""
+    return load_target(config(model, **settings).resolved(), presets.TAP_LAYERS.get(drafter))
+
+
+def save_network(folder: Path, drafter: str, model: Path, **settings: Any) -> Path:
+    """A folder with an untrained draft of this kind."""
+    target = target_for(drafter, model, **settings)
+    checkpoint.save(folder, new_network(drafter, target), target, drafter=drafter, command="a test")
+    return folder
 
 
 def save_draft(folder: Path, model: Path, **shape: Any) -> Path:
@@ -171,3 +204,16 @@ def text_of(outputs: Iterable[RequestOutput]) -> str:
 def answers(engine: Engine, requests: Iterable[Request], *, every: int = 0) -> dict[str, list[int]]:
     """Token ids of every request's whole answer."""
     return {request_id: token_ids(outputs) for request_id, outputs in drain(engine, requests, every=every).items()}
+
+
+def in_torch(engine: Engine) -> TorchRound:
+    """The engine's round, which must be torch's."""
+    assert isinstance(engine.round, TorchRound)
+    return engine.round
+
+
+def replays(engine: Engine) -> Replays:
+    """The target's passes, which must be recorded."""
+    passes = in_torch(engine).passes
+    assert passes is not None
+    return passes

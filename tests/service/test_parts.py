@@ -114,7 +114,6 @@ def test_slots_are_counted_for_all_and_for_each_key() -> None:
     [
         ("port", "70000", "less than or equal to 65535"),
         ("workers", "0", "greater than or equal to 1"),
-        ("drafter", "eagle", "not built yet"),
         ("drafter", "magic", "Input should be"),
         ("device", "tpu", "none of auto, cpu, cuda"),
         ("max_waiting", "many", "valid integer"),

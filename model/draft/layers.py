@@ -1,0 +1,111 @@
+"""What draft networks are built of: fusing the target's hidden states, rotary positions, one transformer layer.
+
+Attention is a function handed in, so that training (many drafts over one context, at once) and serving (one draft over
+a KV cache) run the same layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+# (layer, queries, keys, values) -> mixed values, all (batch, heads, rows, head_dim)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class LayerConfig(Protocol):
+    """What a draft's configuration says of its layers."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def target_hidden_size(self) -> int: ...
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def rope_theta(self) -> float: ...
+
+
+class Fuse(nn.Module):
+    """Hidden states of several target layers to one context vector: linear, then RMSNorm."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        width = config.target_hidden_size
+        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=1e-6) for _ in config.tap_layers])
+        self.linear = nn.Linear(width * len(config.tap_layers), config.hidden_size, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+
+    def forward(self, taps: Tensor) -> Tensor:
+        """(..., num_taps * target_hidden) -> (..., hidden)."""
+        parts = taps.unflatten(-1, (len(self.norms), -1))
+        weights = torch.stack([norm.weight for norm in self.norms])  # type: ignore[misc]
+        scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all at once: it runs at every step
+        fused: Tensor = self.norm(self.linear(scaled.flatten(-2)))
+        return fused
+
+
+def rotary_table(config: LayerConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions (batch, rows), computed in float32: each (batch, 1, rows, head_dim), sin's first half
+    negated, so that `rotate` need only swap halves."""
+    half = config.head_dim // 2
+    speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angle = positions[:, None, :, None] * speed
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (batch, heads, rows, head_dim) by the tables of `rotary_table`."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((right, left), -1) * sin
+
+
+class DraftLayer(nn.Module):
+    """One transformer layer whose queries are the block and whose keys and values are context and block."""
+
+    def __init__(self, config: LayerConfig, index: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.index, self.heads = index, config.num_heads
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.kv(x).chunk(2, -1)
+        return rotate(self.split(keys), cos, sin), self.split(values)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x: (batch, rows, hidden), the block(s) being drafted; cos, sin: see `rotary_table`."""
+        y = self.attention_norm(x)
+        keys, values = self.keys_values(y, cos, sin)
+        mixed = attend(self.index, rotate(self.split(self.q(y)), cos, sin), keys, values)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        result: Tensor = x + self.down(F.silu(gate) * up)
+        return result

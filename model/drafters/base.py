@@ -1,0 +1,89 @@
+"""What the engine asks of a drafter. One file per kind implements it; `model.drafters.load` picks by name.
+
+A drafter knows of every sequence what the target has computed *and kept*, and of the newest token only when it is to
+propose: so it is never rolled back. Whatever it proposes, the answer stays the same (see verify.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from model.graphs import Recorder
+from model.targets.base import Prompt
+from model.tree import Trees
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the engine has room for, and so a drafter beside it.
+
+    capacity: positions of a sequence; margin: rows of a tree, the root's included; width: candidates kept at each
+    depth; recorder: passes that torch computes at every step are to be recorded with it (see graphs.py).
+    """
+
+    num_slots: int
+    capacity: int
+    margin: int
+    width: int
+    recorder: Recorder | None = None
+
+
+class Drafter(Protocol):
+    """Tensors are on the target's device, in its dtype."""
+
+    @property
+    def name(self) -> str:
+        """As it is asked for and shown."""
+        ...
+
+    @property
+    def native(self) -> bool:
+        """Whether a step runs without torch: in the native library, or in neither."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights, as they are held."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of what it holds of sequences, allocated at start."""
+        ...
+
+    def start(self, slot: int, prompt: Prompt) -> None:
+        """A sequence begins in this slot."""
+        ...
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+        """The target has computed prompt positions start.. of it. taps: (positions, num_taps * hidden); embeds:
+        (positions, hidden), what entered there: of tokens, and of media."""
+        ...
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """A tree for each of slots 0.., of at most budgets[b] nodes beside its root. newest, budgets: (slots,) int64,
+        the last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
+        ...
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
+        none of a slot that does not decode. taps: (slots, rows, num_taps * hidden), good until the next pass."""
+        ...
+
+    def free(self, slot: int) -> None:
+        """The sequence in this slot is over."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """The sequence in slot `source` is from now on in `target`, which was free."""
+        ...
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        """It holds just these sequences; slot -> tokens that the target has computed. For tests and debugging."""
+        ...

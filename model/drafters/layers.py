@@ -1,0 +1,59 @@
+"""What drafters with layers of their own share: their layers in the native stack, and paths as an index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from model.draft.layers import LayerConfig, rotary_table
+from model.native import library
+from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
+
+MAX_TABLE = 1 << 24  # numbers in a table made at load
+
+
+def native_layers(layers: nn.ModuleList, norm: nn.RMSNorm, config: LayerConfig, positions: int) -> Stack | None:
+    """Draft layers and the norm behind them in the native stack, where that can run them; released from the list."""
+    weight = norm.weight
+    shape = Shape(
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_heads,
+        head_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        eps=1e-6,
+    )
+    if not (shape.fits and library.supports(weight.dtype, weight.device)):
+        return None
+    held: list[Any] = list(layers)
+    cos, sin = rotary_table(config, torch.arange(positions)[None], weight.dtype)
+    stack = Stack(
+        shape,
+        [
+            LayerWeights(
+                norm1=Norm(layer.attention_norm.weight),
+                qkv=torch.cat((layer.q.weight, layer.kv.weight)),
+                out=layer.out.weight,
+                norm2=Norm(layer.mlp_norm.weight),
+                up=layer.gate_up.weight,
+                down=layer.down.weight,
+            )
+            for layer in held
+        ],
+        rotary=Rotary(cos[0, 0], sin[0, 0], np.zeros(config.head_dim, np.int32)),
+        final_norm=Norm(norm.weight),
+    )
+    del layers[:]
+    return stack
+
+
+def indexed(paths: Seq[list[int]]) -> np.ndarray:
+    """(batch, longest path) int32; nought behind the end of a shorter one."""
+    index = np.zeros((len(paths), max(map(len, paths))), np.int32)
+    for b, path in enumerate(paths):
+        index[b, : len(path)] = path
+    return index

@@ -1,0 +1,89 @@
+"""The Medusa drafter at work: holds what the target's last layer gave at each sequence's last kept position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import tree
+from model.draft.medusa import MedusaNetwork
+from model.drafters.base import Room
+from model.linear import Packed, held_by, pack
+from model.native import library
+from model.native.candidates import MAX_WIDTH, Candidates
+from model.native.library import K_STEP
+from model.native.medusa import MedusaStep
+from model.targets.base import Prompt, Target
+from model.transfer import upload
+from model.tree import Trees
+
+
+class MedusaDrafter:
+    """See `model.drafters.base.Drafter`."""
+
+    def __init__(self, name: str, target: Target, network: MedusaNetwork, room: Room) -> None:
+        self.name = name
+        self.target, self.network, self.width = target, network, room.width
+        pack(network)
+        self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
+        self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
+        self._step = self._native_step()
+
+    def _native_step(self) -> MedusaStep | None:
+        target, heads = self.target, self.network.heads
+        fits = library.supports(target.dtype, target.device) and target.hidden_size % K_STEP == 0
+        if target.head is None or not fits or self.width > MAX_WIDTH:
+            return None
+        assert isinstance(heads, Packed)
+        candidates = Candidates(self.width)
+        return MedusaStep(self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates)
+
+    @property
+    def native(self) -> bool:
+        return self._step is not None
+
+    @property
+    def num_bytes(self) -> int:
+        return held_by(self.network)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._last.nbytes
+
+    def start(self, slot: int, prompt: Prompt) -> None:  # noqa: ARG002
+        self._held[slot] = 0
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        self._held[slot] = start + len(taps)
+        self._last[slot] = taps[-1]
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        last = self._last[: len(newest)]
+        if self._step is not None:
+            return self._step.propose(last, newest, budgets)
+        logits = self.target.logits(self.network(last))
+        return tree.best_first(newest, logits, None, width=self.width, budgets=budgets)
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+        slots = [slot for slot, path in enumerate(paths) if path]
+        for slot in slots:
+            self._held[slot] += len(paths[slot])
+        rows = [slot * taps.shape[1] + paths[slot][-1] for slot in slots]
+        if self._step is not None:
+            return self._step.observe(taps, rows, self._last, slots)
+        where = upload(np.array((slots, rows)), taps.device)
+        self._last.index_copy_(0, where[0], taps.flatten(0, 1).index_select(0, where[1]))
+
+    def free(self, slot: int) -> None:
+        del self._held[slot]
+
+    def move(self, source: int, target: int) -> None:
+        self._held[target] = self._held.pop(source)
+        self._last[target] = self._last[source]
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        assert self._held == held, "the draft stands elsewhere than the target"

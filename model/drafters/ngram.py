@@ -1,0 +1,94 @@
+"""Prompt lookup: what followed when the same words were said before. No training, no model.
+
+Source: the idea of "prompt lookup decoding" (A. Saxena, 2023), as transformers and vLLM have it: of the suffixes of the
+text the longest that occurred before is found, and what followed its latest occurrence is proposed, as a chain.
+
+Text is the prompt's tokens, without the placeholders of media, and the answer's. The index grows by a few entries with
+every token that is kept, so that nothing is ever searched, and holds nothing that could be rejected later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor
+
+from model.targets.base import Prompt
+from model.tree import Trees, chains
+
+LONGEST = 4  # tokens of a suffix at most
+
+
+class Text:
+    """Tokens, and where each run of up to LONGEST of them was last followed by another."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self._followed: dict[tuple[int, ...], int] = {}
+
+    def add(self, token: int) -> None:
+        at = len(self.tokens)
+        for length in range(1, min(LONGEST, at) + 1):
+            self._followed[tuple(self.tokens[at - length :])] = at
+        self.tokens.append(token)
+
+    def after(self, newest: int, num: int) -> list[int]:
+        """At most `num` tokens: what followed the latest occurrence of the longest suffix that ends in `newest`."""
+        suffix = (*self.tokens[-(LONGEST - 1) :], newest)
+        for first in range(len(suffix)):
+            run = suffix[first:]
+            # Not yet in the index: a run that `newest` itself follows, of one token repeated.
+            repeats = tuple(self.tokens[-len(run) :]) == run
+            if (at := len(self.tokens) if repeats else self._followed.get(run)) is not None:
+                return [*self.tokens[at : at + num], newest][:num]
+        return []
+
+
+class NgramDrafter:
+    """See `model.drafters.base.Drafter`."""
+
+    name = "ngram"
+    native = True  # there is nothing for torch to do
+    num_bytes = cache_bytes = 0
+
+    def __init__(self) -> None:
+        self._texts: dict[int, Text] = {}  # by slot
+        self._prompts: dict[int, Prompt] = {}
+
+    def start(self, slot: int, prompt: Prompt) -> None:
+        self._texts[slot], self._prompts[slot] = Text(), prompt
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        text, prompt, end = self._texts[slot], self._prompts[slot], start + len(embeds)
+        edges = (0, *(edge for span in prompt.spans for edge in span), len(prompt.ids))
+        for first, last in list(pairwise(edges))[::2]:  # what is between media
+            for token in prompt.ids[max(first, start) : min(last, end)]:
+                text.add(token)
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        found = [
+            self._texts[slot].after(token, budget) if budget else []
+            for slot, (token, budget) in enumerate(zip(newest.tolist(), budgets.tolist(), strict=True))
+        ]
+        return chains(newest, found)
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+        for slot, path in enumerate(paths):
+            for row in path:
+                self._texts[slot].add(int(trees.tokens[slot, row]))
+
+    def free(self, slot: int) -> None:
+        del self._texts[slot], self._prompts[slot]
+
+    def move(self, source: int, target: int) -> None:
+        self._texts[target], self._prompts[target] = self._texts.pop(source), self._prompts.pop(source)
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        assert self._texts.keys() == self._prompts.keys() == held.keys(), "texts of other sequences than there are"
+        for slot, computed in held.items():
+            spans = self._prompts[slot].spans
+            visual = sum(max(0, min(last, computed) - first) for first, last in spans)
+            assert len(self._texts[slot].tokens) == computed - visual, "a text is not what the target has kept"

@@ -1,0 +1,63 @@
+"""What eagle.h offers: the EAGLE draft's tree, grown by a pass per depth in one call, and its reading of what was
+kept."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import Rows
+from model.native.candidates import TreeArrays
+from model.native.library import Matrix, functions, pointer
+from model.native.step import DraftStep, Linear, linear
+from model.tree import Trees, roots
+
+
+class _EagleNetwork(ctypes.Structure):
+    _fields_ = [("draft", DraftStep.STRUCT), ("feature", Linear)]
+
+
+class EagleStep:
+    """draft: the network around its one layer, without masks; feature: a feature's part in what enters the layer;
+    block: how deep trees become."""
+
+    def __init__(self, draft: DraftStep, feature: Matrix, block: int) -> None:
+        self._draft, self._feature = draft, feature
+        self._most = draft.candidates.most(block)
+        self._struct = _EagleNetwork(draft.struct, linear(feature))
+        self._struct.draft.candidates.block = block
+        self._bfloat16 = ctypes.c_bool(feature.dtype is torch.bfloat16)
+
+    def fused(self, taps: Tensor) -> Tensor:
+        """(rows, taps * hidden) -> features (rows, hidden)."""
+        return self._draft.fused(taps)
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray, rows: Rows, pending: Tensor) -> Trees:
+        """newest, budgets (batch,) int64; rows: where a sequence's next row would be; pending (slots, hidden): the
+        feature of its last kept position."""
+        trees = roots(newest, 1 + min(int(budgets.max()), self._most))
+        functions().flash_propose_eagle(
+            self._bfloat16,
+            ctypes.byref(self._struct),
+            ctypes.byref(self._draft.stack.described(rows, None)),
+            ctypes.c_void_p(pending.data_ptr()),
+            ctypes.byref(TreeArrays.of(trees, budgets)),
+        )
+        return trees
+
+    def observe(self, tokens: np.ndarray, taps: Tensor, paths: np.ndarray, rows: Rows, pending: Tensor) -> None:
+        """tokens (batch, num) int64; taps (batch, num, taps * hidden); paths (batch, rows) int32: which of them were
+        kept, in order; pending (slots, hidden) is brought up to date."""
+        functions().flash_observe_eagle(
+            self._bfloat16,
+            ctypes.byref(self._struct),
+            ctypes.byref(self._draft.stack.described(rows, None)),
+            ctypes.c_void_p(taps.data_ptr()),
+            taps.shape[1],
+            ctypes.c_void_p(pointer(paths)),
+            ctypes.c_void_p(pointer(tokens, np.int64)),
+            ctypes.c_void_p(pending.data_ptr()),
+        )

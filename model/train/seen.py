@@ -1,0 +1,91 @@
+"""Prompts and answers as the target sees them: one causal pass each, kept in memory while they fit, never on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.attention import Rows, Sight
+from model.kv_cache import KVCache
+from model.request import Message
+from model.targets.base import Prompt, Target
+from model.train.data import Example
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One prompt and answer as the target saw them, in its dtype.
+
+    taps: (positions, num_taps * hidden); embeds: (positions, hidden), what entered there; taught: (answer tokens + 1,
+    vocab), row i the logits from which answer token i came; ids: prompt and answer.
+    """
+
+    taps: Tensor
+    embeds: Tensor
+    taught: Tensor
+    ids: list[int]
+    prompt: Prompt
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.taps, self.embeds, self.taught))
+
+
+def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]]) -> list[Seen]:
+    """One causal pass of the target over prompts and answers, padded on the right."""
+    ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
+    width, batch = max(map(len, ids)), len(ids)
+    cache = KVCache(
+        num_layers=target.num_layers,
+        num_slots=batch,
+        num_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        capacity=width,
+        margin=0,
+        dtype=target.dtype,
+        device=target.device,
+    )
+    embeds = torch.zeros(batch, width, target.hidden_size, dtype=target.dtype, device=target.device)
+    positions = []
+    for b, prompt in enumerate(prompts):
+        embeds[b, : len(ids[b])] = target.embed(torch.tensor(ids[b], device=target.device))
+        for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
+            embeds[b, start:end] = target.encode(medium, 0, target.pieces(medium))
+        places = target.positions(prompt)
+        after = places[:, -1:] + 1 + np.arange(width - places.shape[1], dtype=np.int32)
+        positions.append(np.concatenate((places, after), 1))
+    counts = np.array([len(each) for each in ids], np.int32)
+    rows = Rows(cache, 0, width, np.zeros(batch, np.int32), counts, Sight.CAUSAL)
+    hidden, taps = target.forward(embeds, np.stack(positions, 1), rows)
+    seen = []
+    for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        first, end = len(prompt.ids) - 1, len(each)
+        taught = target.logits(hidden[b, first:end]).clone()
+        seen.append(Seen(taps[b, :end].clone(), embeds[b, :end].clone(), taught, each, prompt))
+    return seen
+
+
+class Memory:
+    """Hidden states of examples already seen, while they fit; the rest is computed anew each time."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._held: dict[int, Seen] = {}
+
+    def seen(self, target: Target, batch: list[Example], messages: Callable[[int], tuple[Message, ...]]) -> list[Seen]:
+        missing = [e for e in batch if e.number not in self._held]
+        fresh: dict[int, Seen] = {}
+        if missing:
+            prompts = [target.prompt(messages(e.number)) for e in missing]
+            with torch.no_grad():
+                captured = capture(target, prompts, [e.answer for e in missing])
+            fresh = {e.number: seen for e, seen in zip(missing, captured, strict=True)}
+        for number, seen in fresh.items():
+            if seen.num_bytes <= self._budget:
+                self._budget -= seen.num_bytes
+                self._held[number] = seen
+        return [fresh.get(e.number) or self._held[e.number] for e in batch]

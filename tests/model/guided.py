@@ -1,0 +1,80 @@
+"""A drafter at work on trees that are not its own: an oracle's, so that paths of every length enter its context.
+
+What it would have proposed is noted, for each request and number of answer tokens known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from torch import Tensor
+
+from model.drafters.base import Drafter
+from model.engine import Engine
+from model.targets.base import Prompt
+from model.tree import Trees
+from tests.model.oracle import OracleDrafter
+
+
+class Guided:
+    """`drafter`, whose trees nobody verifies. trees[request, answer tokens known]: the paths from the root to every
+    node of the one that it proposed, as tokens."""
+
+    def __init__(self, engine: Engine, drafter: Drafter, known: Mapping[str, list[int]], seed: int = 0) -> None:
+        self.engine, self.drafter = engine, drafter
+        self.oracle = OracleDrafter(engine, known, seed, truth=0.4)
+        self.trees: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+        self.name, self.num_bytes, self.cache_bytes = drafter.name, drafter.num_bytes, drafter.cache_bytes
+        self.native = False
+
+    def start(self, slot: int, prompt: Prompt) -> None:
+        self.drafter.start(slot, prompt)
+        self.oracle.start(slot, prompt)
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+        self.drafter.prefill(slot, start, taps, embeds)
+        self.oracle.prefill(slot, start, taps, embeds)
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        trees = self.drafter.propose(newest, budgets)
+        for sequence in self.engine.scheduler.running:
+            slot = sequence.slot
+            if slot is None or sequence.prefilling or not budgets[slot]:
+                continue
+            assert 1 <= trees.sizes[slot] <= 1 + budgets[slot]
+            assert trees.tokens[slot, 0] == newest[slot]
+            paths: list[tuple[int, ...]] = []
+            for row in range(int(trees.sizes[slot])):
+                parent = int(trees.parents[slot, row])
+                paths.append((*(paths[parent] if parent >= 0 else ()), int(trees.tokens[slot, row])))
+                assert len(paths[-1]) == 1 + trees.depths[slot, row]
+            assert len(set(paths)) == len(paths), "twins"
+            self.trees[sequence.request.request_id, len(sequence.tokens)] = set(paths)
+        return self.oracle.propose(newest, budgets)
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        self.drafter.observe(trees, paths, taps)
+        self.oracle.observe(trees, paths, taps)
+
+    def free(self, slot: int) -> None:
+        self.drafter.free(slot)
+        self.oracle.free(slot)
+
+    def move(self, source: int, target: int) -> None:
+        self.drafter.move(source, target)
+        self.oracle.move(source, target)
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        self.drafter.check_integrity(held)
+        self.oracle.check_integrity(held)
+
+
+def guided(engine: Engine, known: Mapping[str, list[int]], seed: int = 0) -> Guided:
+    """Give an idle engine's own drafter an oracle's trees to observe."""
+    assert not engine.has_work
+    assert engine.drafter is not None
+    wrapped = Guided(engine, engine.drafter, known, seed)
+    engine.use(wrapped)
+    return wrapped

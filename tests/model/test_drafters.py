@@ -1,0 +1,432 @@
+"""Every drafter: whatever it proposes, the answer is the same; it follows what was kept; its draft must be its own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import TRAINED, ConfigError
+from model.draft import checkpoint
+from model.draft.eagle import EagleNetwork
+from model.draft.medusa import MedusaNetwork
+from model.drafters.eagle import EagleDrafter, Expansion
+from model.drafters.medusa import MedusaDrafter
+from model.drafters.ngram import LONGEST, NgramDrafter, Text
+from model.drafters.replay import ReplayDrafter
+from model.engine import Engine
+from model.native import library
+from model.train import loss
+from model.train.loss import Anchors
+from model.train.seen import capture
+from model.tree import Trees
+from tests.model import tiny
+from tests.model.guided import Guided, guided
+from tests.model.test_equality import mixed
+
+NAMES = (*TRAINED, "ngram")
+
+
+@pytest.fixture(scope="module")
+def drafts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with an untrained draft of every kind."""
+    folder = tmp_path_factory.mktemp("drafts")
+    return {name: tiny.save_network(folder / name, name, tiny_checkpoint) for name in TRAINED}
+
+
+@pytest.fixture(scope="module")
+def expected(plain_engine: Engine) -> dict[str, list[int]]:
+    """Each answer alone and without a draft."""
+    return {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in mixed()}
+
+
+def engine_of(name: str, model: Path, drafts: dict[str, Path], **settings: Any) -> Engine:
+    draft = str(drafts[name]) if name in drafts else None
+    given = {"max_num_seqs": 8, "prefill_chunk": 16, **settings}
+    return Engine(tiny.config(model, drafter=name, draft=draft, **given))
+
+
+@pytest.fixture(params=NAMES)
+def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, drafts: dict[str, Path]) -> Engine:
+    return engine_of(request.param, tiny_checkpoint, drafts)
+
+
+# -- the answer stays the same
+
+
+def test_alone(engine: Engine, expected: dict[str, list[int]]) -> None:
+    """Greedy and sampled; images, videos, text alone; nearly all that is proposed is refused."""
+    for request in mixed(8):
+        assert tiny.answers(engine, [request])[request.request_id] == expected[request.request_id]
+    stats = engine.pop_stats()
+    assert stats.drafts > 0
+    assert engine.info.drafter == engine.config.drafter
+
+
+@pytest.mark.parametrize("every", [0, 2], ids=["at once", "each second step"])
+def test_in_a_crowd_that_comes_and_goes(engine: Engine, expected: dict[str, list[int]], every: int) -> None:
+    assert tiny.answers(engine, mixed(), every=every) == expected
+
+
+def test_in_a_crowd_of_which_some_are_aborted(engine: Engine, expected: dict[str, list[int]]) -> None:
+    """Slots are freed in the middle of prompts and answers, and taken again by others."""
+    coming, got, victims = mixed(), dict[str, list[int]](), {"r2", "r5", "r6", "r9", "r12"}
+    steps = 0
+    while coming or engine.has_work:
+        if coming and steps % 2 == 0:
+            engine.add(coming.pop(0))
+        steps += 1
+        if steps % 7 == 0 and victims:
+            last = engine.abort(victims.pop())
+            assert last is None or last.finish_reason == "abort"
+            engine.check_integrity()
+        for output in engine.step():
+            got.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
+        engine.check_integrity()
+    tiny.assert_idle(engine)
+    for request_id, tokens in got.items():
+        whole = expected[request_id]
+        assert tokens == whole[: len(tokens)]
+        assert len(tokens) == len(whole) or request_id in ("r2", "r5", "r6", "r9", "r12")
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_of_every_length_enter_its_context(
+    name: str,
+    native: bool,
+    tiny_checkpoint: Path,
+    drafts: dict[str, Path],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An untrained draft's own trees are refused; an oracle's are not, and it has to follow. Slots move in torch."""
+    if not native:
+        monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of(name, tiny_checkpoint, drafts)
+    watched = guided(engine, expected)
+    assert tiny.answers(engine, mixed(), every=1) == expected
+    assert len(watched.trees) > 30 or name == "ngram"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_native_step_proposes_what_torch_does(
+    name: str,
+    tiny_checkpoint: Path,
+    drafts: dict[str, Path],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same trees, node by node, wherever rounding does not decide which node is the last to get in."""
+    requests = mixed(10)
+    engine = engine_of(name, tiny_checkpoint, drafts)
+    if engine.drafter is None or not engine.drafter.native:
+        pytest.skip("no native library here")
+    ours = guided(engine, expected)
+    tiny.answers(engine, requests, every=1)
+    monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of(name, tiny_checkpoint, drafts)
+    theirs = guided(engine, expected)
+    tiny.answers(engine, requests, every=1)
+    common = ours.trees.keys() & theirs.trees.keys()
+    assert len(common) > 20
+    same = [ours.trees[key] == theirs.trees[key] for key in common]
+    assert sum(same) >= 0.95 * len(same)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "settings", [{"max_nodes": 1}, {"max_nodes": 40, "max_rows": 500, "tree_width": 6}, {"max_rows": 20}]
+)
+def test_within_any_budget(
+    name: str, settings: dict[str, int], tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
+) -> None:
+    engine = engine_of(name, tiny_checkpoint, drafts, **settings)
+    assert tiny.answers(engine, mixed(10), every=1) == {f"r{i}": expected[f"r{i}"] for i in range(10)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_with_a_draft_says_what_it_says_without(
+    name: str, tiny_checkpoint: Path, drafts: dict[str, Path]
+) -> None:
+    """Where rows keep their bits whatever stands beside them; elsewhere rounding turns a token now and then."""
+    engine = engine_of(name, tiny_checkpoint, drafts, dtype="bfloat16")
+    with_draft = tiny.answers(engine, mixed(8), every=1)
+    plain = Engine(tiny.config(tiny_checkpoint, drafter="off", dtype="bfloat16", max_num_seqs=1))
+    without = {r.request_id: tiny.answers(plain, [r])[r.request_id] for r in mixed(8)}
+    differing = [key for key in without if without[key] != with_draft[key]]
+    assert not differing or not engine.target.native
+
+
+# -- what each of them is
+
+
+def test_the_published_tree_is_the_same_at_every_step(
+    tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
+) -> None:
+    """25 nodes, whatever the draft says."""
+    engine = engine_of("flash-paper", tiny_checkpoint, drafts, max_num_seqs=2)
+    watched = guided(engine, expected)
+    tiny.answers(engine, mixed(6))
+    lengths = {tuple(sorted(map(len, paths))) for paths in watched.trees.values()}
+    assert lengths == {(1, *[2] * 4, *[3] * 8, *[4] * 8, *[5] * 3, *[6] * 2)}, "as long as EAGLE's, root included"
+
+
+def test_the_published_tree_on_recorded_passes(
+    tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of("flash-paper", tiny_checkpoint, drafts, graphs=True)
+    assert tiny.answers(engine, mixed(8), every=1) == {f"r{i}": expected[f"r{i}"] for i in range(8)}
+
+
+class Contexts:
+    """What a drafter holds of each sequence at every proposal: by request and answer tokens known."""
+
+    def __init__(self, watched: Guided) -> None:
+        self.seen: dict[tuple[str, int], Tensor] = {}
+        self._watched, self._propose = watched, watched.drafter.propose
+        watched.drafter.propose = self.propose  # type: ignore[method-assign]
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        drafter = self._watched.drafter
+        for sequence in self._watched.engine.scheduler.running:
+            slot = sequence.slot
+            if slot is not None and budgets[slot : slot + 1].any():
+                if isinstance(drafter, EagleDrafter):
+                    held = drafter.cache.data[0, :, slot, :, : drafter.cache.lengths[slot]].flatten()
+                    state = torch.cat((held, drafter._pending[slot]))
+                else:
+                    assert isinstance(drafter, MedusaDrafter)
+                    state = drafter._last[slot].clone()
+                self.seen[sequence.request.request_id, len(sequence.tokens)] = state
+        return self._propose(newest, budgets)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", ["eagle", "medusa"])
+def test_its_context_is_what_recomputing_from_scratch_gives(
+    name: str,
+    native: bool,
+    tiny_checkpoint: Path,
+    drafts: dict[str, Path],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """EAGLE: keys, values and the pending feature, built chunk by chunk and path by path, across moves between slots.
+    Medusa: the hidden state of the last kept position. Off by one, a trained draft is served on what it never saw."""
+    if not native:
+        monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of(name, tiny_checkpoint, drafts)
+    seen = Contexts(guided(engine, expected)).seen
+    requests = mixed(10)
+    tiny.answers(engine, requests, every=1)
+    target = engine.target
+    network = checkpoint.load(drafts[name], target)  # the served one's layers may have been let go
+    assert len(seen) > 20
+    with torch.no_grad():
+        for request in requests:
+            prompt, answer = target.prompt(request.messages), tuple(expected[request.request_id])
+            (whole,) = capture(target, [prompt], [answer])
+            for (request_id, known), state in seen.items():
+                if request_id != request.request_id:
+                    continue
+                computed = len(prompt.ids) + known - 1
+                if isinstance(network, MedusaNetwork):
+                    wanted = whole.taps[computed - 1]
+                else:
+                    assert isinstance(network, EagleNetwork)
+                    features = network.fuse(whole.taps[:computed])
+                    rows = network.entering(features[:-1], network.entry(whole.embeds[1:computed]))[None]
+                    both = network.context_keys_values(rows, torch.arange(computed - 1)[None])
+                    wanted = torch.cat((*(part.flatten() for part in both), features[-1]))
+                torch.testing.assert_close(state, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_eagles_passes_are_those_it_was_trained_with(
+    tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depth by depth over its own features, behind a true continuation: the logits in serving are the trainer's."""
+    monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of("eagle", tiny_checkpoint, drafts)
+    drafter, target, requests = engine.drafter, engine.target, mixed(5)[::2]  # those with long answers
+    assert isinstance(drafter, EagleDrafter)
+    for request in requests:
+        engine.add(request)
+    while any(s.prefilling for s in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    running = {s.request.request_id: s for s in engine.scheduler.running}
+    answers = {r.request_id: expected[r.request_id] for r in requests if r.request_id in running}
+    assert len(answers) > 1
+    with torch.no_grad():
+        for request in requests:
+            if (sequence := running.get(request.request_id)) is None or sequence.slot is None:
+                continue
+            answer, slot = answers[request.request_id], sequence.slot
+            (seen,) = capture(target, [target.prompt(request.messages)], [tuple(answer)])
+            place = len(seen.prompt.ids) + len(sequence.tokens) - 1
+            coming = torch.tensor(seen.ids[place : place + 3])
+            anchors = Anchors(
+                torch.tensor([[place]]), coming[:1][None], torch.tensor([seen.ids[place + 1 : place + 6]]), coming
+            )
+            taught = loss.eagle_logits(target, drafter.network, [seen], anchors)[0]
+            slots = slot + 1
+            expansion = Expansion(drafter, np.array(drafter.cache.lengths[:slots], np.int32))
+            for depth, token in enumerate(coming):
+                parents = torch.full((slots, 1), depth - 1)
+                served = expansion(depth, token.expand(slots, 1), parents)[slot, 0]
+                torch.testing.assert_close(served, taught[depth], atol=1e-3, rtol=1e-3)
+            assert taught.std() > 0.1
+    for request in requests:
+        engine.abort(request.request_id)
+
+
+# -- prompt lookup
+
+
+def test_ngram_finds_the_longest_and_of_those_the_latest() -> None:
+    text = Text()
+    for token in (1, 2, 3, 4, 9, 2, 3, 5, 9, 3, 6, 1, 2):
+        text.add(token)
+    assert text.after(3, 3) == [4, 9, 2], "1 2 3 was said once; 2 3 and 3 later, but they are shorter"
+    text.add(7)
+    assert text.after(3, 2) == [6, 1], "the latest 3"
+    assert text.after(8, 4) == []
+    assert text.after(9, 20) == [3, 6, 1, 2, 7, 9], "up to the newest token, and not beyond"
+
+
+def test_ngram_is_what_a_search_through_the_text_finds() -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        text, tokens = Text(), [rng.randrange(4) for _ in range(60)]
+        for at, token in enumerate(tokens):
+            whole = tokens[: at + 1]
+            found: list[int] = []
+            for length in range(min(LONGEST, at + 1), 0, -1):
+                starts = [i for i in range(at + 1 - length) if whole[i : i + length] == whole[-length:]]
+                if starts:
+                    found = whole[starts[-1] + length :][:5]
+                    break
+            assert text.after(token, 5) == found
+            text.add(token)
+
+
+def test_ngram_does_not_look_at_placeholders_of_media(tiny_checkpoint: Path, expected: dict[str, list[int]]) -> None:
+    """They are all the same token: hundreds of matches that say nothing."""
+    engine = engine_of("ngram", tiny_checkpoint, {})
+    engine.add(tiny.ask("r", tiny.video(1, 3), "What?", tiny.image(2), "And?", max_tokens=9))
+    while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
+        engine.step()
+    assert isinstance(engine.drafter, NgramDrafter)
+    prompt = engine.scheduler.running[0].prompt
+    visual = {i for first, last in prompt.spans for i in range(first, last)}
+    assert len(visual) == 4 * tiny.TOKENS_PER_IMAGE
+    text = [token for i, token in enumerate(prompt.ids) if i not in visual]
+    assert engine.drafter._texts[0].tokens[: len(text)] == text
+    tiny.drain(engine)
+
+
+def test_ngram_gains_where_an_answer_repeats_itself(tiny_checkpoint: Path, plain_engine: Engine) -> None:
+    known = tiny.answers(plain_engine, [tiny.ask("r", "Hi", max_tokens=100)])["r"]
+    told = " ".join(plain_engine.target.tokenizer.convert_ids_to_tokens(known[:4]))
+    assert told
+    engine = engine_of("ngram", tiny_checkpoint, {})
+    prompt = engine.target.prompt(tiny.ask("r", "Hi").messages)
+    engine.add(tiny.ask("r", "Hi", max_tokens=100))
+    while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
+        engine.step()
+    assert isinstance(engine.drafter, NgramDrafter)
+    for token in known:  # as if all of it had been said before
+        engine.drafter._texts[0].add(token)
+    assert prompt.ids
+    got = known[:1]
+    steps = 0
+    while engine.has_work:
+        got += [t.id for output in engine.step() for t in output.tokens]
+        steps += 1
+    assert got == known
+    assert steps < 15
+
+
+# -- the simulation
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.5, 0.8, 1.0])
+def test_a_replayed_token_is_right_as_often_as_was_asked(
+    accuracy: float, tiny_checkpoint: Path, plain_engine: Engine
+) -> None:
+    """Acceptance length is (1 - a^(n + 1)) / (1 - a) for chains of n; and the tokens are still the target's own."""
+    nodes = 5
+    settings = tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=8, max_nodes=nodes)
+    replay = ReplayDrafter(accuracy, tiny.VOCABULARY, seed=3)
+    engine = Engine(settings, drafter=replay)
+    assert engine.info.drafter == f"replay:{accuracy:g} (simulation)"
+    requests = [tiny.ask(f"r{i}", f"Say {i}", max_tokens=180, temperature=i % 2, seed=i) for i in range(12)]
+    known = tiny.answers(plain_engine, requests)
+    for request in requests:
+        replay.learn(engine.target.prompt(request.messages), known[request.request_id])
+    assert tiny.answers(engine, requests, every=1) == known
+    stats = engine.pop_stats()
+    wanted = sum(accuracy**i for i in range(nodes + 1))
+    # Each answer's last steps draft fewer tokens than others.
+    assert sum(stats.acceptance_lengths) / len(stats.acceptance_lengths) == pytest.approx(wanted, rel=0.08)
+
+
+def test_a_replay_of_answers_it_was_not_told_proposes_nothing(tiny_checkpoint: Path, plain_engine: Engine) -> None:
+    engine = Engine(tiny.config(tiny_checkpoint, drafter="off"), drafter=ReplayDrafter(1.0, tiny.VOCABULARY))
+    request = tiny.ask("r", tiny.image(1), "What?", max_tokens=20)
+    assert tiny.answers(engine, [request]) == tiny.answers(plain_engine, [request])
+    assert engine.pop_stats().accepted_tokens == 0
+
+
+# -- which one is meant
+
+
+def test_a_drafts_folder_says_whose_it_is(tiny_checkpoint: Path, drafts: dict[str, Path]) -> None:
+    for name, folder in drafts.items():
+        assert tiny.config(tiny_checkpoint, draft=str(folder)).resolved().drafter == name
+        for other in TRAINED:
+            config = tiny.config(tiny_checkpoint, draft=str(folder), drafter=other)
+            if other == name:
+                assert config.resolved().drafter == name
+            else:
+                with pytest.raises(ConfigError, match=f"one for --drafter {name}, not for '{other}'"):
+                    config.resolved()
+
+
+def test_ngram_needs_no_draft_and_others_say_that_they_do(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert tiny.config(tiny_checkpoint, drafter="ngram").resolved().drafter == "ngram"
+    for name in TRAINED:
+        with pytest.raises(ConfigError, match="--draft PATH"):
+            tiny.config(tiny_checkpoint, drafter=name).resolved()
+    (tmp_path / "config.json").write_text('{"drafter": "magic"}')
+    with pytest.raises(ConfigError, match="magic"):
+        tiny.config(tiny_checkpoint, draft=str(tmp_path)).resolved()
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_draft_of_any_kind_is_bound_to_its_target(
+    name: str, tiny_gqa_checkpoint: Path, drafts: dict[str, Path]
+) -> None:
+    with pytest.raises(ConfigError, match="another target"):
+        engine_of(name, tiny_gqa_checkpoint, drafts)
+
+
+def test_the_target_offers_the_layers_that_its_draft_reads(tiny_checkpoint: Path, drafts: dict[str, Path]) -> None:
+    assert engine_of("medusa", tiny_checkpoint, drafts).target.tap_layers == (3,)
+    assert engine_of("eagle", tiny_checkpoint, drafts).target.tap_layers == (1, 2, 3)
+    with pytest.raises(ConfigError, match="reads layers"):
+        checkpoint.load(drafts["medusa"], tiny.target_for("flash", tiny_checkpoint))
+
+
+def test_what_a_drafter_holds_is_accounted_for(engine: Engine) -> None:
+    memory, drafter = engine.info.memory, engine.drafter
+    assert drafter is not None
+    assert memory["draft_weights"] == drafter.num_bytes
+    assert memory["draft_kv_cache"] == drafter.cache_bytes
+    assert (drafter.num_bytes > 0) == (engine.config.drafter != "ngram")
