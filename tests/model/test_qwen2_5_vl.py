@@ -21,8 +21,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from model.bench.inputs import Qwen25VL
 from model.bench.reference import Reference
-from model.config import ConfigError
+from model.config import TRAINED, ConfigError
 from model.draft import checkpoint
+from model.drafters.replay import ReplayDrafter
 from model.engine import Engine
 from model.native import library
 from model.request import Area, Medium, Message, Request, RequestError, SamplingParams
@@ -413,6 +414,33 @@ def test_native_rows_say_the_same_bit_for_bit(qwen_checkpoint: Path, qwen_draft:
 
 
 # -- drafts
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "ngram"])
+def test_no_drafter_changes_a_token(
+    name: str, qwen_checkpoint: Path, expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    """Untrained: what they read of the target has spans and positions of its own, whatever the target's are."""
+    draft = None if name == "ngram" else str(tiny.save_network(tmp_path / name, name, qwen_checkpoint))
+    engine = Engine(tiny.config(qwen_checkpoint, drafter=name, draft=draft, max_num_seqs=8, prefill_chunk=16))
+    assert tiny.answers(engine, mixed(), every=1) == expected
+
+
+@pytest.mark.parametrize("accuracy", [0.6, 0.95])
+def test_replayed_answers_are_accepted_as_far_as_they_are_right(
+    qwen_crowd: Engine, expected: dict[str, list[int]], accuracy: float
+) -> None:
+    """Long chains in native rounds: a position wrong on one axis would end them."""
+    requests = [r for r in mixed() if len(expected[r.request_id]) > 12]
+    drafter = ReplayDrafter(accuracy, qwen_crowd.target.vocab_size)
+    for request in requests:
+        drafter.learn(qwen_crowd.target.prompt(request.messages), expected[request.request_id])
+    qwen_crowd.use(drafter)
+    qwen_crowd.pop_stats()
+    answers = tiny.answers(qwen_crowd, requests, every=1)
+    assert answers == {r.request_id: expected[r.request_id] for r in requests}
+    lengths = qwen_crowd.pop_stats().acceptance_lengths
+    assert sum(lengths) / len(lengths) > (1.8 if accuracy < 0.9 else 4.5)
 
 
 def test_a_draft_of_another_target_is_refused(qwen_checkpoint: Path, tiny_draft: Path) -> None:
