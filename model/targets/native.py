@@ -6,6 +6,7 @@ model runs through transformers' own layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from model.native.library import Matrix
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 
 LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer")
-
 NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 
 
@@ -55,7 +55,7 @@ def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stac
     first_half, second_half = sin[0].chunk(2, -1)
     stack = Stack(
         shape,
-        [_llama_layer(layer) for layer in model.layers],
+        _released(model.layers),
         rotary=Rotary(
             cos[0],
             torch.cat((-first_half, second_half), -1),
@@ -64,8 +64,13 @@ def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stac
         final_norm=Norm(model.norm.weight),
         taps=tap_layers,
     )
-    model.layers = nn.ModuleList()
     return stack
+
+
+def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
+    """What is packed need not be held twice, which for a large model would be most of a machine's memory."""
+    while len(layers):
+        yield _llama_layer(layers.pop(0))
 
 
 def _axes(sections: list[int] | None, head_dim: int) -> np.ndarray:
