@@ -180,8 +180,9 @@ class NativeRound:
             budgets = self.budgets[: len(counts)].tolist()
             told = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
             paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
-            with counters.timed("draft"):
-                drafter.observe(shape.trees, paths, shape.taps)
+            if any(told):
+                with counters.timed("draft"):
+                    drafter.observe(shape.trees, paths, shape.taps)
         return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]
 
     @property
