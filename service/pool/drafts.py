@@ -31,17 +31,18 @@ FILES = ("config.json", "model.safetensors")
 
 @dataclass(frozen=True)
 class Served:
-    number: int  # of changes before it
-    folder: str | None  # as it was named to us; None: the model's own
-    copy: Path | None  # what workers read; None: the folder itself
-    since: float | None  # seconds since the epoch; None: no worker is ready yet
+    number: int = 0  # by which it is known here and to workers
+    folder: str | None = None  # as it was named to us; None: the model's own
+    copy: Path | None = None  # what workers read; None: the folder itself
+    since: float | None = None  # seconds since the epoch; None: no worker is ready yet
+    changes: int = 0  # before it
 
 
 class Drafts:
     def __init__(self, folder: str | None = None, *, keep: bool = False, timeout: float = 900.0) -> None:
         """folder: the draft that workers begin with; keep: as a copy, since another may take its place; timeout:
         seconds for a worker to read a draft."""
-        self.served = Served(0, folder, None, None)
+        self.served = Served(folder=folder)
         self._keep, self._timeout = keep, timeout
         self._copies: tempfile.TemporaryDirectory[str] | None = None
         self._one_at_a_time = asyncio.Lock()
@@ -80,7 +81,7 @@ class Drafts:
                     worker.send(m.DropDraft(number))
                 shutil.rmtree(copy, ignore_errors=True)
                 raise
-            old, self.served = self.served, Served(number, folder, copy, time.time())
+            old, self.served = self.served, Served(number, folder, copy, time.time(), self.served.changes + 1)
             answers = await asyncio.gather(*(self._ask(worker, m.UseDraft(number)) for worker in workers))
             changed = [w for w, answer in zip(workers, answers, strict=True) if isinstance(answer, m.DraftUsed)]
             self._holds |= dict.fromkeys(changed, number)

@@ -68,7 +68,7 @@ def _draft(service: Service) -> dict[str, Any]:
     served = service.pool.drafts.served
     since = datetime.fromtimestamp(served.since, UTC).isoformat(timespec="milliseconds") if served.since else None
     name = Path(served.folder).name if served.folder else service.settings.model_name
-    return {"name": name, "since": since, "changes": served.number}
+    return {"name": name, "since": since, "changes": served.changes}
 
 
 async def metrics(request: Request) -> Response:
