@@ -6,6 +6,7 @@ changed. UseDraft is answered with DraftUsed, or with DraftRefused where that dr
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
@@ -89,6 +90,11 @@ class IncomingDraft:
         self._engine.swap(self._packed)
         self._number = self._packed = None
         self._send(m.DraftUsed(message.number, self._engine.info))
+        if self._engine.info.device != "cpu":
+            # Recorded passes and their drafter hold each other, and what was frozen at start is never collected.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
 
     def drop(self, message: m.DropDraft) -> None:
         if message.number == self._number:
