@@ -150,7 +150,7 @@ class Engine:
     def read_draft(self, folder: str) -> Incoming:
         """A draft that may take the present one's place. Any thread may call it, at any moment; nothing is changed.
         ConfigError if it does not fit."""
-        return incoming.read(folder, self._asked, self.config, self.target)
+        return incoming.read(folder, self._asked, self.config, self.target, self._room)
 
     def pack_draft(self, draft: Incoming) -> Packed:
         """All of the work that must be done between two steps. Nothing is changed yet."""

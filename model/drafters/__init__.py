@@ -14,6 +14,13 @@ from model.drafters.medusa import MedusaDrafter
 from model.drafters.ngram import NgramDrafter
 from model.targets.base import Target
 
+KINDS: dict[str, Any] = {
+    "flash": FlashDrafter,
+    "flash-paper": FlashDrafter,
+    "eagle": EagleDrafter,
+    "medusa": MedusaDrafter,
+}
+
 
 def tap_layers(config: EngineConfig) -> tuple[int, ...] | None:
     """The target's layers that the draft of a resolved config reads; None where there is none."""
@@ -29,16 +36,6 @@ def load(config: EngineConfig, target: Target, room: Room) -> Drafter | None:
     if config.drafter == "ngram":
         return NgramDrafter()
     assert config.draft is not None
-    return trained(config.drafter, target, checkpoint.load(Path(config.draft), target), room)
-
-
-def trained(name: str, target: Target, network: checkpoint.Network, room: Room) -> Drafter:
-    """The drafter of this name with what it has learnt; the network's weights are packed, where they can be."""
-    kinds: dict[str, Any] = {
-        "flash": FlashDrafter,
-        "flash-paper": FlashDrafter,
-        "eagle": EagleDrafter,
-        "medusa": MedusaDrafter,
-    }
-    drafter: Drafter = kinds[name](name, target, network, room)
+    network = checkpoint.load(Path(config.draft), target)
+    drafter: Drafter = KINDS[config.drafter](config.drafter, target, network, room)
     return drafter

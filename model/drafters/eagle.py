@@ -40,12 +40,23 @@ from model.tree import Trees
 class EagleDrafter:
     """See `model.drafters.base.Drafter`."""
 
-    def __init__(self, name: str, target: Target, network: EagleNetwork, room: Room) -> None:
+    def __init__(
+        self, name: str, target: Target, network: EagleNetwork, room: Room, cache: KVCache | None = None
+    ) -> None:
+        """cache: what `new_cache` made, where someone had the time to make it before."""
         config = network.config
         self.name = name
         self.target, self.network, self.width = target, network, room.width
+        self.cache = cache or self.new_cache(target, network, room)
+        self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
+        self._entries = self._table()
+        self._step = self._native_step()
+
+    @staticmethod
+    def new_cache(target: Target, network: EagleNetwork, room: Room) -> KVCache:
+        config = network.config
         most_rows = 1 + (config.block - 1) * room.width  # of a tree while it grows: the root's and those expanded
-        self.cache = KVCache(
+        return KVCache(
             num_layers=1,
             num_slots=room.num_slots,
             num_heads=config.num_heads,
@@ -55,9 +66,6 @@ class EagleDrafter:
             dtype=target.dtype,
             device=target.device,
         )
-        self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
-        self._entries = self._table()
-        self._step = self._native_step()
 
     @torch.inference_mode()
     def _table(self) -> Tensor | None:

@@ -44,22 +44,16 @@ PAPER_TREE = {
 class FlashDrafter:
     """See `model.drafters.base.Drafter`."""
 
-    def __init__(self, name: str, target: Target, network: DraftNetwork, room: Room) -> None:
+    def __init__(
+        self, name: str, target: Target, network: DraftNetwork, room: Room, cache: KVCache | None = None
+    ) -> None:
+        """cache: what `new_cache` made, where someone had the time to make it before."""
         config = network.config
         self.name = name
         self.target, self.network, self.width = target, network, room.width
         self.block = config.block
         self._fixed = FixedTree.of(PAPER_TREE, config.block) if name == "flash-paper" else None
-        self.cache = KVCache(
-            num_layers=config.num_layers,
-            num_slots=room.num_slots,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            capacity=room.capacity,
-            margin=max(room.margin, config.block),
-            dtype=target.dtype,
-            device=target.device,
-        )
+        self.cache = cache or self.new_cache(target, network, room)
         self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
         self._visual: dict[int, list[Tensor]] = {}  # slot -> fused states of a medium whose prefill is under way
         self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
@@ -75,6 +69,20 @@ class FlashDrafter:
                 self._proposals.prepare(1, [self.block])
                 width = len(config.tap_layers) * config.target_hidden_size
                 self._observations.prepare(0, range(1, room.margin + 1), width)
+
+    @staticmethod
+    def new_cache(target: Target, network: DraftNetwork, room: Room) -> KVCache:
+        config = network.config
+        return KVCache(
+            num_layers=config.num_layers,
+            num_slots=room.num_slots,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            capacity=room.capacity,
+            margin=max(room.margin, config.block),
+            dtype=target.dtype,
+            device=target.device,
+        )
 
     @torch.inference_mode()
     def _block_entries(self) -> tuple[Tensor, Tensor] | None:

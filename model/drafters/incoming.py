@@ -13,15 +13,18 @@ from model import drafters
 from model.config import TRAINED, ConfigError, EngineConfig
 from model.draft import checkpoint
 from model.drafters.base import Drafter, Room
+from model.kv_cache import KVCache
 from model.targets.base import Target
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """A draft that was read and fits; config: the engine's, with this draft, resolved."""
+    """A draft that was read and fits; config: the engine's, with this draft, resolved; cache: for what it will hold of
+    sequences, if it needs one. A large one takes longer than all the rest."""
 
     config: EngineConfig
     network: checkpoint.Network
+    cache: KVCache | None
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Packed:
     drafter: Drafter
 
 
-def read(folder: str, asked: EngineConfig, serving: EngineConfig, target: Target) -> Incoming:
+def read(folder: str, asked: EngineConfig, serving: EngineConfig, target: Target, room: Room) -> Incoming:
     """The draft in `folder`, for an engine that was given `asked`, which it resolved to `serving`.
 
     ConfigError where it cannot be read, is no draft for this target, or asks for what is settled when an engine starts.
@@ -53,9 +56,11 @@ def read(folder: str, asked: EngineConfig, serving: EngineConfig, target: Target
             f"draft {folder!r} is one for {config.drafter}, and {serving.drafter} is served: one drafts fixed trees, "
             "the other as much as pays, which is settled when the engine starts: start it with this draft"
         )
-    return Incoming(config, checkpoint.load(Path(folder), target))
+    network = checkpoint.load(Path(folder), target)
+    return Incoming(config, network, drafters.KINDS[config.drafter].new_cache(target, network, room))
 
 
 def pack(incoming: Incoming, target: Target, room: Room) -> Packed:
     """In the engine's thread, between two steps."""
-    return Packed(incoming.config, drafters.trained(incoming.config.drafter, target, incoming.network, room))
+    name = incoming.config.drafter
+    return Packed(incoming.config, drafters.KINDS[name](name, target, incoming.network, room, incoming.cache))

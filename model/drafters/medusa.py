@@ -25,13 +25,17 @@ from model.tree import Trees
 class MedusaDrafter:
     """See `model.drafters.base.Drafter`."""
 
-    def __init__(self, name: str, target: Target, network: MedusaNetwork, room: Room) -> None:
+    def __init__(self, name: str, target: Target, network: MedusaNetwork, room: Room, cache: None = None) -> None:  # noqa: ARG002
         self.name = name
         self.target, self.network, self.width = target, network, room.width
         pack(network)
         self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
         self._step = self._native_step()
+
+    @staticmethod
+    def new_cache(target: Target, network: MedusaNetwork, room: Room) -> None:  # noqa: ARG004
+        """It has no keys and values."""
 
     def _native_step(self) -> MedusaStep | None:
         target, heads = self.target, self.network.heads
