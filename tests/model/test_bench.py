@@ -126,8 +126,6 @@ def test_drafters_are_compared_on_the_same_prompts(
     assert sum("(simulation)" in line for line in table) == 4
     for row in rows:
         assert row["same_tokens_as_plain"] == 1.0
-        if row["drafter"] == "replay:1 (simulation)":
-            assert row["acceptance_length"] >= 10, "every token is right, and an answer has twelve"
 
 
 @pytest.mark.parametrize(
