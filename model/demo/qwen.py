@@ -191,4 +191,9 @@ def save(target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokeni
     shipped.load_state_dict(target.state_dict())
     shipped.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    image_processor().save_pretrained(folder)
+    images = image_processor()
+    images.save_pretrained(folder)
+    # Written out, as transformers' class for it needs torchvision: the same sizes, pairs of frames instead of one.
+    shared = {name: value for name, value in images.to_dict().items() if name != "image_processor_type"}
+    videos = {**shared, "video_processor_type": "Qwen2VLVideoProcessor", "min_frames": FRAMES_PER_PATCH}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos, indent=2, sort_keys=True) + "\n")
