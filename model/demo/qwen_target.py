@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from model.demo import qwen
 from model.demo.conversations import Conversations, Style
@@ -45,6 +45,7 @@ from model.demo.qwen_vision import (
     turned,
     views,
 )
+from model.demo.training import Training
 from model.demo.vision import GRID, QUESTIONS, normalised, patch_labels, patch_loss
 
 # The first target's layers that it missed most when one after the other was left out (sum of losses, greedily).
@@ -160,7 +161,7 @@ def borrow(target: Qwen2_5_VLForConditionalGeneration, first: LlavaForConditiona
         layer.post_attention_layernorm.weight.copy_(old.post_attention_layernorm.weight)
 
 
-def above(layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def above(layer: Qwen2_5_VLDecoderLayer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The states above a decoder layer, as `layer` itself computes them; rows begin together, so no mask is needed."""
     attention, mlp = layer.self_attn, layer.mlp
     inner = normed(layer.input_layernorm, hidden)
@@ -240,8 +241,6 @@ def losses(
 def train(folder: Path, first_folder: Path, steps: int, image_only: int, borrowed: int, rate: float) -> None:
     """Train (or resume) the target on top of `folder`/qwen-vision.pt; leaves a checkpoint in `folder`/qwen-target."""
     torch._dynamo.config.recompile_limit = 64  # a few shapes of batches, several functions
-    checkpoint, step = folder / "qwen-target.pt", 0
-    first: LlavaForConditionalGeneration | None
     first = LlavaForConditionalGeneration.from_pretrained(first_folder, dtype=torch.float32).eval()
     tokenizer = qwen.renamed_tokenizer(PreTrainedTokenizerFast.from_pretrained(first_folder))
     target = qwen.new_target(qwen.target_config(tokenizer))
@@ -258,69 +257,36 @@ def train(folder: Path, first_folder: Path, steps: int, image_only: int, borrowe
     optimisers = [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=0.7 * rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True),
-        *tower_optimisers(tower, 0.2 * rate),
+        *tower_optimisers(tower, 0.4 * rate),
     ]
-    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        target.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        step = saved["step"]
-    batches = QwenConversations(tokenizer, target.config, step, image_only)
+    training = Training(folder / "qwen-target.pt", steps, {"model": target, "heads": heads}, optimisers)
+    batches = QwenConversations(tokenizer, target.config, training.step, image_only)
     data = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
-    begun, started_at, saved_at = time.time(), step, time.time()
     recent: list[tuple[float, ...]] = []
-    while step < steps:
-        batch = next(data)
-        share = min(1.0, (step + 1) / 50, 0.01 + 1.25 * (1 - step / steps))
-        for optimiser, peak in zip(optimisers, peaks, strict=True):
-            optimiser.param_groups[0]["lr"] = share * peak
-            optimiser.zero_grad()
-        if step >= borrowed:
-            first = None
+    while training.step < steps:
+        borrowing = max(0.0, 1 - training.step / max(1, borrowed))
         with torch.autocast("cpu", torch.bfloat16):
-            said = losses(target, heads, batch, first)
-        (said.answers + said.dense + (1 - step / max(1, borrowed)) * said.likeness).backward()
-        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
-        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
+            said = losses(target, heads, next(data), first if borrowing else None)
+        loss = said.answers + said.dense + borrowing * said.likeness
+        training.learn(loss, [[*matrices, *others], tower.parameters()])
         figures = (said.answers.item(), said.told, said.dense.item(), said.likeness.item(), *said.right, *said.motions)
         recent = [*recent[-39:], figures]
-        if step % 20 == 0:
-            pace = (time.time() - begun) / (step - started_at)
+        if training.step % 20 == 0:
             means = np.nanmean(recent, 0)
-            left = (steps - step) * pace / 60
             print(
-                f"target {step}/{steps} loss {means[0]:.4f} right {means[1]:.4f} dense {means[2]:.2f} "
+                f"target {training.step}/{steps} loss {means[0]:.4f} right {means[1]:.4f} dense {means[2]:.2f} "
                 f"alike {means[3]:.2f} shape, x, y {' '.join(f'{m:.3f}' for m in means[4:7])} "
-                f"motion {' '.join(f'{m:.2f}' for m in means[7:])} ({pace:.2f} s/step, {left:.0f} min left)",
+                f"motion {' '.join(f'{m:.2f}' for m in means[7:])} ({training.pace})",
                 flush=True,
             )
-        if step % 300 == 0:
+        if training.step % 300 == 0:
             qwen.save(target, tokenizer, folder / "qwen-target")
             print(
                 "  held out:",
                 image_scores(folder / "qwen-target", 24),
-                video_scores(folder / "qwen-target", 16) if step > image_only else "",
+                video_scores(folder / "qwen-target", 16) if training.step > image_only else "",
                 flush=True,
             )
-        if time.time() - saved_at > 50 or step == steps:
-            saved_at = time.time()
-            scratch = checkpoint.with_suffix(".tmp")
-            torch.save(
-                {
-                    "model": target.state_dict(),
-                    "heads": heads.state_dict(),
-                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                    "step": step,
-                },
-                scratch,
-            )
-            scratch.replace(checkpoint)
     qwen.save(target, tokenizer, folder / "qwen-target")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,11 +26,13 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel as Tower,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm as Qwen2RMSNorm
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from model.demo import qwen, scenes
 from model.demo.motion import MOTION_QUESTIONS, motion_labels, motion_loss
+from model.demo.training import Training
 from model.demo.vision import GRID, QUESTIONS, SIDE, normalised, patch_labels, patch_loss, weathered
 
 REACH = 2  # an object's centre is at most so many tokens away
@@ -66,7 +67,7 @@ def views(config: Qwen2_5_VLVisionConfig, frames: int) -> Views:
     return Views(cos, sin, order, order.argsort(), frames, len(ends) - 1)
 
 
-def normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def normed(norm: Qwen2RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden.float(), (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
@@ -193,23 +194,11 @@ def train(folder: Path, first_folder: Path, steps: int, batch: int = 24, rate: f
         *tower_optimisers(tower, rate),
         torch.optim.AdamW(reader.parameters(), lr=rate, betas=(0.9, 0.98), fused=True),
     ]
-    file, step = folder / "qwen-vision.pt", 0
-    if file.exists():
-        saved = torch.load(file, weights_only=True)
-        tower.load_state_dict(saved["model"])
-        reader.load_state_dict(saved["heads"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        step = saved["step"]
-    data = iter(DataLoader(PairData(step, batch), batch_size=None, num_workers=1, prefetch_factor=4))
+    training = Training(folder / "qwen-vision.pt", steps, {"model": tower, "heads": reader}, optimisers)
+    data = iter(DataLoader(PairData(training.step, batch), batch_size=None, num_workers=1, prefetch_factor=4))
     view = views(tower.config, batch)
-    begun, started_at, saved_at = time.time(), step, time.time()
-    while step < steps:
+    while training.step < steps:
         given = next(data)
-        share = min(1.0, (step + 1) / 50, 0.01 + 1.25 * (1 - step / steps))
-        for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = share * rate
-            optimiser.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             tokens = compiled(tokens_of)(tower, given["pixels"], view)
             answers, moved = reader.scene(tokens), reader.motion(tokens)
@@ -217,33 +206,15 @@ def train(folder: Path, first_folder: Path, steps: int, batch: int = 24, rate: f
         dense, right = patch_loss(list(answers), given["labels"])
         motion, told = motion_loss(moved, given["motions"])
         alike = likeness_loss(tokens, first_features(first, given["frames"]))
-        (dense + 0.5 * motion + alike).backward()
-        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
-        if step % 20 == 0 or step == steps:
-            pace = (time.time() - begun) / (step - started_at)
+        training.learn(dense + 0.5 * motion + alike, [tower.parameters()])
+        if training.step % 20 == 0 or training.step == steps:
             names = " ".join(f"{n}={r:.3f}" for n, r in zip(TOWER_QUESTIONS, right, strict=True))
             moves = " ".join(f"{t:.2f}" for t in told[1:3])
             print(
-                f"tower {step}/{steps} dense {dense.item():.3f} alike {alike.item():.3f} {names} motion {moves} "
-                f"({pace:.2f} s/step, {(steps - step) * pace / 60:.0f} min left)",
+                f"tower {training.step}/{steps} dense {dense.item():.3f} alike {alike.item():.3f} {names} "
+                f"motion {moves} ({training.pace})",
                 flush=True,
             )
-        if time.time() - saved_at > 50 or step == steps:
-            saved_at = time.time()
-            scratch = file.with_suffix(".tmp")
-            torch.save(
-                {
-                    "model": tower.state_dict(),
-                    "heads": reader.state_dict(),
-                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                    "step": step,
-                },
-                scratch,
-            )
-            scratch.replace(file)
 
 
 if __name__ == "__main__":

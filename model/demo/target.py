@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from model.demo.checkpoint import (
 from model.demo.conversations import Conversations, Style
 from model.demo.evaluate import image_scores, video_scores
 from model.demo.motion import LAYER, MOTION_QUESTIONS, motion_labels, motion_loss
+from model.demo.training import Training
 from model.demo.vision import QUESTIONS, PatchReader, normalised, patch_labels, patch_loss
 
 DENSE, MOTION = 0.15, 0.1  # weights of the dense losses beside that of the answers
@@ -128,8 +128,8 @@ def wire_heads(
 
 def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> None:
     """Train (or resume) the target on top of `folder`/vision.pt; leaves a LLaVA checkpoint in `folder`/target."""
-    checkpoint, step = folder / "target.pt", 0
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target") if checkpoint.exists() else train_tokenizer()
+    begun = (folder / "target.pt").exists()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target") if begun else train_tokenizer()
     target = new_target(target_config(tokenizer))
     reader = PatchReader()
     reader.load_state_dict(torch.load(folder / "vision.pt", weights_only=True)["model"])
@@ -148,43 +148,23 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
         torch.optim.AdamW(others, lr=0.7 * rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True),
         torch.optim.AdamW(seeing, lr=0.1 * rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True),
     ]
-    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        target.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        motion_head.load_state_dict(saved["motion_head"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        step = saved["step"]
-    data = iter(
-        DataLoader(LlavaConversations(tokenizer, step, image_only), batch_size=None, num_workers=1, prefetch_factor=4)
-    )
-    begun, started_at, saved_at = time.time(), step, time.time()
+    modules = {"model": target, "heads": heads, "motion_head": motion_head}
+    training = Training(folder / "target.pt", steps, modules, optimisers)
+    batches = LlavaConversations(tokenizer, training.step, image_only)
+    data = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
     recent: list[tuple[float, ...]] = []
-    while step < steps:
-        batch = next(data)
-        share = min(1.0, (step + 1) / 50, 0.01 + 1.25 * (1 - step / steps))
-        for optimiser, peak in zip(optimisers, peaks, strict=True):
-            optimiser.param_groups[0]["lr"] = share * peak
-            optimiser.zero_grad()
+    while training.step < steps:
         with torch.autocast("cpu", torch.bfloat16):
-            said = losses(target, heads, motion_head, batch)
-        (said.answers + DENSE * said.dense + MOTION * said.motion).backward()
-        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
-        nn.utils.clip_grad_norm_(seeing, 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
+            said = losses(target, heads, motion_head, next(data))
+        loss = said.answers + DENSE * said.dense + MOTION * said.motion
+        training.learn(loss, [[*matrices, *others], seeing])
+        step = training.step
         recent = [*recent[-39:], (said.answers.item(), said.told, said.dense.item(), said.shapes, *said.motions)]
         if step % 20 == 0:
-            pace = (time.time() - begun) / (step - started_at)
             means = np.nanmean(recent, 0)
-            left = (steps - step) * pace / 60
             print(
                 f"target {step}/{steps} loss {means[0]:.4f} right {means[1]:.4f} dense {means[2]:.2f} "
-                f"shape {means[3]:.3f} motion {' '.join(f'{m:.2f}' for m in means[4:])} "
-                f"({pace:.2f} s/step, {left:.0f} min left)",
+                f"shape {means[3]:.3f} motion {' '.join(f'{m:.2f}' for m in means[4:])} ({training.pace})",
                 flush=True,
             )
         if step % 300 == 0 and step > image_only // 2:
@@ -197,20 +177,6 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
                 flush=True,
             )
             target.train()
-        if time.time() - saved_at > 50 or step == steps:
-            saved_at = time.time()
-            scratch = checkpoint.with_suffix(".tmp")
-            torch.save(
-                {
-                    "model": target.state_dict(),
-                    "heads": heads.state_dict(),
-                    "motion_head": motion_head.state_dict(),
-                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                    "step": step,
-                },
-                scratch,
-            )
-            scratch.replace(checkpoint)
     save_target(target, tokenizer, folder / "target")
 
 
