@@ -221,7 +221,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
     parser.add_argument("--first", type=Path, default=Path("runs/demo/target"))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--rate", type=float, default=2e-3)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
