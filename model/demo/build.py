@@ -2,9 +2,9 @@
 
 python -m model.demo.build [--folder runs/demo] [--install]
 
-Some hours on 2 cores, with a C++ compiler at hand. Stages can also be run alone: model.demo.vision, .target, .draft, .evaluate; and for the second
-target, which begins as the first one's sibling, .qwen_vision and .qwen_target. With --install the result replaces what
-lies in model/demo/weights.
+Some hours on 2 cores, with a C++ compiler at hand. Stages can also be run alone: model.demo.vision, .target, .draft,
+.evaluate; and for the second target, which begins as the first one's sibling, .qwen_vision and .qwen_target. With
+--install the result replaces what lies in model/demo/weights.
 """
 
 from __future__ import annotations
