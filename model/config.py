@@ -13,6 +13,7 @@ DrafterName = Literal["auto", "flash", "flash-paper", "eagle", "medusa", "ngram"
 DRAFTERS: tuple[str, ...] = get_args(DrafterName)
 TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # a folder holds what they have learnt
 MAX_NODES, PAPER_NODES = 15, 25  # draft nodes per sequence and step; of flash-paper's fixed tree
+DEFAULT_MAX_MODEL_LEN = 4096
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -28,7 +29,7 @@ class EngineConfig:
     dtype: str = "auto"
     drafter: DrafterName = "auto"  # "auto": what the draft's folder says
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
-    max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to 4096
+    max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to DEFAULT_MAX_MODEL_LEN
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
@@ -109,6 +110,10 @@ class EngineConfig:
                 f"draft {draft!r} is one for --drafter {held}, not for {self.drafter!r}: give --draft PATH of such one"
             )
         return held
+
+    def context(self, max_positions: int) -> int:
+        """Tokens of prompt and answer together, for a model that knows so many positions."""
+        return min(self.max_model_len or DEFAULT_MAX_MODEL_LEN, max_positions)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

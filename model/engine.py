@@ -37,8 +37,6 @@ from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.tree import IDLE, PLAIN, Trees
 
-DEFAULT_MAX_MODEL_LEN = 4096
-
 
 class Engine:
     """One target and its draft on one device. Not thread-safe: one caller at a time."""
@@ -52,7 +50,7 @@ class Engine:
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
         self.target = target = target or load_target(config, drafters.tap_layers(config))
-        self.max_model_len = min(config.max_model_len or DEFAULT_MAX_MODEL_LEN, target.max_positions)
+        self.max_model_len = config.context(target.max_positions)
         margin = config.nodes + 1
         num_slots = self._num_slots(margin)
         self.cache = KVCache(
@@ -247,7 +245,7 @@ class Engine:
                 self.drafter.start(sequence.slot, prompt)
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
-        sequence.next_position = int(sequence.positions.max()) + 1
+        sequence.next_position = int(sequence.positions[0, -1]) + 1
 
     def _see(self, sequence: Sequence, end: int) -> None:
         """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes

@@ -31,6 +31,8 @@ FADE = 8192.0  # nodes of a bin after which the old ones count half
 PLACES = (0, 1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63)  # nodes per sequence for which T is kept
 LEARN = 0.1  # weight of the newest round, or answer
 LEARN_PLAIN = 0.3  # of the newest plain round
+COMMON = 0.5  # of what a round took longer than was thought, that others would have, too: a busier machine
+MOVED = 0.5  # change of what is thought of plain rounds, none of which ran, after which one does
 FIRST_PLAIN, PLAIN_EVERY = 4, 256  # rounds after which one is plain if none was: first after few, then after more
 STEADY = 0.02  # of the newest round in what drafts bring over all
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain rounds of a sequence before it tries again to draft
@@ -69,6 +71,7 @@ class Load:
         self._verified: dict[int, float] = {}  # batch -> nodes per sequence, of late
         self._passed_over = 0
         self._since_plain: dict[int, int] = {}  # batch -> rounds since a plain one
+        self._moved = 0.0  # by how much plain rounds are thought to take longer or shorter since one ran
         self._wait: dict[int, int] = {}  # batch -> rounds until the next
 
     @property
@@ -120,16 +123,15 @@ class Load:
             expected = (1.0 - above) * line[at - 1] + above * line[at] if drafted else self.plain[row]
             change = near * (LEARN if drafted else LEARN_PLAIN) * (min(2.0, max(0.5, seconds / expected)) - 1.0)
             if drafted:
-                before = line.sum()
-                line[at - 1] *= 1.0 + (1.0 - above) * change
-                line[at] *= 1.0 + above * change
-                self.plain[row] *= line.sum() / before  # a busier machine is slower at both; plain rounds may be rare
-            else:
-                self.plain[row] *= 1.0 + change
+                self.drafting[row] *= 1.0 + COMMON * change
+                line[at - 1] *= 1.0 + (1.0 - above) * (1.0 - COMMON) * change
+                line[at] *= 1.0 + above * (1.0 - COMMON) * change
+            self.plain[row] *= 1.0 + (COMMON if drafted else 1.0) * change
+            self._moved += abs(COMMON * change) if drafted else -self._moved
         if not drafted:
             self._since_plain[batch] = 0
             self._wait[batch] = min(2 * self._wait.get(batch, FIRST_PLAIN), PLAIN_EVERY)
-        if drafted:
+        else:
             before = self._verified.get(batch, each)
             self._verified[batch] = before + LEARN * (each - before)
 
@@ -176,7 +178,7 @@ class Load:
         self._turn_to(batch)
         if self.known:
             self._since_plain[batch] = since = self._since_plain.get(batch, 0) + 1
-            if since > self._wait.get(batch, FIRST_PLAIN):
+            if since > self._wait.get(batch, FIRST_PLAIN) or (self._moved > MOVED and since > FIRST_PLAIN):
                 return [0] * batch  # what such a round takes is to be known, not guessed
             # Not many more than are worth it: a tree that is cut takes as long to grow as one that is not.
             most = min(most, int(ROOM * self._typical) + 2)
@@ -188,7 +190,7 @@ class Load:
             return False
         if sequence.pause:
             sequence.pause -= 1
-            return False
+            return not sequence.pause  # it tries again
         if not sequence.tries:
             sequence.brought = self._brought
         if self._tries < TRIES or 1.0 + sequence.brought >= SLACK * self._price:

@@ -7,9 +7,10 @@ command line, the benchmark). It can be imported without torch.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -61,15 +62,22 @@ class SamplingParams:
 class Medium:
     """One image (one frame) or one video (its sampled frames), decoded and already at the target's geometry.
 
-    frames: (num_frames, height, width, 3) uint8 RGB.
+    frames: (num_frames, height, width, 3) uint8 RGB. seconds_per_frame: of a video, the time from one of its frames to
+    the next, on average; None where nobody knows (a target that reads it then takes half a second).
     """
 
     kind: Literal["image", "video"]
     frames: np.ndarray
+    seconds_per_frame: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.seconds_per_frame is not None and not 0.0 < self.seconds_per_frame < math.inf:
+            raise RequestError(f"seconds_per_frame is out of range: {self.seconds_per_frame!r}", param="messages")
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 over kind, shape and pixels. Takes milliseconds for a video: whoever has the time may ask early."""
+        """SHA-256 over kind, shape and pixels: what features depend on. Takes milliseconds for a video: whoever has the
+        time may ask early."""
         digest = hashlib.sha256(f"{self.kind}|{self.frames.shape}|{self.frames.dtype}|".encode())
         digest.update(np.ascontiguousarray(self.frames).data)
         return digest.digest()
@@ -127,11 +135,57 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
+class Area:
+    """Sizes by area, as transformers' Qwen2-VL processors have them: sides become multiples of `multiple`, pixels a
+    number from `min_pixels` to `max_pixels`, and proportions stay about what they were."""
+
+    multiple: int
+    min_pixels: int
+    max_pixels: int  # of an image, or of a frame of a video
+    all_frames: int | None = None  # pixels that the frames of a video may have together; None: no such limit
+
+    MAX_RATIO: ClassVar[int] = 200  # of the longer side to the shorter
+    SLACK: ClassVar[float] = 1.05  # many frames share `all_frames`, but each may have this many times `min_pixels`
+
+    def most(self, num_frames: int) -> int:
+        """Pixels of one frame of so many."""
+        if self.all_frames is None:
+            return self.max_pixels
+        return max(min(self.max_pixels, self.all_frames // num_frames), int(self.min_pixels * self.SLACK))
+
+    def fitted(self, height: int, width: int, num_frames: int = 1) -> tuple[int, int]:
+        """(height, width) that a picture of this size is to have. Rounding may lead out of the bounds by a multiple."""
+        sides, unit, most = (height, width), self.multiple, self.most(num_frames)
+        down, across = (round(side / unit) * unit for side in sides)
+        if down * across > most:
+            shrink = math.sqrt(height * width / most)
+            down, across = (max(unit, math.floor(side / shrink / unit) * unit) for side in sides)
+        elif down * across < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            down, across = (math.ceil(side * grow / unit) * unit for side in sides)
+        return down, across
+
+    @property
+    def longest(self) -> int:
+        """Pixels along a side, at most: narrow pictures may be half as narrow again after rounding."""
+        return math.isqrt(2 * self.MAX_RATIO * self.most(1)) + 2 * self.multiple
+
+    def holds(self, height: int, width: int, num_frames: int = 1) -> bool:
+        """Whether `fitted` may have given this size."""
+        unit = self.multiple
+        within = (height - unit) * (width - unit) < self.most(num_frames) and self.min_pixels < (height + unit) * (
+            width + unit
+        )
+        return min(height, width) >= unit and height % unit == width % unit == 0 and within
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The size to which the target's image processor brings a frame, so that decoding can do it early.
 
     Same steps and order as transformers' CLIP-style processors: resize (with PIL's `resample` filter), then
-    centre-crop. `exact` resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`.
+    centre-crop. `exact` resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`. Where sizes
+    go by area, `image` and `video` say how, and the three others are None.
     """
 
     exact: tuple[int, int] | None  # (height, width)
@@ -139,6 +193,18 @@ class Geometry:
     crop: tuple[int, int] | None  # (height, width)
     resample: int  # PIL.Image.Resampling value
     default_num_frames: int
+    image: Area | None = None
+    video: Area | None = None  # with `image`, of every frame of a video
+
+    def area(self, kind: Literal["image", "video"]) -> Area | None:
+        return self.image if kind == "image" else self.video
+
+    def fits(self, kind: Literal["image", "video"], num_frames: int, height: int, width: int) -> bool:
+        """Whether frames of this size may have been brought to it."""
+        if (size := self.crop or self.exact) is not None:
+            return (height, width) == size
+        area = self.area(kind)
+        return area is None or area.holds(height, width, num_frames)
 
 
 @dataclass(frozen=True)
@@ -151,7 +217,7 @@ class EngineInfo:
     drafter: str  # its name, or "off"
     max_model_len: int  # prompt + answer, tokens
     max_num_seqs: int
-    tokens_per_image: int
+    tokens_per_image: int  # at most, where that depends on the image
     geometry: Geometry
     memory: dict[str, int] = field(default_factory=dict)  # bytes that it takes at most, by what for
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, StoppingCriteria
+from transformers import AutoModelForImageTextToText, GenerationConfig, StoppingCriteria
 
-from model.request import Medium, Message, SamplingParams
-
-Conversation = tuple[Message, ...]
+from model.bench.inputs import ByProcessor, Qwen25VL
+from model.bench.inputs import Conversation as Conversation  # for all who compare with what is here
+from model.request import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -28,36 +27,18 @@ class Generated:
 class Reference:
     def __init__(self, model: str, *, device: str, dtype: str) -> None:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-        self.processor = AutoProcessor.from_pretrained(model)
-        self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype)
         self.model.to(self.device).eval().requires_grad_(False)
+        qwen = self.model.config.model_type == "qwen2_5_vl"
+        self._inputs: ByProcessor | Qwen25VL = Qwen25VL(model) if qwen else ByProcessor(model)
+        self.tokenizer = self._inputs.tokenizer
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
 
     def inputs(self, conversations: list[Conversation]) -> dict[str, Tensor]:
         """Left-padded ids, their mask, and the pixels of all frames in order."""
-        texts, images = [], []
-        for conversation in conversations:
-            turns = []
-            for message in conversation:
-                parts: list[dict[str, str]] = []
-                for part in message.content:
-                    if isinstance(part, Medium):
-                        parts += [{"type": "video"}] if part.kind == "video" else []  # a marker; the frames follow it
-                        parts += [{"type": "image"}] * len(part.frames)
-                        images += [Image.fromarray(frame) for frame in part.frames]
-                    else:
-                        parts.append({"type": "text", "text": part})
-                turns.append({"role": message.role, "content": parts})
-            texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True))
-        made = self.processor(
-            text=texts, images=images or None, return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(self.device)
-        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in made.items()}
+        made = {name: value.to(self.device) for name, value in self._inputs(conversations).items()}
+        return {name: value.to(self.dtype) if name.startswith("pixel") else value for name, value in made.items()}
 
     @torch.inference_mode()
     def generate(self, conversations: list[Conversation], params: SamplingParams) -> Generated:
@@ -90,10 +71,9 @@ class Reference:
         more = torch.tensor([answer], dtype=torch.long, device=self.device)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        known: dict[str, Any] = {
-            k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "pixel_values")
-        }
-        scores: Tensor = self.model(**known).logits[0, -1]
+        if (types := inputs.get("mm_token_type_ids")) is not None:
+            inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(more)], 1)
+        scores: Tensor = self.model(**inputs).logits[0, -1]
         return scores.double().cpu()
 
 

@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     ).resolved()
     drafters = asked.drafters.split(",")
     rows = []
-    tokens = Engine(replace(config, drafter="off", max_model_len=64)).info.tokens_per_image
+    tokens = Engine(replace(config, drafter="off", max_num_seqs=1)).info.tokens_per_image
     positions = tokens * asked.frames + SPARE
     with tqdm(total=len(drafters) * asked.repeats, unit="video", disable=None) as bar:
         for drafter in drafters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,19 +113,23 @@ class Stack:
     def __init__(
         self,
         shape: Shape,
-        layers: Seq[LayerWeights],
+        layers: Iterable[LayerWeights],
         *,
         rotary: Rotary | None = None,
         final_norm: Norm | None = None,
         taps: tuple[int, ...] = (),
     ) -> None:
         assert shape.fits
-        self.shape, self.num_layers, self.num_taps = shape, len(layers), len(taps)
-        self.dtype = layers[0].qkv.dtype
+        self.shape, self.num_taps = shape, len(taps)
         self._kept: list[object] = []  # whatever the library holds pointers to
-        described = (_Layer * len(layers))(*(self._packed(layer) for layer in layers))
+        packed = []
+        for layer in layers:  # one after the other: whoever makes them as they are asked for holds one at a time
+            self.dtype = layer.qkv.dtype
+            packed.append(self._packed(layer))
+        self.num_layers = len(packed)
+        described = (_Layer * len(packed))(*packed)
         self.struct = _Stack(
-            num_layers=len(layers),
+            num_layers=len(packed),
             hidden=shape.hidden,
             heads=shape.heads,
             kv_heads=shape.kv_heads,

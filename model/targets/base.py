@@ -7,7 +7,7 @@ ids, the chat template, how a video becomes tokens. The layers are transformers'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -75,7 +75,8 @@ class Target(Protocol):
         ...
 
     def positions(self, prompt: Prompt) -> np.ndarray:
-        """Position ids of the prompt: (axes, tokens) int32. Generated tokens go on from the largest, on every axis."""
+        """Position ids of the prompt: (axes, tokens) int32, below `max_positions`. Its last token has the same on every
+        axis, and generated tokens go on from there."""
         ...
 
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -114,12 +115,14 @@ def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Tar
     """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
     evenly spaced."""
     from model.targets.llava import LlavaTarget
+    from model.targets.qwen2_5_vl import Qwen25VLTarget
 
-    families = {"llava": LlavaTarget}
+    families: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
     try:
         kind = AutoConfig.from_pretrained(config.model).model_type
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
     if kind not in families:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(families)}")
-    return families[kind](config, tap_layers=tap_layers)
+    target: Target = families[kind](config, tap_layers=tap_layers)
+    return target

@@ -6,6 +6,7 @@ model runs through transformers' own layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,17 @@ from model.native import library
 from model.native.library import Matrix
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 
-LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer")
+NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 
 
-def _joined(*parts: Tensor | None) -> Tensor | None:
+def joined(*parts: Tensor | None) -> Tensor | None:
     return None if parts[0] is None else torch.cat([part.detach() for part in parts if part is not None])
 
 
-def decoder(model: Any, tap_layers: tuple[int, ...], max_positions: int) -> Stack | None:
-    """A Llama-like language model, its own layers released; None where it is not one."""
+def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stack | None:
+    """A Llama-like language model for position ids below `num_positions`, its own layers released; None where it is
+    not one."""
     config, first = model.config, model.layers[0]
     shape = Shape(
         hidden=config.hidden_size,
@@ -36,7 +39,8 @@ def decoder(model: Any, tap_layers: tuple[int, ...], max_positions: int) -> Stac
         eps=config.rms_norm_eps,
     )
     weight = first.mlp.gate_proj.weight
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    rope = rope_parameters.get("rope_type", "default")
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     fits = (
         all(type(layer).__name__ in LLAMA_LIKE for layer in model.layers)
@@ -46,36 +50,55 @@ def decoder(model: Any, tap_layers: tuple[int, ...], max_positions: int) -> Stac
     )
     if not (fits and shape.fits and library.supports(weight.dtype, weight.device)):
         return None
-    places = torch.arange(max_positions, device=weight.device)[None]
+    places = torch.arange(num_positions, device=weight.device)[None]
     cos, sin = model.rotary_emb(weight.new_zeros(1), position_ids=places)
     first_half, second_half = sin[0].chunk(2, -1)
     stack = Stack(
         shape,
-        [_llama_layer(layer) for layer in model.layers],
-        rotary=Rotary(cos[0], torch.cat((-first_half, second_half), -1), np.zeros(shape.head_dim, np.int32)),
+        _released(model.layers),
+        rotary=Rotary(
+            cos[0],
+            torch.cat((-first_half, second_half), -1),
+            _axes(rope_parameters.get("mrope_section"), shape.head_dim),
+        ),
         final_norm=Norm(model.norm.weight),
         taps=tap_layers,
     )
-    model.layers = nn.ModuleList()
     return stack
+
+
+def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
+    """What is packed need not be held twice, which for a large model would be most of a machine's memory."""
+    while len(layers):
+        yield _llama_layer(layers.pop(0))
+
+
+def _axes(sections: list[int] | None, head_dim: int) -> np.ndarray:
+    """(head_dim,) which axis of the position ids turns each place. Sections of half a head take the axes in turn; where
+    there are none, there is one axis."""
+    if sections is None:
+        return np.zeros(head_dim, np.int32)
+    half = np.concatenate([np.full(size, i % NUM_AXES, np.int32) for i, size in enumerate(sections)])
+    assert 2 * len(half) == head_dim
+    return np.tile(half, 2)
 
 
 def _llama_layer(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv = _joined(*(part.weight for part in heads))
-    up = _joined(mlp.gate_proj.weight, mlp.up_proj.weight)
+    qkv = joined(*(part.weight for part in heads))
+    up = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
     assert qkv is not None
     assert up is not None
     return LayerWeights(
         norm1=Norm(layer.input_layernorm.weight),
         qkv=qkv,
-        qkv_bias=_joined(*(part.bias for part in heads)),
+        qkv_bias=joined(*(part.bias for part in heads)),
         out=attention.o_proj.weight,
         out_bias=attention.o_proj.bias,
         norm2=Norm(layer.post_attention_layernorm.weight),
         up=up,
-        up_bias=_joined(mlp.gate_proj.bias, mlp.up_proj.bias),
+        up_bias=joined(mlp.gate_proj.bias, mlp.up_proj.bias),
         down=mlp.down_proj.weight,
         down_bias=mlp.down_proj.bias,
     )
@@ -100,11 +123,6 @@ class Tower:
     @property
     def num_bytes(self) -> int:
         return self.stack.num_bytes + sum(m.packed.nbytes for m in (self.patches, self.first, self.second))
-
-    def cut(self, pixels: Tensor) -> Tensor:
-        """(images, channels, height, width) to patches, by channel, y and x: (images, patches, numbers)."""
-        cut = pixels.unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch))  # images, c, down, y, across, x
-        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def __call__(self, patches: Tensor) -> Tensor:
         """(images, patches, numbers) -> (images, tokens, hidden of the language model)."""
@@ -149,12 +167,12 @@ def tower(model: Any, config: Any) -> Tower | None:
 def _clip_layer(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv = _joined(*(part.weight for part in heads))
+    qkv = joined(*(part.weight for part in heads))
     assert qkv is not None
     return LayerWeights(
         norm1=Norm(layer.layer_norm1.weight, layer.layer_norm1.bias),
         qkv=qkv,
-        qkv_bias=_joined(*(part.bias for part in heads)),
+        qkv_bias=joined(*(part.bias for part in heads)),
         out=attention.out_proj.weight,
         out_bias=attention.out_proj.bias,
         norm2=Norm(layer.layer_norm2.weight, layer.layer_norm2.bias),

@@ -56,8 +56,8 @@ def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]
         for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
             embeds[b, start:end] = target.encode(medium, 0, target.pieces(medium))
         places = target.positions(prompt)
-        after = places.max() + 1 + np.arange(width - places.shape[1], dtype=np.int32)
-        positions.append(np.concatenate((places, np.broadcast_to(after, (len(places), len(after)))), 1))
+        after = places[:, -1:] + 1 + np.arange(width - places.shape[1], dtype=np.int32)
+        positions.append(np.concatenate((places, after), 1))
     counts = np.array([len(each) for each in ids], np.int32)
     rows = Rows(cache, 0, width, np.zeros(batch, np.int32), counts, Sight.CAUSAL)
     hidden, taps = target.forward(embeds, np.stack(positions, 1), rows)

@@ -120,11 +120,12 @@ def decode(setup: wire.Setup, job: wire.Job, data: bytes) -> tuple[wire.Reply, n
     from service.media.image import decode_image
     from service.media.video import decode_video
 
+    seconds: float | None = None
     try:
         if job.kind == "image":
             pixels = decode_image(data, job.format, limits=setup.limits, geometry=setup.geometry)
         else:
-            pixels = decode_video(data, job, limits=setup.limits, geometry=setup.geometry)
+            pixels, seconds = decode_video(data, job, limits=setup.limits, geometry=setup.geometry)
     except Refusal as refusal:
         return wire.Refused(refusal.name, refusal.numbers), None
     except MemoryError:
@@ -132,7 +133,7 @@ def decode(setup: wire.Setup, job: wire.Job, data: bytes) -> tuple[wire.Reply, n
     except Exception:  # a decoder may raise anything at all on a broken file, and its words stay here
         return wire.Refused(f"{job.kind}_not_decodable"), None
     num_frames, height, width, channels = pixels.shape
-    return wire.Decoded((num_frames, height, width, channels)), pixels
+    return wire.Decoded((num_frames, height, width, channels), seconds), pixels
 
 
 if __name__ == "__main__":

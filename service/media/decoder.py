@@ -176,11 +176,14 @@ class MediaDecoder:
             raise Refusal(reply.name, **reply.numbers)
         if not isinstance(reply, wire.Decoded):
             raise ChildGone(by_itself=True)
-        size = self.geometry.crop or self.geometry.exact or reply.shape[1:3]
-        sane = min(reply.shape) > 0 and reply.shape[1:] == (*size, 3) and math.prod(reply.shape) == payload.size
-        if not sane or (kind == "image" and reply.shape[0] != 1):
+        num_frames, height, width, channels = reply.shape
+        sane = min(reply.shape) > 0 and channels == 3 and math.prod(reply.shape) == payload.size
+        seconds = reply.seconds_per_frame
+        timed = seconds is None or (kind == "video" and 0.0 < seconds <= self.limits.max_video_seconds)
+        counted = kind == "video" or num_frames == 1
+        if not (sane and timed and counted and self.geometry.fits(kind, num_frames, height, width)):
             raise ChildGone(by_itself=True)
-        return Medium(kind=kind, frames=payload.reshape(reply.shape))
+        return Medium(kind, payload.reshape(reply.shape), seconds)
 
     async def _ready_child(self, slot: _Slot) -> Child:
         """The slot's child, or a new one where it has none or a dead one."""

@@ -1,4 +1,4 @@
-"""A decoded picture brought to the target's size, as transformers' PIL image processors (CLIP style) would do it.
+"""A decoded picture brought to the target's size, as transformers' PIL image processors would do it.
 
 Same steps, same rounding, so that preprocessing here or there gives the same pixels. Knows nothing of files.
 """
@@ -13,9 +13,12 @@ from PIL import Image
 from model.request import Geometry
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
+from service.media.sniff import Kind
 
 
-def check_size(width: int, height: int, *, max_pixels: int, limits: MediaLimits, geometry: Geometry) -> None:
+def check_size(
+    width: int, height: int, *, max_pixels: int, limits: MediaLimits, geometry: Geometry, kind: Kind = "image"
+) -> None:
     """Refuse a picture by its size alone; call it before the pixels exist.
 
     The size after resizing counts as well: with a fixed shortest edge, an 8x16384 strip would grow two-hundredfold.
@@ -24,15 +27,22 @@ def check_size(width: int, height: int, *, max_pixels: int, limits: MediaLimits,
         raise Refusal("too_small", width=width, height=height, min_side=limits.min_side)
     if width * height > max_pixels or max(width, height) > limits.max_side:
         raise Refusal("too_many_pixels", width=width, height=height, max_pixels=max_pixels, max_side=limits.max_side)
-    new_width, new_height = resized(width, height, geometry)
-    if geometry.exact is None and new_width * new_height > max(limits.max_pixels, width * height):
+    if geometry.exact is not None:
+        return
+    area = geometry.area(kind)
+    narrow = area is not None and max(width, height) > area.MAX_RATIO * min(width, height)
+    new_width, new_height = resized(width, height, geometry, kind)
+    if narrow or new_width * new_height > max(limits.max_pixels, width * height):
         raise Refusal("too_narrow", width=width, height=height)
 
 
-def resized(width: int, height: int, geometry: Geometry) -> tuple[int, int]:
-    """(width, height) after the resize step."""
+def resized(width: int, height: int, geometry: Geometry, kind: Kind = "image", num_frames: int = 1) -> tuple[int, int]:
+    """(width, height) after the resize step, of an image or of one frame of a video that gives so many."""
     if geometry.exact is not None:
         return geometry.exact[1], geometry.exact[0]
+    if (area := geometry.area(kind)) is not None:
+        new_height, new_width = area.fitted(height, width, num_frames)
+        return new_width, new_height
     if geometry.shortest_edge is None:
         return width, height
     short, long = min(width, height), max(width, height)
@@ -40,10 +50,11 @@ def resized(width: int, height: int, geometry: Geometry) -> tuple[int, int]:
     return (geometry.shortest_edge, new_long) if width <= height else (new_long, geometry.shortest_edge)
 
 
-def to_geometry(image: Image.Image, geometry: Geometry) -> np.ndarray:
-    """image: RGB. Returns (height, width, 3) uint8."""
-    if geometry.exact is not None or geometry.shortest_edge is not None:
-        image = image.resize(resized(*image.size, geometry), resample=Image.Resampling(geometry.resample))
+def to_geometry(image: Image.Image, geometry: Geometry, kind: Kind = "image", num_frames: int = 1) -> np.ndarray:
+    """image: RGB; one frame of `num_frames` for a video. Returns (height, width, 3) uint8."""
+    size = resized(*image.size, geometry, kind, num_frames)
+    if geometry.exact is not None or geometry.shortest_edge is not None or size != image.size:
+        image = image.resize(size, resample=Image.Resampling(geometry.resample))
     pixels = np.asarray(image)
     return pixels if geometry.crop is None else _centre_crop(pixels, *geometry.crop)
 

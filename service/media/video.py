@@ -26,14 +26,15 @@ from service.media.refusal import Refusal
 from service.media.wire import Job
 
 
-def decode_video(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geometry) -> np.ndarray:
-    """Returns (frames, height, width, 3) uint8 RGB.
+def decode_video(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geometry) -> tuple[np.ndarray, float | None]:
+    """Returns (frames, height, width, 3) uint8 RGB, and the seconds from one of them to the next, on average; None
+    where the clip has only one.
 
     Raises Refusal, and whatever decord raises on files that are broken.
     """
 
     def check(width: int, height: int) -> None:
-        check_size(width, height, max_pixels=limits.max_video_pixels, limits=limits, geometry=geometry)
+        check_size(width, height, max_pixels=limits.max_video_pixels, limits=limits, geometry=geometry, kind="video")
 
     if (size := video_size(data, job.format)) is not None:
         check(*size)
@@ -59,10 +60,11 @@ def decode_video(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geomet
         if index != last_index:
             pixels = rgb(reader[int(index)].asnumpy())
             check(pixels.shape[1], pixels.shape[0])
-            frame = to_geometry(Image.fromarray(pixels), geometry)
+            frame = to_geometry(Image.fromarray(pixels), geometry, "video", len(indices))
         frames.append(frame)
         last_index = index
-    return np.stack(frames)
+    spanned = float(starts[indices[-1]] - starts[indices[0]])
+    return np.stack(frames), spanned / (len(frames) - 1) if spanned > 0 else None
 
 
 def rgb(pixels: np.ndarray) -> np.ndarray:

@@ -49,6 +49,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
     shape: tuple[int, int, int, int]  # (frames, height, width, 3), uint8
+    seconds_per_frame: float | None = None  # of a video, see model.request.Medium
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):

@@ -42,15 +42,18 @@ class WireMedium(msgspec.Struct, frozen=True, tag="medium"):
     kind: Literal["image", "video"]
     shape: tuple[int, int, int, int]
     frames: memoryview
+    seconds_per_frame: float | None
 
     @classmethod
     def pack(cls, medium: Medium) -> WireMedium:
         frames = np.ascontiguousarray(medium.frames, dtype=np.uint8)
         num_frames, height, width, channels = frames.shape
-        return cls(medium.kind, (num_frames, height, width, channels), frames.reshape(-1).data)
+        shape = (num_frames, height, width, channels)
+        return cls(medium.kind, shape, frames.reshape(-1).data, medium.seconds_per_frame)
 
     def unpack(self) -> Medium:
-        return Medium(self.kind, np.frombuffer(self.frames, dtype=np.uint8).reshape(self.shape))
+        frames = np.frombuffer(self.frames, dtype=np.uint8).reshape(self.shape)
+        return Medium(self.kind, frames, self.seconds_per_frame)
 
 
 class WireMessage(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import pytest
 
 from model.config import DEMO_WEIGHTS
 from tests.e2e.server import EngineServer
-from tests.model import tiny
+from tests.model import tiny, tiny_qwen
 
 StartServer = Callable[..., EngineServer]
 
@@ -28,6 +28,15 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def server(tiny_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     """The one that all tests share which leave it as they found it."""
     yield from running(tmp_path_factory.mktemp("shared"), tiny_settings)
+
+
+@pytest.fixture(scope="session")
+def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """A tiny Qwen2.5-VL: as many tokens as an image is large, positions on three axes."""
+    folder = tmp_path_factory.mktemp("qwen")
+    target = tiny_qwen.save_checkpoint(folder / "target")
+    draft = tiny.save_draft(folder / "draft", target)
+    yield from running(folder, {"model": target, "draft": draft, "dtype": "float32", "threads": 1})
 
 
 @pytest.fixture(scope="session")

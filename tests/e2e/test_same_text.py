@@ -17,11 +17,11 @@ CLIPS = [media.video(seed) for seed in range(20, 22)]
 CROWD = 16
 
 
-@pytest.fixture(params=["tiny", "demo"])
+@pytest.fixture(params=["tiny", "qwen", "demo"])
 def any_server(request: pytest.FixtureRequest) -> EngineServer:
     """The bundled draft is right often, the tiny one nearly never: long accepted paths, and long rejected ones."""
-    name = "server" if request.param == "tiny" else "demo_server"
-    server: EngineServer = request.getfixturevalue(name)
+    names = {"tiny": "server", "qwen": "qwen_server", "demo": "demo_server"}
+    server: EngineServer = request.getfixturevalue(names[request.param])
     return server
 
 

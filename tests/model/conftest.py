@@ -10,7 +10,7 @@ import torch
 
 from model.engine import Engine
 from model.targets.base import Target
-from tests.model import tiny
+from tests.model import tiny, tiny_qwen
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,3 +69,39 @@ def crowd(crowd_engine: Engine) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def tiny_target(plain_engine: Engine) -> Target:
     return plain_engine.target
+
+
+# -- the same for Qwen2.5-VL, see tiny_qwen.py
+
+
+@pytest.fixture(scope="session")
+def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 layers, width 64, 2 heads that share one of keys and values; 4 to 36 tokens an image, by its size."""
+    return tiny_qwen.save_checkpoint(tmp_path_factory.mktemp("qwen") / "target")
+
+
+@pytest.fixture(scope="session")
+def qwen_draft(qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_draft(tmp_path_factory.mktemp("qwen") / "draft", qwen_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def qwen_plain(qwen_checkpoint: Path) -> Engine:
+    """One sequence at a time, no drafting."""
+    return Engine(tiny.config(qwen_checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
+
+
+@pytest.fixture(scope="session")
+def qwen_crowd_engine(qwen_checkpoint: Path, qwen_draft: Path) -> Engine:
+    return Engine(tiny.config(qwen_checkpoint, draft=str(qwen_draft), max_num_seqs=16, prefill_chunk=16))
+
+
+@pytest.fixture
+def qwen_crowd(qwen_crowd_engine: Engine) -> Iterator[Engine]:
+    """`qwen_crowd_engine`, whose drafter a test may replace."""
+    drafter = qwen_crowd_engine.drafter
+    yield qwen_crowd_engine
+    for sequence in (*qwen_crowd_engine.scheduler.running, *qwen_crowd_engine.scheduler.waiting):
+        qwen_crowd_engine.abort(sequence.request.request_id)
+    qwen_crowd_engine.use(drafter)
+    tiny.assert_idle(qwen_crowd_engine)

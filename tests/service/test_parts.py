@@ -195,7 +195,7 @@ def test_the_rate_falls_to_zero_when_nothing_happens() -> None:
 
 def test_media_cross_the_socket_unchanged() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
-    message = m.WireMessage.pack(Message("user", ("before", Medium("video", frames[:, ::-1]), "after")))
+    message = m.WireMessage.pack(Message("user", ("before", Medium("video", frames[:, ::-1], 0.4), "after")))
     sent = m.frame(m.Submit("r", (message,), SamplingParams(stop=("x",), seed=2**63 - 1), False))
     received = m.to_worker.decode(sent[m.HEADER_BYTES :])
     assert isinstance(received, m.Submit)
@@ -204,6 +204,7 @@ def test_media_cross_the_socket_unchanged() -> None:
     assert isinstance(medium, Medium)
     assert (before, after, medium.kind) == ("before", "after", "video")
     assert np.array_equal(medium.frames, frames[:, ::-1])
+    assert medium.seconds_per_frame == 0.4
     assert (request.params, request.speculation) == (SamplingParams(stop=("x",), seed=2**63 - 1), False)
 
 

@@ -1,0 +1,110 @@
+"""What targets of every family have beneath their tower: a Llama-like language model and its head, over our KV cache.
+
+The layers are transformers' own, driven through the registered attention; on CPUs the same weights run in the native
+stack, where it can. Knows nothing of media and prompts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from model import attention
+from model.attention import Plan, Rows
+from model.config import EngineConfig
+from model.native import library
+from model.native.library import Matrix
+from model.native.step import Verifier
+from model.targets import native
+from model.targets.base import tapped
+from model.transfer import upload
+
+
+class NativeTower(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class LanguageModel:
+    """The half of `model.targets.base.Target` that is the same in all families; they add the other."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tap_layers: tuple[int, ...] | None,
+        *,
+        num_axes: int,
+    ) -> None:
+        """A resolved config; a conditional generation model of transformers, whose decoder layers may be released. For
+        `tap_layers` see `model.targets.base.load`."""
+        attention.register()
+        self.device = torch.device(config.device)
+        self.dtype = getattr(torch, config.dtype)
+        self.tokenizer = tokenizer
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self._language = language = self.model.model.language_model
+        language.set_attn_implementation(attention.NAME)
+        text = self.model.config.text_config
+        self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
+        self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.max_positions, self.num_axes = text.max_position_embeddings, num_axes
+        eos = self.model.generation_config.eos_token_id
+        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
+        self.tap_layers = tapped(self.num_layers, tap_layers)
+        self.final_norm = language.norm.weight
+        # The last trees reach beyond the last position; what they hold there is never kept.
+        self.decoder = native.decoder(language, self.tap_layers, self.max_positions + config.nodes)
+        rope = getattr(text, "rope_parameters", None) or {}
+        # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
+        self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"
+        # Drafts learn through the model's own output head; a packed matrix knows no gradient.
+        head = self.model.lm_head
+        self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
+        self.verifier = None
+        if self.decoder is not None and self.head is not None:
+            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head, num_axes)
+        self._taps: dict[int, Tensor] = {}
+        for layer in self.tap_layers if self.decoder is None else ():
+            language.layers[layer].register_forward_hook(self._tap(layer))
+
+    def _tap(self, layer: int) -> Any:
+        def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            self._taps[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def bytes_beside(self, tower: NativeTower | None) -> int:
+        """Weights that transformers' modules still hold, and those packed for the native library, `tower` included."""
+        held = sum(parameter.nbytes for parameter in self.model.parameters())
+        packed = sum(part.num_bytes for part in (self.decoder, tower) if part is not None)
+        return int(held + packed + (self.head.packed.nbytes if self.head is not None else 0))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self._language.embed_tokens(ids)
+        return embedded
+
+    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+        if self.decoder is not None:
+            return self.decoder.forward(embeds, positions, rows)
+        return self.run(embeds, upload(positions, self.device), rows.plan)
+
+    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        places = positions.long()
+        hidden = self._language(
+            inputs_embeds=embeds,
+            position_ids=places if self.num_axes > 1 else places[0],
+            use_cache=False,
+            plan=plan,
+        ).last_hidden_state
+        return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)
+        return scores

@@ -1,0 +1,151 @@
+"""A Qwen2.5-VL checkpoint small enough for tests; see tiny.py, whose words of warning on weights hold here too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from model.request import Medium
+from tests.model import tiny
+
+PATCH, MERGE, TOGETHER = 8, 2, 2
+UNIT = PATCH * MERGE
+FEWEST, MOST = 4, 36  # tokens of an image
+TOKENS_PER_SECOND = 4
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+PAD, START, END, VISION_START, VISION_END, IMAGE, VIDEO = SPECIAL
+# As Qwen's own: a system message where there is none, a counter that nobody asks for.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=tiny.VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tiny.CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START, VISION_START, VISION_END, IMAGE, VIDEO],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    tied: bool = False,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Path:
+    """Four layers of width 64, two heads, one of keys and values; a tower of four layers, the second and the last
+    without windows. 4 to 36 tokens a picture, one for 16 x 16 pixels."""
+    tokenizer = train_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        "bos_token_id": ids[PAD],
+        "eos_token_id": ids[END],
+        "pad_token_id": ids[PAD],
+    } | (text or {})
+    vision_config = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": TOGETHER,
+        "tokens_per_second": TOKENS_PER_SECOND,
+        "window_size": 2 * UNIT,
+        "fullatt_block_indexes": [1, 3],
+        "out_hidden_size": text_config["hidden_size"],
+    } | (vision or {})
+    config = Qwen2_5_VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        bos_token_id=ids[PAD],
+        eos_token_id=ids[END],
+        pad_token_id=ids[PAD],
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(seed)
+    target = Qwen2_5_VLForConditionalGeneration(config)
+    wide = text_config["hidden_size"]
+    with torch.no_grad():
+        for name, weight in target.named_parameters():
+            if weight.ndim > 1:
+                std = 0.3 if "embed_tokens" in name else 0.25 * (64 / wide) ** 0.5
+                torch.nn.init.normal_(weight, std=0.1 if "patch_embed" in name else std)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(weight, std=0.3)
+        if not tied:
+            target.lm_head.weight.mul_(2.0)
+    target.generation_config.eos_token_id = [ids[END], ids[PAD]]  # as Qwen's own: two ends
+    target.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(
+        min_pixels=FEWEST * UNIT**2,
+        max_pixels=MOST * UNIT**2,
+        patch_size=vision_config["patch_size"],
+        merge_size=MERGE,
+        temporal_patch_size=TOGETHER,
+    ).save_pretrained(folder)
+    return folder
+
+
+def picture(seed: int, width: int, height: int, num_frames: int = 1) -> np.ndarray:
+    """(num_frames, height, width, 3) uint8: blocks of colour, different for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (num_frames, 8, 8, 3), np.uint8)
+    return blocks[:, np.arange(height) * 8 // height][:, :, np.arange(width) * 8 // width]
+
+
+def image(seed: int, across: int = 3, down: int = 2) -> Medium:
+    """So many tokens across and down."""
+    return Medium("image", picture(seed, across * UNIT, down * UNIT))
+
+
+def video(seed: int, num_frames: int = 5, across: int = 2, down: int = 3, seconds: float | None = 0.4) -> Medium:
+    return Medium("video", picture(seed, across * UNIT, down * UNIT, num_frames), seconds)
