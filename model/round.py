@@ -105,9 +105,10 @@ class TorchRound:
         with self._counters.timed("verify"):
             self.cache.keep(range(batch), paths)
         if self.drafter is not None:
-            with self._counters.timed("draft"):
-                told = [[] if self.budgets[b] == PLAIN else path for b, path in enumerate(paths)]
-                self.drafter.observe(self._trees, told, self._taps)
+            told = [[] if self.budgets[b] == PLAIN else path for b, path in enumerate(paths)]
+            if any(told):
+                with self._counters.timed("draft"):
+                    self.drafter.observe(self._trees, told, self._taps)
         return [verdict.tokens for verdict in verdicts]
 
     def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
