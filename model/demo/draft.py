@@ -57,7 +57,9 @@ def main() -> None:
     train(target, network, examples, prompts.messages, settings, folder / f"{name}.pt", prompts.task_of)
     notes = {"command": "python -m model.demo.draft " + " ".join(sys.argv[1:]), "examples": len(examples)}
     checkpoint.save(folder / name, network, target, drafter=drafter, **notes)
-    served = Engine(EngineConfig(model=model, draft=str(folder / name), max_num_seqs=8, max_model_len=1280))
+    served = Engine(
+        EngineConfig(model=model, draft=str(folder / name), max_num_seqs=8, max_model_len=1280, load_aware=False)
+    )
     figures = {task: acceptance(served, task, 32) for task in TASKS}
     checkpoint.save(folder / name, network, target, drafter=drafter, **notes, acceptance_length=figures)
     print(json.dumps(figures))
