@@ -52,12 +52,18 @@ def _option(name: str, field: FieldInfo) -> Any:
     return typer.Option(
         f"--{name.replace('_', '-')}",
         help=f"{field.description}{default}",
-        metavar="TEXT" if isinstance(field.default, str | tuple | None) else "NUMBER",
+        metavar=_metavar(field.default),
         envvar=f"FLASH_{name.upper()}",
         show_default=False,
         hidden=bool(extra["hidden"]),
         rich_help_panel=str(extra["panel"]),
     )
+
+
+def _metavar(default: Any) -> str:
+    if isinstance(default, bool):
+        return "true|false"
+    return "TEXT" if isinstance(default, str | tuple | None) else "NUMBER"
 
 
 @app.command()
