@@ -22,6 +22,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model.demo import checkpoint
+from model.demo.prompts import NUM_FRAMES
 from model.demo.vision import IMAGE_MEAN, IMAGE_STD, normalised
 
 # In the order of the first target's special tokens whose rows of the embedding they take over.
@@ -195,5 +196,6 @@ def save(target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokeni
     images.save_pretrained(folder)
     # Written out, as transformers' class for it needs torchvision: the same sizes, pairs of frames instead of one.
     shared = {name: value for name, value in images.to_dict().items() if name != "image_processor_type"}
-    videos = {**shared, "video_processor_type": "Qwen2VLVideoProcessor", "min_frames": FRAMES_PER_PATCH}
+    videos = {**shared, "video_processor_type": "Qwen2VLVideoProcessor"}
+    videos |= {"min_frames": FRAMES_PER_PATCH, "num_frames": NUM_FRAMES}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(videos, indent=2, sort_keys=True) + "\n")

@@ -98,7 +98,7 @@ def test_the_native_library_admits_the_same_nodes(slope: float) -> None:
 def known(plain: float = 1.0, drafting: float = 2.0, slots: int = 8, nodes: int = 7) -> Load:
     """A load for which every round takes as long, whatever its batch."""
     load = Load(slots, nodes)
-    load.learn(np.full(len(load.batches), plain), np.full(load.drafting.shape, drafting))
+    load.learn(np.full(len(load.batches), plain), np.full((len(load.batches), len(load.places)), drafting))
     return load
 
 
@@ -191,9 +191,9 @@ def test_chances_are_what_was_seen_where_enough_was() -> None:
 def test_a_rehearsal_leaves_nothing_behind(tiny_checkpoint: Path, tiny_draft: Path) -> None:
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6, load_aware=True))
     assert engine.load.known
-    assert np.isfinite(engine.load.drafting).all()
-    assert (engine.load.drafting > 0).all()
-    assert (engine.load.plain > 0).all()
+    prices = np.array([[*row, plain] for row, plain in zip(engine.load.drafting, engine.load.plain, strict=True)])
+    assert np.isfinite(prices).all()
+    assert (prices > 0).all()
     assert not engine.load.tried.any()
     tiny.assert_idle(engine)
 
