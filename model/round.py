@@ -40,8 +40,8 @@ class Round(Protocol):
 
     def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
         """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind
-        each node (batch, rows) int64, if it is known, and its logits (batch, rows, vocab). Good until the next round; what
-        stands in rows that are not real is no matter."""
+        each node (batch, rows) int64, if it is known, and its logits (batch, rows, vocab). Good until the next round;
+        what stands in rows that are not real is no matter."""
         ...
 
     def accept(self, chosen: np.ndarray) -> list[list[int]]:

@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLASH_", frozen=True, extra="forbid", protected_namespaces=())
 
     # The model and where it runs
-    model: str = option("Model", "demo", "Path or id of the target model; 'demo' is the bundled one.", min_length=1)
+    model: str = option("Model", "demo", "Path or id of the target model; 'demo' and 'demo-qwen' are bundled.", min_length=1)
     draft: str | None = option("Model", None, "Path of a trained draft; without it, the bundled model's own.")
     drafter: DrafterName = option(
         "Model",
