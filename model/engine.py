@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from model import drafters, graphs, sampling
 from model.attention import prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
+from model.drafters import incoming
 from model.drafters.base import Drafter, Room
 from model.drafters.flash import FlashDrafter
+from model.drafters.incoming import Incoming, Packed
 from model.encoder_cache import EncoderCache
 from model.kv_cache import KVCache
 from model.load import Load
@@ -43,7 +46,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig, target: Target | None = None, drafter: Drafter | None = None) -> None:
         """The target and the drafter that `config` names; or these, which it only tells how to run."""
-        self.config = config = config.resolved()
+        self._asked, self.config = config, config.resolved()
+        config = self.config
         if config.device == "cpu":
             if config.threads:
                 torch.set_num_threads(config.threads)
@@ -72,8 +76,8 @@ class Engine:
             self.round = NativeRound(target.verifier, self.cache, self.counters, self.load)
         else:
             self.round = TorchRound(target, self.cache, self.counters, self.load, recorder)
-        room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
-        self.use(drafter or drafters.load(config, target, room))
+        self._room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
+        self.use(drafter or drafters.load(config, target, self._room))
         self._verified = 0  # nodes of the latest round
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config, self.load)
@@ -94,9 +98,12 @@ class Engine:
 
     def use(self, drafter: Drafter | None) -> None:
         """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
-        self.drafter: Drafter | None = drafter
         if drafter is not None and self.config.load_aware and not self.load.known:
             self._rehearse(drafter)
+        self._draft_with(drafter)
+
+    def _draft_with(self, drafter: Drafter | None) -> None:
+        self.drafter: Drafter | None = drafter
         self.round.use(drafter)
         self._native = self.round.native and (drafter is None or drafter.native)
 
@@ -137,6 +144,28 @@ class Engine:
                 f"one of {self.max_model_len} tokens takes {each}"
             )
         return min(self.config.max_num_seqs, fitting)
+
+    # --- another draft while it runs
+
+    def read_draft(self, folder: str) -> Incoming:
+        """A draft that may take the present one's place. Any thread may call it, at any moment; nothing is changed.
+        ConfigError if it does not fit."""
+        return incoming.read(folder, self._asked, self.config, self.target)
+
+    def pack_draft(self, draft: Incoming) -> Packed:
+        """All of the work that must be done between two steps. Nothing is changed yet."""
+        with library.alone() if self.target.native else nullcontext():
+            return incoming.pack(draft, self.target, self._room)
+
+    def swap(self, draft: Packed) -> None:
+        """Draft with this one from the next step on. Sequences under way, whose context it does not have, go on without
+        a draft to their end; those that wait will have the new one."""
+        for sequence in self.scheduler.running:
+            sequence.speculates = False
+        self.load.forget_draft()
+        self.config = draft.config
+        self._draft_with(draft.drafter)
+        self.info = replace(self.info, drafter=draft.drafter.name, memory=self._memory())
 
     # --- requests
 

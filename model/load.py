@@ -71,7 +71,7 @@ class Load:
         self._length = 0.0  # tokens of an answer, of late
         self._reading = 0.0  # seconds that the draft takes per prompt token, of late
         self._verified: dict[int, float] = {}  # batch -> nodes per sequence, of late
-        self._passed_over = 0
+        self._passed_over = 0  # sequences that did not begin to draft, since one did
         self._since_plain: dict[int, int] = {}  # batch -> rounds since a plain one
         self._moved = 0.0  # by how much plain rounds are thought to take longer or shorter since one ran
         self._wait: dict[int, int] = {}  # batch -> rounds until the next
@@ -85,6 +85,15 @@ class Load:
         """Seconds of rounds: plain (batches,), drafting (batches, places)."""
         self.plain, self.drafting = plain.tolist(), drafting.tolist()
         self.curve_at = self._curve.ctypes.data
+
+    def forget_draft(self) -> None:
+        """Another draft is used from now on: nothing is known of what it brings. What rounds take stays, and is
+        corrected as ever."""
+        self.tried[:], self.held[:] = 0, 0  # in place: the native library has their addresses
+        self.chance[:] = self._said
+        self._tries, self._brought, self._reading, self._passed_over = 0, 0.0, 0.0, 0
+        self._verified.clear()
+        self._batch = 0  # so that all that is made for the batch of now is made anew
 
     # --- what a round takes
 

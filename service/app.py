@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute
 import model
 from service.deps import service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
-from service.routes import generate, openai, ops, playground
+from service.routes import admin, generate, openai, ops, playground
 from service.settings import Settings
 from service.state import Service
 from service.stream import json_response
@@ -39,7 +39,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
 
     # Plain routes, and no generated documentation: handlers read their bodies themselves, so FastAPI has nothing to
     # inject or to describe, and its page would load scripts from elsewhere.
-    routes: list[BaseRoute] = [*generate.ROUTES, *openai.ROUTES, *ops.ROUTES, *playground.ROUTES]
+    routes: list[BaseRoute] = [*generate.ROUTES, *openai.ROUTES, *ops.ROUTES, *admin.ROUTES, *playground.ROUTES]
     app = FastAPI(title="FlashServe", version=model.__version__, lifespan=life, openapi_url=None, routes=routes)
     _map_errors(app)
     return app

@@ -1,4 +1,4 @@
-"""Who may ask: wrapped around every /v1 handler, so that no comparison of paths decides."""
+"""Who may ask: wrapped around every /v1 and /admin handler, so that no comparison of paths decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.deps import service_of
-from service.errors import Unauthorized
+from service.errors import NotFound, Unauthorized
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -26,16 +26,41 @@ def keyed(handler: Handler) -> Handler:
     return guarded
 
 
+def admin(handler: Handler) -> Handler:
+    """Only for who has the admin key; where none is set, for nobody. Keys of the API are of no use here."""
+
+    @wraps(handler)
+    async def guarded(request: Request) -> Response:
+        key = service_of(request).settings.admin_key
+        if key is None or not key.get_secret_value():
+            raise NotFound(
+                f"{request.url.path} is off: start the service with --admin-key KEY (FLASH_ADMIN_KEY) to use it",
+                code="admin_off",
+            )
+        given = _given(request, "the admin key")
+        if not hmac.compare_digest(given, key.get_secret_value().encode()):
+            raise Unauthorized("this is not the admin key")
+        return await handler(request)
+
+    return guarded
+
+
 def _key_of(request: Request) -> str | None:
     keys = service_of(request).settings.api_key
     if not keys:
         return None
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given:
-        raise Unauthorized("an API key is needed: send 'Authorization: Bearer KEY'", code="missing_api_key")
+    given = _given(request, "an API key")
     # Every key is compared, in constant time: how long it takes says nothing about which one is near.
     secrets = [key.get_secret_value() for key in keys]
-    matching = [secret for secret in secrets if hmac.compare_digest(given.strip().encode(), secret.encode())]
+    matching = [secret for secret in secrets if hmac.compare_digest(given, secret.encode())]
     if not matching:
         raise Unauthorized("the API key is not known here")
     return matching[0]
+
+
+def _given(request: Request, wanted: str) -> bytes:
+    """The bearer token that came along."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given:
+        raise Unauthorized(f"{wanted} is needed: send 'Authorization: Bearer KEY'", code="missing_api_key")
+    return given.strip().encode()

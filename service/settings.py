@@ -31,13 +31,21 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLASH_", frozen=True, extra="forbid", protected_namespaces=())
 
     # The model and where it runs
-    model: str = option("Model", "demo", "Path or id of the target model; 'demo' and 'demo-qwen' are bundled.", min_length=1)
+    model: str = option(
+        "Model", "demo", "Path or id of the target model; 'demo' and 'demo-qwen' are bundled.", min_length=1
+    )
     draft: str | None = option("Model", None, "Path of a trained draft; without it, the bundled model's own.")
     drafter: DrafterName = option(
         "Model",
         "auto",
         "How tokens are drafted: auto (as the draft was trained; off without one), flash, flash-paper, eagle, medusa, "
         "ngram (looks up what was said before; needs no draft), off.",
+    )
+    watch_draft: float | None = option(
+        "Model",
+        None,
+        "Seconds between looks at the folder of --draft; a new draft there is used. None: no looks.",
+        gt=0,
     )
     served_model_name: str | None = option("Model", None, "The name that clients use; by default the model's own.")
     device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker on each of these.")
@@ -67,6 +75,9 @@ class Settings(BaseSettings):
     port: int = option("HTTP", 8000, "Port to listen on; 0 picks a free one.", ge=0, le=65535)
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = option(
         "HTTP", (), "Keys of which each /v1 request must carry one (comma-separated); none: open to all."
+    )
+    admin_key: SecretStr | None = option(
+        "HTTP", None, "Key for POST /admin/draft, which changes the draft; without one nobody may."
     )
     allowed_media_domains: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP", (), "Domains from which http(s) media may be fetched (comma-separated); none: no fetching."
@@ -127,6 +138,8 @@ class Settings(BaseSettings):
     def parts_agree(self) -> Self:
         if "," in self.device and self.workers != 1:
             raise ValueError("workers: with a list of devices there is one worker per device; leave workers out")
+        if self.watch_draft is not None and self.draft is None:
+            raise ValueError("watch_draft: there is no folder to look at; give --draft")
         if self.default_max_tokens > self.max_new_tokens:
             raise ValueError("default_max_tokens: must not exceed max_new_tokens")
         return self

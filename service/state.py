@@ -15,9 +15,11 @@ from service.errors import NoCapacity
 from service.log import fields
 from service.media import MediaDecoder, MediaLimits
 from service.metrics import Metrics
+from service.pool.drafts import Drafts
 from service.pool.pool import Pool
 from service.pool.supervisor import WorkerPlan
 from service.settings import Settings
+from service.watch import Watch
 
 log = logging.getLogger("flashserve")
 
@@ -30,11 +32,21 @@ class Service:
         self.media_limits = _media_limits(settings)
         self.decoder: MediaDecoder | None = None  # from the moment the target's geometry is known
         self.draining = False
-        self.pool = Pool(_plans(settings), max_request_retries=settings.max_request_retries, observer=self.metrics)
+        self._watch: Watch | None = None
+        if settings.watch_draft is not None and settings.draft is not None:
+            self._watch = Watch(settings.draft, settings.watch_draft, self.change_draft)
+        changes = self._watch is not None or settings.admin_key is not None
+        self.pool = Pool(
+            _plans(settings),
+            max_request_retries=settings.max_request_retries,
+            observer=self.metrics,
+            drafts=Drafts(settings.draft, keep=changes, timeout=settings.load_timeout),
+        )
         self.admission = Admission(self._capacity, self.closed_because, settings.max_requests_per_key)
         self.metrics.watch_unassigned(self._num_unassigned)
         self._on_fatal = on_fatal
         self._opening: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     # Whether it takes requests
 
@@ -60,6 +72,15 @@ class Service:
     def _num_unassigned(self) -> int:
         return max(0, self.admission.in_use - self.pool.num_generations + self.pool.num_parked)
 
+    # What can be changed while it runs
+
+    async def change_draft(self, folder: str) -> int:
+        """All workers draft with the one in `folder` from now on; how many. ServiceError, and none does, where it does
+        not fit."""
+        if (closed := self.closed_because()) is not None:
+            raise closed
+        return await self.pool.change_draft(folder)
+
     # Its life
 
     def start(self) -> None:
@@ -79,9 +100,10 @@ class Service:
 
     async def stop(self) -> None:
         self.draining = True
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.gather(self._opening, return_exceptions=True)
+        tasks = [task for task in (self._opening, self._watching) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.pool.stop()
         if self.decoder is not None:
             await self.decoder.close()
@@ -104,6 +126,8 @@ class Service:
             self._on_fatal(str(error))
             return
         self.decoder = decoder
+        if self._watch is not None:
+            self._watching = asyncio.create_task(self._watch.run())
         log.info(
             "ready %s",
             fields(

@@ -29,11 +29,16 @@ def load(config: EngineConfig, target: Target, room: Room) -> Drafter | None:
     if config.drafter == "ngram":
         return NgramDrafter()
     assert config.draft is not None
+    return trained(config.drafter, target, checkpoint.load(Path(config.draft), target), room)
+
+
+def trained(name: str, target: Target, network: checkpoint.Network, room: Room) -> Drafter:
+    """The drafter of this name with what it has learnt; the network's weights are packed, where they can be."""
     kinds: dict[str, Any] = {
         "flash": FlashDrafter,
         "flash-paper": FlashDrafter,
         "eagle": EagleDrafter,
         "medusa": MedusaDrafter,
     }
-    drafter: Drafter = kinds[config.drafter](config.drafter, target, checkpoint.load(Path(config.draft), target), room)
+    drafter: Drafter = kinds[name](name, target, network, room)
     return drafter

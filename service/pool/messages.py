@@ -8,6 +8,10 @@
      |<--------------- Outputs   |   any number of times; the one with a finish_reason is the last
      |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
      |<--------------- Stats     |   unasked, at most ten times a second
+     |-- ReadDraft ------------->|   another draft, which is not used yet
+     |<-- DraftReady | DraftRefused
+     |-- UseDraft | DropDraft -->|   from the next step on; or never
+     |<------------ DraftUsed    |   after UseDraft
      |-- Stop ------------------>|   the worker exits with 0
 
 Every Submit ends in exactly one terminal message: Refused, or an output with a finish_reason. A worker that dies
@@ -91,6 +95,19 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
 
 
+class ReadDraft(msgspec.Struct, frozen=True, tag="read_draft"):
+    number: int  # of this change, in all messages about it
+    folder: str
+
+
+class UseDraft(msgspec.Struct, frozen=True, tag="use_draft"):
+    number: int
+
+
+class DropDraft(msgspec.Struct, frozen=True, tag="drop_draft"):
+    number: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     pass
 
@@ -121,8 +138,23 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     stats: EngineStats
 
 
-ToWorker = Load | Submit | Abort | Stop
-FromWorker = Ready | LoadFailed | Refused | Outputs | Stats
+class DraftReady(msgspec.Struct, frozen=True, tag="draft_ready"):
+    number: int
+
+
+class DraftRefused(msgspec.Struct, frozen=True, tag="draft_refused"):
+    number: int
+    reason: str
+
+
+class DraftUsed(msgspec.Struct, frozen=True, tag="draft_used"):
+    number: int
+    info: EngineInfo
+
+
+DraftAnswer = DraftReady | DraftRefused | DraftUsed
+ToWorker = Load | Submit | Abort | ReadDraft | UseDraft | DropDraft | Stop
+FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | DraftAnswer
 
 _encoder = msgspec.msgpack.Encoder()
 to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

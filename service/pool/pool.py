@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from model.request import EngineInfo, EngineStats
 from service.errors import EngineFailure, NoCapacity
 from service.pool import messages as m
+from service.pool.drafts import Drafts
 from service.pool.generation import Event, Generation
 from service.pool.supervisor import STOP_GRACE, Worker, WorkerPlan
 
@@ -31,8 +32,16 @@ class PoolObserver(Protocol):
 
 
 class Pool:
-    def __init__(self, plans: list[WorkerPlan], *, max_request_retries: int, observer: PoolObserver) -> None:
+    def __init__(
+        self,
+        plans: list[WorkerPlan],
+        *,
+        max_request_retries: int,
+        observer: PoolObserver,
+        drafts: Drafts | None = None,
+    ) -> None:
         self.workers = [Worker(index, plan, self) for index, plan in enumerate(plans)]
+        self.drafts = drafts or Drafts()
         self.has_news = asyncio.Event()  # set when a worker became ready or was given up
         self._max_attempts = 1 + max_request_retries
         self._observer = observer
@@ -71,12 +80,14 @@ class Pool:
         return len(self._generations[worker])
 
     def start(self) -> None:
+        self.drafts.start()
         for worker in self.workers:
             self._observer.worker_up(worker.index, False)
             self._tasks.append(asyncio.create_task(worker.supervise(), name=f"worker-{worker.index}"))
 
     async def stop(self) -> None:
         """Ends the workers, and with an error whatever they still had."""
+        await self.drafts.stop()
         self.fail_all(NoCapacity("the server is shutting down", code="draining"))
         for worker in self.workers:
             worker.stop()
@@ -108,9 +119,17 @@ class Pool:
                 generation.fail(error)
                 self._forget(worker, generation, engine_done=False)
 
+    async def change_draft(self, folder: str) -> int:
+        """All workers draft with the one in `folder`, or none does; how many changed. See `Drafts.change`."""
+        return await self.drafts.change(folder, lambda: self.ready_workers)
+
     # What workers tell it
 
+    def options_for(self, worker: Worker) -> dict[str, Any]:
+        return self.drafts.options_for(worker)
+
     def on_ready(self, worker: Worker) -> None:
+        self.drafts.on_ready(worker)
         self._observer.worker_up(worker.index, True)
         self.has_news.set()
         self._dispatch_parked()
@@ -127,11 +146,14 @@ class Pool:
                         self._forget(worker, generation, engine_done=output.finish_reason is not None)
         elif isinstance(message, m.Stats):
             self._observer.engine_stats(worker.index, message.stats)
+        elif isinstance(message, m.DraftAnswer):
+            self.drafts.on_answer(worker, message)
         elif isinstance(message, m.Refused) and message.request_id in generations:
             generations[message.request_id].refuse(message)
             self._forget(worker, generations[message.request_id], engine_done=True)
 
     def on_death(self, worker: Worker) -> None:
+        self.drafts.on_death(worker)
         self._observer.worker_up(worker.index, False)
         if worker.state == "given_up":
             self.has_news.set()

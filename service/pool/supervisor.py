@@ -29,6 +29,7 @@ State = Literal["loading", "ready", "dead", "given_up", "stopped"]
 
 
 class WorkerEvents(Protocol):
+    def options_for(self, worker: Worker) -> dict[str, Any]: ...  # beside its plan's, when it starts
     def on_ready(self, worker: Worker) -> None: ...
     def on_message(self, worker: Worker, message: m.FromWorker) -> None: ...
     def on_death(self, worker: Worker) -> None: ...
@@ -171,7 +172,7 @@ class Worker:
         await asyncio.get_running_loop().create_connection(lambda: wire, sock=ours)
         watchdog = asyncio.create_task(self._watch())
         try:
-            self.send(m.Load(self._plan.options))
+            self.send(m.Load(self._plan.options | self._events.options_for(self)))
             await wire.closed
         except Exception:
             log.exception("worker %d does not speak our language", self.index)
@@ -190,6 +191,9 @@ class Worker:
             self.info, self.state = message.info, "ready"
             log.info("worker %d (pid %s) is ready on %s", self.index, self.pid, message.info.device)
             self._events.on_ready(self)
+        elif isinstance(message, m.DraftUsed):
+            self.info = message.info
+            self._events.on_message(self, message)
         elif isinstance(message, m.LoadFailed):
             self.load_error = message.reason
         else:

@@ -25,9 +25,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from model.request import EngineInfo, EngineStats, Medium, Request, RequestError, RequestOutput
+from model.request import EngineStats, Medium, Request, RequestError, RequestOutput
 from service import cores
+from service.pool import incoming
 from service.pool import messages as m
+from service.pool.incoming import DraftRead, IncomingDraft
 
 STATS_INTERVAL = 0.1
 EXIT_ENGINE_BROKE, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
@@ -35,10 +37,11 @@ EXIT_ENGINE_BROKE, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
 log = logging.getLogger("flashserve.worker")
 
 
-class Engine(Protocol):
-    """What a worker asks of an engine: `model.engine.Engine`, or a stand-in for it in tests."""
+Arrived = m.ToWorker | Request | DraftRead
 
-    info: EngineInfo
+
+class Engine(incoming.Engine, Protocol):
+    """What a worker asks of an engine: `model.engine.Engine`, or a stand-in for it in tests."""
 
     @property
     def has_work(self) -> bool: ...
@@ -62,12 +65,12 @@ class Link:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._inbox: queue.SimpleQueue[m.ToWorker | Request] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._unsent: deque[memoryview] = deque()
         self._stopping = False
         threading.Thread(target=self._receive_forever, name="link", daemon=True).start()
 
-    def receive(self, *, wait: bool) -> Iterator[m.ToWorker | Request]:
+    def receive(self, *, wait: bool) -> Iterator[Arrived]:
         """All messages that are here; with `wait`, at least one, unless bytes are still to be sent."""
         try:
             if wait:
@@ -76,6 +79,10 @@ class Link:
                 yield self._inbox.get_nowait()
         except queue.Empty:
             return
+
+    def put(self, read: DraftRead) -> None:
+        """As if it had arrived: from another thread of this process, to wake the one that receives."""
+        self._inbox.put(read)
 
     def send(self, message: m.FromWorker) -> None:
         self._unsent.append(memoryview(m.frame(message)))
@@ -123,6 +130,7 @@ def serve(engine: Engine, link: Link) -> None:
     """Step the engine whenever it has work, until told to stop."""
     live: set[str] = set()  # taken in, no terminal message sent yet
     stats = StatsReport(engine, link)
+    draft = IncomingDraft(engine, link.put, link.send)
     while True:
         for message in link.receive(wait=not engine.has_work and not stats.owed):
             stats.owed = True
@@ -132,6 +140,14 @@ def serve(engine: Engine, link: Link) -> None:
                 last = engine.abort(message.request_id) or RequestOutput(message.request_id, "", (), "abort")
                 live.discard(message.request_id)
                 link.send(m.Outputs((last,)))
+            elif isinstance(message, m.ReadDraft):
+                draft.read(message)
+            elif isinstance(message, DraftRead):
+                draft.take(message)
+            elif isinstance(message, m.UseDraft):
+                draft.use(message)
+            elif isinstance(message, m.DropDraft):
+                draft.drop(message)
             elif isinstance(message, m.Stop):
                 return
         if engine.has_work:

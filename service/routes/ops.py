@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from typing import Any
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
@@ -17,8 +19,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import model
+from model.config import TRAINED
 from service.deps import service_of
 from service.stream import json_response
+
+if TYPE_CHECKING:
+    from service.state import Service
 
 
 async def livez(request: Request) -> Response:
@@ -52,8 +58,17 @@ async def health(request: Request) -> Response:
         "requests": service.admission.in_use,
         "workers": workers,
         "engine": engine,
+        "draft": _draft(service) if info and info.drafter in TRAINED else None,
     }
     return _status(details, healthy=closed is None)
+
+
+def _draft(service: Service) -> dict[str, Any]:
+    """Which one is served, by its folder's name alone; `changes`: how many have taken another's place."""
+    served = service.pool.drafts.served
+    since = datetime.fromtimestamp(served.since, UTC).isoformat(timespec="milliseconds") if served.since else None
+    name = Path(served.folder).name if served.folder else service.settings.model_name
+    return {"name": name, "since": since, "changes": served.changes}
 
 
 async def metrics(request: Request) -> Response:

@@ -4,11 +4,15 @@ Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th tok
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
 taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
 text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD, FAKE_CRASH_DIR.
+
+A draft's config.json may say {"refused": "why"}, {"refused_by_one": true} or {"load": seconds}. Files loaded-PID and
+used-PID beside the crash markers tell which draft a process has.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.config import ConfigError
 from model.request import (
     EngineInfo,
     EngineStats,
@@ -92,6 +97,32 @@ class FakeEngine:
         self._counts: dict[str, int] = {}
         self._lengths: list[int] = []
         self._sizes: list[int] = []
+        self._note("loaded", str(options.get("draft")))
+
+    def read_draft(self, folder: str) -> str:
+        told = json.loads((Path(folder) / "config.json").read_text())
+        time.sleep(told.get("load", 0))
+        if "refused" in told:
+            raise ConfigError(f"draft {folder!r} {told['refused']}")
+        if "refused_by_one" in told:
+            try:
+                (self.crash_dir / "refused").touch(exist_ok=False)
+            except FileExistsError:
+                return folder
+            raise ConfigError(f"draft {folder!r} is not to one worker's taste")
+        return folder
+
+    def pack_draft(self, draft: str) -> str:
+        return draft
+
+    def swap(self, draft: str) -> None:
+        self._note("used", draft)
+
+    def _note(self, what: str, draft: str) -> None:
+        """The content of the draft's weights, by which tests know it."""
+        weights = Path(draft) / "model.safetensors"
+        if self.crash_dir.exists():
+            (self.crash_dir / f"{what}-{os.getpid()}").write_text(weights.read_text() if weights.exists() else "none")
 
     @property
     def has_work(self) -> bool:
