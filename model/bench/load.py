@@ -2,9 +2,9 @@
 
 python -m model.bench.load [--task "image caption"] [--batches 1,2,4,8,16,32,64] [--nodes 2,4,7,11,15]
 
-In one run, taking turns: no drafting, a fixed number of draft nodes per sequence and step, and as many as pay. That many
-requests are kept going until none is left; tokens/s are of whole requests. Ratios are medians over repeats of what was
-taken within one. It should nowhere be below 0.98 of no drafting, nor more than 5 % behind the best fixed number.
+In one run, taking turns: no drafting, a fixed number of draft nodes per sequence and step, and as many as pay. That
+many requests are kept going until none is left; tokens/s are of whole requests. Ratios are medians over repeats of what
+was taken within one. It should nowhere be below 0.98 of no drafting, nor more than 5 % behind the best fixed number.
 """
 
 from __future__ import annotations
