@@ -32,10 +32,21 @@ class Interrupted(Exception):
 class Prompts(Protocol):
     """A data set: prompts by number, so that media need not be kept. Numbers stay what they are between runs."""
 
-    train: Sequence[int]
-    held_out: Sequence[int]
-    digest: str  # changes when the prompts do
-    summary: str  # one line, for the model card
+    @property
+    def train(self) -> Sequence[int]: ...
+
+    @property
+    def held_out(self) -> Sequence[int]: ...
+
+    @property
+    def digest(self) -> str:
+        """Changes when the prompts do."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """One line, for the model card."""
+        ...
 
     def messages(self, number: int) -> tuple[Message, ...]:
         """The conversation up to where the target answers. Raises Unusable."""

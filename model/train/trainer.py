@@ -98,7 +98,7 @@ def train(
                 seen = memory.seen(target, batch, messages)
                 with torch.autocast(target.device.type, torch.bfloat16, enabled=config.autocast):
                     loss, hits = draft_loss(target, network, seen, anchors=config.anchors, gamma=config.gamma, rng=rng)
-                (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                (loss / config.accumulate).backward()
                 told.append(torch.cat((loss.detach().float()[None], hits.detach().float())))
             stopping = torch.tensor([float(stop())], device=target.device)
             mean = share(network, torch.cat((torch.stack(told).mean(0), stopping)), team).tolist()
