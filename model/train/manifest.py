@@ -174,11 +174,12 @@ class FilePrompts:
             raise ConfigError(f"--held-out must be between 0 and 1; got {held_out}")
         self._data, self._decode = data, decode
         places = [self._place(item) for item in data.items]
-        border = max(held_out, min(places))  # at least one is held out
+        distinct = sorted(set(places))
+        if len(distinct) < 2:
+            raise ConfigError("the data are too few: one file to learn from and another to measure on are the least")
+        border = min(max(held_out, distinct[0]), distinct[-2])  # there is something on either side
         self.held_out = [number for number, place in enumerate(places) if place <= border]
         self.train = [number for number, place in enumerate(places) if place > border]
-        if not self.train:
-            raise ConfigError("the data are too few: one file to learn from and another to measure on are the least")
 
     def _place(self, item: Item) -> float:
         """From 0 to 1, by the first file, or where there is none by the text."""
