@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--save-every", type=float, default=45.0, help="seconds")
     parser.add_argument("--held-out", type=int, default=32, help="prompts of each task to measure on")
     arguments = parser.parse_args()
     folder, drafter = arguments.folder, arguments.drafter
@@ -40,7 +42,13 @@ def main() -> None:
         drafter=drafter,
         output=folder / name,
         command="python -m model.demo.draft " + " ".join(sys.argv[1:]),
-        train=TrainConfig(steps=arguments.steps, seed=arguments.seed, evaluate_every=300),
+        train=TrainConfig(
+            steps=arguments.steps,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            save_every=arguments.save_every,
+            evaluate_every=300,
+        ),
         work=folder / f"run-{name}",
         answers=folder / "answers.jsonl",
         final_prompts=arguments.held_out,
