@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
+# The bundled models by name: folders of target and draft in DEMO_WEIGHTS.
+BUNDLED = {DEMO: ("target", "draft"), "demo-qwen": ("qwen-target", "qwen-draft")}
 DrafterName = Literal["auto", "flash", "flash-paper", "eagle", "medusa", "ngram", "off"]
 DRAFTERS: tuple[str, ...] = get_args(DrafterName)
 TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # a folder holds what they have learnt
@@ -23,8 +25,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    model: str = DEMO  # "demo", a folder, or a hub id
-    draft: str | None = None  # folder of a trained draft; None: the bundled one for "demo", else none
+    model: str = DEMO  # "demo", "demo-qwen", a folder, or a hub id
+    draft: str | None = None  # folder of a trained draft; None: the bundled one for a bundled model, else none
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"
     drafter: DrafterName = "auto"  # "auto": what the draft's folder says
@@ -68,7 +70,7 @@ class EngineConfig:
         return PAPER_NODES if self.drafter == "flash-paper" else MAX_NODES
 
     def resolved(self) -> EngineConfig:
-        """The same configuration with "demo" and "auto" replaced by what they stand for here."""
+        """The same configuration with bundled models' names and "auto" replaced by what they stand for here."""
         import torch
 
         from model.native import library
@@ -83,10 +85,11 @@ class EngineConfig:
             on_cpu = torch.device("cpu")
             dtype = "bfloat16" if device != "cpu" or library.supports(torch.bfloat16, on_cpu) else "float32"
         model, draft = self.model, self.draft
-        if model == DEMO:
-            model = str(DEMO_WEIGHTS / "target")
-            if draft is None and (DEMO_WEIGHTS / "draft" / "config.json").exists():
-                draft = str(DEMO_WEIGHTS / "draft")
+        if model in BUNDLED:
+            target_folder, draft_folder = BUNDLED[model]
+            model = str(DEMO_WEIGHTS / target_folder)
+            if draft is None and (DEMO_WEIGHTS / draft_folder / "config.json").exists():
+                draft = str(DEMO_WEIGHTS / draft_folder)
         graphs = device.startswith("cuda") if self.graphs is None else self.graphs
         drafter = self._drafter(draft)
         aware = self.load_aware and drafter != "flash-paper"

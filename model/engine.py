@@ -98,7 +98,7 @@ class Engine:
 
     def use(self, drafter: Drafter | None) -> None:
         """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
-        if drafter is not None and self.config.load_aware and not self.load.known:
+        if drafter is not None and self.config.load_aware and self.load.nodes and not self.load.known:
             self._rehearse(drafter)
         self._draft_with(drafter)
 

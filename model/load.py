@@ -31,6 +31,8 @@ FADE = 8192.0  # nodes of a bin after which the old ones count half
 PLACES = (0, 1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63)  # nodes per sequence for which T is kept
 LEARN = 0.1  # weight of the newest round, or answer
 LEARN_PLAIN = 0.3  # of the newest plain round
+COMMON = 0.5  # of what a round took longer than was thought, that others would have, too: a busier machine
+MOVED = 0.5  # change of what is thought of plain rounds, none of which ran, after which one does
 FIRST_PLAIN, PLAIN_EVERY = 4, 256  # rounds after which one is plain if none was: first after few, then after more
 STEADY = 0.02  # of the newest round in what drafts bring over all
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain rounds of a sequence before it tries again to draft
@@ -51,15 +53,17 @@ class Load:
         self.slots, self.nodes = slots, nodes
         self.batches = [b for b in (1 << i for i in range(slots.bit_length())) if b < slots] + [slots]
         self.places = [n for n in PLACES if n < nodes] + [nodes]
-        self.drafting = np.zeros((len(self.batches), len(self.places)))  # seconds of a round in which all draft
-        self.plain = np.zeros(len(self.batches))  # seconds of one in which nobody does
+        # Seconds of rounds by batch: in which all draft, by place, and in which nobody does; both times `scale`.
+        self.drafting = [[0.0] * len(self.places) for _ in self.batches]
+        self.plain = [0.0] * len(self.batches)
+        self.scale = [1.0] * len(self.batches)
         self.tried, self.held = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)  # nodes by score; those accepted
         self._said = np.exp(-(((np.arange(BINS) + 0.5) / FINENESS) ** 2))
         self.chance = self._said.copy()  # of being accepted, by score
         self.curve_at: int | None = None  # address of `curve`'s memory, where prices are known
         self._rounds = 0
-        # For the batch of now: rows of the tables above that are near it, and how near; seconds of a plain round, and of
-        # one in which all draft, by nodes over all; nodes per sequence, of late; how many times as long that takes.
+        # For the batch of now: rows of the tables above near it, and how near they are; seconds of a plain round, and
+        # of one in which all draft, by nodes over all; nodes per sequence, of late; how many times as long that takes.
         self._batch, self._near = 0, ((0, 1.0), (0, 0.0))
         self._plain, self._curve = 0.0, np.zeros(slots * nodes + 1)
         self._typical, self._price = float(nodes), 0.0
@@ -69,6 +73,7 @@ class Load:
         self._verified: dict[int, float] = {}  # batch -> nodes per sequence, of late
         self._passed_over = 0  # sequences that did not begin to draft, since one did
         self._since_plain: dict[int, int] = {}  # batch -> rounds since a plain one
+        self._moved = 0.0  # by how much plain rounds are thought to take longer or shorter since one ran
         self._wait: dict[int, int] = {}  # batch -> rounds until the next
 
     @property
@@ -78,7 +83,7 @@ class Load:
 
     def learn(self, plain: np.ndarray, drafting: np.ndarray) -> None:
         """Seconds of rounds: plain (batches,), drafting (batches, places)."""
-        self.plain[:], self.drafting[:] = plain, drafting
+        self.plain, self.drafting = plain.tolist(), drafting.tolist()
         self.curve_at = self._curve.ctypes.data
 
     def forget_draft(self) -> None:
@@ -102,19 +107,19 @@ class Load:
         low, high = self.batches[lower], self.batches[upper]
         share = 0.0 if high == low else min(1.0, (batch - low) / (high - low))
         self._batch, self._near = batch, ((lower, 1.0 - share), (upper, share))
-        plain = sum(near * self.plain[row] for row, near in self._near)
-        drafting = sum(near * self.drafting[row] for row, near in self._near)
+        plain = sum(near * self.scale[row] * self.plain[row] for row, near in self._near)
+        drafting = sum(near * self.scale[row] * np.array(self.drafting[row]) for row, near in self._near)
         count = batch * self.nodes + 1
         self._curve[:count] = np.interp(np.arange(count) / batch, self.places, drafting)
-        self._plain = float(plain)
+        self._plain = plain
         self._typical = self._verified.get(batch, float(self.nodes))
         self._price = float(np.interp(self._typical, self.places, drafting)) / self._plain
         if not self._rounds % RENEW:
             self._weigh()
 
     def took(self, batch: int, drafting: int, nodes: int, seconds: float) -> None:
-        """A round did, in which so many of the batch drafted and so many nodes were verified over all: what was thought of
-        its like is corrected."""
+        """A round did, in which so many of the batch drafted and so many nodes were verified over all: what was thought
+        of its like is corrected."""
         if not self.known or batch != self._batch or 0 < drafting < batch:
             return
         drafted = drafting > 0
@@ -125,20 +130,21 @@ class Load:
         for row, near in self._near:
             if not near:
                 continue
-            line = self.drafting[row]
-            expected = (1.0 - above) * line[at - 1] + above * line[at] if drafted else self.plain[row]
+            line, scale = self.drafting[row], self.scale[row]
+            expected = scale * ((1.0 - above) * line[at - 1] + above * line[at] if drafted else self.plain[row])
             change = near * (LEARN if drafted else LEARN_PLAIN) * (min(2.0, max(0.5, seconds / expected)) - 1.0)
             if drafted:
-                before = line.sum()
-                line[at - 1] *= 1.0 + (1.0 - above) * change
-                line[at] *= 1.0 + above * change
-                self.plain[row] *= line.sum() / before  # a busier machine is slower at both; plain rounds may be rare
+                self.scale[row] = scale * (1.0 + COMMON * change)
+                line[at - 1] *= 1.0 + (1.0 - above) * (1.0 - COMMON) * change
+                line[at] *= 1.0 + above * (1.0 - COMMON) * change
+                self._moved += abs(COMMON * change)
             else:
                 self.plain[row] *= 1.0 + change
+                self._moved = 0.0
         if not drafted:
             self._since_plain[batch] = 0
             self._wait[batch] = min(2 * self._wait.get(batch, FIRST_PLAIN), PLAIN_EVERY)
-        if drafted:
+        else:
             before = self._verified.get(batch, each)
             self._verified[batch] = before + LEARN * (each - before)
 
@@ -185,7 +191,7 @@ class Load:
         self._turn_to(batch)
         if self.known:
             self._since_plain[batch] = since = self._since_plain.get(batch, 0) + 1
-            if since > self._wait.get(batch, FIRST_PLAIN):
+            if since > self._wait.get(batch, FIRST_PLAIN) or (self._moved > MOVED and since > FIRST_PLAIN):
                 return [0] * batch  # what such a round takes is to be known, not guessed
             # Not many more than are worth it: a tree that is cut takes as long to grow as one that is not.
             most = min(most, int(ROOM * self._typical) + 2)
@@ -197,7 +203,7 @@ class Load:
             return False
         if sequence.pause:
             sequence.pause -= 1
-            return False
+            return not sequence.pause  # it tries again
         if not sequence.tries:
             sequence.brought = self._brought
         if self._tries < TRIES or 1.0 + sequence.brought >= SLACK * self._price:

@@ -1,4 +1,4 @@
-"""Rounds over nothing, timed when an engine starts, so that its load (load.py) knows prices before the first request."""
+"""Rounds over nothing, timed when an engine starts: its load (load.py) knows prices before the first request."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ATTEMPTS = 3  # the quicker of so many
 
 
 class Chains:
-    """Stands in for a drafter that proposes nothing for sequences it does not know: what it takes is learnt in service."""
+    """Stands in for a drafter that can propose nothing for sequences it does not know."""
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         return tree.chains(newest, [[0] * int(budget) for budget in budgets])
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
         raise AssertionError("nothing is accepted in a rehearsal")
 
 
@@ -50,7 +50,7 @@ def rehearse(now: Round, load: Load, caches: list[KVCache]) -> None:
         return min(taken)
 
     batches, places = np.array(load.batches), np.array(load.places)
-    plain, drafting = np.full(load.plain.shape, np.nan), np.full(load.drafting.shape, np.nan)
+    plain, drafting = np.full(len(batches), np.nan), np.full((len(batches), len(places)), np.nan)
     corners = list(product((0, len(batches) - 1), (0, len(places) - 1)))
     timed(1, load.nodes)  # the very first one is slow
     for i, j in (*corners, *product(range(len(batches)), (0, len(places) - 1)), *np.ndindex(drafting.shape)):

@@ -26,7 +26,8 @@ from model.tree import IDLE, PLAIN, Trees
 
 class Round(Protocol):
     """For each slot from 0 on the caller sets newest (slots,) int64, its last token; budgets (slots,) int64, how many
-    nodes it may verify beside that, or IDLE, or PLAIN (its drafter knows nothing of it); roots (slots,) int32, the newest token's position id."""
+    nodes it may verify beside that, or IDLE, or PLAIN (its drafter knows nothing of it); roots (slots,) int32, the
+    newest token's position id."""
 
     native: bool  # no part of it runs in torch
     newest: np.ndarray
@@ -38,9 +39,9 @@ class Round(Protocol):
         ...
 
     def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
-        """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind each node (batch, rows) int64, if it is known,
-        and its logits (batch, rows, vocab). Good until the next round; what stands in rows that are not real is no
-        matter."""
+        """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind
+        each node (batch, rows) int64, if it is known, and its logits (batch, rows, vocab). Good until the next round;
+        what stands in rows that are not real is no matter."""
         ...
 
     def accept(self, chosen: np.ndarray) -> list[list[int]]:

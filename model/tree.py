@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.transfer import upload
 
-# Budgets of slots that verify no nodes, as if it were 0: one that has no part in a round, and one that is not drafted for.
+# Budgets of slots that verify no nodes, as 0: of one that has no part in a round, and of one that is not drafted for.
 IDLE, PLAIN = -1, -2
 
 
@@ -223,8 +223,8 @@ def _likeliest_path_first(kept: np.ndarray, parents: np.ndarray, scores: np.ndar
 def admitted(trees: Trees, active: int, seconds: np.ndarray, chances: Callable[[np.ndarray], np.ndarray]) -> Trees:
     """The likeliest nodes of all trees, as many as give the most tokens a second.
 
-    active: sequences that have a part in the round, each of which emits one token anyway; seconds[n]: what a round takes
-    in which n nodes are verified; chances: how likely nodes of such scores are accepted.
+    active: sequences that have a part in the round, each of which emits one token anyway; seconds[n]: what a round
+    takes in which n nodes are verified; chances: how likely nodes of such scores are accepted.
     """
     real = np.arange(trees.rows) < trees.sizes[:, None]
     real[:, 0] = False

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 import model
 from service.commands.bench import bench
 from service.commands.generate import generate
+from service.commands.train import train
 from service.settings import Settings
 
 app = typer.Typer(
@@ -52,12 +53,18 @@ def _option(name: str, field: FieldInfo) -> Any:
     return typer.Option(
         f"--{name.replace('_', '-')}",
         help=f"{field.description}{default}",
-        metavar="TEXT" if isinstance(field.default, str | tuple | None) else "NUMBER",
+        metavar=_metavar(field.default),
         envvar=f"FLASH_{name.upper()}",
         show_default=False,
         hidden=bool(extra["hidden"]),
         rich_help_panel=str(extra["panel"]),
     )
+
+
+def _metavar(default: Any) -> str:
+    if isinstance(default, bool):
+        return "true|false"
+    return "TEXT" if isinstance(default, str | tuple | None) else "NUMBER"
 
 
 @app.command()
@@ -94,6 +101,7 @@ def version() -> None:
 
 
 app.command()(generate)
+app.command()(train)
 # The benchmark reads its own options, as `python -m model.bench` does.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 

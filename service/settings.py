@@ -19,7 +19,7 @@ MIB = 1024 * 1024
 # What the engine is told as it stands; None leaves the choice to it.
 ENGINE_OPTIONS = (
     *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
-    *("prefill_chunk", "prefill_stretch", "max_nodes", "max_rows", "encoder_cache_bytes"),
+    *("prefill_chunk", "prefill_stretch", "load_aware", "max_nodes", "max_rows", "encoder_cache_bytes"),
 )
 
 
@@ -31,7 +31,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FLASH_", frozen=True, extra="forbid", protected_namespaces=())
 
     # The model and where it runs
-    model: str = option("Model", "demo", "Path or id of the target model; 'demo' is the bundled one.", min_length=1)
+    model: str = option(
+        "Model", "demo", "Path or id of the target model; 'demo' and 'demo-qwen' are bundled.", min_length=1
+    )
     draft: str | None = option("Model", None, "Path of a trained draft; without it, the bundled model's own.")
     drafter: DrafterName = option(
         "Model",
@@ -63,6 +65,7 @@ class Settings(BaseSettings):
     prefill_stretch: float | None = option(
         "Model", None, "How many times slower running streams may become while a long prompt is read.", ge=1.5
     )
+    load_aware: bool = option("Model", True, "Draft only as much as pays at the present load, or not at all.")
     max_nodes: int | None = option("Model", None, "Draft tokens verified per sequence and step.", ge=0)
     max_rows: int | None = option("Model", None, "Tokens and draft tokens verified in one step, all sequences.", ge=1)
     encoder_cache_bytes: int | None = option("Model", None, "Memory for features of media seen before, bytes.", ge=0)

@@ -26,7 +26,7 @@ MODEL_MAY_IMPORT = {"model", "torch", "transformers", "tokenizers", "safetensors
 MODEL_MAY_IMPORT_LAZILY = {"av", "matplotlib", "psutil", "accelerate"}
 TENSOR_LIBRARIES = {"torch", "transformers", "tokenizers", "safetensors", "accelerate"}
 
-MAX_WEIGHTS_BYTES = 26_000_000
+MAX_WEIGHTS_BYTES = 45_000_000
 
 
 def run(*command: str | Path) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from model.demo import captions, scenes
+from model.demo import captions, qwen, scenes
 
 SIDE = 192
 BATCH = 16
@@ -27,27 +29,37 @@ def prompt(question: str, num_frames: int, *, video: bool) -> str:
     return f"<s><|user|>{marker}{'<image>' * num_frames}{question}<|end|><|assistant|>"
 
 
-def _answers(folder: Path, frames: list[list[Image.Image]], question: str, *, video: bool, progress: bool) -> list[str]:
-    processor = AutoProcessor.from_pretrained(folder)
-    processor.tokenizer.padding_side = "left"
-    target = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+def _answers(folder: Path, clips: list[np.ndarray], question: str, *, video: bool, progress: bool) -> list[str]:
+    """Greedy answers to one question about each clip (frames, SIDE, SIDE, 3); an image is a clip of one frame."""
+    inputs: Callable[[list[np.ndarray]], Mapping[str, torch.Tensor]]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl":
+
+        def inputs(group: list[np.ndarray]) -> Mapping[str, torch.Tensor]:
+            return qwen.inputs(tokenizer, group, question, video=video)
+    else:
+        processor = AutoProcessor.from_pretrained(folder)
+        processor.tokenizer.padding_side = "left"
+
+        def inputs(group: list[np.ndarray]) -> Mapping[str, torch.Tensor]:
+            texts = [prompt(question, len(clip), video=video) for clip in group]
+            images = [Image.fromarray(frame) for clip in group for frame in clip]
+            return processor(text=texts, images=images, return_tensors="pt", add_special_tokens=False)
+
+    target = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     answers: list[str] = []
-    for start in tqdm(range(0, len(frames), BATCH), desc="video" if video else "image", disable=not progress):
-        group = frames[start : start + BATCH]
-        texts = [prompt(question, len(f), video=video) for f in group]
-        inputs = processor(
-            text=texts, images=[i for f in group for i in f], return_tensors="pt", add_special_tokens=False
-        )
+    for start in tqdm(range(0, len(clips), BATCH), desc="video" if video else "image", disable=not progress):
+        given = inputs(clips[start : start + BATCH])
         with torch.inference_mode():
-            out = target.generate(**inputs, max_new_tokens=140, do_sample=False)
-        answers += processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            out = target.generate(**given, max_new_tokens=140, do_sample=False)
+        answers += tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
 
 
 def image_scores(folder: Path, count: int, *, progress: bool = False) -> dict[str, float]:
     """precision: named objects that are there with colour, shape and position right; recall: those there named so."""
     drawn = [scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(count)]
-    frames = [[Image.fromarray(scenes.render(s, SIDE))] for s in drawn]
+    frames = [scenes.render(s, SIDE)[None] for s in drawn]
     texts = _answers(folder, frames, captions.DETAILED[0], video=False, progress=progress)
     named = there = right = whole = perfect = 0
     for scene, text in zip(drawn, texts, strict=True):
@@ -71,7 +83,7 @@ def image_scores(folder: Path, count: int, *, progress: bool = False) -> dict[st
 def video_scores(folder: Path, count: int, *, progress: bool = False) -> dict[str, float]:
     """motions: objects there whose motion (kind, direction, speed, lane) is told right, under the right name."""
     drawn = [scenes.random_video_scene(scenes.scene_seed("heldout", "video", i)) for i in range(count)]
-    frames = [[Image.fromarray(f) for f in scenes.render_clip(s, VIDEO_FRAMES, SIDE)] for s in drawn]
+    frames = [scenes.render_clip(s, VIDEO_FRAMES, SIDE) for s in drawn]
     texts = _answers(folder, frames, captions.VIDEO[0], video=True, progress=progress)
     there = named = right = 0
     for scene, text in zip(drawn, texts, strict=True):

@@ -7,6 +7,7 @@ question.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import Literal
 
 from model.demo import captions, scenes
@@ -45,3 +46,38 @@ def messages(
         frames = scenes.render_clip(scene, NUM_FRAMES, SIDE)
         turn = captions.video_turn(scene, rng, caption=task == "video caption")
     return (Message("user", (Medium(kind, frames), turn.question)),)
+
+
+HELD_OUT = 1_000_000_000  # the first number of a held-out prompt; they take turns by task
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """`model.train.data.Prompts`: so many to learn from, and so many of each task to measure on."""
+
+    examples: int
+    each: int = 32
+
+    @property
+    def train(self) -> range:
+        return range(self.examples)
+
+    @property
+    def held_out(self) -> range:
+        return range(HELD_OUT, HELD_OUT + len(TASKS) * self.each)
+
+    @property
+    def digest(self) -> str:
+        return f"scenes {self.examples}"
+
+    @property
+    def summary(self) -> str:
+        return f"{self.examples} drawn scenes with questions; {self.each} others of each task held out"
+
+    def messages(self, number: int) -> tuple[Message, ...]:
+        if number < HELD_OUT:
+            return messages(number)
+        return messages((number - HELD_OUT) // len(TASKS), split="heldout", task=self.kind(number))
+
+    def kind(self, number: int) -> Task:
+        return task_of(number) if number < HELD_OUT else TASKS[(number - HELD_OUT) % len(TASKS)]

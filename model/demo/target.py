@@ -1,18 +1,13 @@
 """Second stage of the bundled model: the language model learns to talk about what the tower sees.
 
-The tower goes on learning, from the answers and, at a smaller weight, from its dense labels (see vision.py).
-
-A training sample is one conversation about one image, two images, or one clip: a caption and several questions,
-so that the many visual tokens are paid for once. Batch i depends on i alone: a resumed run goes on as if never stopped.
+The tower goes on learning, from the answers and, at a smaller weight, from its dense labels (see vision.py). What is
+said is in conversations.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import random
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from model.demo import captions, scenes
-from model.demo.captions import Turn
 from model.demo.checkpoint import (
     ASSISTANT,
     BOS,
     END,
     IMAGE,
-    PAD,
     TOKENS_PER_IMAGE,
     USER,
     VIDEO,
@@ -39,115 +31,44 @@ from model.demo.checkpoint import (
     target_config,
     train_tokenizer,
 )
+from model.demo.conversations import Conversations, Style
 from model.demo.evaluate import image_scores, video_scores
 from model.demo.motion import LAYER, MOTION_QUESTIONS, motion_labels, motion_loss
-from model.demo.vision import QUESTIONS, SIDE, PatchReader, normalised, patch_labels, patch_loss, weathered
+from model.demo.training import Training
+from model.demo.vision import QUESTIONS, PatchReader, normalised, patch_labels, patch_loss
 
-TEXT_TOKENS = 176  # text of one sample; turns are added while they fit
-FRAME_COUNTS = ((4, 6, 8), (6, 3, 1))  # how many frames a training clip has, and how often
-KINDS = {"image": 0.45, "pair": 0.05, "video": 0.5}  # how often a batch is of which kind, once all are trained
 DENSE, MOTION = 0.15, 0.1  # weights of the dense losses beside that of the answers
 
 
-def _turns(scene: scenes.Scene, rng: random.Random, kind: str) -> Iterator[Turn]:
-    make = captions.image_turn if kind == "image" else captions.video_turn
-    yield make(scene, rng, caption=rng.random() < 0.7)
-    while True:
-        yield make(scene, rng, caption=rng.random() < 0.2)
+def style(tokenizer: PreTrainedTokenizerFast) -> Style:
+    """The first target's chat template: a clip is a marker and then its frames, each an image."""
+    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (BOS, END, IMAGE, VIDEO, USER, ASSISTANT)}
+
+    def media(kind: str, num_frames: int) -> list[int]:
+        return [ids[VIDEO]] * (kind == "video") + [ids[IMAGE]] * (TOKENS_PER_IMAGE * num_frames)
+
+    return Style([ids[BOS]], [ids[USER]], [ids[END], ids[ASSISTANT]], [ids[END]], [], media)
 
 
-def _pair_turns(first: scenes.Scene, second: scenes.Scene, rng: random.Random) -> Iterator[Turn]:
-    while True:
-        word, scene = rng.choice((("first", first), ("second", second)))
-        if rng.random() < 0.6:
-            yield Turn(f"Describe the {word} image.", captions.detailed_caption(scene, rng))
-        else:
-            turn = captions.image_turn(scene, rng)
-            yield Turn(f"In the {word} image: {turn.question}", turn.answer)
-
-
-class Conversations(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless batches of one kind each: input_ids, labels (batch, tokens); pixel_values (frames, 3, SIDE, SIDE)."""
+class LlavaConversations(Conversations):
+    """Batches: input_ids, labels (batch, tokens); pixel_values (frames, 3, SIDE, SIDE); dense labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, first: int, image_only: int, image_batch: int = 16) -> None:
-        self.tokenizer, self.first, self.image_only, self.image_batch = tokenizer, first, image_only, image_batch
-        self.ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (PAD, BOS, END, IMAGE, VIDEO, USER, ASSISTANT)}
-
-    def _text(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def sample(self, media: list[int], turns: Iterator[Turn], rng: random.Random) -> tuple[list[int], list[int]]:
-        """Token ids and labels of one conversation that begins with the media's tokens."""
-        special = self.ids
-        tokens, labels = [special[BOS]], [-100]
-        room, seen = TEXT_TOKENS, set[str]()
-        attempts = 0
-        for turn in turns:
-            attempts += 1
-            if turn.question in seen:
-                if attempts > 25:
-                    break
-                continue
-            seen.add(turn.question)
-            question, answer = self._text(turn.question), [*self._text(turn.answer), special[END]]
-            if len(question) + len(answer) + 4 > room:
-                break
-            room -= len(question) + len(answer) + 4
-            content = question if len(seen) > 1 else (question + media if rng.random() < 0.12 else media + question)
-            prompt = [special[USER], *content, special[END], special[ASSISTANT]]
-            tokens += prompt + answer
-            labels += [-100] * len(prompt) + answer
-        return tokens, labels
+        super().__init__(tokenizer, style(tokenizer), first, image_only, image_batch)
 
     def batch(self, index: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(index * 7919 + 5)
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0] if index >= self.image_only else "image"
-        count = self.image_batch if kind == "image" else self.image_batch // 2
-        num_frames = {"image": 1, "pair": 2}.get(kind) or rng.choices(*FRAME_COUNTS)[0]
-        image, video = self.ids[IMAGE], self.ids[VIDEO]
-        rows, frames, patches, motions = [], [], [], []
-        for j in range(count):
-            number = index * 64 + j * 2
-            if kind == "video":
-                scene = scenes.random_video_scene(scenes.scene_seed("train", "video", number))
-                clip = scenes.render_clip(scene, num_frames, SIDE)
-                frames += [weathered(f, rng) for f in clip]
-                moments = [i / (num_frames - 1) for i in range(num_frames)]
-                patches += [patch_labels(scene, moment) for moment in moments]
-                motions.append(motion_labels(scene, moments))
-                media = [video] + [image] * (TOKENS_PER_IMAGE * num_frames)
-                turns = _turns(scene, rng, "video")
-            else:
-                drawn = [
-                    scenes.random_image_scene(scenes.scene_seed("train", "image", number + k))
-                    for k in range(num_frames)
-                ]
-                frames += [weathered(scenes.render(s, SIDE), rng) for s in drawn]
-                patches += [patch_labels(s, 0.0) for s in drawn]
-                media = [image] * (TOKENS_PER_IMAGE * num_frames)
-                turns = _turns(drawn[0], rng, "image") if kind == "image" else _pair_turns(drawn[0], drawn[1], rng)
-            rows.append(self.sample(media, turns, rng))
-            if kind == "image" and j == 0 and rng.random() < 0.3:  # a conversation without media now and then
-                frames.pop()
-                patches.pop()
-                rows[-1] = self.sample([], iter(rng.sample(captions.SMALL_TALK, len(captions.SMALL_TALK))), rng)
-        width = max(len(tokens) for tokens, _ in rows)
-        ids = torch.tensor([t + [self.ids[PAD]] * (width - len(t)) for t, _ in rows])
-        labels = torch.tensor([v + [-100] * (width - len(v)) for _, v in rows])
-        return {
+        drawn = self.draw(index)
+        ids, labels = self.padded(drawn.rows)
+        batch = {
             "input_ids": ids,
             "labels": labels,
-            "pixel_values": normalised(np.stack(frames)),
-            "patches": torch.from_numpy(np.stack(patches)),
-            **({"motions": torch.from_numpy(np.concatenate(motions))} if motions else {}),
+            "pixel_values": normalised(np.concatenate(drawn.clips)),
+            "patches": torch.from_numpy(np.stack([patch_labels(*m) for row in drawn.moments for m in row])),
         }
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        torch.set_num_threads(1)
-        index = self.first
-        while True:
-            yield self.batch(index)
-            index += 1
+        if drawn.kind == "video":
+            motions = [motion_labels(row[0][0], [moment for _, moment in row]) for row in drawn.moments]
+            batch["motions"] = torch.from_numpy(np.concatenate(motions))
+        return batch
 
 
 @dataclass
@@ -207,14 +128,14 @@ def wire_heads(
 
 def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> None:
     """Train (or resume) the target on top of `folder`/vision.pt; leaves a LLaVA checkpoint in `folder`/target."""
-    checkpoint, step = folder / "target.pt", 0
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target") if checkpoint.exists() else train_tokenizer()
+    begun = (folder / "target.pt").exists()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target") if begun else train_tokenizer()
     target = new_target(target_config(tokenizer))
     reader = PatchReader()
     reader.load_state_dict(torch.load(folder / "vision.pt", weights_only=True)["model"])
     target.model.vision_tower.load_state_dict(reader.tower.state_dict())
     heads = reader.heads
-    sample = Conversations(tokenizer, 0, 0).batch(0)["pixel_values"][:16]
+    sample = LlavaConversations(tokenizer, 0, 0).batch(0)["pixel_values"][:16]
     wire_heads(target, heads, ("colour",), target.model.vision_tower(sample).last_hidden_state[:, 1:].flatten(0, 1))
     motion_head = nn.Linear(target.config.text_config.hidden_size, sum(MOTION_QUESTIONS.values()))
     seeing = [*target.model.vision_tower.parameters(), *heads.parameters()]
@@ -227,43 +148,23 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
         torch.optim.AdamW(others, lr=0.7 * rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True),
         torch.optim.AdamW(seeing, lr=0.1 * rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True),
     ]
-    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        target.load_state_dict(saved["model"])
-        heads.load_state_dict(saved["heads"])
-        motion_head.load_state_dict(saved["motion_head"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        step = saved["step"]
-    data = iter(
-        DataLoader(Conversations(tokenizer, step, image_only), batch_size=None, num_workers=1, prefetch_factor=4)
-    )
-    begun, started_at, saved_at = time.time(), step, time.time()
+    modules = {"model": target, "heads": heads, "motion_head": motion_head}
+    training = Training(folder / "target.pt", steps, modules, optimisers)
+    batches = LlavaConversations(tokenizer, training.step, image_only)
+    data = iter(DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4))
     recent: list[tuple[float, ...]] = []
-    while step < steps:
-        batch = next(data)
-        share = min(1.0, (step + 1) / 50, 0.01 + 1.25 * (1 - step / steps))
-        for optimiser, peak in zip(optimisers, peaks, strict=True):
-            optimiser.param_groups[0]["lr"] = share * peak
-            optimiser.zero_grad()
+    while training.step < steps:
         with torch.autocast("cpu", torch.bfloat16):
-            said = losses(target, heads, motion_head, batch)
-        (said.answers + DENSE * said.dense + MOTION * said.motion).backward()
-        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
-        nn.utils.clip_grad_norm_(seeing, 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        step += 1
+            said = losses(target, heads, motion_head, next(data))
+        loss = said.answers + DENSE * said.dense + MOTION * said.motion
+        training.learn(loss, [[*matrices, *others], seeing])
+        step = training.step
         recent = [*recent[-39:], (said.answers.item(), said.told, said.dense.item(), said.shapes, *said.motions)]
         if step % 20 == 0:
-            pace = (time.time() - begun) / (step - started_at)
             means = np.nanmean(recent, 0)
-            left = (steps - step) * pace / 60
             print(
                 f"target {step}/{steps} loss {means[0]:.4f} right {means[1]:.4f} dense {means[2]:.2f} "
-                f"shape {means[3]:.3f} motion {' '.join(f'{m:.2f}' for m in means[4:])} "
-                f"({pace:.2f} s/step, {left:.0f} min left)",
+                f"shape {means[3]:.3f} motion {' '.join(f'{m:.2f}' for m in means[4:])} ({training.pace})",
                 flush=True,
             )
         if step % 300 == 0 and step > image_only // 2:
@@ -276,20 +177,6 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
                 flush=True,
             )
             target.train()
-        if time.time() - saved_at > 50 or step == steps:
-            saved_at = time.time()
-            scratch = checkpoint.with_suffix(".tmp")
-            torch.save(
-                {
-                    "model": target.state_dict(),
-                    "heads": heads.state_dict(),
-                    "motion_head": motion_head.state_dict(),
-                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                    "step": step,
-                },
-                scratch,
-            )
-            scratch.replace(checkpoint)
     save_target(target, tokenizer, folder / "target")
 
 

@@ -5,23 +5,65 @@ All are of one size where they have the same parts, so that what is compared is 
 
 from __future__ import annotations
 
-from model.draft.checkpoint import Network
-from model.draft.eagle import EagleConfig, EagleNetwork
-from model.draft.medusa import MedusaConfig, MedusaNetwork
-from model.draft.network import DraftConfig, DraftNetwork
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.config import ConfigError
+from model.draft.checkpoint import KINDS, DraftShape, Network
+from model.draft.medusa import MedusaNetwork
 from model.targets.base import Target
 
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"medusa": (-1,)}  # that a target must offer; else those it offers by itself
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0}
+HEAD_DIM = 64
+FULL_WIDTH = 512  # of a target up to which its draft is as wide
 
 
-def new(drafter: str, target: Target, *, hidden_size: int = 256) -> Network:
+@dataclass(frozen=True)
+class Sizes:
+    """What a user may choose of a draft's shape; None: the preset's. A drafter refuses what it has no such part for."""
+
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    block: int | None = None
+    num_latents: int | None = None
+    sequential_rank: int | None = None
+
+
+def width(target_hidden_size: int) -> int:
+    """Of a draft: as wide as a small target, half as wide as a large one, in whole heads."""
+    wanted = target_hidden_size if target_hidden_size <= FULL_WIDTH else max(FULL_WIDTH, target_hidden_size // 2)
+    return max(1, wanted // HEAD_DIM) * HEAD_DIM
+
+
+def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
+    """ConfigError where a size does not fit."""
+    chosen: dict[str, Any] = {name: value for name, value in asdict(sizes).items() if value is not None}
+    kind, _ = KINDS[drafter]
+    if drafter == "flash-paper":
+        chosen = PAPER | chosen
+    elif drafter != "flash" and (unknown := chosen.keys() - kind.__dataclass_fields__.keys()):
+        raise ConfigError(f"--drafter {drafter} has no {', '.join(sorted(unknown))}")
+    common = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    if drafter != "medusa":
+        hidden = chosen.setdefault("hidden_size", width(target.hidden_size))
+        if hidden % HEAD_DIM:
+            raise ConfigError(f"hidden_size must be a multiple of {HEAD_DIM}; got {hidden}")
+        common |= {"num_heads": hidden // HEAD_DIM, "intermediate_size": 2 * hidden}
+    for name, value in chosen.items():
+        if value < (0 if name in ("num_latents", "sequential_rank") else 1):
+            raise ConfigError(f"{name} is out of range: {value}")
+    made: DraftShape = kind(**common, tap_layers=target.tap_layers, **chosen)
+    return made
+
+
+def new(drafter: str, target: Target, *, hidden_size: int | None = None, sizes: Sizes | None = None) -> Network:
     """`drafter` is one of checkpoint.KINDS. The target offers the layers that TAP_LAYERS names."""
+    if sizes is None:
+        sizes = Sizes(hidden_size=None if drafter == "medusa" else hidden_size)
+    made = shape(drafter, target, sizes)
     if drafter == "medusa":
-        shape = MedusaConfig(target.hidden_size, target.vocab_size, target.tap_layers)
-        return MedusaNetwork(shape, target.final_norm)
-    if drafter == "eagle":
-        return EagleNetwork(EagleConfig(hidden_size, target.hidden_size, target.vocab_size, target.tap_layers))
-    sizes = PAPER if drafter == "flash-paper" else {}
-    return DraftNetwork(DraftConfig(hidden_size, target.hidden_size, target.vocab_size, target.tap_layers, **sizes))
+        return MedusaNetwork(made, target.final_norm)  # type: ignore[arg-type]
+    network: Network = KINDS[drafter][1](made)
+    return network

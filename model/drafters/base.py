@@ -44,8 +44,8 @@ class Proposing(Protocol):
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
         """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
-        none of a slot that does not decode, and some of one slot at least. taps: (slots, rows, num_taps * hidden), good
-        until the next pass."""
+        none of a slot that does not decode, or that it does not know, and some of at least one. taps: (slots, rows,
+        num_taps * hidden), good until the next pass."""
         ...
 
 

@@ -60,10 +60,15 @@ struct Best {
   }
 };
 
-// The best continuations of each frontier token at one depth, with their log-probabilities.
+// What a part of the vocabulary offers behind one token: its best, as logits, and log(sum(exp(logits))) over the part.
+struct Found {
+  Best best;
+  float whole;
+};
+
+// That of `panels` of the vocabulary from `first` on, behind each frontier token.
 template <class T>
-void continuations(const Draft& draft, const T* logits, const Candidate* frontier, int num, Best* best) {
-  const int panels = (draft.vocab + LANES - 1) / LANES;
+void continuations(const Draft& draft, const T* logits, const Candidate* frontier, int num, int first, int panels, Found* found) {
   const long k = round_up(draft.rank, K_STEP);
   alignas(64) float bias[MANY_ROWS * PANELS * LANES] = {};
   T* before = (T*)__builtin_alloca_with_align(MANY_ROWS * (k + K_STEP) * sizeof(T), 512);
@@ -73,18 +78,18 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
       memcpy((void*)(before + n * k), (const T*)draft.before + frontier[n].token * (long)draft.rank, draft.rank * sizeof(T));
   }
   vf most[MAX_WIDTH], total[MAX_WIDTH];
-  for (int n = 0; n < num; n++) most[n] = all(-1e30f), total[n] = vf{};
-  for (int panel = 0; panel < panels; panel += PANELS) {
-    const int some = panels - panel < PANELS ? panels - panel : PANELS;
+  for (int n = 0; n < num; n++) most[n] = all(-1e30f), total[n] = vf{}, found[n].best = Best{draft.width};
+  for (int panel = first; panel < first + panels; panel += PANELS) {
+    const int some = first + panels - panel < PANELS ? first + panels - panel : PANELS;
     const long stride = some * LANES;
     if (draft.before) product(before, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride);
     for (int p = 0; p < some; p++) {
-      const int first = (panel + p) * LANES;
+      const int token = (panel + p) * LANES;
       vf drafted = all(-1e30f);
-      if (first + LANES <= draft.vocab)
-        drafted = load(logits + first);
+      if (token + LANES <= draft.vocab)
+        drafted = load(logits + token);
       else
-        for (int i = 0; first + i < draft.vocab; i++) drafted[i] = number(logits[first + i]);
+        for (int i = 0; token + i < draft.vocab; i++) drafted[i] = number(logits[token + i]);
       for (int n = 0; n < num; n++) {
         const vf score = drafted + load(bias + n * stride + p * LANES);
         if (any_larger(score, most[n])) {
@@ -93,16 +98,24 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
           most[n] = now;
         }
         total[n] += exponential(score - most[n]);
-        if (any_larger(score, all(best[n].least())))
-          for (int i = 0; i < LANES; i++) best[n].offer({score[i], first + i, n});
+        if (any_larger(score, all(found[n].best.least())))
+          for (int i = 0; i < LANES; i++) found[n].best.offer({score[i], token + i, n});
       }
     }
   }
   for (int n = 0; n < num; n++) {
     const float top = largest(most[n]);
-    const float whole = top + __builtin_logf(sum(total[n] * exponential(most[n] - top)));
-    for (int i = 0; i < best[n].num; i++) best[n].held[i].score -= whole;
+    found[n].whole = top + __builtin_logf(sum(total[n] * exponential(most[n] - top)));
   }
+}
+
+inline int panels_of(const Draft& draft) { return (draft.vocab + LANES - 1) / LANES; }
+
+// The best of two parts of the vocabulary become those of both.
+inline void join(Found& one, const Found& other) {
+  for (int i = 0; i < other.best.num; i++) one.best.offer(other.best.held[i]);
+  const float top = one.whole > other.whole ? one.whole : other.whole;
+  one.whole = top + __builtin_logf(__builtin_expf(one.whole - top) + __builtin_expf(other.whole - top));
 }
 
 inline int bin_of(float score) {
@@ -196,10 +209,12 @@ void plant(const Trees& trees, int b, const Growth& growth, int budget) {
   trees.sizes[b] = row;
 }
 
-// The `width` best children of frontier node n, whose continuations those in `best` are, are offered to `next`.
-void offer_children(const Candidate& node, int number, const Best& best, Best& next) {
-  for (int i = 0; i < best.num; i++)  // always less than the parent's, also when the draft is certain
-    next.offer({node.score + (best.held[i].score < 0 ? best.held[i].score : 0) - 1e-6f, best.held[i].token, number});
+// The best children of a node, whose continuations are found, are offered to `next`.
+inline void offer_children(const Candidate& node, int number, const Found& found, Best& next) {
+  for (int i = 0; i < found.best.num; i++) {  // always less than the parent's, also when the draft is certain
+    const float score = found.best.held[i].score - found.whole;
+    next.offer({node.score + (score < 0 ? score : 0) - 1e-6f, found.best.held[i].token, number});
+  }
 }
 
 inline int no_worse(const Candidate* nodes, int count, float score) {
@@ -208,43 +223,72 @@ inline int no_worse(const Candidate* nodes, int count, float score) {
   return found;
 }
 
+template <class T>
+const T* logits_of(const Draft& draft, int b, int depth) {
+  return (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab;
+}
+
 // Tree b of the first nodes of the fixed tree, as many as its budget has.
 template <class T>
 void fill(const Draft& draft, const Trees& trees, int b) {
   const Candidate root = {0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0};
-  Best* best = (Best*)__builtin_alloca(draft.block * sizeof(Best));  // at each depth
-  for (int depth = 0; depth < draft.block; depth++) {
-    best[depth] = Best{draft.width};
-    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, &root, 1, best + depth);
-  }
+  Found* found = (Found*)__builtin_alloca(draft.block * sizeof(Found));  // at each depth
+  for (int depth = 0; depth < draft.block; depth++)
+    continuations<T>(draft, logits_of<T>(draft, b, depth), &root, 1, 0, panels_of(draft), found + depth);
   const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
   const long at = b * (long)trees.rows;
   for (int row = 1; row <= num; row++) {
     const int32_t parent = draft.fixed[3 * row - 3], rank = draft.fixed[3 * row - 2], depth = draft.fixed[3 * row - 1];
-    const Candidate& one = best[depth - 1].held[rank];
-    trees.tokens[at + row] = one.token, trees.scores[at + row] = trees.scores[at + parent] + one.score;
+    const Candidate& one = found[depth - 1].best.held[rank];
+    trees.tokens[at + row] = one.token, trees.scores[at + row] = trees.scores[at + parent] + one.score - found[depth - 1].whole;
     trees.parents[at + row] = parent, trees.depths[at + row] = depth;
   }
   trees.sizes[b] = 1 + num;
 }
 
+// The nodes from which a tree goes on.
+struct Frontier {
+  int num, first;  // how many; the number of the first, the root's being 0
+  Candidate nodes[MAX_WIDTH];
+
+  Frontier(const Trees& trees, int b) : num(1), first(0), nodes{{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}} {}
+
+  // To the best of what is found behind it.
+  void go_on(const Draft& draft, Growth& growth, int depth, int budget, const Found* found) {
+    Best next{draft.width};
+    for (int n = 0; n < num; n++) offer_children(nodes[n], first + n, found[n], next);
+    first = growth.count + 1, num = next.num;
+    for (int n = 0; n < num; n++) growth.level_of[growth.count] = depth, growth.nodes[growth.count++] = nodes[n] = next.held[n];
+    // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
+    while (num && no_worse(growth.nodes, growth.count, nodes[num - 1].score) >= budget) num--;
+  }
+};
+
 template <class T>
 void expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
-  Candidate* nodes = growth.nodes;
-  Candidate frontier[MAX_WIDTH] = {{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}};
-  int num = 1, count = 0, first = 0;  // of the frontier; nodes so far; the frontier's first node, the root being 0
-  for (int depth = 0; depth < draft.block; depth++) {
-    Best next{draft.width}, best[MAX_WIDTH];
-    for (int n = 0; n < num; n++) best[n].width = draft.width;
-    continuations<T>(draft, (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab, frontier, num, best);
-    for (int n = 0; n < num; n++) offer_children(frontier[n], first + n, best[n], next);
-    first = count + 1, num = next.num;
-    for (int n = 0; n < num; n++) growth.level_of[count] = depth, nodes[count++] = frontier[n] = next.held[n];
-    // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
-    while (num && no_worse(nodes, count, frontier[num - 1].score) >= trees.budgets[b]) num--;
-    if (!num) break;
+  Frontier frontier(trees, b);
+  Found found[MAX_WIDTH];
+  for (int depth = 0; depth < draft.block && frontier.num; depth++) {
+    continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, 0, panels_of(draft), found);
+    frontier.go_on(draft, growth, depth, trees.budgets[b], found);
   }
-  growth.count = count;
+}
+
+// The same by two threads, half of the vocabulary each: where there is but one tree, the other thread has nothing to do.
+template <class T>
+void expand_together(Member& member, const Draft& draft, const Trees& trees, int b, Growth& growth, Frontier& frontier, Found* found) {
+  const int panels = panels_of(draft), half = (panels / 2 + PANELS - 1) / PANELS * PANELS;
+  for (int depth = 0; depth < draft.block; depth++) {
+    member.share(2, [&](int part) {
+      if (!frontier.num) return;
+      const int from = part ? half : 0, some = part ? panels - half : half;
+      continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, from, some, found + part * MAX_WIDTH);
+    });
+    member.share(1, [&](int) {
+      for (int n = 0; n < frontier.num; n++) join(found[n], found[MAX_WIDTH + n]);
+      frontier.go_on(draft, growth, depth, trees.budgets[b], found);
+    });
+  }
 }
 
 template <class T>

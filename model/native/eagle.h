@@ -112,9 +112,9 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
         for (int before = 0; before < b; before++) row += counts[before] - done[before];
         Best next{width};
         for (int n = 0; n < one.num; n++, row++) {
-          Best best{width};
-          continuations<T>(candidates, logits + row * vocab, one.frontier + n, 1, &best);
-          offer_children(one.frontier[n], one.numbers[n], best, next);
+          Found found;
+          continuations<T>(candidates, logits + row * vocab, one.frontier + n, 1, 0, panels_of(candidates), &found);
+          offer_children(one.frontier[n], one.numbers[n], found, next);
         }
         const int first = one.count;
         for (int n = 0; n < next.num; n++) one.level_of[one.count] = depth, one.nodes[one.count++] = next.held[n];

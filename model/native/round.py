@@ -179,8 +179,8 @@ class NativeRound:
         elif drafter is not None:
             budgets = self.budgets[: len(counts)].tolist()
             told = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
-            paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
             if any(told):
+                paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
                 with counters.timed("draft"):
                     drafter.observe(shape.trees, paths, shape.taps)
         return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]

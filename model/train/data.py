@@ -7,19 +7,59 @@ temperatures. They are kept on disk as token ids (small); hidden states are capt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from model.engine import Engine
-from model.request import Message, Request, SamplingParams
+from model.request import Message, Request, RequestError, SamplingParams
+
+TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
+MAX_TOKENS = 160
+
+
+class Unusable(Exception):
+    """A prompt whose media cannot be read, or that the target cannot take; the message says which, and why."""
+
+
+class Interrupted(Exception):
+    """Someone asked to stop; all that was done is saved."""
+
+
+class Prompts(Protocol):
+    """A data set: prompts by number, so that media need not be kept. Numbers stay what they are between runs."""
+
+    @property
+    def train(self) -> Sequence[int]: ...
+
+    @property
+    def held_out(self) -> Sequence[int]: ...
+
+    @property
+    def digest(self) -> str:
+        """Changes when the prompts do."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """One line, for the model card."""
+        ...
+
+    def messages(self, number: int) -> tuple[Message, ...]:
+        """The conversation up to where the target answers. Raises Unusable."""
+        ...
+
+    def kind(self, number: int) -> str:
+        """What it is about, in words. A batch is of one kind, and figures are told for each."""
+        ...
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt (made by number, so that media need not be kept) and the target's answer to it."""
+    """One prompt and the target's answer to it."""
 
     number: int
     answer: tuple[int, ...]
@@ -31,15 +71,25 @@ def write_answers(
     numbers: Iterable[int],
     file: Path,
     *,
-    temperatures: tuple[float, ...] = (0.0, 0.0, 0.7, 1.0),
-    max_tokens: int = 160,
+    temperatures: tuple[float, ...] = TEMPERATURES,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Example]:
-    """Let the target answer every prompt, in batches; answers already in `file` are not written again."""
+    """Let the target answer every prompt, in batches; answers already in `file` are not written again.
+
+    A prompt that cannot be used is left out, told once, and written down so that no later run tries it again.
+    """
     known = {e.number: e for e in read_answers(file)}
     wanted = sorted(set(numbers))
-    missing = [n for n in wanted if n not in known]
+    left_out = unusable(file)
+    missing = [n for n in wanted if n not in known and n not in left_out]
     pending, answers = iter(missing), dict[int, list[int]]()
-    with file.open("a") as out, tqdm(total=len(missing), desc="answers", mininterval=5) as bar:
+    # Line by line: what is written survives even a kill that nothing can catch.
+    with (
+        file.open("a", buffering=1) as out,
+        tqdm(total=len(missing), desc="answers", mininterval=5, disable=None if missing else True) as bar,
+    ):
         if out.tell() and not file.read_text().endswith("\n"):
             out.write("\n")  # after a line torn by a kill, the next begins afresh
         while True:
@@ -48,12 +98,24 @@ def write_answers(
                 if number is None:
                     break
                 params = SamplingParams(
-                    max_tokens=max_tokens, temperature=temperatures[number % len(temperatures)], seed=number
+                    max_tokens=max_tokens,
+                    temperature=temperatures[number % len(temperatures)],
+                    seed=number + 1_000_003 * seed,
                 )
-                engine.add(Request(str(number), messages(number), params))
+                try:
+                    engine.add(Request(str(number), messages(number), params))
+                except (Unusable, RequestError) as error:
+                    bar.write(f"left out: {error}")
+                    out.write(json.dumps({"number": number, "unusable": str(error)}) + "\n")
+                    bar.update()
+                    continue
                 answers[number] = []
             if not engine.has_work:
                 break
+            if stop():
+                for number in answers:
+                    engine.abort(str(number))
+                raise Interrupted
             for output in engine.step():
                 number = int(output.request_id)
                 answers[number] += [t.id for t in output.tokens]
@@ -62,11 +124,19 @@ def write_answers(
                     out.write(json.dumps({"number": number, "answer": known[number].answer}) + "\n")
                     bar.update()
             engine.pop_stats()
-    return [known[n] for n in wanted]
+    return [known[n] for n in wanted if n in known]
 
 
 def read_answers(file: Path) -> list[Example]:
+    return [Example(r["number"], tuple(r["answer"])) for r in _rows(file) if "answer" in r]
+
+
+def unusable(file: Path) -> dict[int, str]:
+    """Prompts that were left out, and why."""
+    return {r["number"]: r["unusable"] for r in _rows(file) if "unusable" in r}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-    return [Example(r["number"], tuple(r["answer"])) for r in rows]
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]

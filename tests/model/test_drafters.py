@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,37 @@ def test_the_native_step_proposes_what_torch_does(
     assert len(common) > 20
     same = [ours.trees[key] == theirs.trees[key] for key in common]
     assert sum(same) >= 0.95 * len(same)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_sequences_that_it_does_not_know(
+    name: str,
+    native: bool,
+    tiny_checkpoint: Path,
+    drafts: dict[str, Path],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests without speculation never begin with it: alone, and in a batch with others."""
+    if not native:
+        monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of(name, tiny_checkpoint, drafts)
+    silent = [replace(request, speculation=False) for request in mixed(4)]
+    assert tiny.answers(engine, silent) == {f"r{i}": expected[f"r{i}"] for i in range(4)}
+    assert engine.pop_stats().drafts == 0
+    some = [replace(request, speculation=i % 3 > 0) for i, request in enumerate(mixed())]
+    assert tiny.answers(engine, some, every=1) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_the_load_decides_how_much_is_drafted(
+    name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
+) -> None:
+    """As it is served: trees are cut, sequences pause, some never begin."""
+    engine = engine_of(name, tiny_checkpoint, drafts, load_aware=True)
+    for every in (0, 1, 2):
+        assert tiny.answers(engine, mixed(), every=every) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

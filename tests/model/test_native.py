@@ -337,10 +337,10 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     assert set(chosen[:1].flat) <= {*range(vocab // 2), vocab - 1}, "of equals the first, as torch"
 
     told = chosen.copy()  # let the longest branch be what the target says
-    deepest = int(trees.depths[0].argmax())
-    for row in iter(lambda: deepest, 0):
+    row = int(trees.depths[0].argmax())
+    while row:
         told[0, trees.parents[0, row]] = trees.tokens[0, row]
-        deepest = int(trees.parents[0, row])
+        row = int(trees.parents[0, row])
     verdicts = [verify.walk(trees, b, told[b]) if counts[b] else verify.IDLE for b in range(3)]
     assert verdicts[0].path != list(range(len(verdicts[0].path))), "nothing would have to move"
     assert now.accept(told) == [verdict.tokens for verdict in verdicts]

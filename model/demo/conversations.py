@@ -1,0 +1,153 @@
+"""What the bundled targets learn from: conversations about drawn scenes, in batches of one kind each.
+
+A sample is one conversation about one image, two images, or one clip: a caption and several questions, so that the
+many visual tokens are paid for once. How it is written, a target's chat template decides (`Style`); what is drawn and
+said, its number alone, so that a resumed run goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedTokenizerFast
+
+from model.demo import captions, scenes
+from model.demo.captions import Turn
+from model.demo.vision import SIDE, weathered
+
+FRAME_COUNTS = ((4, 6, 8), (6, 3, 1))  # how many frames a training clip has, and how often
+KINDS = {"image": 0.45, "pair": 0.05, "video": 0.5}  # how often a batch is of which kind, once all are trained
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a chat template writes a conversation, in token ids."""
+
+    opening: list[int]
+    before: list[int]  # a question
+    between: list[int]  # a question and its answer
+    end: list[int]  # of an answer: the model writes these, too
+    after: list[int]  # an answer
+    media: Callable[[str, int], list[int]]  # the kind of a sample and its number of frames -> tokens
+    text_tokens: int = 176  # text of one sample; turns are added while they fit
+    frame_counts: tuple[tuple[int, ...], tuple[int, ...]] = FRAME_COUNTS
+
+
+@dataclass
+class Drawn:
+    """One batch before it is made into tensors: a row each of tokens and labels, a clip each of frames."""
+
+    kind: str
+    num_frames: int
+    rows: list[tuple[list[int], list[int]]]
+    clips: list[np.ndarray]  # (frames, SIDE, SIDE, 3); an image is a clip of one frame
+    moments: list[list[tuple[scenes.Scene, float]]]  # scene and time of every frame
+    rng: random.Random
+
+
+def _turns(scene: scenes.Scene, rng: random.Random, kind: str) -> Iterator[Turn]:
+    make = captions.image_turn if kind == "image" else captions.video_turn
+    yield make(scene, rng, caption=rng.random() < 0.7)
+    while True:
+        yield make(scene, rng, caption=rng.random() < 0.2)
+
+
+def _pair_turns(first: scenes.Scene, second: scenes.Scene, rng: random.Random) -> Iterator[Turn]:
+    while True:
+        word, scene = rng.choice((("first", first), ("second", second)))
+        if rng.random() < 0.6:
+            yield Turn(f"Describe the {word} image.", captions.detailed_caption(scene, rng))
+        else:
+            turn = captions.image_turn(scene, rng)
+            yield Turn(f"In the {word} image: {turn.question}", turn.answer)
+
+
+class Conversations(IterableDataset[dict[str, torch.Tensor]]):
+    """Endless batches from `first` on; those before `image_only` show single images only."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, style: Style, first: int, image_only: int, image_batch: int = 16
+    ) -> None:
+        self.tokenizer, self.style, self.first = tokenizer, style, first
+        self.image_only, self.image_batch = image_only, image_batch
+
+    def _text(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def sample(self, media: list[int], turns: Iterator[Turn], rng: random.Random) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one conversation that begins with the media's tokens."""
+        style = self.style
+        tokens, labels = [*style.opening], [-100] * len(style.opening)
+        room, seen = style.text_tokens, set[str]()
+        around = len(style.before) + len(style.between) + len(style.after) + 1
+        attempts = 0
+        for turn in turns:
+            attempts += 1
+            if turn.question in seen:
+                if attempts > 25:
+                    break
+                continue
+            seen.add(turn.question)
+            question, answer = self._text(turn.question), [*self._text(turn.answer), *style.end]
+            if len(question) + len(answer) + around > room:
+                break
+            room -= len(question) + len(answer) + around
+            content = question if len(seen) > 1 else (question + media if rng.random() < 0.12 else media + question)
+            prompt = [*style.before, *content, *style.between]
+            tokens += prompt + answer + style.after
+            labels += [-100] * len(prompt) + answer + [-100] * len(style.after)
+        return tokens, labels
+
+    def draw(self, index: int) -> Drawn:
+        rng = random.Random(index * 7919 + 5)
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0] if index >= self.image_only else "image"
+        count = self.image_batch if kind == "image" else self.image_batch // 2
+        num_frames = {"image": 1, "pair": 2}.get(kind) or rng.choices(*self.style.frame_counts)[0]
+        drawn = Drawn(kind, num_frames, [], [], [], rng)
+        media = self.style.media(kind, num_frames)
+        for j in range(count):
+            number = index * 64 + j * 2
+            if kind == "video":
+                scene = scenes.random_video_scene(scenes.scene_seed("train", "video", number))
+                clip = scenes.render_clip(scene, num_frames, SIDE)
+                drawn.clips.append(np.stack([weathered(f, rng) for f in clip]))
+                drawn.moments.append([(scene, i / (num_frames - 1)) for i in range(num_frames)])
+                turns = _turns(scene, rng, "video")
+            else:
+                seen = [
+                    scenes.random_image_scene(scenes.scene_seed("train", "image", number + k))
+                    for k in range(num_frames)
+                ]
+                drawn.clips += [weathered(scenes.render(s, SIDE), rng)[None] for s in seen]
+                drawn.moments += [[(s, 0.0)] for s in seen]
+                turns = _turns(seen[0], rng, "image") if kind == "image" else _pair_turns(seen[0], seen[1], rng)
+            drawn.rows.append(self.sample(media, turns, rng))
+            if kind == "image" and j == 0 and rng.random() < 0.3:  # a conversation without media now and then
+                drawn.clips.pop()
+                drawn.moments.pop()
+                talk = iter(rng.sample(captions.SMALL_TALK, len(captions.SMALL_TALK)))
+                drawn.rows[-1] = self.sample([], talk, rng)
+        return drawn
+
+    def padded(self, rows: list[tuple[list[int], list[int]]], width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels (batch, tokens), as wide as the longest row or `width`."""
+        width = max(width, *(len(tokens) for tokens, _ in rows))
+        ids = torch.tensor([t + [self.tokenizer.pad_token_id] * (width - len(t)) for t, _ in rows])
+        return ids, torch.tensor([v + [-100] * (width - len(v)) for _, v in rows])
+
+    @abstractmethod
+    def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Tensors of batch `index`, which depend on that number alone."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        torch.set_num_threads(1)
+        index = self.first
+        while True:
+            yield self.batch(index)
+            index += 1

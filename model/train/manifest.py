@@ -1,0 +1,233 @@
+"""A user's data: a folder of images and videos, or a manifest of them with prompts. Decodes nothing itself.
+
+A manifest is JSONL, one conversation a line; paths are relative to the manifest's folder:
+
+    {"image": "cat.jpg", "prompt": "What is this?"}                    one file, or a list of them; also "video", or
+    {"media": ["a.png", "b.mp4"], "prompt": "Compare the two."}        "media", told apart by what they are
+    {"messages": [{"role": "user", "content": [                        a conversation of any length
+        {"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]}]}
+
+Answers at the end of "messages" are dropped: the target writes its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from model.config import ConfigError
+from model.request import Medium, Message
+from model.train.data import Unusable
+
+Kind = Literal["image", "video"]
+Decode = Callable[[Path, Kind | None], Medium]  # None: whatever it is; raises Unusable
+SUFFIXES: dict[str, Kind] = {
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"), "image"),
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), "video"),
+}
+# Asked of the files of a folder where nobody says what to ask: long answers, then short ones.
+DEFAULT_PROMPTS: dict[Kind, tuple[str, ...]] = {
+    "image": (
+        "Describe the image.",
+        "What is in the image? Answer in detail.",
+        "What is the most striking thing here?",
+    ),
+    "video": ("Describe the video.", "What happens in the video, from first to last?", "What moves in the video?"),
+}
+
+
+@dataclass(frozen=True)
+class File:
+    path: Path
+    kind: Kind | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Literal["system", "user", "assistant"]
+    content: tuple[str | File, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One conversation up to where the target answers; `where` it was read, for messages."""
+
+    turns: tuple[Turn, ...]
+    where: str
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return tuple(part for turn in self.turns for part in turn.content if isinstance(part, File))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was read: items, and what could not be used, one line each."""
+
+    items: tuple[Item, ...]
+    problems: tuple[str, ...]
+    root: Path
+
+
+def read(path: Path, prompts: Sequence[str] = ()) -> Data:
+    """A folder, each of its files with each of the prompts; or a manifest. ConfigError where nothing can be read."""
+    if path.is_dir():
+        data = Data(tuple(_of_folder(path, prompts)), (), path)
+    elif path.is_file():
+        if prompts:
+            raise ConfigError("--prompt goes with a folder; a manifest says itself what is asked")
+        data = _of_manifest(path)
+    else:
+        raise ConfigError(f"data {str(path)!r} is neither a folder nor a manifest")
+    if not data.items:
+        told = "".join(f"\n  {problem}" for problem in data.problems[:10])
+        raise ConfigError(f"data {str(path)!r} holds no image and no video that could be used{told}")
+    return data
+
+
+def _of_folder(folder: Path, prompts: Sequence[str]) -> Iterator[Item]:
+    number = 0
+    for path in sorted(folder.rglob("*")):
+        kind = SUFFIXES.get(path.suffix.lower())
+        if kind is None or not path.is_file():
+            continue
+        known = DEFAULT_PROMPTS[kind]
+        for prompt in prompts or (known[number % len(known)],):
+            yield Item((Turn("user", (File(path, kind), prompt)),), str(path))
+        number += 1
+
+
+def _of_manifest(manifest: Path) -> Data:
+    items: list[Item] = []
+    problems: list[str] = []
+    for number, line in enumerate(manifest.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{manifest.name}:{number}"
+        try:
+            item = Item(_turns(json.loads(line), manifest.parent), where)
+            if gone := [file.path for file in item.files if not file.path.is_file()]:
+                raise ValueError(f"no such file: {gone[0]}")
+        except (ValueError, TypeError, KeyError) as error:  # JSON's and UTF-8's errors are ValueErrors
+            problems.append(f"{where}: {error}")
+            continue
+        items.append(item)
+    return Data(tuple(items), tuple(problems), manifest.parent)
+
+
+def _turns(row: Any, folder: Path) -> tuple[Turn, ...]:
+    """Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if "messages" in row:
+        turns = [_turn(message, folder) for message in row["messages"]]
+        while turns and turns[-1].role == "assistant":
+            turns.pop()
+    else:
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError('no "prompt"')
+        kinds: tuple[tuple[str, Kind | None], ...] = (("image", "image"), ("video", "video"), ("media", None))
+        files = [File(folder / path, kind) for name, kind in kinds for path in _paths(row.get(name, ()))]
+        turns = [Turn("user", (*files, prompt))]
+    if not turns or turns[-1].role != "user":
+        raise ValueError("nothing for the target to answer: the last message must be the user's")
+    return tuple(turns)
+
+
+def _paths(value: Any) -> list[str]:
+    paths = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(path, str) and path for path in paths):
+        raise ValueError("a path is a text")
+    return paths
+
+
+def _turn(message: Any, folder: Path) -> Turn:
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"unknown role {role!r}")
+    if isinstance(content, str):
+        return Turn(role, (content,))
+    parts: list[str | File] = []
+    for part in content:
+        match part["type"]:
+            case "text":
+                parts.append(str(part["text"]))
+            case "image" | "video" as kind:
+                parts.append(File(folder / part[kind], kind))
+            case other:
+                raise ValueError(f"unknown part {other!r}: text, image or video")
+    return Turn(role, tuple(parts))
+
+
+class FilePrompts:
+    """Items as `model.train.data.Prompts`: split by hash, decoded when asked for."""
+
+    def __init__(self, data: Data, decode: Decode, held_out: float) -> None:
+        """held_out: share of the data that is only measured on. What shares a file is on one side of the split."""
+        if not 0.0 < held_out < 1.0:
+            raise ConfigError(f"--held-out must be between 0 and 1; got {held_out}")
+        self._data, self._decode = data, decode
+        places = [self._place(item) for item in data.items]
+        distinct = sorted(set(places))
+        if len(distinct) < 2:
+            raise ConfigError("the data are too few: one file to learn from and another to measure on are the least")
+        border = min(max(held_out, distinct[0]), distinct[-2])  # there is something on either side
+        self.held_out = [number for number, place in enumerate(places) if place <= border]
+        self.train = [number for number, place in enumerate(places) if place > border]
+
+    def _place(self, item: Item) -> float:
+        """From 0 to 1, by the first file, or where there is none by the text."""
+        told = self._named(item.files[0]) if item.files else str(item.turns)
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:6], "big") / (1 << 48)
+
+    def _named(self, file: File) -> str:
+        """Its path as seen from the data, so that these may be moved."""
+        inside = file.path.is_relative_to(self._data.root)
+        return (file.path.relative_to(self._data.root) if inside else file.path).as_posix()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what is asked about which files, and of the files' sizes."""
+        digest = hashlib.sha256(json.dumps([self.held_out]).encode())
+        for item in self._data.items:
+            for turn in item.turns:
+                parts = [
+                    [self._named(p), p.kind, p.path.stat().st_size] if isinstance(p, File) else p for p in turn.content
+                ]
+                digest.update(json.dumps([turn.role, parts]).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def summary(self) -> str:
+        kinds = [self.kind(number) for number in range(len(self._data.items))]
+        counts = ", ".join(f"{kinds.count(kind)} of {kind}" for kind in sorted(set(kinds)))
+        return (
+            f"{len(kinds)} prompts ({counts}); {len(self.train)} learnt from, {len(self.held_out)} held out; "
+            f"{len(self._data.problems)} left out when read"
+        )
+
+    def kind(self, number: int) -> str:
+        files = self._data.items[number].files
+        if not files:
+            return "text"
+        name = files[0].kind or SUFFIXES.get(files[0].path.suffix.lower(), "image")
+        return name if len(files) == 1 else f"{len(files)} media"
+
+    def messages(self, number: int) -> tuple[Message, ...]:
+        item = self._data.items[number]
+        try:
+            return tuple(
+                Message(
+                    turn.role,
+                    tuple(self._decode(p.path, p.kind) if isinstance(p, File) else p for p in turn.content),
+                )
+                for turn in item.turns
+            )
+        except Unusable as error:
+            raise Unusable(f"{item.where}: {error}") from error

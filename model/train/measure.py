@@ -1,0 +1,79 @@
+"""How long a draft is accepted for, on prompts that it has not seen: by the engine that serves, greedy.
+
+Drafts are always tried here, whatever they cost on this machine: it is the draft that is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from model.engine import Engine
+from model.request import Message, Request, RequestError, SamplingParams
+from model.train.data import Unusable
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """tokens: emitted by all verify steps that had a draft; held[j]: drafts of which position j + 1 was accepted."""
+
+    tokens: int = 0
+    drafts: int = 0
+    held: tuple[int, ...] = ()
+    prompts: int = 0
+
+    def __add__(self, other: Acceptance) -> Acceptance:
+        held = tuple(a + b for a, b in zip_longest(self.held, other.held, fillvalue=0))
+        return Acceptance(self.tokens + other.tokens, self.drafts + other.drafts, held, self.prompts + other.prompts)
+
+    @property
+    def length(self) -> float:
+        """Mean tokens that a verify step emits; 1 where nothing was drafted."""
+        return self.tokens / self.drafts if self.drafts else 1.0
+
+    def told(self) -> dict[str, Any]:
+        return {
+            "length": round(self.length, 3),
+            "positions": [round(count / self.drafts, 3) for count in self.held],
+            "drafts": self.drafts,
+            "prompts": self.prompts,
+        }
+
+
+def acceptance(
+    engine: Engine,
+    messages: Callable[[int], tuple[Message, ...]],
+    numbers: Sequence[int],
+    *,
+    max_tokens: int = 160,
+    temperature: float = 0.0,
+    seconds: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Acceptance:
+    """Answer these prompts and count. After so many seconds no further one is begun, and those under way count as far
+    as they have come; so also where `stop` comes true."""
+    engine.pop_stats()
+    deadline = None if seconds is None else time.monotonic() + seconds
+    pending, begun, measured = list(reversed(numbers)), 0, Acceptance()
+    while True:
+        while pending and len(engine.scheduler.waiting) + len(engine.scheduler.running) < engine.info.max_num_seqs:
+            number = pending.pop()
+            params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=number)
+            try:
+                engine.add(Request(str(number), messages(number), params))
+            except (Unusable, RequestError):
+                continue  # a held-out file that cannot be read says nothing of the draft
+            begun += 1
+        if not engine.has_work:
+            break
+        engine.step()
+        stats = engine.pop_stats()
+        measured += Acceptance(sum(stats.acceptance_lengths), stats.drafts, tuple(stats.accepted_per_position))
+        if stop() or (deadline is not None and time.monotonic() > deadline):
+            for sequence in (*engine.scheduler.running, *engine.scheduler.waiting):
+                engine.abort(sequence.request.request_id)
+            break
+    return measured + Acceptance(prompts=begun)

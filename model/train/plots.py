@@ -1,0 +1,58 @@
+"""The history of a training as pictures. Needs matplotlib; without it there are none, and that is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LOSS, ACCEPTANCE, POSITIONS = "loss.png", "acceptance.png", "positions.png"
+
+
+def draw(history: Sequence[dict[str, Any]], positions: Sequence[float], folder: Path) -> list[str]:
+    """Names of the pictures written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+
+    def picture(name: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlabel=x_label, ylabel=y_label, title=name)
+        axes.grid(alpha=0.3)
+        return figure, axes
+
+    written = []
+    steps = [row for row in history if "loss" in row]
+    if steps:
+        figure, axes = picture("Loss", "step", "loss")
+        losses = [row["loss"] for row in steps]
+        axes.plot([row["step"] for row in steps], losses, alpha=0.3, label="each step")
+        axes.plot([row["step"] for row in steps], smooth(losses), label="smoothed")
+        axes.legend()
+        figure.savefig(folder / LOSS)
+        written.append(LOSS)
+    measured = [row for row in history if "acceptance" in row]
+    if measured:
+        figure, axes = picture("Held-out acceptance length", "step", "tokens per verify step")
+        axes.plot([row["step"] for row in measured], [row["acceptance"]["length"] for row in measured], marker="o")
+        axes.set_ylim(bottom=1.0)
+        figure.savefig(folder / ACCEPTANCE)
+        written.append(ACCEPTANCE)
+    if positions:
+        figure, axes = picture("Acceptance by position", "position in the draft", "share of drafts")
+        axes.bar(range(1, len(positions) + 1), positions)
+        axes.set_ylim(0.0, 1.0)
+        figure.savefig(folder / POSITIONS)
+        written.append(POSITIONS)
+    return written
+
+
+def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential mean, unbiased at its beginning."""
+    made, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        made.append(mean / weight)
+    return made

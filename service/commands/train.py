@@ -1,0 +1,246 @@
+"""`flashserve train`: a draft for one's own target, from one's own images and videos. The work is `model.train`'s."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from model.config import DTYPES, TRAINED, ConfigError, EngineConfig
+from model.request import Geometry, Medium
+from service.errors import ServiceError
+from service.media import Kind, MediaDecoder, MediaLimits
+
+if TYPE_CHECKING:
+    from model.train.manifest import Data
+
+DATA, DRAFT, TRAINING, RUNNING = "Data", "Draft", "Training", "Running"
+TEMPERATURES = "0,0,0.7,1"
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="A folder of images and videos, or a JSONL manifest.")],
+    output: Annotated[Path, typer.Option(help="Folder for the draft; --draft of serve. A stopped run goes on in it.")],
+    target: Annotated[str, typer.Option(help="Path or id of the target, as --model of serve.")] = "demo",
+    drafter: Annotated[str, typer.Option(help=f"{', '.join(TRAINED)}.")] = "flash",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Asked of every file of a folder; repeatable.", rich_help_panel=DATA)
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the data that is only measured on.", rich_help_panel=DATA)
+    ] = 0.05,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.", rich_help_panel=DATA)
+    ] = False,
+    num_frames: Annotated[int | None, typer.Option(help="Frames taken of a video.", rich_help_panel=DATA)] = None,
+    fps: Annotated[float | None, typer.Option(help="Or: frames taken a second.", rich_help_panel=DATA)] = None,
+    temperatures: Annotated[
+        str, typer.Option(help="Of the target's answers, in turns.", rich_help_panel=DATA)
+    ] = TEMPERATURES,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.", rich_help_panel=DATA)] = 160,
+    hidden_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Width, a multiple of 64; default: a target's up to 512, half of a wider one's.", rich_help_panel=DRAFT
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="flash: 2, flash-paper: 1.", rich_help_panel=DRAFT)] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Tokens drafted at once: 7, flash-paper: 5.", rich_help_panel=DRAFT)
+    ] = None,
+    latents: Annotated[
+        int | None,
+        typer.Option(help="Per image or video, 0: none. flash: 16, flash-paper: 64.", rich_help_panel=DRAFT),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Of the sequential head, 0: none. flash: 64, flash-paper: 0.", rich_help_panel=DRAFT),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: 1500.", rich_help_panel=TRAINING)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Instead of steps: how often each example is met.", rich_help_panel=TRAINING)
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(help="Examples that go through the target together.", rich_help_panel=TRAINING)
+    ] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches per step, in each process.", rich_help_panel=TRAINING)] = 1,
+    anchors: Annotated[
+        int | None,
+        typer.Option(
+            help="Drafts begun per answer and step; default: 24, fewer with a large vocabulary.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Of learning, at its highest.", rich_help_panel=TRAINING)] = 1.5e-3,
+    warmup: Annotated[int, typer.Option(help="Steps in which it rises.", rich_help_panel=TRAINING)] = 50,
+    gamma: Annotated[
+        float, typer.Option(help="Position j of a draft weighs exp(-(j-1)/gamma).", rich_help_panel=TRAINING)
+    ] = 5.0,
+    seed: Annotated[int, typer.Option(help="Fixes all randomness.", rich_help_panel=TRAINING)] = 0,
+    precision: Annotated[
+        str, typer.Option(help="Of the draft's passes: bf16 (mixed) or off (float32).", rich_help_panel=TRAINING)
+    ] = "bf16",
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between two measurements, 0: none.", rich_help_panel=RUNNING)
+    ] = 250,
+    evaluate_prompts: Annotated[int, typer.Option(help="Held-out prompts of each.", rich_help_panel=RUNNING)] = 16,
+    evaluate_seconds: Annotated[float, typer.Option(help="What one takes at most.", rich_help_panel=RUNNING)] = 20.0,
+    final_prompts: Annotated[
+        int, typer.Option(help="Held-out prompts of each kind at the end.", rich_help_panel=RUNNING)
+    ] = 64,
+    save_every: Annotated[float, typer.Option(help="Seconds, at most 60.", rich_help_panel=RUNNING)] = 45.0,
+    memory: Annotated[
+        float, typer.Option(help="GiB of hidden states kept between steps, on the device.", rich_help_panel=RUNNING)
+    ] = 4.0,
+    max_num_seqs: Annotated[int, typer.Option(help="Answers written at a time.", rich_help_panel=RUNNING)] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer, as of serve.", rich_help_panel=RUNNING)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=RUNNING)] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"Of the target: {', '.join(DTYPES)}.", rich_help_panel=RUNNING)] = "auto",
+) -> None:
+    """Train a draft for a target on images and videos of one's own.
+
+    The target writes the answers, the draft learns to foretell them, and OUTPUT is what `serve --draft` takes. Stop it
+    with Ctrl-C, or kill it: the same command goes on. Several GPUs: `accelerate launch -m service.cli train ...`.
+    model/train/GUIDE.md shows the whole way.
+    """
+    if drafter not in TRAINED:
+        fail(f"--drafter must be one of {', '.join(TRAINED)}; got {drafter!r}", 2)
+    if precision not in ("bf16", "off"):
+        fail(f"--precision must be bf16 or off; got {precision!r}", 2)
+    if steps is not None and epochs is not None:
+        fail("give --steps or --epochs, not both", 2)
+    if not 0.0 <= save_every <= 60.0:
+        fail(f"--save-every must be at most 60; got {save_every}", 2)
+    at_least_one = {
+        **{"--batch": batch, "--accumulate": accumulate, "--max-tokens": max_tokens, "--warmup": warmup},
+        **{"--steps": 1 if steps is None else steps, "--anchors": 1 if anchors is None else anchors},
+        **{"--evaluate-prompts": evaluate_prompts, "--final-prompts": final_prompts},
+    }
+    if wrong := [name for name, value in at_least_one.items() if value < 1]:
+        fail(f"{wrong[0]} must be at least 1", 2)
+    if rate <= 0.0 or gamma <= 0.0 or (epochs is not None and epochs <= 0.0) or evaluate_every < 0:
+        fail("--rate, --gamma and --epochs must be above 0, --evaluate-every not below", 2)
+    heats = _temperatures(temperatures)
+
+    from model.draft import presets
+    from model.train import interrupt, manifest
+    from model.train import run as training
+    from model.train import team as teams
+    from model.train.data import Interrupted
+    from model.train.trainer import TrainConfig
+    from service.commands.generate import quiet_loading
+
+    try:
+        read = manifest.read(data, prompt or ())
+        team = teams.gather()
+        if team.rank == 0:
+            _tell(read, strict)
+        quiet_loading()
+        config = EngineConfig(
+            model=target,
+            drafter="off",
+            device=team.device or device,
+            dtype=dtype,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        ).resolved()
+        opened = training.open_target(config, drafter)
+        with _decoding(opened.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
+            prompts = manifest.FilePrompts(read, decode, held_out)
+            each = batch * accumulate * team.size
+            if epochs is not None:
+                steps = max(1, round(epochs * len(prompts.train) / each))
+            sizes = presets.Sizes(hidden_size, layers, block, latents, rank)
+            shape = presets.shape(drafter, opened, sizes)
+            settings = training.Settings(
+                target=config,
+                drafter=drafter,
+                output=output,
+                command=shlex.join(["flashserve", *sys.argv[1:]]),
+                train=TrainConfig(
+                    steps=steps or 1500,
+                    batch=batch,
+                    accumulate=accumulate,
+                    anchors=anchors or training.anchors(batch, shape.block, opened.vocab_size),
+                    rate=rate,
+                    gamma=gamma,
+                    warmup=warmup,
+                    seed=seed,
+                    save_every=save_every,
+                    evaluate_every=evaluate_every,
+                    autocast=precision == "bf16",
+                    memory_bytes=int(memory * (1 << 30)),
+                ),
+                sizes=sizes,
+                temperatures=heats,
+                max_tokens=max_tokens,
+                evaluate_prompts=evaluate_prompts,
+                evaluate_seconds=evaluate_seconds,
+                final_prompts=final_prompts,
+                sampling={"num_frames": num_frames, "fps": fps},
+                strict=strict,
+            )
+            figures = training.run(settings, opened, prompts, team, stop)
+    except Interrupted:
+        typer.echo("flashserve: stopped, and saved; the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    except (ConfigError, OSError, FloatingPointError) as error:
+        fail(str(error))
+    if team.rank == 0:
+        for kind, measured in figures.items():
+            typer.echo(f"held-out acceptance length, {kind}: {measured['length']:.2f}")
+        typer.echo(f"serve it: flashserve serve --model {shlex.quote(target)} --draft {shlex.quote(str(output))}")
+
+
+def fail(message: str, code: int = 1) -> Any:
+    typer.echo(f"flashserve: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _temperatures(text: str) -> tuple[float, ...]:
+    try:
+        heats = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        heats = ()
+    if not heats or not all(0.0 <= heat <= 100.0 for heat in heats):
+        fail(f"--temperatures must be numbers from 0 to 100 between commas; got {text!r}", 2)
+    return heats
+
+
+def _tell(read: Data, strict: bool) -> None:
+    """What could not be read; ConfigError where that is not to be borne."""
+    for problem in read.problems:
+        typer.echo(f"flashserve: left out: {problem}", err=True)
+    if strict and read.problems:
+        raise ConfigError(f"{len(read.problems)} bad lines, and --strict")
+
+
+@contextmanager
+def _decoding(
+    geometry: Geometry, num_frames: int | None, fps: float | None
+) -> Iterator[Callable[[Path, Kind | None], Medium]]:
+    """Files to media by the same decoding, in the same confined child, as what comes over HTTP."""
+    from model.train.data import Unusable
+
+    decoder = MediaDecoder(MediaLimits(), geometry, workers=1)
+    with asyncio.Runner() as runner:
+        runner.run(decoder.start())
+
+        def decode(path: Path, kind: Kind | None) -> Medium:
+            try:
+                return runner.run(decoder.decode(path.read_bytes(), kind=kind, num_frames=num_frames, fps=fps))
+            except (ServiceError, OSError) as error:
+                raise Unusable(f"{path}: {error}") from error
+
+        try:
+            yield decode
+        finally:
+            runner.run(decoder.close())

@@ -1,0 +1,136 @@
+"""What a user hands to `flashserve train`: manifests, folders, bad lines, and which part of it is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.config import ConfigError
+from model.request import Medium
+from model.train import manifest
+from model.train.data import Unusable
+from model.train.manifest import Data, File, FilePrompts
+from tests.model import tiny
+
+
+def decode(path: Path, kind: manifest.Kind | None) -> Medium:
+    if path.read_bytes() == b"broken":
+        raise Unusable(f"{path}: broken")
+    return tiny.image(len(path.name))
+
+
+def files(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def of(folder: Path, *rows: Any) -> Data:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return manifest.read(folder / "data.jsonl")
+
+
+def test_a_manifest_names_files_and_prompts_in_each_of_its_ways(tmp_path: Path) -> None:
+    files(tmp_path, "a.png", "b.png", "c.mp4")
+    picture = {"type": "image", "image": "a.png"}
+    asked = {"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}
+    data = of(
+        tmp_path,
+        {"image": "a.png", "prompt": "What?"},
+        {"image": ["a.png", "b.png"], "video": "c.mp4", "prompt": "Compare."},
+        {"media": ["c.mp4"], "prompt": "What?"},
+        "",
+        {"messages": [{"role": "system", "content": "Be brief."}, asked, {"role": "assistant", "content": "A cat."}]},
+        {"prompt": "Only words."},
+    )
+    assert not data.problems
+    one, several, any_kind, talk, words = data.items
+    a, b, c = (tmp_path / name for name in ("a.png", "b.png", "c.mp4"))
+    assert one.turns[0].content == (File(a, "image"), "What?")
+    assert several.files == (File(a, "image"), File(b, "image"), File(c, "video"))
+    assert any_kind.files == (File(c, None),)
+    assert [turn.role for turn in talk.turns] == ["system", "user"], "the target writes the answer"
+    assert words.files == ()
+
+
+def test_a_bad_line_is_named_and_the_others_are_used(tmp_path: Path) -> None:
+    files(tmp_path, "a.png")
+    data = of(
+        tmp_path,
+        "{not json",
+        {"image": "a.png", "prompt": "What?"},
+        {"image": "gone.png", "prompt": "What?"},
+        {"image": "a.png"},
+        ["a.png"],
+        {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
+        {"messages": [{"role": "assistant", "content": "Nobody asked."}]},
+        {"image": 3, "prompt": "What?"},
+    )
+    assert len(data.items) == 1
+    assert [problem.split(":")[1] for problem in data.problems] == ["1", "3", "4", "5", "6", "7", "8"]
+    assert "gone.png" in data.problems[1]
+
+
+def test_a_folder_is_read_to_its_depths_with_every_prompt(tmp_path: Path) -> None:
+    files(tmp_path, "a.png", "deep/er/b.MP4", "notes.txt")
+    data = manifest.read(tmp_path, ["What?", "Where?"])
+    assert [(item.files[0].path.name, item.turns[0].content[1]) for item in data.items] == [
+        ("a.png", "What?"),
+        ("a.png", "Where?"),
+        ("b.MP4", "What?"),
+        ("b.MP4", "Where?"),
+    ]
+    by_itself = manifest.read(tmp_path).items
+    assert [item.turns[0].content[1] in manifest.DEFAULT_PROMPTS[item.files[0].kind or "image"] for item in by_itself]
+
+
+def test_nothing_to_read_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither"):
+        manifest.read(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no image"):
+        manifest.read(tmp_path)
+    (tmp_path / "data.jsonl").write_text("oops\n")
+    with pytest.raises(ConfigError, match=r"data\.jsonl:1"):
+        manifest.read(tmp_path / "data.jsonl")
+    with pytest.raises(ConfigError, match="goes with a folder"):
+        manifest.read(tmp_path / "data.jsonl", ["What?"])
+
+
+def test_what_is_held_out_depends_on_the_file_alone(tmp_path: Path) -> None:
+    """A picture that is learnt from with one prompt must not be measured on with another; and data may be moved."""
+    names = [f"{number}.png" for number in range(60)]
+    files(tmp_path / "here", *names)
+    files(tmp_path / "there", *names)
+    here = FilePrompts(manifest.read(tmp_path / "here", ["What?", "Where?"]), decode, 0.2)
+    there = FilePrompts(manifest.read(tmp_path / "there", ["What?", "Where?"]), decode, 0.2)
+    assert (here.train, here.held_out, here.digest) == (there.train, there.held_out, there.digest)
+    assert sorted([*here.train, *here.held_out]) == list(range(120))
+    assert {number // 2 for number in here.held_out}.isdisjoint(number // 2 for number in here.train)
+    assert 8 <= len(here.held_out) <= 44
+    (tmp_path / "there" / "0.png").write_bytes(b"another picture")
+    assert FilePrompts(manifest.read(tmp_path / "there", ["What?", "Where?"]), decode, 0.2).digest != here.digest
+
+
+def test_a_little_data_is_split_all_the_same(tmp_path: Path) -> None:
+    files(tmp_path, "a.png", "b.png")
+    prompts = FilePrompts(manifest.read(tmp_path), decode, 0.001)
+    assert (len(prompts.train), len(prompts.held_out)) == (1, 1)
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ConfigError, match="too few"):
+        FilePrompts(manifest.read(tmp_path), decode, 0.001)
+    with pytest.raises(ConfigError, match="held-out"):
+        FilePrompts(manifest.read(tmp_path), decode, 0.0)
+
+
+def test_a_file_that_cannot_be_decoded_is_named_with_its_line(tmp_path: Path) -> None:
+    files(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    data = of(tmp_path, {"image": "a.png", "prompt": "What?"}, {"image": "b.png", "prompt": "What?"})
+    prompts = FilePrompts(data, decode, 0.5)
+    assert prompts.messages(0)[0].content[1] == "What?"
+    with pytest.raises(Unusable, match=r"data\.jsonl:2: .*b\.png"):
+        prompts.messages(1)

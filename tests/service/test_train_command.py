@@ -1,0 +1,125 @@
+"""`flashserve train` from the command line: on files, killed without warning, and refused what makes no sense."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from service.cli import app
+from tests.model import tiny
+
+OPTIONS = ("--dtype float32 --device cpu --precision off --steps 40 --batch 2 --anchors 4 --max-tokens 16 --latents 4 "
+           "--block 4 --held-out 0.3 --evaluate-every 20 --save-every 0.2 --max-model-len 256").split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("tiny") / "target")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures, one that is none, and a line that is no JSON."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "prompt": "What do you see?"}))
+    (folder / "broken.png").write_bytes(b"this is no picture")
+    rows += [json.dumps({"image": "broken.png", "prompt": "What do you see?"}), "{no json"]
+    (folder / "data.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "data.jsonl"
+
+
+def command(target: Path, data: Path, output: Path, *more: str) -> list[str]:
+    where = ["--target", str(target), "--data", str(data), "--output", str(output)]
+    return [sys.executable, "-m", "service.cli", "train", *where, *OPTIONS, *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
+    target: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, twice, then SIGTERM, which saves. The same weights, bit for bit, and the same held-out figures."""
+    whole = subprocess.run(
+        command(target, manifest, tmp_path / "whole"), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert "data.jsonl:10" in whole.stderr
+    assert "held-out acceptance length, all:" in whole.stdout
+    rng, killed, run = random.Random(7), tmp_path / "killed", tmp_path / "killed" / "run"
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(
+            command(target, manifest, killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        begun = run / ("answers.jsonl" if number == signal.SIGKILL else "state.pt")
+        while not begun.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 1.5))
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    last = subprocess.run(command(target, manifest, killed), env=environment(), capture_output=True, check=False)
+    assert last.returncode == 0, last.stderr
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert all((one[name] == other[name]).all() for name in one)
+    told = [json.loads((f / "config.json").read_text())["acceptance_length"] for f in (tmp_path / "whole", killed)]
+    assert told[0] == told[1]
+    assert not (killed / "run" / "state.tmp").exists(), "saved beside and moved into place"
+
+
+def complaint(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["train", *arguments])
+    return result.exit_code, result.output
+
+
+def test_what_makes_no_sense_is_refused_by_name(target: Path, manifest: Path, tmp_path: Path) -> None:
+    where = ["--target", str(target), "--data", str(manifest), "--output", str(tmp_path / "out")]
+    for more, told in (
+        (["--drafter", "ngram"], "--drafter"),
+        (["--steps", "3", "--epochs", "2"], "not both"),
+        (["--steps", "0"], "--steps"),
+        (["--save-every", "90"], "--save-every"),
+        (["--precision", "fp8"], "--precision"),
+        (["--temperatures", "warm"], "--temperatures"),
+    ):
+        code, text = complaint(*where, *more)
+        assert (code, told in text) == (2, True), text
+    for more, told in (
+        (["--strict"], "1 bad lines"),
+        (["--prompt", "What?"], "goes with a folder"),
+        (["--hidden-size", "100"], "multiple of 64"),
+        (["--drafter", "medusa", "--latents", "4"], "num_latents"),
+        (["--target", str(tmp_path / "nothing")], "cannot be loaded"),
+    ):
+        code, text = complaint(*where, *more, "--device", "cpu")
+        assert (code, told in text) == (1, True), text
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_loads_no_torch() -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "service.cli", "train", "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "GUIDE.md" in result.stdout
+    assert " torch\n" not in result.stderr
