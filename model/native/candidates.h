@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "product.h"
+#include "team.h"
 
 extern "C" {
 
