@@ -134,7 +134,7 @@ def train(
     from model.train import interrupt, manifest
     from model.train import run as training
     from model.train import team as teams
-    from model.train.data import Interrupted
+    from model.train.data import Interrupted, Unusable
     from model.train.trainer import TrainConfig
     from service.commands.generate import quiet_loading
 
@@ -192,7 +192,7 @@ def train(
     except Interrupted:
         typer.echo("flashserve: stopped, and saved; the same command goes on", err=True)
         raise typer.Exit(130) from None
-    except (ConfigError, OSError, FloatingPointError) as error:
+    except (ConfigError, Unusable, OSError, FloatingPointError) as error:
         fail(str(error))
     if team.rank == 0:
         for kind, measured in figures.items():
