@@ -1,4 +1,4 @@
-"""Does a training killed at random moments end where it would have ended? Drafts of the bundled target, by seed.
+"""Does a training that is killed at random moments end where it would have ended? Of the bundled target, by seed.
 
     python -m model.bench.resume --seeds 3 --steps 40 --kills 2
 

@@ -44,7 +44,7 @@ machine and the load, and `flashserve bench --draft` measures it. Drafts were tr
 |---|---|---|---|
 {rows}
 
-By position in the draft, share of drafts in which it was accepted: {positions}.
+Share of drafts of which position 1, 2, ... was accepted: {positions}.
 {pictures}{left_out}"""
 
 
@@ -63,7 +63,7 @@ def write(
     filled = TEMPLATE.format(
         **notes,
         rows=rows,
-        positions=positions or "none was tried",
+        positions=positions or "none ever",
         pictures="".join(f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures),
         left_out=f"\n## Left out\n\n{_listed(left_out)}\n" if left_out else "",
     )

@@ -25,7 +25,7 @@ from model.request import Medium, Message
 from model.train.data import Unusable
 
 Kind = Literal["image", "video"]
-Decode = Callable[[Path, Kind | None], Medium]  # None: whatever it is; raises Unusable
+Decode = Callable[[Path, Kind | None], Medium]  # None: whatever it is; raises Unusable, which names no path
 SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"), "image"),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), "video"),
@@ -221,13 +221,14 @@ class FilePrompts:
 
     def messages(self, number: int) -> tuple[Message, ...]:
         item = self._data.items[number]
+        return tuple(
+            Message(turn.role, tuple(self._read(p, item.where) if isinstance(p, File) else p for p in turn.content))
+            for turn in item.turns
+        )
+
+    def _read(self, file: File, where: str) -> Medium:
         try:
-            return tuple(
-                Message(
-                    turn.role,
-                    tuple(self._decode(p.path, p.kind) if isinstance(p, File) else p for p in turn.content),
-                )
-                for turn in item.turns
-            )
+            return self._decode(file.path, file.kind)
         except Unusable as error:
-            raise Unusable(f"{item.where}: {error}") from error
+            named = where if where == str(file.path) else f"{where}: {file.path}"
+            raise Unusable(f"{named}: {error}") from error

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +16,6 @@ from model.config import DTYPES, TRAINED, ConfigError, EngineConfig
 from model.request import Geometry, Medium
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
-
-if TYPE_CHECKING:
-    from model.train.manifest import Data
 
 DATA, DRAFT, TRAINING, RUNNING = "Data", "Draft", "Training", "Running"
 TEMPERATURES = "0,0,0.7,1"
@@ -134,15 +131,14 @@ def train(
     from model.train import interrupt, manifest
     from model.train import run as training
     from model.train import team as teams
-    from model.train.data import Interrupted
+    from model.train.data import Interrupted, Unusable
     from model.train.trainer import TrainConfig
     from service.commands.generate import quiet_loading
 
     try:
         read = manifest.read(data, prompt or ())
         team = teams.gather()
-        if team.rank == 0:
-            _tell(read, strict)
+        _tell(read.problems, strict=strict, aloud=team.rank == 0)
         quiet_loading()
         config = EngineConfig(
             model=target,
@@ -192,7 +188,7 @@ def train(
     except Interrupted:
         typer.echo("flashserve: stopped, and saved; the same command goes on", err=True)
         raise typer.Exit(130) from None
-    except (ConfigError, OSError, FloatingPointError) as error:
+    except (ConfigError, Unusable, OSError, FloatingPointError) as error:
         fail(str(error))
     if team.rank == 0:
         for kind, measured in figures.items():
@@ -215,12 +211,12 @@ def _temperatures(text: str) -> tuple[float, ...]:
     return heats
 
 
-def _tell(read: Data, strict: bool) -> None:
+def _tell(problems: tuple[str, ...], *, strict: bool, aloud: bool) -> None:
     """What could not be read; ConfigError where that is not to be borne."""
-    for problem in read.problems:
+    for problem in problems if aloud else ():
         typer.echo(f"flashserve: left out: {problem}", err=True)
-    if strict and read.problems:
-        raise ConfigError(f"{len(read.problems)} bad lines, and --strict")
+    if strict and problems:
+        raise ConfigError(f"{len(problems)} bad lines, and --strict")
 
 
 @contextmanager
@@ -238,7 +234,7 @@ def _decoding(
             try:
                 return runner.run(decoder.decode(path.read_bytes(), kind=kind, num_frames=num_frames, fps=fps))
             except (ServiceError, OSError) as error:
-                raise Unusable(f"{path}: {error}") from error
+                raise Unusable(str(error)) from error
 
         try:
             yield decode

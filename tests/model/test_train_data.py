@@ -18,7 +18,7 @@ from tests.model import tiny
 
 def decode(path: Path, kind: manifest.Kind | None) -> Medium:
     if path.read_bytes() == b"broken":
-        raise Unusable(f"{path}: broken")
+        raise Unusable("broken")
     return tiny.image(len(path.name))
 
 
@@ -132,5 +132,8 @@ def test_a_file_that_cannot_be_decoded_is_named_with_its_line(tmp_path: Path) ->
     data = of(tmp_path, {"image": "a.png", "prompt": "What?"}, {"image": "b.png", "prompt": "What?"})
     prompts = FilePrompts(data, decode, 0.5)
     assert prompts.messages(0)[0].content[1] == "What?"
-    with pytest.raises(Unusable, match=r"data\.jsonl:2: .*b\.png"):
+    with pytest.raises(Unusable, match=r"^data\.jsonl:2: .*b\.png: broken$"):
         prompts.messages(1)
+    of_folder = FilePrompts(manifest.read(tmp_path), decode, 0.5)
+    with pytest.raises(Unusable, match=r"^[^:]*b\.png: broken$"):
+        of_folder.messages(1)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from model.engine import Engine
 from service.cli import app
 from tests.model import tiny
 
@@ -82,6 +83,41 @@ def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
     told = [json.loads((f / "config.json").read_text())["acceptance_length"] for f in (tmp_path / "whole", killed)]
     assert told[0] == told[1]
     assert not (killed / "run" / "state.tmp").exists(), "saved beside and moved into place"
+
+
+def test_a_folder_of_pictures_and_clips_becomes_a_draft_that_is_served(target: Path, tmp_path: Path) -> None:
+    """In this process, from real files; one of them is broken, which is found when it is to be answered."""
+    av = pytest.importorskip("av")
+    data = tmp_path / "data"
+    (data / "clips").mkdir(parents=True)
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 64, 64, 3), np.uint8)
+        Image.fromarray(pixels[0]).save(data / f"{number}.png")
+        with av.open(str(data / "clips" / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=6)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+            for frame in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    for number in range(4):
+        (data / f"broken{number}.png").write_bytes(b"this is no picture")
+    output = tmp_path / "draft"
+    where = ["--target", str(target), "--data", str(data), "--output", str(output), "--drafter", "medusa"]
+    quick = ["--steps", "2", "--batch", "2", "--max-tokens", "8", "--num-frames", "2", "--held-out", "0.4"]
+    exact = ["--device", "cpu", "--dtype", "float32", "--precision", "off", "--max-model-len", "256"]
+    result = CliRunner().invoke(app, ["train", *where, *quick, *exact, "--prompt", "What is this?"])
+    assert result.exit_code == 0, result.output
+    assert f"--draft {output}" in result.output
+    told = json.loads((output / "config.json").read_text())
+    assert (told["drafter"], told["draft"]["tap_layers"]) == ("medusa", [3])
+    assert "12 prompts (8 of image, 4 of video)" in told["data"]
+    unusable = (output / "run" / "answers.jsonl").read_text().count("unusable")
+    assert unusable > 0
+    assert unusable == (output / "README.md").read_text().count(f"- {data}/broken"), "told in the card"
+    engine = Engine(tiny.config(target, draft=str(output), max_num_seqs=2))
+    answers = tiny.drain(engine, [tiny.ask("x", tiny.image(1), "What is this?", max_tokens=8)])
+    assert len(tiny.token_ids(answers["x"])) == 8
+    assert engine.pop_stats().drafts > 0
 
 
 def complaint(*arguments: str) -> tuple[int, str]:
