@@ -20,6 +20,7 @@ from model.bench.arms import Run
 from model.bench.margins import margin
 from model.bench.reference import Reference
 from model.engine import Engine
+from model.load import Load
 from model.native import library
 from model.native.round import NativeRound
 from model.native.stack import Stack
@@ -92,6 +93,7 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
 ) -> None:
     monkeypatch.setattr(profile, "READ_BYTES", 1 << 22)
     monkeypatch.setattr(profile, "SQUARE", 64)
+    monkeypatch.setattr(Load, "known", False)  # an untrained draft brings nothing, and would not be used
     before = Stack.forward, DraftStep.fused, Engine.step
     asked = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
     bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
