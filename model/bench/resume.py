@@ -1,6 +1,6 @@
 """Does a training that is killed at random moments end where it would have ended? Of the bundled target, by seed.
 
-    python -m model.bench.resume --seeds 3 --steps 40 --kills 2
+    python -m model.bench.resume --seeds 3 --steps 12 --examples 12 --held-out 2 --batch 2 --kills 2 --save-every 2
 
 For each seed `model.demo.draft` is run once to its end, and once killed (SIGKILL) at moments drawn from the time that
 the first took, then run again until it is done. Prints both held-out acceptance lengths, and how many weights differ.
