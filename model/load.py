@@ -30,6 +30,7 @@ TRUST = 16.0  # nodes of a bin after which what was seen of them counts as much 
 FADE = 8192.0  # nodes of a bin after which the old ones count half
 PLACES = (0, 1, 2, 3, 5, 7, 11, 15, 23, 31, 47, 63)  # nodes per sequence for which T is kept
 LEARN = 0.1  # weight of the newest round, or answer
+EACH = 4  # drafting rounds from one of which something is learnt
 LEARN_PLAIN = 0.3  # of the newest plain round
 COMMON = 0.5  # of what a round took longer than was thought, that others would have, too: a busier machine
 MOVED = 0.5  # change of what is thought of plain rounds, none of which ran, after which one does
@@ -72,9 +73,9 @@ class Load:
         self._reading = 0.0  # seconds that the draft takes per prompt token, of late
         self._verified: dict[int, float] = {}  # batch -> nodes per sequence, of late
         self._passed_over = 0  # sequences that did not begin to draft, since one did
-        self._since_plain: dict[int, int] = {}  # batch -> rounds since a plain one
+        self._plain_runs: dict[int, tuple[int, int]] = {}  # batch -> of the next two, when it was last the batch of now
+        self._since, self._patience = 0, FIRST_PLAIN  # rounds since a plain one; rounds after which there is one
         self._moved = 0.0  # by how much plain rounds are thought to take longer or shorter since one ran
-        self._wait: dict[int, int] = {}  # batch -> rounds until the next
 
     @property
     def known(self) -> bool:
@@ -106,6 +107,9 @@ class Load:
         lower = max(0, upper - 1)
         low, high = self.batches[lower], self.batches[upper]
         share = 0.0 if high == low else min(1.0, (batch - low) / (high - low))
+        if batch != self._batch:
+            self._plain_runs[self._batch] = self._since, self._patience
+            self._since, self._patience = self._plain_runs.get(batch, (0, FIRST_PLAIN))
         self._batch, self._near = batch, ((lower, 1.0 - share), (upper, share))
         plain = sum(near * self.scale[row] * self.plain[row] for row, near in self._near)
         drafting = sum(near * self.scale[row] * np.array(self.drafting[row]) for row, near in self._near)
@@ -120,9 +124,9 @@ class Load:
     def took(self, batch: int, drafting: int, nodes: int, seconds: float) -> None:
         """A round did, in which so many of the batch drafted and so many nodes were verified over all: what was thought
         of its like is corrected."""
-        if not self.known or batch != self._batch or 0 < drafting < batch:
-            return
         drafted = drafting > 0
+        if (drafted and self._rounds % EACH) or 0 < drafting < batch or batch != self._batch or not self.known:
+            return
         each = nodes / batch
         at = min(bisect_right(self.places, each), len(self.places) - 1)
         low, high = self.places[at - 1], self.places[at]
@@ -142,8 +146,7 @@ class Load:
                 self.plain[row] *= 1.0 + change
                 self._moved = 0.0
         if not drafted:
-            self._since_plain[batch] = 0
-            self._wait[batch] = min(2 * self._wait.get(batch, FIRST_PLAIN), PLAIN_EVERY)
+            self._since, self._patience = 0, min(2 * self._patience, PLAIN_EVERY)
         else:
             before = self._verified.get(batch, each)
             self._verified[batch] = before + LEARN * (each - before)
@@ -190,8 +193,8 @@ class Load:
         batch = len(sequences)
         self._turn_to(batch)
         if self.known:
-            self._since_plain[batch] = since = self._since_plain.get(batch, 0) + 1
-            if since > self._wait.get(batch, FIRST_PLAIN) or (self._moved > MOVED and since > FIRST_PLAIN):
+            self._since += 1
+            if self._since > self._patience or (self._moved > MOVED and self._since > FIRST_PLAIN):
                 return [0] * batch  # what such a round takes is to be known, not guessed
             # Not many more than are worth it: a tree that is cut takes as long to grow as one that is not.
             most = min(most, int(ROOM * self._typical) + 2)
