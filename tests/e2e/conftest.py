@@ -21,7 +21,9 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("e2e")
     target = tiny.save_checkpoint(folder / "target")
     draft = tiny.save_draft(folder / "draft", target)
-    return {"model": target, "draft": draft, "served_model_name": "tiny", "dtype": "float32", "threads": 1}
+    # An untrained draft brings nothing: left to the load, it would not be used.
+    drafting = {"draft": draft, "load_aware": False}
+    return {"model": target, **drafting, "served_model_name": "tiny", "dtype": "float32", "threads": 1}
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +38,7 @@ def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServ
     folder = tmp_path_factory.mktemp("qwen")
     target = tiny_qwen.save_checkpoint(folder / "target")
     draft = tiny.save_draft(folder / "draft", target)
-    yield from running(folder, {"model": target, "draft": draft, "dtype": "float32", "threads": 1})
+    yield from running(folder, {"model": target, "draft": draft, "load_aware": False, "dtype": "float32", "threads": 1})
 
 
 @pytest.fixture(scope="session")
