@@ -17,16 +17,22 @@ from pathlib import Path
 
 from model.config import DEMO_WEIGHTS
 
+QWEN_DRAFT = ["--examples", "4000", "--steps", "1800"]
 LARGEST = 45_000_000  # bytes of all weights together: they live in the repository
 
 
+# Where each lies in the folder of a build, and in the repository.
+PARTS = {"target": "target", "draft": "draft", "qwen-target": "qwen-target", "qwen/draft": "qwen-draft"}
+PLOTS = shutil.ignore_patterns("*.png", "README.md")  # a draft's card speaks of its training, not of what is shipped
+
+
 def install(folder: Path, weights: Path) -> None:
-    """Copy the finished targets and draft, if together they are small enough."""
-    size = sum((folder / part / "model.safetensors").stat().st_size for part in ("target", "draft", "qwen-target"))
+    """Copy the finished targets and drafts, if together they are small enough."""
+    size = sum((folder / part / "model.safetensors").stat().st_size for part in PARTS)
     if size > LARGEST:
         sys.exit(f"the weights take {size} bytes, more than {LARGEST}")
-    for part in ("target", "draft", "qwen-target"):
-        shutil.copytree(folder / part, weights / part, dirs_exist_ok=True)
+    for part, name in PARTS.items():
+        shutil.copytree(folder / part, weights / name, dirs_exist_ok=True, ignore=PLOTS)
     print(f"installed {size / 1e6:.1f} MB in {weights}")
 
 
@@ -44,6 +50,7 @@ def main() -> None:
         ["model.demo.qwen_vision", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.qwen_target", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.evaluate", f"{folder}/qwen-target"],
+        ["model.demo.draft", "--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target", *QWEN_DRAFT],
     ):
         print("==", *stage, flush=True)
         subprocess.run([sys.executable, "-m", *stage], check=True)  # noqa: S603
