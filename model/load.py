@@ -38,6 +38,7 @@ FIRST_PLAIN, PLAIN_EVERY = 4, 256  # rounds after which one is plain if none was
 STEADY = 0.02  # of the newest round in what drafts bring over all
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256  # plain rounds of a sequence before it tries again to draft
 TRIES = 4  # rounds of anybody before it is judged; and how much what others had counts for a new sequence
+ANSWERS = 16  # finished answers before it is judged which prompts are not worth reading
 PROBE = 16  # of so many sequences that would not be worth drafting for, one is drafted for all the same
 SLACK = 0.97  # drafting is kept up a little below its price: to give it up and take it up again costs too
 ROOM = 1.5  # times as many nodes as are verified of late are drafted
@@ -69,8 +70,8 @@ class Load:
         self._plain, self._curve = 0.0, np.zeros(slots * nodes + 1)
         self._typical, self._price = float(nodes), 0.0
         self._tries, self._brought = 0, 0.0  # of anybody; accepted nodes per sequence and round, of late
-        self._length = 0.0  # tokens of an answer, of late
-        self._reading = 0.0  # seconds that the draft takes per prompt token, of late
+        self._answers, self._length = 0, 0.0  # finished so far; tokens of one, of late
+        self._readings, self._reading = 0, 0.0  # so far; seconds that the draft takes per prompt token, of late
         self._verified: dict[int, float] = {}  # batch -> nodes per sequence, of late
         self._passed_over = 0  # sequences that did not begin to draft, since one did
         self._plain_runs: dict[int, tuple[int, int]] = {}  # batch -> of the next two, when it was last the batch of now
@@ -92,7 +93,8 @@ class Load:
         corrected as ever."""
         self.tried[:], self.held[:] = 0, 0  # in place: the native library has their addresses
         self.chance[:] = self._said
-        self._tries, self._brought, self._reading, self._passed_over = 0, 0.0, 0.0, 0
+        self._tries, self._brought, self._passed_over = 0, 0.0, 0
+        self._readings, self._reading, self._answers = 0, 0.0, 0
         self._verified.clear()
         self._batch = 0  # so that all that is made for the batch of now is made anew
 
@@ -180,7 +182,7 @@ class Load:
     def begins(self, batch: int, prompt: int) -> bool:
         """Whether a sequence is to be drafted for at all, when `batch` of them decode; prompt: tokens."""
         self._turn_to(batch)
-        if not self.known or self._tries < TRIES or not self._length:
+        if not self.known or self._tries < TRIES or self._answers < ANSWERS:
             return True
         saved = self._length * self._plain / batch * (1.0 - self._price / (1.0 + self._brought))
         if saved > self._reading * prompt:
@@ -223,11 +225,17 @@ class Load:
 
     def finished(self, tokens: int) -> None:
         """An answer is over, of so many tokens."""
-        self._length += (LEARN if self._length else 1.0) * (tokens - self._length)
+        self._answers += 1
+        self._length += max(LEARN, 1.0 / self._answers) * (tokens - self._length)
 
     def read(self, tokens: int, seconds: float) -> None:
-        """The draft has read so many prompt tokens."""
-        self._reading += (LEARN if self._reading else 1.0) * (seconds / tokens - self._reading)
+        """The draft has read so many prompt tokens. What took far longer than before, as the first ones do, counts for
+        little."""
+        each = seconds / tokens
+        if self._reading:
+            each = min(each, 2.0 * self._reading)
+        self._readings += 1
+        self._reading += max(LEARN, 1.0 / self._readings) * (each - self._reading)
 
 
 def _bins(scores: np.ndarray) -> np.ndarray:
