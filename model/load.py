@@ -52,7 +52,7 @@ class Load:
     """
 
     def __init__(self, slots: int, nodes: int) -> None:
-        self.slots, self.nodes = slots, nodes
+        self.nodes = nodes
         self.batches = [b for b in (1 << i for i in range(slots.bit_length())) if b < slots] + [slots]
         self.places = [n for n in PLACES if n < nodes] + [nodes]
         # Seconds of rounds by batch: in which all draft, by place, and in which nobody does; both times `scale`.

@@ -6,7 +6,7 @@
 #include <functional>
 
 #include "product.h"
-#include "team.h"
+#include "product.h"
 
 extern "C" {
 
@@ -61,15 +61,16 @@ struct Best {
   }
 };
 
-// What a part of the vocabulary offers behind one token: its best, as logits, and log(sum(exp(logits))) over the part.
+// What the vocabulary offers behind one token: its best, as logits, and log(sum(exp(logits))).
 struct Found {
   Best best;
   float whole;
 };
 
-// That of `panels` of the vocabulary from `first` on, behind each frontier token.
+// That behind each frontier token.
 template <class T>
-void continuations(const Draft& draft, const T* logits, const Candidate* frontier, int num, int first, int panels, Found* found) {
+void continuations(const Draft& draft, const T* logits, const Candidate* frontier, int num, Found* found) {
+  const int panels = (draft.vocab + LANES - 1) / LANES;
   const long k = round_up(draft.rank, K_STEP);
   alignas(64) float bias[MANY_ROWS * PANELS * LANES] = {};
   T* before = (T*)__builtin_alloca_with_align(MANY_ROWS * (k + K_STEP) * sizeof(T), 512);
@@ -80,8 +81,8 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
   }
   vf most[MAX_WIDTH], total[MAX_WIDTH];
   for (int n = 0; n < num; n++) most[n] = all(-1e30f), total[n] = vf{}, found[n].best = Best{draft.width};
-  for (int panel = first; panel < first + panels; panel += PANELS) {
-    const int some = first + panels - panel < PANELS ? first + panels - panel : PANELS;
+  for (int panel = 0; panel < panels; panel += PANELS) {
+    const int some = panels - panel < PANELS ? panels - panel : PANELS;
     const long stride = some * LANES;
     if (draft.before) product(before, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride);
     for (int p = 0; p < some; p++) {
@@ -108,15 +109,6 @@ void continuations(const Draft& draft, const T* logits, const Candidate* frontie
     const float top = largest(most[n]);
     found[n].whole = top + __builtin_logf(sum(total[n] * exponential(most[n] - top)));
   }
-}
-
-inline int panels_of(const Draft& draft) { return (draft.vocab + LANES - 1) / LANES; }
-
-// The best of two parts of the vocabulary become those of both.
-inline void join(Found& one, const Found& other) {
-  for (int i = 0; i < other.best.num; i++) one.best.offer(other.best.held[i]);
-  const float top = one.whole > other.whole ? one.whole : other.whole;
-  one.whole = top + __builtin_logf(__builtin_expf(one.whole - top) + __builtin_expf(other.whole - top));
 }
 
 inline int bin_of(float score) {
@@ -235,7 +227,7 @@ void fill(const Draft& draft, const Trees& trees, int b) {
   const Candidate root = {0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0};
   Found* found = (Found*)__builtin_alloca(draft.block * sizeof(Found));  // at each depth
   for (int depth = 0; depth < draft.block; depth++)
-    continuations<T>(draft, logits_of<T>(draft, b, depth), &root, 1, 0, panels_of(draft), found + depth);
+    continuations<T>(draft, logits_of<T>(draft, b, depth), &root, 1, found + depth);
   const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
   const long at = b * (long)trees.rows;
   for (int row = 1; row <= num; row++) {
@@ -270,25 +262,8 @@ void expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Frontier frontier(trees, b);
   Found found[MAX_WIDTH];
   for (int depth = 0; depth < draft.block && frontier.num; depth++) {
-    continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, 0, panels_of(draft), found);
+    continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, found);
     frontier.go_on(draft, growth, depth, trees.budgets[b], found);
-  }
-}
-
-// The same by two threads, half of the vocabulary each: where there is but one tree, the other thread has nothing to do.
-template <class T>
-void expand_together(Member& member, const Draft& draft, const Trees& trees, int b, Growth& growth, Frontier& frontier, Found* found) {
-  const int panels = panels_of(draft), half = (panels / 2 + PANELS - 1) / PANELS * PANELS;
-  for (int depth = 0; depth < draft.block; depth++) {
-    member.share(2, [&](int part) {
-      if (!frontier.num) return;
-      const int from = part ? half : 0, some = part ? panels - half : half;
-      continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, from, some, found + part * MAX_WIDTH);
-    });
-    member.share(1, [&](int) {
-      for (int n = 0; n < frontier.num; n++) join(found[n], found[MAX_WIDTH + n]);
-      frontier.go_on(draft, growth, depth, trees.budgets[b], found);
-    });
   }
 }
 

@@ -113,7 +113,7 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
         Best next{width};
         for (int n = 0; n < one.num; n++, row++) {
           Found found;
-          continuations<T>(candidates, logits + row * vocab, one.frontier + n, 1, 0, panels_of(candidates), &found);
+          continuations<T>(candidates, logits + row * vocab, one.frontier + n, 1, &found);
           offer_children(one.frontier[n], one.numbers[n], found, next);
         }
         const int first = one.count;

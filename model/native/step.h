@@ -124,11 +124,6 @@ void propose(const DraftNetwork& draft, const Rows& rows, const Worth& worth, vo
   Growth* growths = scratch.take<Growth>(rows.batch);
   int64_t* admitted = scratch.take<int64_t>(rows.batch);
   for (int b = 0; b < rows.batch; b++) growths[b] = {candidate + b * nodes, level_of + b * nodes, 0};
-  int drafting = 0, only = -1;  // how many do; the only one, if it is one
-  for (int b = 0; b < rows.batch; b++)
-    if (rows.counts[b]) only = drafting++ ? -1 : b;
-  Frontier frontier(trees, only < 0 ? 0 : only);
-  Found found[2 * MAX_WIDTH];
   Pass<T> pass(stack, rows, arena);
   Draft candidates = draft.candidates;
   candidates.logits = logits;
@@ -149,12 +144,9 @@ void propose(const DraftNetwork& draft, const Rows& rows, const Worth& worth, vo
         if (rows.counts[b]) fill<T>(candidates, trees, b);
       });
     } else {
-      if (only >= 0)
-        expand_together<T>(member, candidates, trees, only, growths[only], frontier, found);
-      else
-        member.share(trees.batch, [&](int b) {
-          if (rows.counts[b]) expand<T>(candidates, trees, b, growths[b]);
-        });
+      member.share(trees.batch, [&](int b) {
+        if (rows.counts[b]) expand<T>(candidates, trees, b, growths[b]);
+      });
       member.share(1, [&](int) { admit(worth, trees, growths, admitted); });
       member.share(trees.batch, [&](int b) {
         if (rows.counts[b]) plant(trees, b, growths[b], admitted[b]);
