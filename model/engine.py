@@ -1,9 +1,9 @@
 """The FLASH engine: schedule, prefill or draft and verify, emit. Knows nothing of HTTP, processes or wall clocks.
 
-A request's way: `add` (template, tokenise, refuse what cannot be served) -> waiting -> steps that give it a slot of
-the KV cache, encode its media and prefill its prompt, chunk by chunk -> from then on steps that draft a tree for it
-and for all that decode beside it, verify the trees in one pass of the target, and emit what the target agrees with
-plus one token -> finished, the slot is free again.
+A request's way: `prepare` (template, tokenise, refuse what cannot be served) -> `add` -> waiting -> steps that give it
+a slot of the KV cache, encode its media and prefill its prompt, chunk by chunk -> from then on steps that draft a tree
+for it and for all that decode beside it, verify the trees in one pass of the target, and emit what the target agrees
+with plus one token -> finished, the slot is free again.
 """
 
 from __future__ import annotations
@@ -169,10 +169,9 @@ class Engine:
 
     # --- requests
 
-    def add(self, request: Request) -> None:
-        """Take a request in. RequestError, and nothing taken, if it cannot be served."""
-        if self.scheduler.find(request.request_id):
-            raise RequestError(f"request id {request.request_id!r} is already in use", param="request_id")
+    def prepare(self, request: Request) -> Sequence:
+        """Do all of taking a request in that needs nothing of the engine's state: make its prompt, refuse what cannot
+        be served. Any thread may call it, one at a time. Raises RequestError."""
         prompt = self.target.prompt(request.messages)
         length, wanted = len(prompt.ids), request.params.max_tokens
         if length + wanted > self.max_model_len:
@@ -183,8 +182,17 @@ class Engine:
                 param="max_tokens" if length < self.max_model_len else "messages",
                 code="context_length_exceeded",
             )
+        for medium in prompt.media:
+            _ = medium.digest  # kept there, for when its features are looked up
         detokenizer = Detokenizer(self.vocabulary, self.target.eos_ids)
-        self.scheduler.add(Sequence(request, prompt, detokenizer, StopStrings(request.params.stop)))
+        return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop))
+
+    def add(self, request: Request | Sequence) -> None:
+        """Take a request in, prepared or not. RequestError, and nothing taken, if it cannot be served."""
+        sequence = request if isinstance(request, Sequence) else self.prepare(request)
+        if self.scheduler.find(sequence.request.request_id):
+            raise RequestError(f"request id {sequence.request.request_id!r} is already in use", param="request_id")
+        self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Stop a request at once and free all it holds; its last output, or None if it is not here."""

@@ -1,17 +1,19 @@
 """Reading a body under limits: bytes are counted while they arrive, and the time they take.
 
-Knows nothing of what the body says, but for parsing JSON off the event loop when it is long.
+Knows nothing of what the body says, but for parsing off the event loop what is long.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
-from starlette.datastructures import FormData
-from starlette.exceptions import HTTPException
+from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 from starlette.requests import Request
 from starlette.types import Message
 
@@ -22,6 +24,7 @@ from service.settings import Settings
 PARSED_ON_THE_LOOP = 64 * 1024  # bytes; longer ones take milliseconds
 
 Schema = TypeVar("Schema", bound=msgspec.Struct)
+Parsed = TypeVar("Parsed")
 
 # One thread: a parser holds the interpreter from start to end, and several in turn would starve the event loop.
 _parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
@@ -47,6 +50,68 @@ def limited(request: Request, settings: Settings) -> Request:
 
 
 async def read_json(request: Request, schema: type[Schema], settings: Settings) -> Schema:
+    body = await _whole(request, settings)
+    try:
+        return await _parse(msgspec.json.Decoder(schema).decode, body)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise as_bad_request(error) from None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a form says, in its order: texts by their names, and files by theirs."""
+
+    fields: list[tuple[str, str]] = field(default_factory=list)
+    files: list[tuple[str, bytes]] = field(default_factory=list)
+
+
+async def read_form(request: Request, settings: Settings, *, max_files: int, max_fields: int) -> Form:
+    """One part more than allowed is left to the checks that name the limit."""
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    try:
+        if kind == "multipart/form-data":
+            parser = PushMultipartParser(options.get("boundary", ""), max_segment_count=max_files + max_fields + 1)
+            async with asyncio.timeout(settings.body_timeout):
+                return await _read_parts(limited(request, settings), parser, settings)
+        if kind == "application/x-www-form-urlencoded":
+            body = await _whole(request, settings)
+            return Form(fields=await _parse(lambda text: _pairs(text, max_fields + 1), body))
+    except TimeoutError:
+        raise _too_slow() from None
+    except UnicodeDecodeError:
+        raise BadRequest("a field is not valid UTF-8", code="invalid_text") from None
+    except (MultipartError, ValueError) as error:
+        raise BadRequest(f"the form cannot be read: {error}", code="invalid_form") from None
+    raise BadRequest("send multipart/form-data", param="content-type", code="invalid_content_type")
+
+
+async def _read_parts(request: Request, parser: PushMultipartParser, settings: Settings) -> Form:
+    form, pieces = Form(), list[bytes]()
+    part: MultipartSegment | None = None
+    longest = 4 * settings.max_prompt_chars + 4  # bytes of a text: four hold any character
+    with parser:
+        async for chunk in request.stream():
+            for event in parser.parse(chunk) if chunk else ():
+                if isinstance(event, MultipartSegment):
+                    part, pieces = event, []
+                elif part is None:
+                    continue
+                elif event is not None:
+                    pieces.append(event)
+                    if part.filename is None and part.bytes_received > longest:
+                        raise ValueError(f"a field has more than {longest} bytes")
+                elif part.filename is None:
+                    form.fields.append((part.name or "", b"".join(pieces).decode()))
+                else:
+                    form.files.append((part.name or "", b"".join(pieces)))
+    return form
+
+
+def _pairs(body: bytearray, max_fields: int) -> list[tuple[str, str]]:
+    return parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=max_fields)
+
+
+async def _whole(request: Request, settings: Settings) -> bytearray:
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout):
@@ -54,31 +119,13 @@ async def read_json(request: Request, schema: type[Schema], settings: Settings) 
                 body += chunk
     except TimeoutError:
         raise _too_slow() from None
-    decoder = msgspec.json.Decoder(schema)
-    try:
-        if len(body) <= PARSED_ON_THE_LOOP:
-            return decoder.decode(body)
-        return await asyncio.get_running_loop().run_in_executor(_parser, decoder.decode, body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise as_bad_request(error) from None
+    return body
 
 
-async def read_form(request: Request, settings: Settings, *, max_files: int, max_fields: int) -> FormData:
-    """Files are spooled to disk when large. The caller closes the form."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        raise BadRequest("send multipart/form-data", param="content-type", code="invalid_content_type")
-    # Four bytes hold any character; one part more than allowed is left to the checks that name the limit.
-    part_bytes = 4 * settings.max_prompt_chars + 4
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            return await limited(request, settings).form(
-                max_files=max_files + 1, max_fields=max_fields, max_part_size=part_bytes
-            )
-    except TimeoutError:
-        raise _too_slow() from None
-    except HTTPException as error:
-        raise BadRequest(f"the form cannot be read: {error.detail}", code="invalid_form") from None
+async def _parse(parser: Callable[[bytearray], Parsed], body: bytearray) -> Parsed:
+    if len(body) <= PARSED_ON_THE_LOOP:
+        return parser(body)
+    return await asyncio.get_running_loop().run_in_executor(_parser, parser, body)
 
 
 def _too_large(limit: int) -> TooLarge:

@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from starlette.datastructures import UploadFile
-
 from model.request import Medium, Message
 from service.errors import BadRequest, NoCapacity, ServiceError
 from service.media import fetch
@@ -51,7 +49,7 @@ async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
     return Prompt(tuple(messages), len(media), time.monotonic() - started)
 
 
-async def from_form(service: Service, ask: GenerateRequest, files: Sequence[UploadFile]) -> Prompt:
+async def from_form(service: Service, ask: GenerateRequest, files: Sequence[bytes]) -> Prompt:
     started = time.monotonic()
     media = await _all([_from_file(service, ask, file) for file in files])
     _check_sampling_used(ask, media)
@@ -72,10 +70,10 @@ async def _from_url(service: Service, ask: ChatRequest, part: ImagePart | VideoP
         raise
 
 
-async def _from_file(service: Service, ask: GenerateRequest, file: UploadFile) -> Medium:
+async def _from_file(service: Service, ask: GenerateRequest, file: bytes) -> Medium:
     started = time.monotonic()
     try:
-        return await _decode(service, ask, await file.read(), None, started)
+        return await _decode(service, ask, file, None, started)
     except ServiceError as error:
         error.param = error.param or "media"
         raise

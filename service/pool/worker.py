@@ -23,9 +23,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from model.request import EngineStats, Medium, Request, RequestError, RequestOutput
+from model.request import EngineStats, Request, RequestError, RequestOutput
 from service import cores
 from service.pool import incoming
 from service.pool import messages as m
@@ -37,7 +38,16 @@ EXIT_ENGINE_BROKE, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
 log = logging.getLogger("flashserve.worker")
 
 
-Arrived = m.ToWorker | Request | DraftRead
+@dataclass(frozen=True)
+class Prepared:
+    """A request that only waits to be added: the engine's own form of it."""
+
+    request_id: str
+    sequence: Any
+
+
+Refusal = m.Refused | m.Outputs  # of one request, to be told to the API process
+Arrived = m.ToWorker | Prepared | Refusal | DraftRead
 
 
 class Engine(incoming.Engine, Protocol):
@@ -45,7 +55,8 @@ class Engine(incoming.Engine, Protocol):
 
     @property
     def has_work(self) -> bool: ...
-    def add(self, request: Request) -> None: ...
+    def prepare(self, request: Request) -> Any: ...
+    def add(self, request: Any) -> None: ...
     def abort(self, request_id: str) -> RequestOutput | None: ...
     def step(self) -> list[RequestOutput]: ...
     def pop_stats(self) -> EngineStats: ...
@@ -61,9 +72,10 @@ def load_engine(options: dict[str, Any]) -> Engine:
 
 class Link:
     """The worker's end of the socket: a thread receives, so that large media arrive while the engine computes, and
-    makes requests of what came, with all that can be known of their media beforehand."""
+    prepares the requests that came, so that the engine need not between two steps."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.engine: Engine | None = None  # that prepares them; nobody sends any before it is there
         self._sock = sock
         self._inbox: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._unsent: deque[memoryview] = deque()
@@ -108,7 +120,7 @@ class Link:
             while (payload := m.receive_frame(self._sock)) is not None:
                 message = m.to_worker.decode(payload)
                 self._stopping |= isinstance(message, m.Stop)
-                self._inbox.put(_prepared(message) if isinstance(message, m.Submit) else message)
+                self._inbox.put(self._prepared(message) if isinstance(message, m.Submit) else message)
         except OSError:
             pass
         except Exception:  # a deaf worker is worse than a dead one
@@ -116,14 +128,17 @@ class Link:
         # Nobody is left to serve. The main thread may be loading or computing for minutes: do not wait for it.
         os._exit(0 if self._stopping else EXIT_ORPHANED)
 
-
-def _prepared(submit: m.Submit) -> Request:
-    request = submit.unpack()
-    for message in request.messages:
-        for part in message.content:
-            if isinstance(part, Medium):
-                _ = part.digest  # kept there; the engine would otherwise compute it between two passes
-    return request
+    def _prepared(self, submit: m.Submit) -> Prepared | Refusal:
+        try:
+            if self.engine is None:
+                raise RuntimeError("the engine is not loaded yet")
+            return Prepared(submit.request_id, self.engine.prepare(submit.unpack()))
+        except RequestError as error:
+            return m.Refused(submit.request_id, error.message, error.param, error.code)
+        except Exception as error:
+            # Templates and tokenizers meet strangers' text here: what they choke on is that request's own failure.
+            log.exception("request %s could not be taken in", submit.request_id)
+            return m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),))
 
 
 def serve(engine: Engine, link: Link) -> None:
@@ -134,8 +149,11 @@ def serve(engine: Engine, link: Link) -> None:
     while True:
         for message in link.receive(wait=not engine.has_work and not stats.owed):
             stats.owed = True
-            if isinstance(message, Request):
-                _add(engine, link, live, message)
+            if isinstance(message, Prepared):
+                engine.add(message.sequence)
+                live.add(message.request_id)
+            elif isinstance(message, m.Refused | m.Outputs):
+                link.send(message)
             elif isinstance(message, m.Abort) and message.request_id in live:
                 last = engine.abort(message.request_id) or RequestOutput(message.request_id, "", (), "abort")
                 live.discard(message.request_id)
@@ -158,19 +176,6 @@ def serve(engine: Engine, link: Link) -> None:
             stats.owed = True
         stats.send_when_due()
         link.flush()
-
-
-def _add(engine: Engine, link: Link, live: set[str], request: Request) -> None:
-    try:
-        engine.add(request)
-    except RequestError as error:
-        link.send(m.Refused(request.request_id, error.message, error.param, error.code))
-    except Exception as error:
-        # Templates and tokenizers meet strangers' text here: what they choke on is that request's own failure.
-        log.exception("request %s could not be taken in", request.request_id)
-        link.send(m.Outputs((RequestOutput(request.request_id, "", (), "error", error=repr(error)),)))
-    else:
-        live.add(request.request_id)
 
 
 class StatsReport:
@@ -211,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("loading failed")
         link.send(m.LoadFailed(f"{type(error).__name__}: {error}"))
         return EXIT_LOAD_FAILED
+    link.engine = engine
     gc.freeze()  # model and libraries stay: walking through all of it takes as long as many steps
     link.send(m.Ready(engine.info))
     try:

@@ -34,13 +34,10 @@ async def generate(request: Request) -> Response:
     with ExitStack() as resources:
         answer = resources.enter_context(Answer(service, "gen-", key=request.state.key))
         form = await read_form(request, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
-        try:
-            ask, files = schema.read(form, service.settings)
-            params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
-            preparing = prompt.from_form(service, ask, files)
-            await stream.unless_gone(request.receive, answer.begin(preparing, params, n=1, speculation=ask.speculation))
-        finally:
-            await form.close()
+        ask, files = schema.read(form, service.settings)
+        params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
+        preparing = prompt.from_form(service, ask, files)
+        await stream.unless_gone(request.receive, answer.begin(preparing, params, n=1, speculation=ask.speculation))
         headers = {"X-Request-Id": answer.id}
         if ask.stream:
             return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline, headers=headers)

@@ -128,14 +128,17 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.sequences)
 
-    def add(self, request: Request) -> None:
+    def prepare(self, request: Request) -> Sequence:
         text = " ".join(part for m in request.messages for part in m.content if isinstance(part, str))
         if len(text.split()) > MAX_PROMPT_TOKENS:
             raise RequestError("the prompt is too long for the model", param="messages", code="context_length_exceeded")
         if "CHOKE" in text:
             raise KeyError("a template's own trouble")
-        self.sequences[request.request_id] = Sequence(request, answer_words(request), text, time.monotonic())
-        self._count(prompt_tokens=len(text.split()))
+        return Sequence(request, answer_words(request), text, time.monotonic())
+
+    def add(self, sequence: Sequence) -> None:
+        self.sequences[sequence.request.request_id] = sequence
+        self._count(prompt_tokens=len(sequence.text.split()))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         gone = self.sequences.pop(request_id, None)

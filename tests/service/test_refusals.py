@@ -35,6 +35,7 @@ def png(width: int = 60, height: int = 40) -> bytes:
 
 
 USER = {"role": "user", "content": "hi"}
+URLENCODED = "application/x-www-form-urlencoded"
 
 
 @pytest.mark.parametrize(
@@ -177,10 +178,35 @@ def test_the_native_route_wants_a_form(server: Server) -> None:
         refusal(server.http.post("/v1/generate", content=body, headers={"content-type": kind}), 400)
 
 
+@pytest.mark.parametrize("parts", [10, 1000])
+def test_forms_of_many_parts_or_long_texts_are_refused(server: Server, parts: int) -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="media"; filename="f"\r\n\r\nx\r\n'
+    prompt = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nhi\r\n'
+    body = prompt + head * parts + b"--x--\r\n"
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    code = refusal(server.http.post("/v1/generate", content=body, headers=kind), 400)["code"]
+    assert code in ("too_many_media", "invalid_form")
+    text = head.replace(b'; filename="f"', b"") + b"y" * 5_000_000 + b"\r\n--x--\r\n"
+    assert refusal(server.http.post("/v1/generate", content=text, headers=kind), 400)["code"] == "invalid_form"
+    many = "&".join(f"f{i}=1" for i in range(1000))
+    for answer in (many, "prompt=a&prompt=b"):
+        refusal(server.http.post("/v1/generate", content=answer, headers={"content-type": URLENCODED}), 400)
+
+
+def test_text_alone_may_come_as_any_form_says_it(server: Server) -> None:
+    told = [
+        server.http.post("/v1/generate", data={"prompt": "grüße & mehr", "max_tokens": 4}),
+        server.http.post("/v1/generate", files={"prompt": (None, "grüße & mehr"), "max_tokens": (None, "4")}),
+    ]
+    assert [answer.status_code for answer in told] == [200, 200]
+    assert told[0].json()["text"] == told[1].json()["text"]
+
+
 def test_text_that_is_no_unicode_is_refused_and_leaves_nothing_behind(server: Server) -> None:
-    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\\ud800\r\n--x--\r\n'
-    headers = {"content-type": "multipart/form-data; boundary=x; charset=raw_unicode_escape"}
-    assert refusal(server.http.post("/v1/generate", content=body, headers=headers), 400)["code"] == "invalid_text"
+    body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xed\xa0\x80\r\n--x--\r\n'
+    for text, kind in ((body, "multipart/form-data; boundary=x"), (b"prompt=%ED%A0%80", URLENCODED)):
+        response = server.http.post("/v1/generate", content=text, headers={"content-type": kind})
+        assert refusal(response, 400)["code"] == "invalid_text"
     assert server.health()["workers"][0]["requests"] == 0
 
 
