@@ -1,7 +1,9 @@
 """What HTTP and streaming cost: the same prompts answered by a real server over HTTP, and by the engine in process.
 
 Both keep the same number of requests going until all are answered, with the same engine options. The client that
-reads the streams shares the machine with the server; what it costs counts against the service.
+reads the streams shares the machine with the server; what it costs counts against the service. A service reads files,
+an engine pixels: so the engine's speed is given twice, with the pixels at hand ("engine"), and where it must have them
+from the same files first, one after the other in its own process ("engine, files").
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import uvloop
 from model.config import EngineConfig
 from model.request import Medium, Message, SamplingParams
 from service import cores
+from service.media.limits import MediaLimits
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 START_SECONDS = 300.0
 ANSWER_SECONDS = 600.0
 OK, LAST_CHUNK = b"HTTP/1.1 200", b"\r\n0\r\n\r\n"
-Speeds = list[tuple[float, float]]  # tokens per second (in process, over HTTP) of each repeat
+THROUGH = ("engine", "engine, files", "service")
+Speeds = list[tuple[float, float, float]]  # tokens per second of each repeat, through each of these
 
 
 def run(options: Options, command: str) -> dict[str, Any]:
@@ -59,15 +63,20 @@ def run(options: Options, command: str) -> dict[str, Any]:
             for streams in options.batches:
                 speeds, same = _compared(options, task, streams, arm, url)
                 rows += _rows(options, task, streams, config.drafter, speeds, same)
-    lines: list[tuple[str, ...]] = [("task", "streams", "through", "tokens/s", "of engine", "same tokens")]
+    titles = ("task", "streams", "through", "tokens/s", "of engine", "of engine, files", "same tokens")
+    lines: list[tuple[str, ...]] = [titles]
     for row in rows:
-        low, high = row["share_of_engine_range"]
-        share = f"{row['share_of_engine']:.1%} [{low:.1%}-{high:.1%}]"
-        cells = (row["task"], str(row["batch"]), row["through"], f"{row['tokens_per_second']:.1f}", share)
-        lines.append((*cells, f"{row['same_tokens']:.0%}"))
+        cells = (row["task"], str(row["batch"]), row["through"], f"{row['tokens_per_second']:.1f}")
+        shares = (_share(row, "share_of_engine"), _share(row, "share_of_engine_with_files"))
+        lines.append((*cells, *shares, f"{row['same_tokens']:.0%}"))
     result = {"machine": machine, "command": command, "rows": rows}
     run.show(result, report.aligned(lines), options)
     return result
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    low, high = row[f"{name}_range"]
+    return f"{row[name]:.1%} [{low:.1%}-{high:.1%}]"
 
 
 def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: str) -> tuple[Speeds, float]:
@@ -83,8 +92,12 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
     count = max(options.prompts, 2 * streams)
     for repeat in range(options.repeats + 1):  # the first warms up
         prompts = workload.conversations(options, task, first=repeat * count, count=count)
-        requests = [_request(url, messages, params, number) for number, messages in enumerate(prompts)]
+        files = [_encoded(messages) for messages in prompts]
+        requests = [
+            _request(url, picture, question, params, number) for number, (picture, question) in enumerate(files)
+        ]
         inside = arm.run(prompts, params, in_flight=streams)
+        reading = _seconds_to_read([picture for picture, _ in files], arm)
         cores.give_way()  # as everything around an engine does
         begun = time.perf_counter()
         received = uvloop.run(_receive_all(url, requests, streams))
@@ -92,7 +105,9 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
         cores.take_part()
         over_http = [_token_ids(answer) for answer in received]
         if repeat:
-            speeds.append((inside.tokens_per_second, sum(map(len, over_http)) / seconds))
+            tokens = sum(map(len, inside.answers))
+            with_files = tokens / (inside.seconds + reading)
+            speeds.append((inside.tokens_per_second, with_files, sum(map(len, over_http)) / seconds))
             same += [list(one) == other for one, other in zip(inside.answers, over_http, strict=True)]
     return speeds, sum(same) / len(same)
 
@@ -102,8 +117,12 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     from model.bench.report import target_name
 
-    for through, number in (("engine", 0), ("service", 1)):
-        shares = [pair[number] / pair[0] for pair in speeds]
+    def share(through: int, of: int) -> tuple[float, list[float]]:
+        shares = [each[through] / each[of] for each in speeds]
+        return round(median(shares), 4), [round(min(shares), 4), round(max(shares), 4)]
+
+    for number, through in enumerate(THROUGH):
+        of_engine, of_files = share(number, 0), share(number, 1)
         yield {
             "task": task,
             "target": target_name(options.model),
@@ -111,12 +130,14 @@ def _rows(
             "sampling": options.sampling,
             "batch": streams,
             "through": through,
-            "tokens_per_second": round(median(pair[number] for pair in speeds), 2),
+            "tokens_per_second": round(median(each[number] for each in speeds), 2),
             "acceptance_length": None,
             "speedup_over_plain": None,
             "speedup_over_generate": None,
-            "share_of_engine": round(median(shares), 4),
-            "share_of_engine_range": [round(min(shares), 4), round(max(shares), 4)],
+            "share_of_engine": of_engine[0],
+            "share_of_engine_range": of_engine[1],
+            "share_of_engine_with_files": of_files[0],
+            "share_of_engine_with_files_range": of_files[1],
             "same_tokens": round(same, 4),
             "repeats": len(speeds),
         }
@@ -138,9 +159,18 @@ def _encoded(messages: Sequence[Message]) -> tuple[bytes, str]:
     return file.getvalue(), question
 
 
-def _request(url: str, messages: Sequence[Message], params: SamplingParams, number: int) -> bytes:
+def _seconds_to_read(pictures: Sequence[bytes], arm: EngineArm) -> float:
+    """To have their pixels in this process, by the code that a decoding child runs."""
+    from service.media.image import decode_image
+
+    begun = time.perf_counter()
+    for picture in pictures:
+        decode_image(picture, "PNG", limits=MediaLimits(), geometry=arm.engine.info.geometry)
+    return time.perf_counter() - begun
+
+
+def _request(url: str, picture: bytes, question: str, params: SamplingParams, number: int) -> bytes:
     """All the bytes of one request, made before the clock starts: it is the service that is measured."""
-    picture, question = _encoded(messages)
     fields = {"prompt": question, "max_tokens": params.max_tokens, "temperature": params.temperature}
     fields |= {"seed": params.seed + number, "stream": "true"}
     files = {"media": ("picture.png", picture, "image/png")}

@@ -292,11 +292,13 @@ def test_over_http_the_same_tokens_come_as_in_process(tiny_checkpoint: Path, tin
     asked += ["--batches", "2", "--prompts", "4", "--repeats", "1", "--max-tokens", "8"]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.stderr
-    engine, service = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert (engine["through"], service["through"]) == ("engine", "service")
+    engine, files, service = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (engine["through"], files["through"], service["through"]) == ("engine", "engine, files", "service")
     assert service["same_tokens"] == 1.0
-    expected = service["tokens_per_second"] / engine["tokens_per_second"]
-    assert service["share_of_engine"] == pytest.approx(expected, rel=0.01)
+    for other, name in ((engine, "share_of_engine"), (files, "share_of_engine_with_files")):
+        expected = service["tokens_per_second"] / other["tokens_per_second"]
+        assert service[name] == pytest.approx(expected, rel=0.01)
+    assert files["tokens_per_second"] < engine["tokens_per_second"]
 
 
 # -- drafting by load

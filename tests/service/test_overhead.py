@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.request import Medium, Message, SamplingParams
-from service.commands.overhead import _receive_all, _request, _token_ids
+from service.commands.overhead import _encoded, _receive_all, _request, _token_ids
 from tests.service.server import Server
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -25,7 +25,8 @@ def chunks(*bodies: bytes) -> bytes:
 
 def asked(url: str, number: int) -> bytes:
     picture = np.full((1, 24, 24, 3), number, dtype=np.uint8)
-    return _request(url, [Message("user", (Medium("image", picture), "What is it?"))], PARAMS, number)
+    file, question = _encoded([Message("user", (Medium("image", picture), "What is it?"))])
+    return _request(url, file, question, PARAMS, number)
 
 
 async def stream_all(url: str, requests: Sequence[bytes], streams: int) -> list[list[int]]:
