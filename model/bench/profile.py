@@ -50,7 +50,8 @@ ROUND_PARTS = {
 }
 NOTES = """\
 ms: per step (decode: one pass of target and draft over all sequences; prompt: one request). floor: the least that its
-bytes and multiplications take here. around: all that is not a forward, share of the step."""
+bytes and multiplications take here. around: all that is not a forward, share of the step. The draft's sequential head,
+a layer that runs while the tree grows, is part of its forward (but not of its floor)."""
 
 
 @dataclass(frozen=True)

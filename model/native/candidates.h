@@ -1,11 +1,11 @@
 // Candidate trees from a draft's logits: model/tree.py's `best_first`, in one call.
 #pragma once
 #include <stdlib.h>
+#include <time.h>
 
 #include <algorithm>
 #include <functional>
 
-#include "product.h"
 #include "product.h"
 
 extern "C" {
@@ -37,6 +37,12 @@ struct Trees {
 }
 
 namespace {
+
+inline double now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec + 1e-9 * time.tv_nsec;
+}
 
 constexpr int MAX_WIDTH = 16;
 constexpr int BINS = 24;
@@ -257,14 +263,19 @@ struct Frontier {
   }
 };
 
+// Returns the seconds that the sequential head took, which is a layer of the draft that runs while the tree grows.
 template <class T>
-void expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
+double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Frontier frontier(trees, b);
   Found found[MAX_WIDTH];
+  double head = 0.0;
   for (int depth = 0; depth < draft.block && frontier.num; depth++) {
+    const double begun = now();
     continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, found);
+    head += now() - begun;
     frontier.go_on(draft, growth, depth, trees.budgets[b], found);
   }
+  return head;
 }
 
 template <class T>

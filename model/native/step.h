@@ -57,12 +57,6 @@ struct Round {
 
 namespace {
 
-static inline double now() {
-  timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return time.tv_sec + 1e-9 * time.tv_nsec;
-}
-
 // y[place(row)] = x times w, row by row; x lies `linear.inputs` apart, in whole tiles.
 template <class T, class Place>
 void linear_stage(Member& team, const T* x, int rows, const Linear& linear, const Place& place) {
@@ -138,14 +132,14 @@ void propose(const DraftNetwork& draft, const Rows& rows, const Worth& worth, vo
     pass.final_norm(member);
     linear_stage(member, pass.normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
     linear_stage(member, hidden, pass.num, draft.head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
-    const double begun = now();
+    double begun = now();
     if (candidates.fixed) {
       member.share(trees.batch, [&](int b) {
         if (rows.counts[b]) fill<T>(candidates, trees, b);
       });
     } else {
       member.share(trees.batch, [&](int b) {
-        if (rows.counts[b]) expand<T>(candidates, trees, b, growths[b]);
+        if (rows.counts[b]) begun += expand<T>(candidates, trees, b, growths[b]);  // this thread's head is not the tree's time
       });
       member.share(1, [&](int) { admit(worth, trees, growths, admitted); });
       member.share(trees.batch, [&](int b) {
