@@ -40,6 +40,7 @@ class EngineConfig:
     max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
+    tensor_parallel: int = 1  # devices that share the decoder's layers, `device` being the first
     graphs: bool | None = None  # record the passes that torch computes, and replay them; None: on a GPU
     threads: int | None = None  # CPU threads; None: all
     share_cores: bool = False  # CPU: others, which give way, work on the same cores
@@ -57,6 +58,7 @@ class EngineConfig:
             "max_nodes": 0,
             "tree_width": 1,
             "encoder_cache_bytes": 0,
+            "tensor_parallel": 1,
         }
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:

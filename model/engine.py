@@ -30,6 +30,7 @@ from model.kv_cache import KVCache
 from model.load import Load
 from model.native import library
 from model.native.round import NativeRound
+from model.parallel import share_of
 from model.rehearsal import Chains, rehearse
 from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
 from model.round import Round, TorchRound
@@ -57,10 +58,10 @@ class Engine:
         self.max_model_len = config.context(target.max_positions)
         margin = config.nodes + 1
         num_slots = self._num_slots(margin)
-        self.cache = KVCache(
+        self.cache = (KVCache if target.group is None else target.group.cache)(
             num_layers=target.num_layers,
             num_slots=num_slots,
-            num_heads=target.num_kv_heads,
+            num_heads=share_of(config, target.num_kv_heads),
             head_dim=target.head_dim,
             capacity=self.max_model_len,
             margin=margin,
@@ -131,7 +132,7 @@ class Engine:
             return self.config.max_num_seqs
         each = KVCache.bytes_per_slot(
             num_layers=self.target.num_layers,
-            num_heads=self.target.num_kv_heads,
+            num_heads=share_of(self.config, self.target.num_kv_heads),
             head_dim=self.target.head_dim,
             capacity=self.max_model_len,
             margin=margin,

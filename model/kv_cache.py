@@ -99,9 +99,13 @@ class KVCache:
         """Give the sequence in `source` the free slot `target` instead."""
         held = self.lengths[source]
         self._free.remove(target)
-        self.data[:, :, target, :, :held] = self.data[:, :, source, :, :held]
+        self.copy(source, target, held)
         self.lengths[target] = held
         self.free(source)
+
+    def copy(self, source: int, target: int, held: int) -> None:
+        """The first `held` positions of one slot to another."""
+        self.data[:, :, target, :, :held] = self.data[:, :, source, :, :held]
 
     def locations(self, first_slot: int, positions: Tensor) -> Tensor:
         """Where rows at `positions` (batch, rows) of slots first_slot.. go: flat indices (batch * heads * rows,)."""
@@ -128,9 +132,10 @@ class KVCache:
                 moves += [(slot, held + old, held + new) for new, old in enumerate(path) if new != old]
             self.lengths[slot] = held + len(path)
         if moves:
-            self._move(moves)
+            self.rearrange(moves)
 
-    def _move(self, moves: list[Move]) -> None:
+    def rearrange(self, moves: Seq[Move]) -> None:
+        """Rows within their slots, all read before any is written."""
         # Rows move down only, and all sources are read before any target is written.
         sources, targets = [], []
         for slot, old, new in moves:

@@ -19,7 +19,15 @@ MIB = 1024 * 1024
 # What the engine is told as it stands; None leaves the choice to it.
 ENGINE_OPTIONS = (
     *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
-    *("prefill_chunk", "prefill_stretch", "load_aware", "max_nodes", "max_rows", "encoder_cache_bytes"),
+    *(
+        "prefill_chunk",
+        "prefill_stretch",
+        "load_aware",
+        "max_nodes",
+        "max_rows",
+        "encoder_cache_bytes",
+        "tensor_parallel",
+    ),
 )
 
 
@@ -51,6 +59,9 @@ class Settings(BaseSettings):
     device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker on each of these.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("Model", "auto", "What the model computes in.")
     workers: int = option("Model", 1, "Engine processes that share the CPU (on GPUs: one per device).", ge=1, le=64)
+    tensor_parallel: int = option(
+        "Model", 1, "GPUs, side by side, that share a worker's model; --device lists those of all workers.", ge=1, le=64
+    )
     threads: int | None = option("Model", None, "CPU threads per worker; by default cores / workers.", ge=1)
     max_num_seqs: int = option("Model", 16, "Sequences that a worker decodes in one batch.", ge=1, le=1024)
     max_model_len: int | None = option(
@@ -138,6 +149,11 @@ class Settings(BaseSettings):
     def parts_agree(self) -> Self:
         if "," in self.device and self.workers != 1:
             raise ValueError("workers: with a list of devices there is one worker per device; leave workers out")
+        if "," in self.device:
+            every = [int(index) for index in self.device.partition(":")[2].split(",")]
+            groups = [every[at : at + self.tensor_parallel] for at in range(0, len(every), self.tensor_parallel)]
+            if any(group != list(range(group[0], group[0] + self.tensor_parallel)) for group in groups):
+                raise ValueError(f"tensor_parallel: list the devices in groups of {self.tensor_parallel} side by side")
         if self.watch_draft is not None and self.draft is None:
             raise ValueError("watch_draft: there is no folder to look at; give --draft")
         if self.default_max_tokens > self.max_new_tokens:
@@ -152,7 +168,8 @@ class Settings(BaseSettings):
     def engine_options(self) -> list[dict[str, Any]]:
         """One set of engine options per worker."""
         kind, _, indices = self.device.partition(":")
-        devices = [f"{kind}:{index}" for index in indices.split(",")] if indices else [self.device] * self.workers
+        listed = indices.split(",")[:: self.tensor_parallel]  # of the others, the first knows
+        devices = [f"{kind}:{index}" for index in listed] if indices else [self.device] * self.workers
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
         shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         options = [{**shared, "device": device, "threads": threads} for device in devices]

@@ -18,6 +18,7 @@ from model.attention import Plan, Rows
 from model.config import ConfigError, EngineConfig
 from model.native.library import Matrix
 from model.native.step import Verifier
+from model.parallel import Group
 from model.request import Geometry, Medium, Message
 
 
@@ -51,6 +52,7 @@ class Target(Protocol):
     native: bool  # all that takes long runs in the native library, nothing in torch
     recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
     tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
+    group: Group | None  # the devices that share its decoder, where that is not one alone
     final_norm: Tensor  # (hidden,) scale of the norm between the last layer and lm_head
 
     @property
@@ -111,9 +113,8 @@ def tapped(num_layers: int, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     return tuple(sorted({layer % num_layers for layer in wanted}))
 
 
-def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
-    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
-    evenly spaced."""
+def family(config: EngineConfig) -> Any:
+    """The class of the target that a resolved config names. ConfigError."""
     from model.targets.llava import LlavaTarget
     from model.targets.qwen2_5_vl import Qwen25VLTarget
 
@@ -124,5 +125,13 @@ def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Tar
         raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
     if kind not in families:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(families)}")
-    target: Target = families[kind](config, tap_layers=tap_layers)
+    return families[kind]
+
+
+def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
+    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
+    evenly spaced."""
+    named = family(config)
+    group = Group(config, tap_layers) if config.tensor_parallel > 1 else None
+    target: Target = named(config, tap_layers=tap_layers, group=group)
     return target

@@ -19,6 +19,7 @@ from model.config import EngineConfig
 from model.native import library
 from model.native.library import Matrix
 from model.native.step import Verifier
+from model.parallel import Group, local
 from model.targets import native
 from model.targets.base import tapped
 from model.transfer import upload
@@ -40,9 +41,10 @@ class LanguageModel:
         tap_layers: tuple[int, ...] | None,
         *,
         num_axes: int,
+        group: Group | None = None,
     ) -> None:
         """A resolved config; a conditional generation model of transformers, whose decoder layers may be released. For
-        `tap_layers` see `model.targets.base.load`."""
+        `tap_layers` see `model.targets.base.load`. A `group` is told of every pass."""
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
@@ -60,10 +62,13 @@ class LanguageModel:
         self.tap_layers = tapped(self.num_layers, tap_layers)
         self.final_norm = language.norm.weight
         # The last trees reach beyond the last position; what they hold there is never kept.
-        self.decoder = native.decoder(language, self.tap_layers, self.max_positions + config.nodes)
+        alone = config.tensor_parallel == 1
+        reach = self.max_positions + config.nodes
+        self.decoder = native.decoder(language, self.tap_layers, reach) if alone else None
+        self.group = group
         rope = getattr(text, "rope_parameters", None) or {}
         # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
-        self.recordable = self.decoder is None and rope.get("rope_type") != "dynamic"
+        self.recordable = alone and self.decoder is None and rope.get("rope_type") != "dynamic"
         # Drafts learn through the model's own output head; a packed matrix knows no gradient.
         head = self.model.lm_head
         self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
@@ -82,7 +87,7 @@ class LanguageModel:
 
     def bytes_beside(self, tower: NativeTower | None) -> int:
         """Weights that transformers' modules still hold, and those packed for the native library, `tower` included."""
-        held = sum(parameter.nbytes for parameter in self.model.parameters())
+        held = sum(local(parameter).nbytes for parameter in self.model.parameters())
         packed = sum(part.num_bytes for part in (self.decoder, tower) if part is not None)
         return int(held + packed + (self.head.packed.nbytes if self.head is not None else 0))
 
@@ -93,6 +98,8 @@ class LanguageModel:
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
         if self.decoder is not None:
             return self.decoder.forward(embeds, positions, rows)
+        if self.group is not None:
+            self.group.announce(embeds, positions, rows)
         return self.run(embeds, upload(positions, self.device), rows.plan)
 
     def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

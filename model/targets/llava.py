@@ -16,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from model.config import EngineConfig
 from model.native import library
+from model.parallel import Group, loading
 from model.request import Geometry, Medium, Message
 from model.targets import native, pixels
 from model.targets.base import Prompt
@@ -34,13 +35,14 @@ class LlavaTarget(LanguageModel):
         model: Any = None,
         processor: Any = None,
         tap_layers: tuple[int, ...] | None = None,
+        group: Group | None = None,
     ) -> None:
         """The checkpoint that a resolved config names; or these, which are on no disk. For `tap_layers` see `load`."""
         self.processor = processor or AutoProcessor.from_pretrained(config.model)
         model = model or LlavaForConditionalGeneration.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+            config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
-        super().__init__(config, model, self.processor.tokenizer, tap_layers, num_axes=1)
+        super().__init__(config, model, self.processor.tokenizer, tap_layers, num_axes=1, group=group)
         self.tower = native.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
         self.image_id: int = self.model.config.image_token_index
