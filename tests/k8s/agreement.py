@@ -393,7 +393,7 @@ def keys_are_secret(objects: list[Object], _: Code) -> Complaints:
     for name in ("FLASH_API_KEY", "FLASH_ADMIN_KEY"):
         if "secretKeyRef" not in variables.get(name, {}).get("valueFrom", {}):
             yield f"{name} does not come from a Secret"
-    if variables["FLASH_API_KEY"]["valueFrom"]["secretKeyRef"].get("optional"):
+    if variables["FLASH_API_KEY"]["valueFrom"].get("secretKeyRef", {}).get("optional"):
         yield "FLASH_API_KEY is optional: without the Secret the service would be open to all"
     for config in of_kind(objects, "ConfigMap"):
         if keys := [name for name in config["data"] if re.search("KEY|TOKEN", name)]:
