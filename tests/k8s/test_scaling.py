@@ -68,8 +68,7 @@ class Prometheus:
         self.http = httpx.Client(base_url=f"http://{address}", timeout=30)
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        answer = self.http.get("/api/v1/query", params={"query": expression}).json()
-        assert answer["status"] == "success", answer
+        answer = self.http.get("/api/v1/query", params={"query": expression}).raise_for_status().json()
         return [(each["metric"], float(each["value"][1])) for each in answer["data"]["result"]]
 
     def value(self, expression: str) -> float:
@@ -80,7 +79,7 @@ class Prometheus:
     def is_up(self) -> bool:
         try:
             return self.query("up == 1") != []
-        except httpx.TransportError:
+        except httpx.HTTPError:  # not yet listening, or not yet serving
             return False
 
     def close(self) -> None:
