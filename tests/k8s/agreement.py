@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 import model
 from service.app import create_app
-from service.metrics import Metrics
+from service.metrics import RATE_WINDOW, Metrics
 from service.pool.supervisor import STOP_GRACE
 from service.server import LAST_WORDS
 from service.settings import Settings
@@ -51,6 +51,7 @@ class Code:
     metrics: dict[str, frozenset[str]] = field(default_factory=_metrics)
     last_words: float = LAST_WORDS
     stop_grace: float = STOP_GRACE
+    rate_window: float = RATE_WINDOW
     version: str = model.__version__
 
 
@@ -152,6 +153,8 @@ def one_port(objects: list[Object], code: Code) -> Complaints:
                 yield f"PodMonitor: port {endpoint['port']} is no port of the container"
             if endpoint["path"] not in code.routes:
                 yield f"PodMonitor: the service has no route {endpoint['path']}"
+            if seconds(endpoint["interval"]) > code.rate_window:
+                yield f"PodMonitor: {endpoint['interval']} between scrapes leave out tokens of flash_tokens_per_second"
     for pool in of_kind(objects, "InferencePool"):
         if [each["number"] for each in pool["spec"]["targetPorts"]] != [port]:
             yield f"InferencePool: targetPorts are not [{port}]"
@@ -266,6 +269,13 @@ def selectors_find_the_pods(objects: list[Object], _: Code) -> Complaints:
     for each in of_kind(objects, "Deployment", "PodDisruptionBudget", "PodMonitor", "InferencePool"):
         if not finds(each["spec"]["selector"]["matchLabels"]):
             yield f"{each['kind']}/{each['metadata']['name']} selects no pod"
+    for each in of_kind(objects, "PodMonitor"):
+        # The name by which alerts know the service.
+        if (
+            one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].get(each["spec"]["jobLabel"])
+            != "flashserve"
+        ):
+            yield f"PodMonitor: the label {each['spec']['jobLabel']} does not make the job flashserve"
     for each in of_kind(objects, "Service"):
         if not finds(each["spec"]["selector"]):
             yield f"Service/{each['metadata']['name']} selects no pod"

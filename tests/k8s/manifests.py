@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -69,14 +70,9 @@ def of_kind(objects: list[Object], *kinds: str) -> list[Object]:
 
 
 def one(objects: list[Object], kind: str, name: str = "flashserve") -> Object:
-    """The one of this kind and name (or name with a hash behind it)."""
-    found = [
-        each
-        for each in of_kind(objects, kind)
-        if each["metadata"]["name"] == name or each["metadata"]["name"].rpartition("-")[0] == name
-    ]
-    exact = [each for each in found if each["metadata"]["name"] == name]
-    (only,) = exact or found
+    """The one of this kind and name; generated ones have a hash behind it."""
+    pattern = re.compile(rf"{name}(-[2-9bcdfghkmt]{{10}})?")
+    (only,) = [each for each in of_kind(objects, kind) if pattern.fullmatch(each["metadata"]["name"])]
     return only
 
 

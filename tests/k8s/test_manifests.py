@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from tests.k8s.manifests import (
     COMPONENTS,
     K8S,
     OVERLAYS,
+    ROOT,
     Object,
     needs_kubectl,
     of_kind,
@@ -56,7 +58,7 @@ def test_the_combinations_hold_every_overlay_and_component() -> None:
 def test_every_file_is_part_of_something() -> None:
     """A manifest that no kustomization names is one that nobody applies."""
     for file in K8S.rglob("*.*"):
-        if file.name in ("kustomization.yaml", "README.md", "adapter-rules.yaml") or not file.is_file():
+        if file.name in ("kustomization.yaml", "README.md", "adapter-rules.yaml") or file.suffix in (".py", ".pyc"):
             continue
         kustomization = yaml.safe_load((file.parent / "kustomization.yaml").read_text())
         assert f"'{file.name}'" in repr(kustomization), f"{file.relative_to(K8S)} is in no kustomization"
@@ -88,6 +90,20 @@ def test_a_changed_setting_changes_the_pods() -> None:
     assert len(names) == 2
     (source,) = pod_spec(one(render("cpu"), "Deployment"))["containers"][0]["envFrom"]
     assert source["configMapRef"]["name"] in names
+
+
+@pytest.mark.skipif(not (ROOT / "docker/monitoring/rules").exists(), reason="docker/monitoring/ has no rules")
+def test_the_operator_gets_the_rules_and_the_dashboard_as_they_are() -> None:
+    folder, monitoring = K8S / "components/monitoring", ROOT / "docker/monitoring"
+    written = runpy.run_path(str(folder / "prometheusrule.py"))["prometheusrule"]()
+    assert (folder / "prometheusrule.yaml").read_text() == written, "run k8s/components/monitoring/prometheusrule.py"
+    objects = render("cpu", "monitoring")
+    groups = [group["name"] for group in one(objects, "PrometheusRule")["spec"]["groups"]]
+    files = sorted(monitoring.glob("rules/*.yml"))
+    assert groups == [group["name"] for file in files for group in yaml.safe_load(file.read_text())["groups"]]
+    dashboard = one(objects, "ConfigMap", "flashserve-dashboard")
+    assert dashboard["data"] == {"flashserve.json": (monitoring / "dashboards/flashserve.json").read_text()}
+    assert dashboard["metadata"]["labels"] == {"grafana_dashboard": "1"}
 
 
 # -- a change on one side only is noticed
@@ -146,6 +162,8 @@ CHANGED_MANIFESTS: dict[str, tuple[Callable[[list[Object]], None], str]] = {
     "service port": (put("Service", "spec/ports/0/targetPort", 9000), "targetPort 9000"),
     "scraped port": (put("PodMonitor", "spec/podMetricsEndpoints/0/port", "metrics"), "port metrics"),
     "scraped route": (put("PodMonitor", "spec/podMetricsEndpoints/0/path", "/stats"), "no route /stats"),
+    "scraped too rarely": (put("PodMonitor", "spec/podMetricsEndpoints/0/interval", "60s"), "between scrapes"),
+    "job": (put("PodMonitor", "spec/jobLabel", "app"), "does not make the job flashserve"),
     "pool port": (put("InferencePool", "spec/targetPorts/0/number", 8080), "targetPorts"),
     "gateway route": (put("HTTPRoute", "spec/rules/0/matches/0/path/value", "/v2/chat"), "no route /v2/chat"),
     "gateway timeout": (put("HTTPRoute", "spec/rules/0/timeouts/request", "60s"), "the gateway gives up"),
