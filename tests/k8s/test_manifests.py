@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.k8s.manifests import (
     OVERLAYS,
     ROOT,
     Object,
+    kustomize,
     needs_kubectl,
     of_kind,
     one,
@@ -104,6 +106,35 @@ def test_the_operator_gets_the_rules_and_the_dashboard_as_they_are() -> None:
     dashboard = one(objects, "ConfigMap", "flashserve-dashboard")
     assert dashboard["data"] == {"flashserve.json": (monitoring / "dashboards/flashserve.json").read_text()}
     assert dashboard["metadata"]["labels"] == {"grafana_dashboard": "1"}
+
+
+def test_the_readme_tells_the_times_that_are_set() -> None:
+    readme = (K8S / "README.md").read_text()
+    told = {name: int(value) for name, value in re.findall(r"^\| `?(\w+)`?.*? \| (\d+) \|", readme, re.MULTILINE)}
+    objects = render("example")
+    settings, spec = one(objects, "ConfigMap")["data"], pod_spec(one(objects, "Deployment"))
+    (container,) = spec["containers"]
+    probe = container["startupProbe"]
+    assert told == {
+        **{name: int(settings[name]) for name in settings if name.endswith("_TIMEOUT")},
+        "preStop": container["lifecycle"]["preStop"]["sleep"]["seconds"],
+        "terminationGracePeriodSeconds": spec["terminationGracePeriodSeconds"],
+        "HTTPRoute": int(one(objects, "HTTPRoute")["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")),
+        "startupProbe": probe["periodSeconds"] * probe["failureThreshold"],
+        "progressDeadlineSeconds": one(objects, "Deployment")["spec"]["progressDeadlineSeconds"],
+    }
+
+
+def test_what_the_readme_names_is_there() -> None:
+    readme = (K8S / "README.md").read_text()
+    tree = set(re.findall(r"^  (?:overlays/)?([a-z-]+) {2,}", readme, re.MULTILINE))
+    tree |= set(re.findall(r"^overlays/([a-z-]+)", readme, re.MULTILINE))
+    assert tree == {*OVERLAYS, *COMPONENTS}
+    for folder in re.findall(r"k8s/overlays/[a-z]+", readme):
+        kustomize(ROOT / folder)
+    assert set(re.findall(r"flash_\w+", readme)) <= Code().metrics.keys() | {"flash_time_to_first_token_seconds"} | {
+        "flash_acceptance_length"
+    }
 
 
 # -- a change on one side only is noticed
