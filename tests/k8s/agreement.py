@@ -204,7 +204,10 @@ def metrics_are_ours(objects: list[Object], code: Code) -> Complaints:
     if specs and specs.keys() != {"queuedRequestsSpec", "runningRequestsSpec", "kvUsageSpec"}:
         yield "the picker's mapping lacks one of the three metrics that the model server protocol asks for"
     for key, spec in specs.items():
-        name, label = re.fullmatch(r'(\w+)\{(\w+)="\d+"\}', spec).groups()  # type: ignore[union-attr]
+        if (series := re.fullmatch(r'(\w+)\{(\w+)="0"\}', spec)) is None:
+            yield f"{key}: {spec} is not a metric of worker 0"
+            continue
+        name, label = series.groups()
         if name not in code.metrics:
             yield f"{key}: the service has no metric {name}"
         elif label not in code.metrics[name]:
