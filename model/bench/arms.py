@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Protocol
 
 from model.bench.reference import Conversation, Reference
@@ -28,6 +29,7 @@ class Run:
     phases: dict[str, float] = field(default_factory=dict)  # empty where an arm cannot tell
     drafts: int = 0
     accepted: int = 0
+    accepted_at: tuple[int, ...] = ()  # drafts of which the first, the second, ... token was accepted
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +58,7 @@ def joined(runs: Sequence[Run]) -> Run:
         phases=dict(phases),
         drafts=sum(run.drafts for run in runs),
         accepted=sum(run.accepted for run in runs),
+        accepted_at=tuple(map(sum, zip_longest(*(run.accepted_at for run in runs), fillvalue=0))),
     )
 
 
@@ -117,7 +120,8 @@ class EngineArm:
                     raise RuntimeError(f"a request ended with {output.finish_reason}: {output.error}")
         seconds = time.perf_counter() - begun
         phases = dict.fromkeys(PHASES, 0.0)
-        for phase, spent in engine.pop_stats().step_seconds:
+        stats = engine.pop_stats()
+        for phase, spent in stats.step_seconds:
             phases[phase] += spent
         return Run(
             answers=tuple(tuple(answer) for answer in answers.values()),
@@ -127,6 +131,7 @@ class EngineArm:
             phases=phases,
             drafts=drafts,
             accepted=accepted,
+            accepted_at=stats.accepted_per_position,
         )
 
 

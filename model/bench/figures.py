@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from model.bench.arms import Run
+from model.bench.arms import Run, joined
 
 BASES = {"plain": "off", "generate": "generate"}  # speedup_over_<key>: over the arm of that name
 
@@ -41,14 +41,17 @@ def _speed(repeats: list[Run]) -> dict[str, Any]:
 
 
 def _speculation(repeats: list[Run]) -> dict[str, Any]:
-    """Acceptance length: tokens a verify step with a draft emitted, the bonus token included. 1: nothing is drafted."""
-    drafts, accepted = sum(run.drafts for run in repeats), sum(run.accepted for run in repeats)
+    """Acceptance length: tokens a verify step with a draft emitted, the bonus token included. 1: nothing is drafted.
+    accepted_at: the share of drafts whose first, second, ... token was accepted."""
+    every = joined(repeats)
+    drafts, accepted = every.drafts, every.accepted
     seconds = sum(run.seconds for run in repeats)
     share = {phase: sum(run.phases[phase] for run in repeats) / seconds for phase in repeats[0].phases}
     if share:
         share["other"] = 1.0 - sum(share.values())
     return {
         "acceptance_length": round(1.0 + accepted / drafts, 3) if drafts else 1.0,
+        "accepted_at": [round(count / drafts, 4) for count in every.accepted_at] if drafts else [],
         "share": {phase: round(value, 4) for phase, value in share.items()} or None,
     }
 

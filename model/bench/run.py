@@ -29,6 +29,14 @@ x: median [min-max] of ratios within a repeat.   vision/...: shares of the time.
 
 def run(options: Options, command: str) -> dict[str, Any]:
     """Measure; print the table and, last, the JSON object. Returns that object."""
+    machine, rows = measure(options)
+    result = {"machine": machine, "command": command, "rows": rows}
+    show(result, f"{report.table(rows)}\n\n{NOTES}", options)
+    return result
+
+
+def measure(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The machine, and a row for every task, batch size and arm."""
     logging.disable_progress_bar()  # ours is enough
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -40,9 +48,7 @@ def run(options: Options, command: str) -> dict[str, Any]:
     for task, batch, runs in _measured(options, arms):
         target = report.target_name(options.model)
         rows += figures.rows(runs, task=task, target=target, sampling=sampling, batch=batch)
-    result = {"machine": machine, "command": command, "rows": rows}
-    show(result, f"{report.table(rows)}\n\n{NOTES}", options)
-    return result
+    return machine, rows
 
 
 def show(result: dict[str, Any], table: str, options: Options) -> None:

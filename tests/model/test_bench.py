@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from model import sampling
 from model.bench import __main__ as bench
-from model.bench import equality, figures, load, profile
+from model.bench import equality, figures, load, profile, table
 from model.bench.arms import Run
 from model.bench.margins import margin
 from model.bench.reference import Reference
@@ -324,3 +325,34 @@ def test_drafting_by_load_is_measured_beside_every_fixed_way(
     best = {batch: max(row["tokens_per_second"] for row in fixed if row["batch"] == batch) for batch in (1, 3)}
     for row in result["rows"]:
         assert row["over_best_fixed"] == pytest.approx(row["tokens_per_second"] / best[row["batch"]], rel=0.01)
+
+
+# -- the table of drafters
+
+
+@pytest.mark.slow
+def test_the_table_sets_every_drafter_there_is_beside_every_other(
+    tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    medusa = tiny.save_network(tmp_path / "drafts" / "medusa", "medusa", tiny_checkpoint)
+    shutil.copytree(tiny_draft, tmp_path / "drafts" / "flash")
+    target = str(tiny_checkpoint)
+    asked = ["--targets", target, "--drafts", f"{target}={medusa.parent}", "--prompts", "2", "--repeats", "1"]
+    table.main([*asked, "--dtype", "float32", "--output", str(tmp_path / "made")])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["drafter"] for row in result["rows"]} == {
+        *("generate", "off", "flash", "medusa", "ngram"),
+        "replay:0.8 (simulation)",
+    }
+    assert len(table.cells(result["rows"])) == len(table.TASKS) * len(table.SAMPLING)
+    for row in result["rows"]:
+        if row["drafter"] != "generate":
+            assert row["same_tokens_as_plain"] == 1.0, row
+        if row["accepted_at"]:
+            assert row["acceptance_length"] == pytest.approx(1 + sum(row["accepted_at"]), abs=0.01)
+            assert row["accepted_at"] == sorted(row["accepted_at"], reverse=True)
+    for name, each in result["summary"]["lead"].items():
+        assert each["best_other"] in ("medusa", "ngram"), name
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {
+        *("table.txt", "table.json", "speedup.png", "positions.png")
+    }
