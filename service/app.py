@@ -54,8 +54,9 @@ def _map_errors(app: FastAPI) -> None:
             service_of(request).metrics.rejected(error.code or error.type)
         response = json_response(error.envelope(), error.headers())
         response.status_code = error.status
-        if error.status == 413:
-            response.headers["Connection"] = "close"  # what the client is still sending need not arrive
+        # What the client is still sending need not arrive; and a server that ends is not where it should ask again.
+        if error.status == 413 or error.code == "draining":
+            response.headers["Connection"] = "close"
         return response
 
     @app.exception_handler(HTTPException)

@@ -6,7 +6,6 @@ the help text. Nothing here knows what the values are used for, and nothing read
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +13,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model.config import DrafterName
+from service import cores
 
 MIB = 1024 * 1024
 # What the engine is told as it stands; None leaves the choice to it.
@@ -170,7 +170,7 @@ class Settings(BaseSettings):
         kind, _, indices = self.device.partition(":")
         listed = indices.split(",")[:: self.tensor_parallel]  # of the others, the first knows
         devices = [f"{kind}:{index}" for index in listed] if indices else [self.device] * self.workers
-        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
+        threads = self.threads or max(1, cores.available() // len(devices))
         shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         options = [{**shared, "device": device, "threads": threads} for device in devices]
         return [{name: value for name, value in each.items() if value is not None} for each in options]

@@ -251,6 +251,7 @@ def test_a_drain_lets_answers_finish_and_takes_nothing_new(start_server: StartSe
         assert server.http.get("/livez").status_code == 200
         refused = server.chat()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.headers["connection"] == "close"
         events += list(stream)
     assert text_of(events) == whole
     assert server.process.wait(10) == 0
