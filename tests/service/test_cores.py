@@ -1,4 +1,4 @@
-"""Cores are counted as a container has them; and on a CPU the engine's threads are not pushed aside by what serves them."""
+"""Cores are counted as a container has them, and on a CPU nothing pushes the engine's threads aside."""
 
 from __future__ import annotations
 
