@@ -71,8 +71,6 @@ class Asker(User):
             raise StopUser
         record = self.ask(load.plan.requests[number % len(load.plan.requests)])
         load.records.append(record)
-        if not load.plan.keep_alive:
-            self.http.close()
         if record.failure is not None:
             gevent.sleep(PAUSE_AFTER_FAILURE)
 

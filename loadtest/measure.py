@@ -95,6 +95,8 @@ def _plan(
 ) -> Plan:
     (first, users), *others = stages
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    if not options.keep_alive:
+        headers["Connection"] = "close"
     if options.api_key is not None:
         headers["Authorization"] = f"Bearer {options.api_key}"
     own = {} if options.model is None else {"model": options.model}
@@ -108,7 +110,6 @@ def _plan(
         warm_up=options.warm_up,
         timeout=options.timeout,
         max_requests=options.max_requests,
-        keep_alive=options.keep_alive,
     )
 
 

@@ -21,7 +21,6 @@ class Plan(msgspec.Struct, frozen=True):
     warm_up: float  # seconds of the first stage before the window that counts
     timeout: float  # seconds for one request
     max_requests: int
-    keep_alive: bool = True
 
 
 class Record(msgspec.Struct):
