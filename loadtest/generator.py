@@ -120,7 +120,7 @@ class Shape(LoadTestShape):
         passed, end, load = self.load.now(), 0.0, self.load
         for seconds, users in load.plan.stages:
             end += seconds
-            if passed < end and not load.truncated:
+            if passed < end and not load.truncated and not load.over:
                 load.users = users
                 return users, float(max(users, 1))
         load.over = True
@@ -141,7 +141,8 @@ def run(plan: Plan) -> Outcome:
     seconds = sum(seconds for seconds, _ in plan.stages)
     gevent.sleep(plan.warm_up)
     opened, cpu, machine = load.now(), me.cpu_times(), psutil.cpu_times()
-    while not load.over and load.now() < seconds:
+    stop = None if plan.stop is None else Path(plan.stop)
+    while not load.over and load.now() < seconds and not (stop is not None and stop.exists()):
         due = time.perf_counter() + TICK
         gevent.sleep(TICK)
         lag.append(time.perf_counter() - due)

@@ -55,7 +55,7 @@ def run(url: str, options: Options, metrics: Sequence[str] = ()) -> Iterator[dic
     addresses = list(metrics) or [f"{url.rstrip('/')}/metrics"]
     for users in options.users:
         for speculation in options.speculation:
-            plan = _plan(url, options, stock, scenario.stages(users, options.duration), speculation)
+            plan = plan_for(url, options, stock, scenario.stages(users, options.duration), speculation)
             before, memory, work = scrape.scrape(addresses), _memory(url), Work.so_far(url)
             outcome = generate(plan)
             after, done = scrape.scrape(addresses), Work.so_far(url)
@@ -86,12 +86,13 @@ def generate(plan: Plan) -> Outcome:
         return msgspec.msgpack.decode(found.read_bytes(), type=Outcome)
 
 
-def _plan(
+def plan_for(
     url: str,
     options: Options,
     stock: Sequence[tuple[str, Question]],
     stages: scenarios.Stages,
     speculation: Speculation,
+    stop: str | None = None,
 ) -> Plan:
     (first, users), *others = stages
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
@@ -110,6 +111,7 @@ def _plan(
         warm_up=options.warm_up,
         timeout=options.timeout,
         max_requests=options.max_requests,
+        stop=stop,
     )
 
 

@@ -21,6 +21,7 @@ class Plan(msgspec.Struct, frozen=True):
     warm_up: float  # seconds of the first stage before the window that counts
     timeout: float  # seconds for one request
     max_requests: int
+    stop: str | None = None  # a file; once it is there, the load is over
 
 
 class Record(msgspec.Struct):
