@@ -1,4 +1,4 @@
-"""python -m loadtest run: load a service and report what it held."""
+"""Load a service and report what it held."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from loadtest import measure, report
 from loadtest.figures import Objectives, Trust
 from loadtest.measure import Options
-from loadtest.scenarios import SCENARIOS
+from loadtest.scenarios import SCENARIOS, Scenario, draw
 from loadtest.service import Ending, service
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -139,6 +139,25 @@ def render(
 ) -> None:
     """Write a report again, from its JSON."""
     report.write(json.loads(source.read_text()), output)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where to; it is made if need be.")],
+    number: Annotated[int, typer.Option(min=1, max=10_000, help="Of pictures, each with a question.")] = 32,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write pictures and questions about them as files for other load tools: guidellm.jsonl and aiperf.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, list[str]] = {"guidellm": [], "aiperf": []}
+    stock = draw(Scenario("", {"image": 1}), number, seed=seed, max_tokens=128)
+    for index, (_, question) in enumerate(stock):
+        picture = folder.absolute() / f"{index}.png"
+        picture.write_bytes(question.files[0].data)
+        lines["guidellm"].append(json.dumps({"prompt": question.prompt, "image": str(picture)}))
+        lines["aiperf"].append(json.dumps({"text": question.prompt, "image": str(picture)}))
+    for tool, each in lines.items():
+        (folder / f"{tool}.jsonl").write_text("\n".join(each) + "\n")
 
 
 def _broken(runs: list[dict[str, Any]], max_failed: float, min_in_time: float) -> list[str]:

@@ -152,6 +152,14 @@ def test_a_broken_limit_is_an_exit_code(start_server: StartServer, tmp_path: Pat
     assert "http 503" in done.stdout
 
 
+def test_pictures_and_questions_are_written_for_other_tools(tmp_path: Path) -> None:
+    assert command("export", str(tmp_path), "--number", "3").returncode == 0
+    for tool in ("guidellm", "aiperf"):
+        rows = [json.loads(line) for line in (tmp_path / f"{tool}.jsonl").read_text().splitlines()]
+        assert len(rows) == 3
+        assert all(Path(row["image"]).read_bytes().startswith(b"\x89PNG") for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(("--users", "1,x"), "1,x"), (("--scenario", "flood"), "flood"), (("--speculation", "maybe"), "maybe")],
