@@ -25,6 +25,7 @@ class Question:
     prompt: str
     files: tuple[File, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict, hash=False)  # max_tokens, temperature, seed, ...
+    earlier: tuple[tuple[str, str], ...] = ()  # questions about the same files, and what was answered; chat only
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,31 @@ def parts(question: Question) -> list[dict[str, Any]]:
     return [*media, {"type": "text", "text": question.prompt}]
 
 
-def _chat(client: httpx.AsyncClient, question: Question, way: Way) -> httpx.Request:
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": parts(question)}], "temperature": 0}
-    body |= {"stream": way.stream, "speculation": way.speculation, "n": way.n} | question.sampling
+def messages(question: Question) -> list[dict[str, Any]]:
+    content = parts(question)
+    if not question.earlier:
+        return [{"role": "user", "content": content}]
+    (first, answer), *more = question.earlier
+    said: list[dict[str, Any]] = [{"role": "user", "content": [*content[:-1], {"type": "text", "text": first}]}]
+    said.append({"role": "assistant", "content": answer})
+    for asked, answered in more:
+        said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return [*said, {"role": "user", "content": question.prompt}]
+
+
+def chat_body(question: Question, way: Way) -> dict[str, Any]:
+    body: dict[str, Any] = {"messages": messages(question), "temperature": 0, "stream": way.stream}
+    if way.speculation != "auto":  # the one field that other servers do not know
+        body["speculation"] = way.speculation
+    if way.n != 1:
+        body["n"] = way.n
     if way.stream:
         body["stream_options"] = {"include_usage": True}
-    return client.build_request("POST", "/v1/chat/completions", json=body)
+    return body | question.sampling
+
+
+def _chat(client: httpx.AsyncClient, question: Question, way: Way) -> httpx.Request:
+    return client.build_request("POST", "/v1/chat/completions", json=chat_body(question, way))
 
 
 def _generate(client: httpx.AsyncClient, question: Question, way: Way) -> httpx.Request:

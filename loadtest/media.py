@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +11,11 @@ import av
 import numpy as np
 from PIL import Image
 
+from model.demo import scenes
+
 CODECS = {"mp4": ("libx264", "yuv420p"), "webm": ("libvpx-vp9", "yuv420p"), "avi": ("mjpeg", "yuvj420p")}
 MIME = {"mp4": "video/mp4", "webm": "video/webm", "avi": "video/x-msvideo"}
+SIDE = 192  # of drawn scenes: what the bundled model was trained on
 EXACT = {"WEBP": {"lossless": True}}  # PNG, BMP and, up to 256 colours, GIF are so by nature
 
 
@@ -55,14 +59,33 @@ def video(
     seed: int, width: int = 64, height: int = 48, format: str = "mp4", *, num_frames: int = 24, rate: int = 12
 ) -> File:
     """The picture of that seed, moving to the right."""
-    codec, pixel_format = CODECS[format]
     picture = pixels(seed, width, height)
+    moved = [np.roll(picture, index * width // num_frames, axis=1) for index in range(num_frames)]
+    return film(moved, format, rate=rate)
+
+
+def film(frames: Iterable[np.ndarray], format: str = "mp4", *, rate: int = 12) -> File:
+    """Frames of (height, width, 3) uint8, as a file."""
+    codec, pixel_format = CODECS[format]
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        stream: Any = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        for index in range(num_frames):
-            moved = np.ascontiguousarray(np.roll(picture, index * width // num_frames, axis=1))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+        stream: Any = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream(codec, rate=rate)
+                stream.height, stream.width, _ = frame.shape
+                stream.pix_fmt = pixel_format
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
     return File("video", MIME[format], file.getvalue())
+
+
+def scene_image(scene: scenes.Scene, side: int = SIDE) -> File:
+    """What the bundled model describes: drawn shapes, as a PNG."""
+    file = io.BytesIO()
+    Image.fromarray(scenes.render(scene, side)).save(file, "PNG", compress_level=1)
+    return File("image", "image/png", file.getvalue())
+
+
+def scene_clip(scene: scenes.Scene, side: int = SIDE, *, num_frames: int = 16, rate: int = 8) -> File:
+    return film(scenes.render_clip(scene, num_frames, side), rate=rate)

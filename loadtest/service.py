@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 300
@@ -96,20 +96,49 @@ class Footprint:
 
 def footprint(client: httpx.Client) -> Footprint | None:
     """None where the service runs on another machine."""
+    if (found := _processes(client)) is None:
+        return None
+    try:
+        return Footprint(
+            api=_resident([found.api]),
+            workers=_resident(found.workers),
+            media=_resident(found.media),
+            num_processes=len(found.all),
+            num_files=found.api.num_fds(),
+        )
+    except psutil.NoSuchProcess:
+        return None
+
+
+def processor_seconds(client: httpx.Client) -> float | None:
+    """Used so far by the service's processes; None where it runs on another machine."""
+    if (found := _processes(client)) is None:
+        return None
+    try:
+        return sum(times.user + times.system for times in (process.cpu_times() for process in found.all))
+    except psutil.NoSuchProcess:
+        return None
+
+
+@dataclass(frozen=True)
+class _Processes:
+    api: psutil.Process
+    workers: list[psutil.Process]
+    media: list[psutil.Process]
+
+    @property
+    def all(self) -> list[psutil.Process]:
+        return [self.api, *self.workers, *self.media]
+
+
+def _processes(client: httpx.Client) -> _Processes | None:
     pids = [worker["pid"] for worker in client.get("/health").json()["workers"]]
     try:
         workers = [psutil.Process(pid) for pid in pids]
         api = workers[0].parent()
         if api is None or "service.pool.worker" not in workers[0].cmdline():
             return None
-        children = [child for child in api.children(recursive=True) if child.pid not in pids]
-        return Footprint(
-            api=_resident([api]),
-            workers=_resident(workers),
-            media=_resident(children),
-            num_processes=1 + len(workers) + len(children),
-            num_files=api.num_fds(),
-        )
+        return _Processes(api, workers, [child for child in api.children(recursive=True) if child.pid not in pids])
     except psutil.NoSuchProcess:
         return None
 
