@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Proves the image where no Docker runs: Debian's buildah builds it from the very Dockerfile, and it is started and asked.
+"""Proves the image where no Docker runs: Debian's buildah builds it from the very Dockerfile; it is started and asked.
 
     apt-get install buildah debootstrap
     python3 docker/prove.py              as root; some ten minutes, 10 GB of disk while it runs
 
-In place of python:3.11-slim-bookworm, which would have to come from a registry of images, stands a base that debootstrap
-makes: the same Debian with its own Python 3.11. The container is what `docker run --read-only --tmpfs /tmp --cap-drop ALL
---security-opt no-new-privileges` makes, less the network (the host's; the service listens on 127.0.0.1) and the limits:
-namespaces of its own for mounts and processes, the image's root mounted read-only, the image's user, environment and
+In place of python:3.11-slim-bookworm, which would have to come from a registry of images, stands a base that
+debootstrap makes: the same Debian with its own Python 3.11. The container is what `docker run --read-only --tmpfs /tmp
+--cap-drop ALL --security-opt no-new-privileges` makes, less limits and a network of its own (it is asked on the host's
+127.0.0.1): namespaces for mounts and processes, the image's root mounted read-only, the image's user, environment and
 entrypoint, which is process 1 there. Everything lies in one folder, which is removed at the end.
 """
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import http.client
+import http.server
 import json
 import os
 import shlex
@@ -41,9 +43,9 @@ START_SECONDS, ANSWER_SECONDS, DRAIN_SECONDS = 300, 300, 60
 BUILD_TOOLS = ("gcc", "g++", "cc", "c++", "clang", "as", "ld", "make", "pip", "pip3")
 
 PACKAGES = "ca-certificates,python-is-python3,python3-venv"
-BASE_DOCKERFILE = "FROM scratch\nCOPY base /\nENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# Runs as root in namespaces of its own, so that nothing of it is seen outside. $1: the image's root; $2: an empty folder.
+# As root in namespaces of its own: nothing of it is seen outside. $1: the image's root; $2: an empty folder.
 MOUNTS = """
 set -eu
 image=$1 root=$2; shift 2
@@ -81,22 +83,22 @@ class Builder:
         (folder / "tmp").mkdir(exist_ok=True)
         self.env = os.environ | {"TMPDIR": str(folder / "tmp")}
 
-    def run(self, *arguments: str | Path, log: Path | None = None, stdin: str | None = None) -> str:
+    def run(self, *arguments: str | Path, log: Path | None = None) -> str:
         stores = ("--root", self.folder / "storage", "--runroot", self.folder / "run", "--storage-driver", self.driver)
         command = ["nice", "-n", "19", "buildah", *map(str, stores), *map(str, arguments)]
-        done = subprocess.run(command, env=self.env, input=stdin, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         if log is not None:
             log.write_text(done.stdout + done.stderr)
         if done.returncode:
             raise SystemExit(f"{shlex.join(command)}\n{(done.stdout + done.stderr)[-4000:]}")
         return done.stdout.strip()
 
-    def build(self, image: str, *arguments: str | Path, stdin: str | None = None) -> float:
+    def build(self, image: str, *arguments: str | Path) -> float:
         """How long it took; the output is in a file beside the stores."""
         began = time.monotonic()
         log = self.folder / f"build-{image.replace(':', '-').replace('/', '-')}.log"
         options = ("--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--tag", image)
-        self.run("build", *options, *arguments, log=log, stdin=stdin)
+        self.run("build", *options, *arguments, log=log)
         return time.monotonic() - began
 
     def inspect(self, image: str) -> dict[str, Any]:
@@ -137,7 +139,10 @@ class Container:
         command = [*self.as_user, *config["Entrypoint"], *config["Cmd"]]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*unshare, "sh", "-c", MOUNTS, "sh", root, at, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*unshare, "sh", "-c", MOUNTS, "sh", root, at, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         wait(lambda: children.read_text().split(), 10)
@@ -163,7 +168,10 @@ class Container:
 
     def caption(self, kind: str, file: Path, mime: str, **fields: Any) -> http.client.HTTPResponse:
         url = f"data:{mime};base64,{base64.b64encode(file.read_bytes()).decode()}"
-        parts = [{"type": kind, kind: {"url": url}}, {"type": "text", "text": f"Describe the {kind.partition('_')[0]}."}]
+        parts = [
+            {"type": kind, kind: {"url": url}},
+            {"type": "text", "text": f"Describe the {kind.partition('_')[0]}."},
+        ]
         body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, **fields}
         return self.ask("POST", "/v1/chat/completions", body)
 
@@ -223,7 +231,7 @@ def prove_running(proof: Proof, container: Container, config: dict[str, Any]) ->
     for folder in ("/", "/opt/flashserve/bin", "/cache", "/etc"):
         done = container.execute("touch", f"{folder}/probe")
         proof.check(f"{folder} cannot be written to", "Read-only file system" in done.stderr, done.stderr.strip())
-    done = container.execute("touch", "/tmp/probe")  # noqa: S108
+    done = container.execute("touch", "/tmp/probe")
     proof.check("/tmp can", done.returncode == 0, "touch /tmp/probe")
     done = container.execute("python", "-m", "model.native")
     proof.check("the native stack runs, where this processor can run it", done.returncode == 0, done.stdout.strip())
@@ -268,7 +276,9 @@ def prove_drain(proof: Proof, container: Container) -> None:
     for reader in readers:
         reader.join(DRAIN_SECONDS)
     proof.check("after SIGTERM it is alive but not ready, and streams go on", during == (503, 200, 8), during)
-    ends = [stream.endswith(b"data: [DONE]\n\n") and stream.count(b'"finish_reason":"length"') == 2 for stream in streams]
+    ends = [
+        stream.endswith(b"data: [DONE]\n\n") and stream.count(b'"finish_reason":"length"') == 2 for stream in streams
+    ]
     proof.check("each stream came to its end", ends == [True] * 4, f"{sum(map(len, streams))} bytes")
     proof.check("and the exit code is 0", code == 0, f"{code}, {took:.1f} s after SIGTERM")
 
@@ -294,14 +304,19 @@ def make_base(builder: Builder, mirror: str) -> str:
     for pattern in ("var/cache/apt/archives/*.deb", "var/cache/apt/*.bin", "var/lib/apt/lists/*_*"):
         for path in folder.glob(pattern):
             path.unlink()
-    builder.build(image, "--file", "-", builder.folder, stdin=BASE_DOCKERFILE)
+    container = builder.run("from", "scratch")
+    builder.run("copy", container, folder, "/")
+    builder.run("config", "--env", f"PATH={PATH}", "--cmd", "python", "--created-by", "debootstrap", container)
+    builder.run("commit", "--format", "docker", "--rm", container, image)
     shutil.rmtree(folder)
     return image
 
 
 def lend_pip_settings(folder: Path) -> list[str | Path]:
-    """Options of a build that lend it where this machine's pip finds packages, by a secret and mounts."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
+    """Options of a build that lend it where this machine's pip finds packages."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
     settings: dict[str, str] = {}
     for line in listed.stdout.splitlines():  # section.name='value'; the last said counts least
         key, _, value = line.partition("=")
@@ -310,16 +325,31 @@ def lend_pip_settings(folder: Path) -> list[str | Path]:
             settings.setdefault(name, value.strip("'\""))
     if not settings:
         return []
+    options: list[str | Path] = []
+    if "cert" in settings:
+        options = ["--volume", f"{settings['cert']}:{settings['cert']}:ro"]
+    for name in {"index-url", "extra-index-url", "find-links"} & settings.keys():
+        settings[name] = " ".join(served(word) for word in settings[name].split())
     pip_conf = folder / "pip.conf"
     pip_conf.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
-    options: list[str | Path] = ["--secret", f"id=pip.conf,src={pip_conf}"]
-    for word in " ".join(settings.values()).split():
-        path = Path(word.removeprefix("file://"))
-        if path.is_absolute() and path.exists():
-            if word.startswith("file://"):
-                path = path.parent  # an index points to files beside it
-            options += ["--volume", f"{path}:{path}:ro"]
-    return options
+    return [*options, "--secret", f"id=pip.conf,src={pip_conf}"]
+
+
+def served(place: str) -> str:
+    """A folder of this machine as an address on 127.0.0.1: mounted, it would leave its mount point in the image."""
+    path = Path(place.removeprefix("file://"))
+    if not (path.is_absolute() and path.is_dir()):
+        return place
+    top = path.parent if place.startswith("file://") else path  # an index points to files beside it
+    handler = functools.partial(QuietHandler, directory=str(top))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/{path.relative_to(top)}/"
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
 
 
 def overlay_works(folder: Path) -> bool:
@@ -354,7 +384,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="where debootstrap finds Debian")
     parser.add_argument("--torch-index", help="TORCH_CPU_INDEX of the Dockerfile; empty: wherever pip finds the rest")
     parser.add_argument(
-        "--cuda", action="store_true", help="build the cuda target too (with PyPI's torch: gigabytes); it is not started"
+        "--cuda",
+        action="store_true",
+        help="build the cuda target too (with PyPI's torch: gigabytes); it is not started",
     )
     parser.add_argument("--folder", type=Path, help="where to work; it is kept. By default a temporary one that is not")
     return parser.parse_args(arguments)
@@ -366,7 +398,7 @@ def main() -> int:
         raise SystemExit("needs root: debootstrap, mounts and namespaces")
     if missing := [tool for tool in ("buildah", "debootstrap", "unshare", "nsenter") if shutil.which(tool) is None]:
         raise SystemExit(f"not installed: {', '.join(missing)} (apt-get install buildah debootstrap util-linux)")
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="flashserve-proof-", dir="/var/tmp"))  # noqa: S108
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="flashserve-proof-", dir="/var/tmp"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return prove(options, folder)
