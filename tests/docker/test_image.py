@@ -70,10 +70,12 @@ def test_its_health_is_the_services(tmp_path):
     try:
         assert healthy()
         with server.http.stream("POST", "/v1/chat/completions", json=long_answer()) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # held: the stream ends with it
+            next(lines)
             server.terminate(signal.SIGTERM)
             server.wait(lambda: server.http.get("/readyz").status_code == 503)
             assert not healthy()
+            assert server.process.poll() is None, "it ended too soon to tell"
     finally:
         server.close()
     assert not healthy()
