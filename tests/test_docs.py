@@ -22,6 +22,7 @@ PROGRAMS = (
 )
 
 BENCH, TRAIN = "tests/model/test_bench.py", "tests/service/test_train_command.py"
+DEMO = "tests/model/test_demo_training.py"
 
 # A command is known by its longest beginning in this list: the test that runs the like of it, or why none does.
 RUN_BY = {
@@ -38,7 +39,7 @@ RUN_BY = {
     "python -m model.bench.gpu": "tests/model/test_bench_gpu.py::test_a_native_target_has_no_graphs_to_measure",
     "python -m model.bench.load": f"{BENCH}::test_drafting_by_load_is_measured_beside_every_fixed_way",
     "python -m model.bench.table": f"{BENCH}::test_the_table_sets_every_drafter_there_is_beside_every_other",
-    "python -m model.demo.draft": "tests/model/test_demo_training.py::test_a_resumed_training_goes_on_as_if_never_stopped",
+    "python -m model.demo.draft": f"{DEMO}::test_a_resumed_training_goes_on_as_if_never_stopped",
     "python -m loadtest run": "tests/loadtest/test_load.py::test_one_command_writes_the_report",
     "python -m loadtest export": "tests/loadtest/test_load.py::test_pictures_and_questions_are_written_for_other_tools",
     "python -m loadtest.rolling": "tests/loadtest/test_rolling.py::test_a_rolling_restart_under_load_fails_no_request",
@@ -121,5 +122,6 @@ def test_the_tests_it_names_are_there(test: str) -> None:
 
 
 def test_commands_are_found_where_they_stand() -> None:
-    text = "Run `make demo`, or\n\n```\nFLASH_X=1 flashserve serve \\\n  --port 1\n   python printed\n```\nand `flashserve`."
-    assert list(commands(text)) == ["flashserve serve --port 1", "make demo"]
+    block = "```\nFLASH_X=1 flashserve serve \\\n  --port 1\n   python printed\n```"
+    found = list(commands(f"Run `make demo`, or\n\n{block}\nand `flashserve`."))
+    assert found == ["flashserve serve --port 1", "make demo"]
