@@ -148,9 +148,9 @@ ROWS: dict[str, list[Panel]] = {
             width=3,
         ),
         Panel(
-            "KV memory, fullest worker",
+            "KV memory in use",
             SHARE,
-            "When it is full, requests wait until others end.",
+            "Of the fullest worker. When it is full, requests wait until others end.",
             {"kv": f"max ({chosen('flash_kv_cache_usage_ratio')})"},
             kind="stat",
             decimals=0,
@@ -242,7 +242,10 @@ ROWS: dict[str, list[Panel]] = {
             "Time per output token",
             SECONDS,
             "(last - first) / tokens after the first output, one value an answer.",
-            {**quantiles("flash_time_per_output_token_seconds"), "mean": mean("flash_time_per_output_token_seconds")},
+            {
+                **quantiles("flash_time_per_output_token_seconds"),
+                "{{model}} mean": mean("flash_time_per_output_token_seconds"),
+            },
             steps=((None, "transparent"), (TPOT_LIMIT, RED)),
         ),
         Panel(

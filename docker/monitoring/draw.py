@@ -17,6 +17,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from PIL import Image
 
 from docker.monitoring.panels import DASHBOARD, Panel, Prometheus, Series, read
 
@@ -86,7 +87,8 @@ def draw(panels: list[Panel], prometheus: Prometheus, *, start: float, end: floa
         axes = figure.add_axes(
             (left + margin, bottom(y + height) + 0.62 / inches, wide - margin - 0.012, tall - 0.98 / inches)
         )
-        axes.set_title(panel.title, x=-0.105, pad=7)
+        _, _, suffix = panel.unit.partition(":")  # such a unit is said once, not at every tick
+        axes.set_title(f"{panel.title} ({suffix.strip()})" if suffix else panel.title, x=-0.105, pad=7)
         if not any(one.points for one in series):
             axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center")
         else:
@@ -106,13 +108,13 @@ def _values(series: Series) -> list[float]:
 
 
 def _unit_axis(axes: Axes, panel: Panel) -> None:
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, panel.unit)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, panel.unit.partition(":")[0])))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=panel.unit == "none" and axes.get_ylim()[1] > 5))
 
 
 def _lines(axes: Axes, panel: Panel, series: list[Series]) -> None:
     # What never happened would only fill the legend.
-    drawn = [one for one in series if len(series) <= 5 or any(value > 0 for value in _values(one))]
+    drawn = [one for one in series if len(series) <= 3 or any(value > 0 for value in _values(one))]
     times = sorted({at for one in drawn for at in _times(one)})
     below = [0.0] * len(times)
     for index, one in enumerate(drawn):
@@ -129,7 +131,7 @@ def _lines(axes: Axes, panel: Panel, series: list[Series]) -> None:
         else:
             axes.plot(_times(one), _values(one), color=color, linewidth=1.3, label=one.name)
     largest = axes.get_ylim()[1]
-    axes.set_ylim(0, panel.most or max(largest, 1e-9))
+    axes.set_ylim(0, panel.most or (1 if panel.unit == "none" and largest < 1 else largest))
     for limit, color in panel.steps:
         if limit is not None and limit <= axes.get_ylim()[1] * 1.5:
             axes.axhline(limit, color=TEXT_COLORS.get(color, color), linestyle="--", linewidth=1)
@@ -202,7 +204,11 @@ def main() -> None:
     told = parser.parse_args()
     end = told.until or time.time()
     with Prometheus(told.prometheus) as prometheus, mpl.rc_context(STYLE):
-        draw(read(told.dashboard), prometheus, start=end - 60 * told.minutes, end=end).savefig(told.output, dpi=100)
+        figure = draw(read(told.dashboard), prometheus, start=end - 60 * told.minutes, end=end)
+        figure.savefig(told.output, dpi=100)
+    if told.output.suffix == ".png":  # a few dozen colours are all it has: a third of the size
+        with Image.open(told.output) as picture:
+            picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(told.output, optimize=True)
 
 
 if __name__ == "__main__":
