@@ -177,7 +177,7 @@ def staged(case: Case) -> tuple[dict[str, str], dict[int, Fired]]:
 def promtool(folder: Path, values: dict[str, str], looks: dict[int, Fired]) -> None:
     checks = [
         {
-            "expr": 'count by (alertname, severity) (ALERTS{alertstate="firing"})',
+            "expr": 'max by (alertname, severity) (ALERTS{alertstate="firing"})',
             "eval_time": f"{minute}m",
             "exp_samples": [
                 {"labels": f'{{alertname="{name}", severity="{severity}"}}', "value": 1}
