@@ -121,7 +121,7 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("service", "prometheus")]
     for folder in folders:
         folder.mkdir()
-    settings = {"max_num_seqs": 4, "max_waiting": 28, "max_worker_restarts": 3}
+    settings = {"max_num_seqs": 8, "max_waiting": 24, "max_worker_restarts": 3}
     server = Server(folders[0], {"delay": 1.0}, settings)
     prometheus = RunningPrometheus(folders[1], server.url.removeprefix("http://"), at_once=True)
     seen: set[tuple[str, str]] = set()
@@ -139,7 +139,7 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
     try:
         time.sleep(3)
         with ThreadPoolExecutor(48) as pool:
-            # Four at a time, a second a token, more and more of them: some wait, some are refused, some fail.
+            # Eight at a time, a second a token, more and more of them: some wait, some are refused, some fail.
             requests: list[Any] = []
             for number in range(44):
                 text = "FAIL AT 1" if number % 4 == 3 else "go on"
