@@ -86,6 +86,8 @@ class Prometheus:
 
     def get(self, path: str, **params: Any) -> Any:
         response = self._http.get(f"/api/v1/{path}", params=params)
+        if "json" not in response.headers.get("Content-Type", ""):
+            raise ValueError(f"Prometheus: {response.status_code} {response.text[:200]}")
         body = response.json()
         if body["status"] != "success":
             raise ValueError(f"Prometheus: {body['error']} ({params})")

@@ -101,7 +101,7 @@ class RunningPrometheus(Prometheus):
     def _scrapes(self) -> bool:
         try:
             return bool(self.value('up{job="flashserve"}'))
-        except httpx.TransportError:
+        except (httpx.TransportError, ValueError):  # not up yet, or still reading its storage
             return False
 
 
