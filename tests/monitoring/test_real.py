@@ -134,12 +134,15 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
                 notes[one["labels"]["alertname"]] = one["annotations"]
             return set(names) <= {name for name, _ in seen}
 
-        prometheus.wait(all_of_them, 90)
+        try:
+            prometheus.wait(all_of_them, 90)
+        except AssertionError as error:
+            raise AssertionError(f"expected {names}, saw {seen}") from error
 
     try:
         time.sleep(3)
         with ThreadPoolExecutor(48) as pool:
-            # Eight at a time, a second a token, more and more of them: some wait, some are refused, some fail.
+            # Four at a time, a second a token, more and more of them: some wait, some are refused, some fail.
             requests: list[Any] = []
             for number in range(44):
                 text = "FAIL AT 1" if number % 4 == 3 else "go on"
