@@ -141,14 +141,14 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
 
     try:
         time.sleep(3)
-        with ThreadPoolExecutor(48) as pool:
+        with ThreadPoolExecutor(60) as pool:
             # Four at a time, a second a token, more and more of them: some wait, some are refused, some fail.
             requests: list[Any] = []
-            for number in range(44):
+            for number in range(60):
                 text = "FAIL AT 1" if number % 4 == 3 else "go on"
                 body = chat_body(f"{text} {number}", max_tokens=3, speculation="off")
                 requests.append(pool.submit(httpx.post, f"{server.url}/v1/chat/completions", json=body, timeout=100))
-                time.sleep(0.15)
+                time.sleep(0.1)
             fires("FlashServeQueueGrowing", "FlashServeRefusing")
             statuses = {request.result().status_code for request in requests}
             assert statuses == {200, 500, 503}
