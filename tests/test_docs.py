@@ -22,7 +22,8 @@ PROGRAMS = (
 )
 
 BENCH, TRAIN = "tests/model/test_bench.py", "tests/service/test_train_command.py"
-DEMO = "tests/model/test_demo_training.py"
+DEMO, MONITORING = "tests/model/test_demo_training.py", "tests/monitoring"
+IS_WRITTEN = "test_the_committed_dashboard_is_what_the_code_writes"
 
 # A command is known by its longest beginning in this list: the test that runs the like of it, or why none does.
 RUN_BY = {
@@ -45,6 +46,8 @@ RUN_BY = {
     "python -m loadtest.rolling": "tests/loadtest/test_rolling.py::test_a_rolling_restart_under_load_fails_no_request",
     "python -m loadtest.soak": "tests/e2e/test_soak.py::test_a_soak_leaves_nothing_behind",
     "python -m loadtest.livez": "tests/e2e/test_soak.py::test_livez_answers_while_16_requests_with_large_media_run",
+    "python -m docker.monitoring.dashboard": f"{MONITORING}/test_dashboard.py::{IS_WRITTEN}",
+    "python -m docker.monitoring.draw": f"{MONITORING}/test_real.py::test_the_picture_is_drawn_from_it",
     "curl -N http://127.0.0.1:8000/v1/generate": "tests/e2e/test_generate_route.py",
     "curl http://127.0.0.1:8000/v1/generate": "tests/e2e/test_generate_route.py",
     "curl http://127.0.0.1:8000/admin/draft": "tests/e2e/test_hot_swap.py",
