@@ -179,6 +179,7 @@ def _plot(rows: list[dict[str, Any]], folder: Path) -> None:
                     panel.bar(present, values, color=[colours[name] for name in present]), fmt="%.2f", fontsize=7
                 )
                 panel.axhline(1.0, color="grey", linewidth=0.8)
+                panel.margins(y=0.12)  # room for the numbers on top
                 panel.tick_params(axis="x", labelrotation=30, labelsize=7)
             else:
                 for name in present:
@@ -189,7 +190,7 @@ def _plot(rows: list[dict[str, Any]], folder: Path) -> None:
                 panel.legend(fontsize=6)
             panel.tick_params(labelsize=7)
         figure.suptitle(f"{title}, {first} request{'s' * (first > 1)} at once", fontsize=10)
-        figure.savefig(folder / file, dpi=110)
+        figure.savefig(folder / file, dpi=80)
 
 
 if __name__ == "__main__":
