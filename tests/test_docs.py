@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -51,6 +52,8 @@ RUN_BY = {
     "curl -N http://127.0.0.1:8000/v1/generate": "tests/e2e/test_generate_route.py",
     "curl http://127.0.0.1:8000/v1/generate": "tests/e2e/test_generate_route.py",
     "curl http://127.0.0.1:8000/admin/draft": "tests/e2e/test_hot_swap.py",
+    "curl http://127.0.0.1:8000/v1/models": "tests/service/test_openai.py",
+    "python -m pytest": "tests/test_project.py::test_ci_runs_the_same_tests_as_a_person",
     "kubectl kustomize": "tests/k8s/test_manifests.py",
 }
 NOT_RUN = {
@@ -76,9 +79,9 @@ NAMES = ("flashserve", "docker", "git", "prometheus", "make", "promtool")  # als
 
 def commands(text: str) -> Iterator[str]:
     """Of a document: in its fenced blocks, line by line, and in its text between backticks."""
-    fenced = re.compile(r"^```.*?\n(.*?)^```", re.MULTILINE | re.DOTALL)
-    for block in fenced.findall(text):
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+    fenced = re.compile(r"^( *)```.*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+    for _, block in fenced.findall(text):
+        for line in re.sub(r"\\\n\s*", " ", dedent(block)).splitlines():
             yield from _command(line, alone=True)
     for quoted in re.findall(r"`([^`]+)`", fenced.sub("", text)):
         yield from _command(" ".join(quoted.split()), alone=False)
@@ -126,5 +129,6 @@ def test_the_tests_it_names_are_there(test: str) -> None:
 
 def test_commands_are_found_where_they_stand() -> None:
     block = "```\nFLASH_X=1 flashserve serve \\\n  --port 1\n   python printed\n```"
-    found = list(commands(f"Run `make demo`, or\n\n{block}\nand `flashserve`."))
-    assert found == ["flashserve serve --port 1", "make demo"]
+    listed = "1. Look.\n\n   ```\n   kubectl get pods\n   ```"
+    found = list(commands(f"Run `make demo`, or\n\n{block}\nand `flashserve`.\n{listed}"))
+    assert found == ["flashserve serve --port 1", "kubectl get pods", "make demo"]
