@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from loadtest import media
 from loadtest.asking import Question, parts
 from tests.e2e.conftest import StartServer
 from tests.e2e.server import EngineServer
+from tests.model import tiny
 
 # Long enough that it is still running when the blow falls.
-LONG: dict[str, Any] = {"max_tokens": 360, "ignore_eos": True, "speculation": "off"}
+LONG: dict[str, Any] = {"max_tokens": 2000, "ignore_eos": True, "speculation": "off"}
 SEEDED = {"temperature": 1.0, "seed": 9}
 QUESTION = Question("Describe the image.", (media.image(30),))
 
@@ -76,8 +78,11 @@ def wait_replaced(server: EngineServer, killed: int) -> None:
 
 
 @pytest.fixture
-def two_workers(start_server: StartServer) -> EngineServer:
-    server = start_server(workers=2, drain_timeout=60)
+def two_workers(start_server: StartServer, tmp_path: Path) -> EngineServer:
+    """Of a model that knows as many positions as such answers take."""
+    target = tiny.save_checkpoint(tmp_path / "target", positions=4096)
+    draft = tiny.save_draft(tmp_path / "draft", target)
+    server = start_server(workers=2, drain_timeout=60, model=target, draft=draft)
     server.wait(lambda: server.metric("flash_worker_up") == 2)
     return server
 

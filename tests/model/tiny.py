@@ -38,7 +38,7 @@ CORPUS = (
 )
 
 
-def save_checkpoint(folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: int = 4) -> Path:
+def save_checkpoint(folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: int = 4, positions: int = 512) -> Path:
     """Four layers of width 64, two heads; a tower that makes 16 tokens of a 32 x 32 picture."""
     tokenizer = demo.train_tokenizer(CORPUS, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
@@ -61,7 +61,7 @@ def save_checkpoint(folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: i
             num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=kv_heads,
-            max_position_embeddings=512,
+            max_position_embeddings=positions,
             tie_word_embeddings=False,
             **special,
         ),
