@@ -23,7 +23,7 @@ from loadtest import media
 from loadtest.asking import Answer, Question, Way
 from tests.e2e.server import EngineServer
 from tests.e2e.test_bundled_model import CLIP, SCENE
-from tests.monitoring.prometheus import RunningPrometheus, needs_prometheus, records
+from tests.monitoring.prometheus import RunningPrometheus, alerts, needs_prometheus, records
 from tests.service.server import ROOT, Server, chat_body
 
 pytestmark = [needs_prometheus, pytest.mark.slow]
@@ -81,6 +81,21 @@ def test_a_panel_shows_nothing_of_models_and_instances_that_were_not_chosen(aske
 def test_every_recording_rule_has_data(asked: Asked) -> None:
     prometheus, *_ = asked
     empty = [rule["record"] for rule in records() if not prometheus.value(f"last_over_time({rule['record']}[1m])")]
+    assert empty == []
+
+
+def test_what_alerts_compare_has_data(asked: Asked) -> None:
+    """Whether they fire or not: comparisons give 0 or 1, and the past that some look at begins now."""
+    prometheus, _, start, end = asked
+    empty = []
+    for rule in alerts():
+        expr = str(rule["expr"]).replace("offset 30m", "")
+        if expr.startswith("absent("):  # has data where all else has none
+            continue
+        compared = re.sub(r"(==|>|<)", r"\1 bool", re.sub(r"#.*", "", expr))
+        assert compared.count("bool"), rule["alert"]
+        if not any(known(points) for _, points in prometheus.over_time(compared, start, end, 1)):
+            empty.append(f"{rule['alert']}: {compared}")
     assert empty == []
 
 
