@@ -8,17 +8,16 @@ said, its number alone, so that a resumed run goes on as if never stopped.
 from __future__ import annotations
 
 import random
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from model.demo import captions, scenes
 from model.demo.captions import Turn
+from model.demo.training import Numbered
 from model.demo.vision import SIDE, weathered
 
 FRAME_COUNTS = ((4, 6, 8), (6, 3, 1))  # how many frames a training clip has, and how often
@@ -68,7 +67,7 @@ def _pair_turns(first: scenes.Scene, second: scenes.Scene, rng: random.Random) -
             yield Turn(f"In the {word} image: {turn.question}", turn.answer)
 
 
-class Conversations(IterableDataset[dict[str, torch.Tensor]]):
+class Conversations(Numbered[dict[str, torch.Tensor]]):
     """Endless batches from `first` on; those before `image_only` show single images only."""
 
     def __init__(
@@ -140,14 +139,3 @@ class Conversations(IterableDataset[dict[str, torch.Tensor]]):
         width = max(width, *(len(tokens) for tokens, _ in rows))
         ids = torch.tensor([t + [self.tokenizer.pad_token_id] * (width - len(t)) for t, _ in rows])
         return ids, torch.tensor([v + [-100] * (width - len(v)) for _, v in rows])
-
-    @abstractmethod
-    def batch(self, index: int) -> dict[str, torch.Tensor]:
-        """Tensors of batch `index`, which depend on that number alone."""
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        torch.set_num_threads(1)
-        index = self.first
-        while True:
-            yield self.batch(index)
-            index += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -32,7 +32,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 from model.demo import qwen, scenes
 from model.demo.motion import MOTION_QUESTIONS, motion_labels, motion_loss
-from model.demo.training import Training
+from model.demo.training import Numbered, Training
 from model.demo.vision import GRID, QUESTIONS, SIDE, normalised, patch_labels, patch_loss, weathered
 
 REACH = 2  # an object's centre is at most so many tokens away
@@ -113,8 +113,8 @@ def tower_labels(labels: np.ndarray) -> np.ndarray:
     return np.stack([columns[q] for q in TOWER_QUESTIONS], -1)
 
 
-class PairData(IterableDataset[dict[str, torch.Tensor]]):
-    """Endless batches from `first` on: two frames of a clip, or a picture twice. Batch i depends on i alone."""
+class PairData(Numbered[dict[str, torch.Tensor]]):
+    """Endless batches from `first` on: two frames of a clip, or a picture twice."""
 
     def __init__(self, first: int, batch: int) -> None:
         self.first, self.batch_size = first, batch
@@ -144,13 +144,6 @@ class PairData(IterableDataset[dict[str, torch.Tensor]]):
             "labels": torch.from_numpy(np.stack(labels)),
             "motions": torch.from_numpy(np.concatenate(motions)),
         }
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        torch.set_num_threads(1)
-        index = self.first
-        while True:
-            yield self.batch(index)
-            index += 1
 
 
 class TokenReader(nn.Module):

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 SAVED_EVERY = 50.0  # seconds
+Batch = TypeVar("Batch")
+
+
+class Numbered(IterableDataset[Batch]):
+    """Endless batches from `first` on; batch i depends on i alone, so a resumed run sees what it would have seen."""
+
+    first: int
+
+    @abstractmethod
+    def batch(self, index: int) -> Batch: ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        index = self.first
+        while True:
+            yield self.batch(index)
+            index += 1
 
 
 class Training:

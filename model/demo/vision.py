@@ -11,7 +11,6 @@ import io
 import math
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model.demo import scenes
 from model.demo.scenes import Scene, Thing
+from model.demo.training import Numbered
 
 SIDE, PATCH = 192, 16
 GRID = SIDE // PATCH
@@ -118,27 +118,23 @@ def normalised(frames: np.ndarray) -> torch.Tensor:
     return pixels.movedim(-1, -3)
 
 
-class PatchData(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Endless batches from `first` on; batch i depends on i alone, so a resumed run sees what it would have seen."""
+class PatchData(Numbered[tuple[torch.Tensor, torch.Tensor]]):
+    """Pictures, and in every fourth place a moment of a video, with the labels of their patches."""
 
     def __init__(self, first: int, batch: int) -> None:
-        self.first, self.batch = first, batch
+        self.first, self.batch_size = first, batch
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        torch.set_num_threads(1)
-        index = self.first
-        while True:
-            frames, labels = [], []
-            for i in range(index * self.batch, (index + 1) * self.batch):
-                rng = random.Random(i)
-                if i % 4 == 3:
-                    scene, moment = scenes.random_video_scene(scenes.scene_seed("train", "video", i)), rng.random()
-                else:
-                    scene, moment = scenes.random_image_scene(scenes.scene_seed("train", "image", i)), 0.0
-                frames.append(weathered(scenes.render(scene, SIDE, moment), rng))
-                labels.append(patch_labels(scene, moment))
-            yield normalised(np.stack(frames)), torch.from_numpy(np.stack(labels))
-            index += 1
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        frames, labels = [], []
+        for i in range(index * self.batch_size, (index + 1) * self.batch_size):
+            rng = random.Random(i)
+            if i % 4 == 3:
+                scene, moment = scenes.random_video_scene(scenes.scene_seed("train", "video", i)), rng.random()
+            else:
+                scene, moment = scenes.random_image_scene(scenes.scene_seed("train", "image", i)), 0.0
+            frames.append(weathered(scenes.render(scene, SIDE, moment), rng))
+            labels.append(patch_labels(scene, moment))
+        return normalised(np.stack(frames)), torch.from_numpy(np.stack(labels))
 
 
 def _sine_table(width: int) -> torch.Tensor:
