@@ -22,7 +22,7 @@ from model.request import FinishReason, RequestOutput, RequestStats, SamplingPar
 from service.errors import BadRequest, EngineFailure, ServiceError, TimedOut
 from service.log import fields
 from service.pool.generation import Event, Generation
-from service.pool.messages import Submit, WireMessage
+from service.pool.messages import Submit
 from service.prompt import Prompt
 from service.schemas.sampling import seed_of_choice
 from service.state import Service
@@ -107,10 +107,9 @@ class Answer:
             self._error = self._timed_out()
             raise self._error from None
         self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
-        messages = tuple(WireMessage.pack(message) for message in prompt.messages)
         for index in range(n):
             own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
-            submit = Submit(f"{self.id}-{index}", messages, own, speculation == "auto")
+            submit = Submit(f"{self.id}-{index}", prompt.messages, own, speculation == "auto")
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
         await self._has_news()
 

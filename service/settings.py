@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     media_timeout: float = option("Processes", 20.0, "Seconds for decoding one image or video.", gt=0)
     fetch_timeout: float = option("Processes", 10.0, "Seconds for fetching one image or video by URL.", gt=0)
     media_memory_bytes: int = option("Processes", 1536 * MIB, "Address space of one decoding child.", ge=384 * MIB)
+    shared_media_bytes: int = option(
+        "Processes", 64 * MIB, "Memory for decoded media, shared with the workers; what finds no room is sent.", ge=0
+    )
     load_timeout: float = option("Processes", 900.0, "Seconds for a worker to load its model.", gt=0)
     stall_timeout: float = option("Processes", 120.0, "Seconds of silence after which a busy worker is killed.", gt=0)
     max_worker_restarts: int = option("Processes", 8, "Deaths in a row after which a worker is given up.", ge=0)

@@ -15,6 +15,7 @@ from service.errors import NoCapacity
 from service.log import fields
 from service.media import MediaDecoder, MediaLimits
 from service.metrics import Metrics
+from service.pool.arena import Arena
 from service.pool.drafts import Drafts
 from service.pool.pool import Pool
 from service.pool.supervisor import WorkerPlan
@@ -36,8 +37,9 @@ class Service:
         if settings.watch_draft is not None and settings.draft is not None:
             self._watch = Watch(settings.draft, settings.watch_draft, self.change_draft)
         changes = self._watch is not None or settings.admin_key is not None
+        self._arena = _arena(settings.shared_media_bytes)
         self.pool = Pool(
-            _plans(settings),
+            _plans(settings, self._arena),
             max_request_retries=settings.max_request_retries,
             observer=self.metrics,
             drafts=Drafts(settings.draft, keep=changes, timeout=settings.load_timeout),
@@ -119,7 +121,7 @@ class Service:
         info = self.pool.info
         if info.device == "cpu":
             cores.give_way()  # and so do the decoding children, which inherit it
-        decoder = MediaDecoder(self.media_limits, info.geometry, self.settings.media_workers)
+        decoder = MediaDecoder(self.media_limits, info.geometry, self.settings.media_workers, self._arena)
         try:
             await decoder.start()
         except RuntimeError as error:
@@ -141,7 +143,18 @@ class Service:
         )
 
 
-def _plans(settings: Settings) -> list[WorkerPlan]:
+def _arena(num_bytes: int) -> Arena | None:
+    """Memory shared with the workers, where this system has any to share: without, pixels go through their sockets."""
+    if not num_bytes:
+        return None
+    try:
+        return Arena(num_bytes)
+    except (AttributeError, OSError) as error:
+        log.warning("media are sent to the workers through sockets, there is no memory to share: %s", error)
+        return None
+
+
+def _plans(settings: Settings, arena: Arena | None) -> list[WorkerPlan]:
     return [
         WorkerPlan(
             engine=settings.engine,
@@ -149,6 +162,7 @@ def _plans(settings: Settings) -> list[WorkerPlan]:
             load_timeout=settings.load_timeout,
             stall_timeout=settings.stall_timeout,
             max_restarts=settings.max_worker_restarts,
+            arena=arena,
         )
         for options in settings.engine_options()
     ]

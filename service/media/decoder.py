@@ -18,7 +18,7 @@ from model.request import Geometry, Medium
 from service.errors import BadRequest, NoCapacity, ServiceError, TooLarge, UnsupportedMedia
 from service.media import wire
 from service.media.limits import MediaLimits
-from service.media.process import Child, ChildGone
+from service.media.process import Child, ChildGone, Memory
 from service.media.refusal import HARMLESS, Refusal, client_error
 from service.media.sniff import KIND_OF, Format, Kind, sniff
 
@@ -44,12 +44,13 @@ class DecoderStats:
 class MediaDecoder:
     """`await start()`, any number of concurrent `await decode(...)`, `await close()`."""
 
-    def __init__(self, limits: MediaLimits, geometry: Geometry, workers: int = 2) -> None:
+    def __init__(self, limits: MediaLimits, geometry: Geometry, workers: int = 2, memory: Memory | None = None) -> None:
+        """memory: where pixels are put, while there is room."""
         if workers < 1:
             raise ValueError("workers must be at least 1")
         self.limits = limits
         self.geometry = geometry
-        self._setup = wire.Setup(limits, geometry)
+        self._setup, self._memory = wire.Setup(limits, geometry), memory
         self._slots = tuple(_Slot() for _ in range(workers))
         self._free: asyncio.Queue[_Slot] = asyncio.Queue()
         self._renewals: set[asyncio.Task[None]] = set()
@@ -200,7 +201,7 @@ class MediaDecoder:
         """Raises OSError (TimeoutError is one) or ChildGone. The slot has its child from the first moment on, so that
         `close()` can kill it while it starts."""
         await self._discard(slot)
-        slot.child = child = await Child.spawn(self._setup)
+        slot.child = child = await Child.spawn(self._setup, self._memory)
         try:
             async with asyncio.timeout(self.limits.start_seconds):
                 await child.ready()

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -42,17 +42,26 @@ def _environment() -> dict[str, str]:
     return {**kept, **threads, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+class Memory(Protocol):
+    """Somewhere to put pixels."""
+
+    def take(self, num_bytes: int) -> np.ndarray | None:
+        """(num_bytes,) uint8; None where there is no room."""
+        ...
+
+
 class Child:
     """Owned by one task at a time, except that anyone may `kill()`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket, memory: Memory | None) -> None:
         self._process = process
         self._sock = sock
+        self._memory = memory
         self._loop = asyncio.get_running_loop()
         self.num_jobs = 0
 
     @classmethod
-    async def spawn(cls, setup: wire.Setup) -> Child:
+    async def spawn(cls, setup: wire.Setup, memory: Memory | None = None) -> Child:
         """A new process, not yet warm. Raises OSError when there can be none."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -69,7 +78,7 @@ class Child:
             raise
         finally:
             theirs.close()
-        return cls(process, ours)
+        return cls(process, ours, memory)
 
     @property
     def pid(self) -> int:
@@ -125,7 +134,9 @@ class Child:
         prefix = await self._read(bytearray(wire.PREFIX.size))
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=max_payload)
         reply = wire.unpack_reply(await self._read(bytearray(num_message)))
-        payload = np.empty(num_payload, dtype=np.uint8)
+        payload = self._memory.take(num_payload) if self._memory is not None and num_payload else None
+        if payload is None:
+            payload = np.empty(num_payload, dtype=np.uint8)
         await self._read(payload.data)
         return reply, payload
 

@@ -1,4 +1,5 @@
 """The whole protocol between the API process and a worker: plain structs as msgpack, each after its length.
+Pixels lie in memory that both share (arena.py), where there is room.
 
     API                         worker
      |-- Load ------------------>|
@@ -21,9 +22,10 @@ module adds only what a socket needs.
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,46 +33,15 @@ import numpy as np
 from model.request import (
     EngineInfo,
     EngineStats,
-    Medium,
     Message,
     Request,
     RequestOutput,
     SamplingParams,
 )
+from service.pool.arena import Arena, Shared
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 2**31
-
-
-class WireMedium(msgspec.Struct, frozen=True, tag="medium"):
-    kind: Literal["image", "video"]
-    shape: tuple[int, int, int, int]
-    frames: memoryview
-    seconds_per_frame: float | None
-
-    @classmethod
-    def pack(cls, medium: Medium) -> WireMedium:
-        frames = np.ascontiguousarray(medium.frames, dtype=np.uint8)
-        num_frames, height, width, channels = frames.shape
-        shape = (num_frames, height, width, channels)
-        return cls(medium.kind, shape, frames.reshape(-1).data, medium.seconds_per_frame)
-
-    def unpack(self) -> Medium:
-        frames = np.frombuffer(self.frames, dtype=np.uint8).reshape(self.shape)
-        return Medium(self.kind, frames, self.seconds_per_frame)
-
-
-class WireMessage(msgspec.Struct, frozen=True):
-    role: Literal["system", "user", "assistant"]
-    content: tuple[str | WireMedium, ...]
-
-    @classmethod
-    def pack(cls, message: Message) -> WireMessage:
-        parts = (part if isinstance(part, str) else WireMedium.pack(part) for part in message.content)
-        return cls(message.role, tuple(parts))
-
-    def unpack(self) -> Message:
-        return Message(self.role, tuple(part if isinstance(part, str) else part.unpack() for part in self.content))
 
 
 # API -> worker
@@ -82,13 +53,13 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     request_id: str
-    messages: tuple[WireMessage, ...]
+    messages: tuple[Message, ...]
     params: SamplingParams
     speculation: bool
 
-    def unpack(self) -> Request:
-        messages = tuple(message.unpack() for message in self.messages)
-        return Request(self.request_id, messages, self.params, self.speculation)
+    @property
+    def request(self) -> Request:
+        return Request(self.request_id, self.messages, self.params, self.speculation)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -156,14 +127,50 @@ DraftAnswer = DraftReady | DraftRefused | DraftUsed
 ToWorker = Load | Submit | Abort | ReadDraft | UseDraft | DropDraft | Stop
 FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | DraftAnswer
 
-_encoder = msgspec.msgpack.Encoder()
-to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
-def frame(message: ToWorker | FromWorker) -> bytearray:
+class Pixels(msgspec.Struct, frozen=True, array_like=True):
+    """How an array of frames is sent: as bytes, or as the place in the shared memory where they begin."""
+
+    shape: tuple[int, int, int, int]
+    frames: memoryview | int
+
+
+def encoder(arena: Arena | None = None) -> msgspec.msgpack.Encoder:
+    """Of what either side says; only the API sends pixels, and those that lie in the arena stay there."""
+
+    def pixels(frames: Any) -> Pixels:
+        if not isinstance(frames, np.ndarray):
+            raise NotImplementedError(f"{type(frames)} cannot be sent")
+        place = arena.place_of(frames) if arena is not None else None
+        num_frames, height, width, channels = frames.shape
+        data = np.ascontiguousarray(frames, np.uint8).reshape(-1).data if place is None else place
+        return Pixels((num_frames, height, width, channels), data)
+
+    return msgspec.msgpack.Encoder(enc_hook=pixels)
+
+
+def to_worker(shared: Shared | None = None) -> msgspec.msgpack.Decoder[ToWorker]:
+    """Reads what the API sends; pixels that did not come along are copied from the shared memory at once."""
+
+    def frames(_: type[Any], sent: Any) -> np.ndarray:
+        told = msgspec.convert(sent, Pixels)
+        if isinstance(told.frames, int):
+            if shared is None:
+                raise ValueError("there is no shared memory")
+            return shared.read(told.frames, math.prod(told.shape)).reshape(told.shape)
+        return np.frombuffer(told.frames, np.uint8).reshape(told.shape)
+
+    return msgspec.msgpack.Decoder(ToWorker, dec_hook=frames)
+
+
+_plain = encoder()
+
+
+def frame(message: ToWorker | FromWorker, encoder: msgspec.msgpack.Encoder = _plain) -> bytearray:
     buffer = bytearray(HEADER_BYTES)
-    _encoder.encode_into(message, buffer, HEADER_BYTES)
+    encoder.encode_into(message, buffer, HEADER_BYTES)
     buffer[:HEADER_BYTES] = _length(len(buffer) - HEADER_BYTES).to_bytes(HEADER_BYTES, "big")
     return buffer
 

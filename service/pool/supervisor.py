@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, cast
 
 from model.request import EngineInfo
 from service.pool import messages as m
+from service.pool.arena import Arena
 
 log = logging.getLogger("flashserve.pool")
 
@@ -45,15 +46,16 @@ class WorkerPlan:
     load_timeout: float
     stall_timeout: float
     max_restarts: int
+    arena: Arena | None = None  # where media lie
 
 
 class _Wire(asyncio.Protocol):
     """Our end of a worker's socket. A task that reads it would cost more than most messages."""
 
-    def __init__(self, take: Callable[[m.FromWorker], None]) -> None:
+    def __init__(self, take: Callable[[m.FromWorker], None], arena: Arena | None) -> None:
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # or what went wrong
         self._take = take
-        self._frames = m.Frames()
+        self._frames, self._encoder = m.Frames(), m.encoder(arena)
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -71,7 +73,7 @@ class _Wire(asyncio.Protocol):
 
     def send(self, message: m.ToWorker) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(m.frame(message))
+            self._transport.write(m.frame(message, self._encoder))
 
     def close(self) -> None:
         if self._transport is not None:
@@ -155,9 +157,13 @@ class Worker:
         """One life of the process: its exit code and how many seconds it was ready."""
         ours, theirs = socket.socketpair()
         command = ["-m", "service.pool.worker", "--fd", str(theirs.fileno()), "--engine", self._plan.engine]
+        given = [theirs.fileno()]
+        if self._plan.arena is not None:
+            command += ["--pixels", str(self._plan.arena.fd)]
+            given.append(self._plan.arena.fd)
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL
+                sys.executable, *command, pass_fds=given, stdin=asyncio.subprocess.DEVNULL
             )
         except OSError:
             log.exception("worker %d cannot be started", self.index)
@@ -168,7 +174,7 @@ class Worker:
         self._process, self.pid = process, process.pid
         self._heard_at = time.monotonic()
         self._ready_at = None
-        self._wire = wire = _Wire(self._take)
+        self._wire = wire = _Wire(self._take, self._plan.arena)
         await asyncio.get_running_loop().create_connection(lambda: wire, sock=ours)
         watchdog = asyncio.create_task(self._watch())
         try:

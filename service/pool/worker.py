@@ -1,6 +1,6 @@
 """The worker process: one engine, driven by messages from a socket.
 
-    python -m service.pool.worker --fd N [--engine module:callable]
+    python -m service.pool.worker --fd N [--pixels N] [--engine module:callable]
 
 Between two steps it takes in what has arrived and never waits; it waits only when the engine has nothing to do. It
 knows nothing of HTTP. When the API process is gone it exits at once, whatever the engine is doing.
@@ -30,6 +30,7 @@ from model.request import EngineStats, Request, RequestError, RequestOutput
 from service import cores
 from service.pool import incoming
 from service.pool import messages as m
+from service.pool.arena import Shared
 from service.pool.incoming import DraftRead, IncomingDraft
 
 STATS_INTERVAL = 0.1
@@ -74,9 +75,11 @@ class Link:
     """The worker's end of the socket: a thread receives, so that large media arrive while the engine computes, and
     prepares the requests that came, so that the engine need not between two steps."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, shared: Shared | None = None) -> None:
+        """shared: where pixels lie that are not sent along."""
         self.engine: Engine | None = None  # that prepares them; nobody sends any before it is there
         self._sock = sock
+        self._decoder = m.to_worker(shared)
         self._inbox: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
         self._unsent: deque[memoryview] = deque()
         self._stopping = False
@@ -118,7 +121,7 @@ class Link:
         cores.give_way()
         try:
             while (payload := m.receive_frame(self._sock)) is not None:
-                message = m.to_worker.decode(payload)
+                message = self._decoder.decode(payload)
                 self._stopping |= isinstance(message, m.Stop)
                 self._inbox.put(self._prepared(message) if isinstance(message, m.Submit) else message)
         except OSError:
@@ -132,7 +135,7 @@ class Link:
         try:
             if self.engine is None:
                 raise RuntimeError("the engine is not loaded yet")
-            return Prepared(submit.request_id, self.engine.prepare(submit.unpack()))
+            return Prepared(submit.request_id, self.engine.prepare(submit.request))
         except RequestError as error:
             return m.Refused(submit.request_id, error.message, error.param, error.code)
         except Exception as error:
@@ -198,6 +201,7 @@ class StatsReport:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="service.pool.worker", description=__doc__)
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--pixels", type=int, help="file descriptor of the memory in which media lie")
     parser.add_argument("--engine", default="service.pool.worker:load_engine")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -206,7 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     cores.take_part()
-    link = Link(socket.socket(fileno=arguments.fd))
+    shared = None if arguments.pixels is None else Shared(arguments.pixels)
+    link = Link(socket.socket(fileno=arguments.fd), shared)
     load = next(link.receive(wait=True))
     try:
         if not isinstance(load, m.Load):

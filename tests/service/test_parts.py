@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from service.admission import Admission
 from service.errors import EngineFailure, KeyLimit, NoCapacity, ServiceError
 from service.metrics import Metrics
 from service.pool import messages as m
+from service.pool.arena import Arena, Shared
 from service.pool.generation import Event, Generation
 from service.schemas.sampling import seed_of_choice
 from service.settings import Settings
@@ -193,19 +196,70 @@ def test_the_rate_falls_to_zero_when_nothing_happens() -> None:
     assert b'flash_tokens_per_second{model="demo"} 0.0' in metrics.render()
 
 
-def test_media_cross_the_socket_unchanged() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
-    message = m.WireMessage.pack(Message("user", ("before", Medium("video", frames[:, ::-1], 0.4), "after")))
-    sent = m.frame(m.Submit("r", (message,), SamplingParams(stop=("x",), seed=2**63 - 1), False))
-    received = m.to_worker.decode(sent[m.HEADER_BYTES :])
+@pytest.mark.parametrize("shared", [False, True])
+def test_media_reach_the_worker_unchanged(shared: bool) -> None:
+    """Through its socket, or through the memory it shares: then they do not go through the socket."""
+    arena = Arena(1 << 20) if shared else None
+    frames = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
+    if arena is not None:
+        piece = arena.take(frames.nbytes)
+        assert piece is not None
+        piece[:] = frames.reshape(-1)
+        frames = piece.reshape(frames.shape)
+    parts = ("before", Medium("video", frames, 0.4), Medium("image", frames[:1, ::-1]), "after")
+    submit = m.Submit("r", (Message("user", parts),), SamplingParams(stop=("x",), seed=2**63 - 1), False)
+    sent = m.frame(submit, m.encoder(arena))
+    assert len(sent) < (2 if shared else 5) * 50 * 70 * 3, "one medium of the two, reversed, is none of the arena's"
+    received = m.to_worker(None if arena is None else Shared(os.dup(arena.fd))).decode(sent[m.HEADER_BYTES :])
     assert isinstance(received, m.Submit)
-    request = received.unpack()
-    before, medium, after = request.messages[0].content
+    before, medium, reversed_, after = received.request.messages[0].content
     assert isinstance(medium, Medium)
-    assert (before, after, medium.kind) == ("before", "after", "video")
-    assert np.array_equal(medium.frames, frames[:, ::-1])
+    assert isinstance(reversed_, Medium)
+    assert (before, after, medium.kind, reversed_.kind) == ("before", "after", "video", "image")
+    assert np.array_equal(medium.frames, frames)
+    assert np.array_equal(reversed_.frames, frames[:1, ::-1])
     assert medium.seconds_per_frame == 0.4
-    assert (request.params, request.speculation) == (SamplingParams(stop=("x",), seed=2**63 - 1), False)
+    assert (received.params, received.speculation) == (SamplingParams(stop=("x",), seed=2**63 - 1), False)
+    frames[:] = 0
+    assert medium.frames.any(), "what a worker has is its own"
+
+
+def test_the_arena_gives_out_no_byte_twice_and_gets_all_back() -> None:
+    arena, rng = Arena(64 * 4096), random.Random(0)
+    held: dict[int, np.ndarray] = {}
+    refused = 0
+    for number in range(2_000):
+        piece = arena.take(rng.randint(2, 6 * 4096))
+        if piece is None:
+            refused += 1
+        else:
+            piece[:] = number % 251
+            held[number] = piece[1:].reshape(1, -1)  # any view keeps it
+        while held and (piece is None or rng.random() < 0.4):
+            gone = rng.choice(list(held))
+            assert (held.pop(gone) == gone % 251).all()
+            piece = held.get(gone)
+            if rng.random() < 0.5:
+                break
+    assert refused, "it was never full: nothing was tried"
+    assert all((piece == number % 251).all() for number, piece in held.items())
+    held.clear()
+    del piece
+    whole = arena.take(64 * 4096)
+    assert whole is not None
+    assert arena.take(1) is None
+    assert arena.place_of(whole) == 0
+    assert arena.place_of(whole[4096:]) == 4096
+    assert arena.place_of(np.zeros(4096, np.uint8)) is None
+    assert arena.place_of(whole[::2]) is None
+
+
+def test_a_place_outside_of_the_shared_memory_is_an_error() -> None:
+    arena = Arena(4096)
+    shared = Shared(os.dup(arena.fd))
+    for at, count in ((4090, 7), (-1, 1), (0, 4097)):
+        with pytest.raises(ValueError, match="outside"):
+            shared.read(at, count)
 
 
 def test_every_error_has_a_status_a_type_and_the_envelope() -> None:
