@@ -18,6 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from model.draft.layers import Attend, DraftLayer, Fuse, rotary_table
 
+ALL = -1
+
 
 @dataclass(frozen=True)
 class DraftConfig:
@@ -31,7 +33,8 @@ class DraftConfig:
     num_heads: int = 4
     intermediate_size: int = 512
     block: int = 7  # tokens proposed per pass
-    num_latents: int = 16  # per image or video
+    pooled: int = 0  # rows to which an image or video is averaged before all else; 0: it is not
+    num_latents: int = 16  # per image or video; 0: it reads text alone; ALL: every row, uncompressed
     sequential_rank: int = 64  # 0: positions of a block are independent
     rope_theta: float = 10000.0
 
@@ -87,7 +90,7 @@ class DraftNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.fuse = Fuse(config)
-        self.compressor = LatentCompressor(config) if config.num_latents else None
+        self.compressor = LatentCompressor(config) if config.num_latents > 0 else None
         self.embed = nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)
         self.masks = nn.Parameter(torch.randn(config.block - 1, config.hidden_size) * 0.5)
         self.embed_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
@@ -95,6 +98,18 @@ class DraftNetwork(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.out = nn.Linear(config.hidden_size, config.target_hidden_size, bias=False)
         self.sequential = SequentialHead(config) if config.sequential_rank else None
+
+    def averaged(self, taps: Tensor, at: int, total: int) -> Tensor:
+        """What some positions of a medium of `total` add to its averaged rows: (positions, width), of which the first
+        is its `at`-th -> (pooled, width); the sum over all its positions is the rows themselves.
+
+        A row is the mean of as many neighbours as any other's, in the order in which the target reads them. A medium of
+        fewer positions has a row for each.
+        """
+        rows = min(self.config.pooled, total)
+        places = (torch.arange(at, at + len(taps), device=taps.device) * rows).div(total, rounding_mode="floor")
+        mine = F.one_hot(places, rows).to(taps.dtype)
+        return mine.T @ taps / (total / rows)
 
     def context_keys_values(self, context: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of context (batch, rows, hidden) at positions (batch, rows) for every layer:

@@ -11,12 +11,17 @@ from typing import Any
 from model.config import ConfigError
 from model.draft.checkpoint import KINDS, DraftShape, Network
 from model.draft.medusa import MedusaNetwork
+from model.draft.network import ALL
 from model.targets.base import Target
 
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"medusa": (-1,)}  # that a target must offer; else those it offers by itself
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0}
+# What the study of shapes showed (model/bench/drafters/study.md): means of neighbouring positions, and longer blocks.
+FLASH = {"pooled": 16, "num_latents": ALL, "block": 10}
 HEAD_DIM = 64
+SHAPES: dict[str, dict[str, int]] = {"flash": FLASH, "flash-paper": PAPER}
+LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0}
 FULL_WIDTH = 512  # of a target up to which its draft is as wide
 
 
@@ -27,6 +32,7 @@ class Sizes:
     hidden_size: int | None = None
     num_layers: int | None = None
     block: int | None = None
+    pooled: int | None = None
     num_latents: int | None = None
     sequential_rank: int | None = None
 
@@ -41,9 +47,9 @@ def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
     """ConfigError where a size does not fit."""
     chosen: dict[str, Any] = {name: value for name, value in asdict(sizes).items() if value is not None}
     kind, _ = KINDS[drafter]
-    if drafter == "flash-paper":
-        chosen = PAPER | chosen
-    elif drafter != "flash" and (unknown := chosen.keys() - kind.__dataclass_fields__.keys()):
+    if drafter in SHAPES:
+        chosen = SHAPES[drafter] | chosen
+    elif unknown := chosen.keys() - kind.__dataclass_fields__.keys():
         raise ConfigError(f"--drafter {drafter} has no {', '.join(sorted(unknown))}")
     common = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
     if drafter != "medusa":
@@ -52,7 +58,7 @@ def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
             raise ConfigError(f"hidden_size must be a multiple of {HEAD_DIM}; got {hidden}")
         common |= {"num_heads": hidden // HEAD_DIM, "intermediate_size": 2 * hidden}
     for name, value in chosen.items():
-        if value < (0 if name in ("num_latents", "sequential_rank") else 1):
+        if value < LEAST.get(name, 1):
             raise ConfigError(f"{name} is out of range: {value}")
     made: DraftShape = kind(**common, tap_layers=target.tap_layers, **chosen)
     return made

@@ -55,7 +55,7 @@ class FlashDrafter:
         self._fixed = FixedTree.of(PAPER_TREE, config.block) if name == "flash-paper" else None
         self.cache = cache or self.new_cache(target, network, room)
         self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
-        self._visual: dict[int, list[Tensor]] = {}  # slot -> fused states of a medium whose prefill is under way
+        self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
         self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
         pack(network)
         self._candidates = self._native_candidates()
@@ -156,31 +156,39 @@ class FlashDrafter:
         assert self._spans.keys() == self._visual.keys() == held.keys(), "a medium of a sequence that is gone"
 
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
-        fused = self.network.fuse(taps) if self.step is None else self.step.fused(taps)
-        end = start + len(fused)
-        rows: list[Tensor] = []
-        at = start
+        rows = []
+        at, end = start, start + len(taps)
         for first, last in self._spans[slot]:
             if last <= start or first >= end:
                 continue
             if first > at:
-                rows.append(fused[at - start : first - start])
+                rows.append(self._fused(taps[at - start : first - start]))
+            at = max(first, at)
             upto = min(last, end)
-            seen = fused[max(first, at) - start : upto - start]
-            if self.network.compressor is None:
-                pass  # num_latents == 0: the draft reads text alone
-            elif upto == last:
-                rows.append(self.network.compressor(torch.cat([*self._visual[slot], seen])[None])[0])
-                self._visual[slot] = []
-            else:
-                self._visual[slot].append(seen)
+            if self.network.config.num_latents:
+                self._visual[slot].append(self._seen(taps[at - start : upto - start], at - first, last - first))
+                if upto == last:
+                    rows.append(self._latents(self._visual[slot]))
+                    self._visual[slot] = []
             at = upto
         if at < end:
-            rows.append(fused[at - start :])
+            rows.append(self._fused(taps[at - start :]))
         if rows:
             context = torch.cat(rows)
             self._write(self._behind(slot, len(context), [len(context)]), context[None])
             self._advance(slot, [len(context)])
+
+    def _fused(self, taps: Tensor) -> Tensor:
+        return self.network.fuse(taps) if self.step is None else self.step.fused(taps)
+
+    def _seen(self, taps: Tensor, at: int, total: int) -> Tensor:
+        """What is kept of some positions of a medium until all of it is known."""
+        return self.network.averaged(taps, at, total) if self.network.config.pooled else self._fused(taps)
+
+    def _latents(self, seen: list[Tensor]) -> Tensor:
+        """Of a medium of which that was kept."""
+        rows = self._fused(sum(seen[1:], seen[0])) if self.network.config.pooled else torch.cat(seen)
+        return rows if self.network.compressor is None else self.network.compressor(rows[None])[0]
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
         index = indexed(paths)

@@ -124,21 +124,30 @@ def flash_logits(target: Target, network: DraftNetwork, seen: list[Seen], anchor
 
 def context_of(network: DraftNetwork, taps: Tensor, prompt: Prompt) -> tuple[Tensor, list[int]]:
     """The draft's context of one sequence: its rows (rows, hidden); for each position, how many rows lie before it."""
-    fused = network.fuse(taps)
+    parts, read = list[Tensor](), list[tuple[int, bool]]()  # what is fused; rows of each part, and whether visual
+    at = 0
+    for start, end in prompt.spans:
+        medium = taps[start : end if network.config.num_latents else start]
+        if network.config.pooled and len(medium):
+            medium = network.averaged(medium, 0, len(medium))
+        parts += [taps[at:start], medium]
+        read += [(start - at, False), (end - start, True)]
+        at = end
+    parts.append(taps[at:])
+    read.append((len(taps) - at, False))
+    fused = network.fuse(torch.cat(parts)).split([len(part) for part in parts])
     rows: list[Tensor] = []
     index: list[int] = []
-    at = count = 0
-    for start, end in prompt.spans:
-        rows.append(fused[at:start])
-        index += range(count, count + start - at)
-        count += start - at
-        if network.compressor is not None:
-            rows.append(network.compressor(fused[None, start:end])[0])
+    count = 0
+    for part, (positions, visual) in zip(fused, read, strict=True):
+        if visual:
+            rows.append(part if network.compressor is None else network.compressor(part[None])[0])
             count += len(rows[-1])
-        index += [count] * (end - start)
-        at = end
-    rows.append(fused[at:])
-    index += range(count, count + len(fused) - at)
+            index += [count] * positions
+        else:
+            rows.append(part)
+            index += range(count, count + positions)
+            count += positions
     return torch.cat(rows), index
 
 

@@ -60,20 +60,22 @@ def train(
     group: Callable[[int], object],
     *,
     team: Team | None = None,
+    memory: Memory | None = None,
     evaluate: Callable[[int], dict[str, Any] | None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
     """Train in place, resuming from `file` if it is there. Examples of one batch are of one `group(number)`.
 
-    evaluate: what is to be measured after so many steps, called in the first process. Returns the history. Raises
-    Interrupted, all being saved, at the end of the step in which `stop` came true in any process.
+    memory: of what the target gave for these examples, where several trainings share it. evaluate: what is to be
+    measured after so many steps, called in the first process. Returns the history. Raises Interrupted, all being saved,
+    at the end of the step in which `stop` came true in any process.
     """
     team = team or Alone()
     state = State(network, config.rate, file)
     state.load()
     team.wait()  # nobody saves before all have loaded
     batches = Batches(examples, config, team, group)
-    memory = Memory(config.memory_bytes)
+    memory = memory or Memory(config.memory_bytes)
     bar = tqdm(total=config.steps, initial=state.step, desc="draft", unit="step", disable=team.rank > 0, mininterval=1)
     acceptance: dict[str, Any] = {}
     saved_at = time.monotonic()

@@ -49,11 +49,23 @@ def train(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="flash: 2, flash-paper: 1.", rich_help_panel=DRAFT)] = None,
     block: Annotated[
-        int | None, typer.Option(help="Tokens drafted at once: 7, flash-paper: 5.", rich_help_panel=DRAFT)
+        int | None,
+        typer.Option(help="Tokens drafted at once. flash: 10, flash-paper: 5, others: 7.", rich_help_panel=DRAFT),
+    ] = None,
+    pooled: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows to which an image or video is averaged at first, 0: it is not. flash: 16, flash-paper: 0.",
+            rich_help_panel=DRAFT,
+        ),
     ] = None,
     latents: Annotated[
         int | None,
-        typer.Option(help="Per image or video, 0: none. flash: 16, flash-paper: 64.", rich_help_panel=DRAFT),
+        typer.Option(
+            help="Learned latents per image or video, 0: it is not read; -1: its rows as they are. flash: -1, "
+            "flash-paper: 64.",
+            rich_help_panel=DRAFT,
+        ),
     ] = None,
     rank: Annotated[
         int | None,
@@ -154,7 +166,7 @@ def train(
             each = batch * accumulate * team.size
             if epochs is not None:
                 steps = max(1, round(epochs * len(prompts.train) / each))
-            sizes = presets.Sizes(hidden_size, layers, block, latents, rank)
+            sizes = presets.Sizes(hidden_size, layers, block, pooled, latents, rank)
             shape = presets.shape(drafter, opened, sizes)
             settings = training.Settings(
                 target=config,

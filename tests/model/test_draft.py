@@ -18,7 +18,7 @@ from model.config import ConfigError, EngineConfig
 from model.demo import prompts
 from model.draft import checkpoint
 from model.draft.layers import rotary_table, rotate
-from model.draft.network import DraftConfig, DraftNetwork
+from model.draft.network import ALL, DraftConfig, DraftNetwork
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.native import library
@@ -98,7 +98,19 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
 
 
 @pytest.mark.parametrize(("chunk", "seed"), [(16, 0), (17, 1), (23, 2), (500, 3)])
-@pytest.mark.parametrize("shape", [{}, {"num_latents": 0}, {"sequential_rank": 0}], ids=["whole", "blind", "flat"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_latents": 0},
+        {"num_latents": ALL},
+        {"num_latents": ALL, "pooled": 5},
+        {"pooled": 7},
+        {"pooled": 500},
+        {"sequential_rank": 0},
+    ],
+    ids=["whole", "blind", "uncompressed", "averaged", "averaged-first", "more-rows-than-positions", "flat"],
+)
 def test_served_blocks_are_the_blocks_that_were_trained(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, seed: int, shape: dict[str, int]
 ) -> None:
