@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -99,8 +98,6 @@ def run(
         measured = acceptance(engine, prompts.messages, numbers, stop=stop, **limit)  # type: ignore[arg-type]
         return None if stop() else measured.told()
 
-    # Under autocast a norm's weights stay float32, as they should; torch says once that it is slower so.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     file = settings.run / "state.pt"
     history = train(
         *(target, network, examples, prompts.messages, settings.train, file, prompts.kind),

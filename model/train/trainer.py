@@ -14,6 +14,7 @@ import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def train(
     measured after so many steps, called in the first process. Returns the history. Raises Interrupted, all being saved,
     at the end of the step in which `stop` came true in any process.
     """
+    # Under autocast a norm's weights stay float32, as they should; torch says once that it is slower so.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     team = team or Alone()
     state = State(network, config.rate, file)
     state.load()

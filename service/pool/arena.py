@@ -12,6 +12,7 @@ import mmap
 import os
 import weakref
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +40,10 @@ class Arena:
         for number, (start, end) in enumerate(self._free):
             if end - start >= wanted:
                 self._free[number : number + 1] = [(start + wanted, end)] if end - start > wanted else []
-                piece = (ctypes.c_uint8 * num_bytes).from_buffer(self._memory, start)
+                piece: Any = (ctypes.c_uint8 * num_bytes).from_buffer(self._memory, start)
                 weakref.finalize(piece, self._returned.append, (start, start + wanted)).atexit = False
-                return np.frombuffer(piece, np.uint8)
+                array: np.ndarray = np.frombuffer(piece, np.uint8)
+                return array
         return None
 
     def place_of(self, array: np.ndarray) -> int | None:
