@@ -18,7 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from model.draft.layers import Attend, DraftLayer, Fuse, rotary_table
 
-ALL = -1
+ALL = -1  # rows of a medium, uncompressed
+ENOUGH = 32  # positions whose mean stands for a row
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class SequentialHead(nn.Module):
         return bias
 
 
+def _apart(pooled: int, total: int) -> int:
+    return max(1, total // (pooled * ENOUGH)) | 1
+
+
 class DraftNetwork(nn.Module):
     """Everything that is trained. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
 
@@ -99,17 +104,20 @@ class DraftNetwork(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.target_hidden_size, bias=False)
         self.sequential = SequentialHead(config) if config.sequential_rank else None
 
-    def averaged(self, taps: Tensor, at: int, total: int) -> Tensor:
-        """What some positions of a medium of `total` add to its averaged rows: (positions, width), of which the first
-        is its `at`-th -> (pooled, width); the sum over all its positions is the rows themselves.
+    def read(self, taps: Tensor, at: int, total: int) -> Tensor:
+        """Of some positions of a medium of `total`, (positions, width), of which the first is its `at`-th: those that
+        are read to average them. All of them; of many, some evenly spread (an odd number apart: from all columns)."""
+        return taps[-at % _apart(self.config.pooled, total) :: _apart(self.config.pooled, total)]
 
-        A row is the mean of as many neighbours as any other's, in the order in which the target reads them. A medium of
-        fewer positions has a row for each.
-        """
+    def averaged(self, read: Tensor, total: int) -> Tensor:
+        """What was read of a medium of `total` positions, (read, width) -> (pooled, width): each the mean of as many
+        neighbours as any other, in the order in which the target reads them. A medium of fewer positions than rows has
+        a row for each."""
         rows = min(self.config.pooled, total)
-        places = (torch.arange(at, at + len(taps), device=taps.device) * rows).div(total, rounding_mode="floor")
-        mine = F.one_hot(places, rows).to(taps.dtype)
-        return mine.T @ taps / (total / rows)
+        places = torch.arange(0, total, _apart(self.config.pooled, total), device=read.device)
+        row_of = (places * rows).div(total, rounding_mode="floor")
+        added = read.new_zeros(rows, read.shape[1]).index_add_(0, row_of, read)
+        return added / torch.bincount(row_of, minlength=rows)[:, None]
 
     def context_keys_values(self, context: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of context (batch, rows, hidden) at positions (batch, rows) for every layer:

@@ -168,7 +168,7 @@ class FlashDrafter:
             if self.network.config.num_latents:
                 self._visual[slot].append(self._seen(taps[at - start : upto - start], at - first, last - first))
                 if upto == last:
-                    rows.append(self._latents(self._visual[slot]))
+                    rows.append(self._latents(self._visual[slot], last - first))
                     self._visual[slot] = []
             at = upto
         if at < end:
@@ -183,11 +183,13 @@ class FlashDrafter:
 
     def _seen(self, taps: Tensor, at: int, total: int) -> Tensor:
         """What is kept of some positions of a medium until all of it is known."""
-        return self.network.averaged(taps, at, total) if self.network.config.pooled else self._fused(taps)
+        return self.network.read(taps, at, total).clone() if self.network.config.pooled else self._fused(taps)
 
-    def _latents(self, seen: list[Tensor]) -> Tensor:
-        """Of a medium of which that was kept."""
-        rows = self._fused(sum(seen[1:], seen[0])) if self.network.config.pooled else torch.cat(seen)
+    def _latents(self, seen: list[Tensor], total: int) -> Tensor:
+        """Of a medium of so many positions, of which that was kept."""
+        rows = torch.cat(seen)
+        if self.network.config.pooled:
+            rows = self._fused(self.network.averaged(rows, total))
         return rows if self.network.compressor is None else self.network.compressor(rows[None])[0]
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002

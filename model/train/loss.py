@@ -129,7 +129,7 @@ def context_of(network: DraftNetwork, taps: Tensor, prompt: Prompt) -> tuple[Ten
     for start, end in prompt.spans:
         medium = taps[start : end if network.config.num_latents else start]
         if network.config.pooled and len(medium):
-            medium = network.averaged(medium, 0, len(medium))
+            medium = network.averaged(network.read(medium, 0, len(medium)), len(medium))
         parts += [taps[at:start], medium]
         read += [(start - at, False), (end - start, True)]
         at = end
