@@ -17,8 +17,8 @@ from model.targets.base import Target
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"medusa": (-1,)}  # that a target must offer; else those it offers by itself
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0}
-# What the study of shapes showed (model/bench/drafters/study.md): means of neighbouring positions, and longer blocks.
-FLASH = {"pooled": 16, "num_latents": ALL, "block": 10}
+# What the study of shapes showed: means of neighbouring positions, see DECISIONS.md.
+FLASH = {"pooled": 16, "num_latents": ALL}
 HEAD_DIM = 64
 SHAPES: dict[str, dict[str, int]] = {"flash": FLASH, "flash-paper": PAPER}
 LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0}
