@@ -26,6 +26,7 @@ class Arena:
         """Raises OSError where there is no such memory, AttributeError where the system has none of this kind."""
         self.num_bytes = num_bytes
         self.fd = os.memfd_create("flashserve-media", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, num_bytes)
         self._memory = mmap.mmap(self.fd, num_bytes)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
