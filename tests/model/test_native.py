@@ -6,7 +6,10 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +239,36 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
     rows[0, branch] = x[0, :6]
     grown = decoded(stack, cache(shape, 1, dtype), start, rows, depths, Sight.TREE, parents=parents)
     assert torch.equal(grown[0, branch], whole[0, :6]), "on a branch of a tree"
+
+
+def test_threads_that_lose_their_cores_change_nothing(dtype: torch.dtype) -> None:
+    """Helpers that others push aside are left behind by the jobs they took part in, and join later ones: of other
+    stages, and of other tasks."""
+    shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
+    stack = Stack(
+        shape, [cast(layer(i, 4, 2, 32, bias=False, clip=False), dtype) for i in (1, 20)], rotary=rotary(32, 300)
+    )
+    x, start = normal(1, 40, HIDDEN, seed=2).to(dtype), np.array([9], np.int32)
+    matrix = Matrix(normal(1000, HIDDEN, seed=1).to(dtype), None)
+
+    def jobs() -> list[Tensor]:
+        kept = cache(shape, 1, dtype)
+        few, many = (decoded(stack, kept, start, x[:, :n], np.arange(n)[None], Sight.CAUSAL).clone() for n in (3, 40))
+        return [few, matrix(x[0]), many, matrix(x[0, :1])]
+
+    alone = jobs()
+    library.share_cores(True)
+    greedy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * len(os.sched_getaffinity(0)))
+    ]
+    try:
+        for _ in range(40):
+            assert all(torch.equal(one, other) for one, other in zip(jobs(), alone, strict=True))
+    finally:
+        library.share_cores(False)
+        for process in greedy:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (100, 37), (32, 16), (256, 1000)])
