@@ -46,11 +46,9 @@ if TYPE_CHECKING:
 
 TWO, LONG = "two images", "long video"
 KINDS = (*prompts.TASKS, TWO, LONG)
-LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit, and as the issue of long videos is about
+LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit
 ROOM = 4096  # positions of a sequence
 TRACE = 12  # prompts on which times are taken
-
-
 SHAPE = Sizes(num_layers=2, block=7, pooled=0, num_latents=16, sequential_rank=64)  # that the others differ from
 
 
@@ -139,17 +137,17 @@ class Study:
         self.plain = EngineConfig(
             model=self.model, drafter="off", dtype="bfloat16", max_num_seqs=16, max_model_len=ROOM
         ).resolved()
-        self._target: Target | None = None
-        self._layers: tuple[int, ...] | None = None
-        self._memory = Memory(0)
+        self._target = load_target(self.plain)
+        self._taps: tuple[float, ...] | None = None
+        self._memory = Memory(self.config.memory_bytes)
         self._examples: list[Example] = []
 
     def target(self, taps: tuple[float, ...] | None) -> Target:
         """With these layers tapped; the one before is given up where they are others."""
-        depth = load_target(self.plain).num_layers if self._target is None else self._target.num_layers
-        layers = None if taps is None else tuple(min(depth - 1, round(share * depth)) for share in taps)
-        if self._target is None or layers != self._layers:
-            self._target, self._layers = load_target(self.plain, layers), layers
+        if taps != self._taps:
+            depth = self._target.num_layers
+            layers = None if taps is None else tuple(min(depth - 1, round(share * depth)) for share in taps)
+            self._target, self._taps = load_target(self.plain, layers), taps
             self._memory = Memory(self.config.memory_bytes)
         return self._target
 

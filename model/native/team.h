@@ -24,6 +24,14 @@ struct Stage {
   alignas(64) std::atomic<int> done{0};
 };
 
+template <class Offer>
+static inline void be_patient(int& waited, const Offer& offer_core) {
+  if (++waited < SPINS)
+    __builtin_ia32_pause();
+  else
+    offer_core();
+}
+
 class Team;
 
 // A thread beside the caller's, and where it is: outside of any job, in one, or in one but without a core. The last it
@@ -43,7 +51,8 @@ struct alignas(64) Helper {
     if (!place.compare_exchange_strong(away, IN)) longjmp(home, 1);
   }
 
-  bool dismissed() {
+  // Whether it is outside of any job now: it was, or is dismissed.
+  bool dismiss() {
     int away = AWAY;
     return place.load() == OUT || place.compare_exchange_strong(away, OUT);
   }
@@ -63,17 +72,10 @@ struct Member {
       here.done.fetch_add(1, std::memory_order_release);
     }
     if (shares) offer_core();
-    for (int waited = 0; here.done.load(std::memory_order_acquire) < tasks;) be_patient(waited);
+    for (int waited = 0; here.done.load(std::memory_order_acquire) < tasks;) be_patient(waited, [&] { offer_core(); });
   }
 
   void offer_core() { helper ? helper->step_aside() : (void)sched_yield(); }
-
-  void be_patient(int& waited) {
-    if (++waited < SPINS)
-      __builtin_ia32_pause();
-    else
-      offer_core();
-  }
 };
 
 class Team {
@@ -97,10 +99,8 @@ class Team {
     if (setjmp(me.home)) tiles_end();  // it was dismissed
     for (;;) {
       for (int waited = 0; calls.load() == me.seen;) {
-        if (++waited < SPINS) {
-          __builtin_ia32_pause();
-        } else if (waited < SPINS + IDLE_YIELDS) {
-          sched_yield();
+        if (waited < SPINS + IDLE_YIELDS) {
+          be_patient(waited, sched_yield);
         } else {
           sleeping++;
           syscall(SYS_futex, &calls, FUTEX_WAIT_PRIVATE, me.seen, nullptr, nullptr, 0);
@@ -143,9 +143,8 @@ class Team {
     if (sleeping.load()) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
     take_part(nullptr);
     open = false;
-    Member caller{stages, nullptr, shares};
     for (Helper* helper = helpers; helper < helpers + num_helpers; helper++)  // none may be left that sees `work`
-      for (int waited = 0; !helper->dismissed();) caller.be_patient(waited);
+      for (int waited = 0; !helper->dismiss();) be_patient(waited, sched_yield);
     for (Stage* stage = stages; stage < stages + MAX_STAGES && stage->next.load(); stage++) stage->next = 0, stage->done = 0;
   }
 };

@@ -49,8 +49,7 @@ def train(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="flash: 2, flash-paper: 1.", rich_help_panel=DRAFT)] = None,
     block: Annotated[
-        int | None,
-        typer.Option(help="Tokens drafted at once: 7, flash-paper: 5.", rich_help_panel=DRAFT),
+        int | None, typer.Option(help="Tokens drafted at once: 7, flash-paper: 5.", rich_help_panel=DRAFT)
     ] = None,
     pooled: Annotated[
         int | None,
@@ -166,7 +165,14 @@ def train(
             each = batch * accumulate * team.size
             if epochs is not None:
                 steps = max(1, round(epochs * len(prompts.train) / each))
-            sizes = presets.Sizes(hidden_size, layers, block, pooled, latents, rank)
+            sizes = presets.Sizes(
+                hidden_size=hidden_size,
+                num_layers=layers,
+                block=block,
+                pooled=pooled,
+                num_latents=latents,
+                sequential_rank=rank,
+            )
             shape = presets.shape(drafter, opened, sizes)
             settings = training.Settings(
                 target=config,
