@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence as Seq
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from model.config import ConfigError, EngineConfig
 from model.demo import prompts
-from model.draft import checkpoint
+from model.draft import checkpoint, presets
+from model.draft import network as network_file
 from model.draft.layers import rotary_table, rotate
 from model.draft.network import ALL, DraftConfig, DraftNetwork
+from model.draft.presets import Sizes
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.native import library
@@ -119,6 +122,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     Media split over chunks, latents in their place, positions of the context, rollback after every accepted path, moves
     between slots: for each step in which the engine drafted, the trainer's own code makes the same logits.
     """
+    monkeypatch.setattr(network_file, "ENOUGH", 4)  # so that of these small media some are read in part, too
     draft = tiny.save_draft(tmp_path / "draft", tiny_checkpoint, **shape)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(draft), max_num_seqs=4, prefill_chunk=chunk))
     plain = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1))
@@ -247,6 +251,40 @@ def test_latents_are_as_many_as_configured_whatever_the_medium(tiny_target: Targ
             latents = network.compressor(torch.randn(2, visual, 32))
             assert latents.shape == (2, 3, 32)
             torch.testing.assert_close(latents.pow(2).mean(-1), torch.ones(2, 3), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("pooled", "total"), [(2, 300), (16, 3200), (16, 144), (7, 5)])
+def test_averaged_rows_are_means_of_what_is_read_whatever_the_chunks(
+    tiny_target: Target, pooled: int, total: int
+) -> None:
+    network = tiny.new_draft(tiny_target, pooled=pooled)
+    taps, rng = torch.randn(total, 6, dtype=torch.float64), random.Random(0)
+    whole = network.read(taps, 0, total)
+    assert len(whole) <= total
+    assert len(whole) >= min(total, 16 * pooled), "means of too few"
+    for _ in range(20):
+        cuts = [0, *sorted(rng.choices(range(total), k=4)), total]
+        parts = [network.read(taps[a:b], a, total) for a, b in itertools.pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole), cuts
+    means = network.averaged(whole, total)
+    assert len(means) == min(pooled, total)
+    apart = -(-total // len(whole))
+    for row, mean in enumerate(means):
+        mine = [p for p in range(0, total, apart) if p * len(means) // total == row]
+        torch.testing.assert_close(mean, taps[mine].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "pooled", "latents", "block", "layers", "rank"),
+    [("flash", 16, ALL, 7, 2, 64), ("flash-paper", 0, 64, 5, 1, 0)],
+)
+def test_a_new_draft_has_the_shape_that_is_documented(
+    tiny_target: Target, drafter: str, pooled: int, latents: int, block: int, layers: int, rank: int
+) -> None:
+    made = presets.shape(drafter, tiny_target, Sizes(hidden_size=64))
+    assert isinstance(made, DraftConfig)
+    told = (made.pooled, made.num_latents, made.block, made.num_layers, made.sequential_rank)
+    assert told == (pooled, latents, block, layers, rank)
 
 
 def test_rotary_positions_are_relative() -> None:
