@@ -42,6 +42,7 @@ ANSWERS = 16  # finished answers before it is judged which prompts are not worth
 PROBE = 16  # of so many sequences that would not be worth drafting for, one is drafted for all the same
 SLACK = 0.97  # drafting is kept up a little below its price: to give it up and take it up again costs too
 ROOM = 1.5  # times as many nodes as are verified of late are drafted
+KNEE = 1.5  # times as long as without nodes: the most that is taken to be worth it where nothing was verified yet
 RENEW = 16  # rounds after which what is made of the counts is made anew
 
 
@@ -118,7 +119,9 @@ class Load:
         count = batch * self.nodes + 1
         self._curve[:count] = np.interp(np.arange(count) / batch, self.places, drafting)
         self._plain = plain
-        self._typical = self._verified.get(batch, float(self.nodes))
+        # Judged by its whole tree, drafting would never begin where rows are dear; and what it verifies never be seen.
+        most_at_first = np.interp(KNEE * drafting[0], np.maximum.accumulate(drafting), self.places)
+        self._typical = self._verified.get(batch, max(1.0, float(most_at_first)))
         self._price = float(np.interp(self._typical, self.places, drafting)) / self._plain
         if not self._rounds % RENEW:
             self._weigh()

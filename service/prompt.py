@@ -91,6 +91,8 @@ async def _decode(
 
 async def _all(loads: Sequence[Awaitable[Medium]]) -> list[Medium]:
     """All at once; the first that fails stops the others."""
+    if len(loads) == 1:  # as most requests have: two tasks less
+        return [await loads[0]]
     tasks = [asyncio.ensure_future(load) for load in loads]
     try:
         return list(await asyncio.gather(*tasks))

@@ -55,6 +55,7 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nobody here asks where a request came from
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=round(LAST_WORDS),
             )

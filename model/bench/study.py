@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import torch
@@ -28,15 +27,15 @@ from transformers.utils import logging
 
 from model.bench.report import aligned, machine
 from model.config import EngineConfig
-from model.demo import captions, prompts, scenes
+from model.demo.prompts import KINDS, LONG_FRAMES, ROOM, TASKS, Scenes
 from model.draft import checkpoint, presets
 from model.draft.network import ALL
 from model.draft.presets import Sizes
 from model.engine import Engine
-from model.request import Medium, Message, Request, SamplingParams
+from model.request import Request, SamplingParams
 from model.targets.base import Target
 from model.targets.base import load as load_target
-from model.train.data import MAX_TOKENS, Example, write_answers
+from model.train.data import MAX_TOKENS, Example, by_kind, write_answers
 from model.train.measure import Acceptance, acceptance
 from model.train.seen import Memory
 from model.train.trainer import TrainConfig, train
@@ -44,10 +43,6 @@ from model.train.trainer import TrainConfig, train
 if TYPE_CHECKING:
     from model.drafters.flash import FlashDrafter
 
-TWO, LONG = "two images", "long video"
-KINDS = (*prompts.TASKS, TWO, LONG)
-LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit
-ROOM = 4096  # positions of a sequence
 TRACE = 12  # prompts on which times are taken
 SHAPE = Sizes(num_layers=2, block=7, pooled=0, num_latents=16, sequential_rank=64)  # that the others differ from
 
@@ -76,6 +71,8 @@ VARIANTS = {
     "taps-last": Variant("target layers", taps=(1.0,)),
     "taps-middle": Variant("target layers", taps=(0.6,)),
     "taps-2": Variant("target layers", taps=(0.4, 0.8)),
+    "taps-last-pool-16": Variant("target layers", replace(SHAPE, num_latents=ALL, pooled=16), taps=(1.0,)),
+    "taps-2-last-pool-16": Variant("target layers", replace(SHAPE, num_latents=ALL, pooled=16), taps=(0.6, 1.0)),
     "taps-6": Variant("target layers", taps=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0)),
     "block-4": Variant("block", replace(SHAPE, block=4)),
     "block-10": Variant("block", replace(SHAPE, block=10)),
@@ -85,40 +82,6 @@ VARIANTS = {
     "head-none": Variant("sequential head", replace(SHAPE, sequential_rank=0)),
     "head-16": Variant("sequential head", replace(SHAPE, sequential_rank=16)),
 }
-
-
-@dataclass(frozen=True)
-class Wider:
-    """Prompts by number, as `model.demo.prompts.Scenes`, and beside its tasks two images, and a long video."""
-
-    frames: int  # of the long video
-
-    def kind(self, number: int) -> str:
-        if number >= prompts.HELD_OUT:
-            return KINDS[(number - prompts.HELD_OUT) % len(KINDS)]
-        return {7: TWO, 13: TWO, 17: LONG}.get(number % 20) or prompts.task_of(number)
-
-    def held_out(self, each: int) -> dict[str, list[int]]:
-        count = len(KINDS)
-        return {kind: [prompts.HELD_OUT + i * count + at for i in range(each)] for at, kind in enumerate(KINDS)}
-
-    def messages(self, number: int) -> tuple[Message, ...]:
-        kind = self.kind(number)
-        split: Literal["train", "heldout"] = "heldout" if number >= prompts.HELD_OUT else "train"
-        if kind in prompts.TASKS:
-            return prompts.messages(number % prompts.HELD_OUT, split=split, task=kind)
-        rng = random.Random(f"{split} {number} {kind}")
-        seed = 7_000_000 + 2 * (number % prompts.HELD_OUT)
-        if kind == LONG:
-            clip = scenes.random_video_scene(scenes.scene_seed(split, "video", seed))
-            turn = captions.video_turn(clip, rng, caption=True)
-            return (
-                Message("user", (Medium("video", scenes.render_clip(clip, self.frames, prompts.SIDE)), turn.question)),
-            )
-        pair = [scenes.random_image_scene(scenes.scene_seed(split, "image", seed + i)) for i in range(2)]
-        media = [Medium("image", scenes.render(scene, prompts.SIDE)[None]) for scene in pair]
-        which = rng.choice(("first", "second"))
-        return (Message("user", (*media, f"Describe the {which} image.")),)
 
 
 @dataclass
@@ -133,7 +96,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.prompts = Wider(LONG_FRAMES.get(self.model, 16))
+        self.prompts = Scenes(self.num_examples, LONG_FRAMES.get(self.model, 16), self.held_out)
         self.plain = EngineConfig(
             model=self.model, drafter="off", dtype="bfloat16", max_num_seqs=16, max_model_len=ROOM
         ).resolved()
@@ -155,7 +118,7 @@ class Study:
         if not self._examples:
             engine = Engine(self.plain, self.target(None))
             file = self.folder / "answers.jsonl"
-            self._examples = write_answers(engine, self.prompts.messages, range(self.num_examples), file)
+            self._examples = write_answers(engine, self.prompts.messages, self.prompts.train, file)
         return self._examples
 
     def trained(self, name: str) -> Path:
@@ -185,11 +148,11 @@ class Study:
         file = self.trained(name) / "acceptance.json"
         if not file.exists():
             engine = self.engine(name)
-            by_kind = {
+            lengths = {
                 kind: acceptance(engine, self.prompts.messages, numbers, max_tokens=MAX_TOKENS)
-                for kind, numbers in self.prompts.held_out(self.held_out).items()
+                for kind, numbers in by_kind(self.prompts).items()
             }
-            told = {"all": sum(by_kind.values(), Acceptance())} | by_kind
+            told = {"all": sum(lengths.values(), Acceptance())} | lengths
             file.write_text(json.dumps({kind: each.told() for kind, each in told.items()}, indent=1) + "\n")
         return json.loads(file.read_text())
 
@@ -206,7 +169,7 @@ class Study:
             reading.append(time.perf_counter() - begun)
 
         with patch.object(drafter, "prefill", timed):
-            for number in self.prompts.held_out(TRACE)[LONG]:
+            for number in by_kind(self.prompts)["long video"][:TRACE]:
                 reading.clear()
                 engine.add(Request(str(number), self.prompts.messages(number), SamplingParams(max_tokens=MAX_TOKENS)))
                 while engine.has_work:
@@ -222,7 +185,7 @@ class Study:
     def served(self, nodes: int, *, chain: bool = False) -> dict[str, Any]:
         """Of the base variant, image captions one at a time, with so many nodes."""
         engine = self.engine(BASE, max_num_seqs=1, max_nodes=nodes, **({"tree_width": 1} if chain else {}))
-        numbers = self.prompts.held_out(self.held_out)[prompts.TASKS[0]]
+        numbers = by_kind(self.prompts)[TASKS[0]]
         acceptance(engine, self.prompts.messages, numbers[:4], max_tokens=MAX_TOKENS)
         begun = time.perf_counter()
         told = acceptance(engine, self.prompts.messages, numbers, max_tokens=MAX_TOKENS)

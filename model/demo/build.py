@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.config import DEMO_WEIGHTS
 
-QWEN_DRAFT = ["--examples", "4000", "--steps", "1800"]
+QWEN_DRAFT = ["--examples", "4000", "--steps", "1800", "--frames", "64"]
 LARGEST = 45_000_000  # bytes of all weights together: they live in the repository
 
 

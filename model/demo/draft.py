@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from model.config import EngineConfig
-from model.demo.prompts import Scenes
+from model.demo.prompts import LONG_FRAMES, ROOM, Scenes
 from model.draft import checkpoint
 from model.train import interrupt, team
 from model.train.data import Interrupted
@@ -30,12 +30,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--save-every", type=float, default=45.0, help="seconds")
-    parser.add_argument("--held-out", type=int, default=32, help="prompts of each task to measure on")
+    parser.add_argument("--frames", type=int, default=LONG_FRAMES["demo"], help="of a long video (default: 24)")
+    parser.add_argument("--held-out", type=int, default=32, help="prompts of each kind to measure on")
     arguments = parser.parse_args()
     folder, drafter = arguments.folder, arguments.drafter
     model = str(arguments.target or folder / "target")
     name = "draft" if drafter == "flash" else f"draft-{drafter}"
-    plain = EngineConfig(model=model, drafter="off", dtype="bfloat16", max_num_seqs=16, max_model_len=1280).resolved()
+    plain = EngineConfig(model=model, drafter="off", dtype="bfloat16", max_num_seqs=16, max_model_len=ROOM).resolved()
     together = team.gather()
     settings = Settings(
         target=plain,
@@ -53,7 +54,7 @@ def main() -> None:
         answers=folder / "answers.jsonl",
         final_prompts=arguments.held_out,
     )
-    prompts = Scenes(arguments.examples, arguments.held_out)
+    prompts = Scenes(arguments.examples, arguments.frames, arguments.held_out)
     with interrupt.on_signals() as stop:
         try:
             figures = run(settings, open_target(plain, drafter), prompts, together, stop)

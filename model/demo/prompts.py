@@ -1,7 +1,7 @@
 """Prompts about the demo's scenes by number: what the draft is trained on, and what is measured on.
 
 Numbers are split by kind so that a batch can be of one kind: image caption, image question, video caption, video
-question.
+question; and for drafts, which meet them in service, two images at once and long videos.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Literal
 from model.demo import captions, scenes
 from model.request import Medium, Message
 
+Split = Literal["train", "heldout"]
+
 Task = Literal["image caption", "image question", "video caption", "video question"]
+Kind = Task | Literal["two images", "long video"]
 TASKS: tuple[Task, ...] = ("image caption", "image question", "video caption", "video question")
 # Of every ten prompts; captions are long, so they are most of the tokens.
 _CYCLE: tuple[Task, ...] = (
@@ -22,15 +25,16 @@ _CYCLE: tuple[Task, ...] = (
 )  # fmt: skip
 SIDE = 192
 NUM_FRAMES = 6
+KINDS: tuple[Kind, ...] = (*TASKS, "two images", "long video")
+LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit into the model's context
+ROOM = 4096  # positions of a sequence that holds them
 
 
 def task_of(number: int) -> Task:
     return _CYCLE[number % len(_CYCLE)]
 
 
-def messages(
-    number: int, *, split: Literal["train", "heldout"] = "train", task: Task | None = None
-) -> tuple[Message, ...]:
+def messages(number: int, *, split: Split = "train", task: Task | None = None) -> tuple[Message, ...]:
     """The conversation of prompt `number`: one medium and one question about it."""
     rng = random.Random(f"{split} {number} {task}")
     task = task or task_of(number)
@@ -48,14 +52,34 @@ def messages(
     return (Message("user", (Medium(kind, frames), turn.question)),)
 
 
-HELD_OUT = 1_000_000_000  # the first number of a held-out prompt; they take turns by task
+def two_images(number: int, split: Split) -> tuple[Message, ...]:
+    """One of two images is to be described."""
+    rng = random.Random(f"{split} {number} two images")
+    seed = 7_000_000 + 2 * number
+    pair = [scenes.random_image_scene(scenes.scene_seed(split, "image", seed + i)) for i in range(2)]
+    media = [Medium("image", scenes.render(scene, SIDE)[None]) for scene in pair]
+    return (Message("user", (*media, f"Describe the {rng.choice(('first', 'second'))} image.")),)
+
+
+def long_video(number: int, split: Split, frames: int) -> tuple[Message, ...]:
+    """A caption of a clip of so many frames."""
+    rng = random.Random(f"{split} {number} long video")
+    clip = scenes.random_video_scene(scenes.scene_seed(split, "video", 7_000_000 + 2 * number))
+    turn = captions.video_turn(clip, rng, caption=True)
+    return (Message("user", (Medium("video", scenes.render_clip(clip, frames, SIDE)), turn.question)),)
+
+
+HELD_OUT = 1_000_000_000  # the first number of a held-out prompt; they take turns by kind
+_WIDER: dict[int, Kind] = {7: "two images", 13: "two images", 17: "long video"}  # of every twenty prompts to learn from
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """`model.train.data.Prompts`: so many to learn from, and so many of each task to measure on."""
+    """`model.train.data.Prompts`: so many to learn from, and so many of each kind to measure on. frames: of a long
+    video."""
 
     examples: int
+    frames: int
     each: int = 32
 
     @property
@@ -64,20 +88,31 @@ class Scenes:
 
     @property
     def held_out(self) -> range:
-        return range(HELD_OUT, HELD_OUT + len(TASKS) * self.each)
+        return range(HELD_OUT, HELD_OUT + len(KINDS) * self.each)
 
     @property
     def digest(self) -> str:
-        return f"scenes {self.examples}"
+        return f"scenes {self.examples}, long videos of {self.frames} frames"
 
     @property
     def summary(self) -> str:
-        return f"{self.examples} drawn scenes with questions; {self.each} others of each task held out"
+        return (
+            f"{self.examples} drawn scenes with questions, of them a tenth with two images, and one of twenty a video "
+            f"of {self.frames} frames; {self.each} others of each kind held out"
+        )
 
     def messages(self, number: int) -> tuple[Message, ...]:
-        if number < HELD_OUT:
-            return messages(number)
-        return messages((number - HELD_OUT) // len(TASKS), split="heldout", task=self.kind(number))
+        split: Split = "heldout" if number >= HELD_OUT else "train"
+        place = (number - HELD_OUT) // len(KINDS) if split == "heldout" else number
+        match self.kind(number):
+            case "two images":
+                return two_images(place, split)
+            case "long video":
+                return long_video(place, split, self.frames)
+            case task:
+                return messages(place, split=split, task=task if split == "heldout" else None)
 
-    def kind(self, number: int) -> Task:
-        return task_of(number) if number < HELD_OUT else TASKS[(number - HELD_OUT) % len(TASKS)]
+    def kind(self, number: int) -> Kind:
+        if number >= HELD_OUT:
+            return KINDS[(number - HELD_OUT) % len(KINDS)]
+        return _WIDER.get(number % 20) or task_of(number)

@@ -14,7 +14,8 @@ from model.draft.medusa import MedusaNetwork
 from model.draft.network import ALL
 from model.targets.base import Target
 
-TAP_LAYERS: dict[str, tuple[int, ...]] = {"medusa": (-1,)}  # that a target must offer; else those it offers by itself
+# Layers that a target must offer; else those it offers by itself. For FLASH the study of layers showed the last alone.
+TAP_LAYERS: dict[str, tuple[int, ...]] = {"flash": (-1,), "medusa": (-1,)}
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0}
 # What the study of shapes showed: means of neighbouring positions, see DECISIONS.md.

@@ -57,6 +57,14 @@ class Prompts(Protocol):
         ...
 
 
+def by_kind(prompts: Prompts) -> dict[str, list[int]]:
+    """The held-out ones."""
+    kinds: dict[str, list[int]] = {}
+    for number in prompts.held_out:
+        kinds.setdefault(prompts.kind(number), []).append(number)
+    return kinds
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt and the target's answer to it."""

@@ -27,7 +27,7 @@ from model.engine import Engine
 from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.train import card, plots
-from model.train.data import MAX_TOKENS, TEMPERATURES, Example, Interrupted, Prompts, read_answers, unusable
+from model.train.data import MAX_TOKENS, TEMPERATURES, Example, Interrupted, Prompts, by_kind, read_answers, unusable
 from model.train.data import write_answers as write
 from model.train.measure import Acceptance, acceptance
 from model.train.team import Team
@@ -220,11 +220,8 @@ def finish(
 ) -> dict[str, Any]:
     """Measure on what was held out, then write the draft with its card."""
     engine = served(settings, target, network, settings.run / "draft")
-    by_kind: dict[str, list[int]] = {}
-    for number in prompts.held_out:
-        by_kind.setdefault(prompts.kind(number), []).append(number)
     measured: dict[str, Acceptance] = {}
-    for kind, numbers in sorted(by_kind.items()):
+    for kind, numbers in sorted(by_kind(prompts).items()):
         some = spread(numbers, settings.final_prompts)
         measured[kind] = acceptance(engine, prompts.messages, some, max_tokens=settings.max_tokens, stop=stop)
         if stop():

@@ -160,6 +160,20 @@ def test_plain_rounds_are_rare_where_drafting_pays() -> None:
     assert asked.count(0) < 14
 
 
+def test_drafting_begins_at_a_new_load_though_whole_trees_would_not_pay_there() -> None:
+    """Every row costs, as without a matrix unit: 31 nodes for each of eight sequences take eight plain rounds."""
+    load = Load(8, 31)
+    load.learn(np.ones(len(load.batches)), np.array([[1.2 + 0.025 * b * n for n in load.places] for b in load.batches]))
+    alone, others = sequence(), [sequence() for _ in range(8)]
+    for _ in range(100):
+        load.budgets([alone], 31)
+        load.drafted(alone, 3)
+        load.took(1, 1, 8, 1.4)
+    asked = [load.budgets(others, 31) for _ in range(3)]
+    assert all(all(each) for each in asked), "four tokens in two rounds' time, and nobody drafts"
+    assert max(map(max, asked)) < 16, "no more trees are grown than are worth verifying"
+
+
 def test_short_answers_are_not_drafted_for_where_reading_the_prompt_takes_longer_than_they_do() -> None:
     load, one = known(), sequence()
     assert load.begins(1, prompt=200), "nothing is known yet"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.bench import study
+from model.demo import prompts
 
 
 def test_variants_are_trained_measured_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +21,7 @@ def test_variants_are_trained_measured_and_kept(tmp_path: Path, capsys: pytest.C
     assert rows["pool-2"] == text + 2
     assert rows["latents-all"] > text + 1_000, "a video of 64 frames"
     for each in told["variants"].values():
-        assert set(each["acceptance"]) == {"all", *study.KINDS}
+        assert set(each["acceptance"]) == {"all", *prompts.KINDS}
         assert all(1.0 <= kind["length"] <= 8.0 for kind in each["acceptance"].values())
         assert each["cost"]["held_kib"] == each["cost"]["rows"] * 2 * 2 * 256 * 2 / 1024
     assert [row["chain"] for row in told["served"]] == [False] * 6 + [True]
