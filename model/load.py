@@ -115,7 +115,9 @@ class Load:
             self._since, self._patience = self._plain_runs.get(batch, (0, FIRST_PLAIN))
         self._batch, self._near = batch, ((lower, 1.0 - share), (upper, share))
         plain = sum(near * self.scale[row] * self.plain[row] for row, near in self._near)
-        drafting = sum(near * self.scale[row] * np.array(self.drafting[row]) for row, near in self._near)
+        (low_row, low_near), (high_row, high_near) = self._near
+        drafting = low_near * self.scale[low_row] * np.array(self.drafting[low_row])
+        drafting += high_near * self.scale[high_row] * np.array(self.drafting[high_row])
         count = batch * self.nodes + 1
         self._curve[:count] = np.interp(np.arange(count) / batch, self.places, drafting)
         self._plain = plain
@@ -181,6 +183,12 @@ class Load:
             self.held[:] = self.held * (FADE / 2 / most)
         seen = (self.held + TRUST * self._said) / (self.tried + TRUST)
         self.chance[:] = np.minimum.accumulate(seen)  # what the draft thinks less likely never counts for more
+
+    def calibration(self) -> list[tuple[float, float, int]]:
+        """By score, the likeliest first: the chance of being accepted that drafts gave their nodes, the share that was,
+        and of how many. Of all that were verified since the draft came; of very many, the old ones count less."""
+        seen = zip(self._said.tolist(), self.held.tolist(), self.tried.tolist(), strict=True)
+        return [(said, held / tried, tried) for said, held, tried in seen if tried]
 
     def begins(self, batch: int, prompt: int) -> bool:
         """Whether a sequence is to be drafted for at all, when `batch` of them decode; prompt: tokens."""

@@ -3,10 +3,11 @@
     python -m model.bench.study --model demo-qwen --folder runs/study [--only NAME,...] [--output model/bench/drafters]
 
 All variants learn from the same answers in the same order for as many steps, and are measured on the same held-out
-prompts: acceptance length by kind of prompt; then, for one request at a time, how long drafting takes, and reading the
-longest video, and what the draft then holds of it. What concerns serving alone (nodes verified, a chain in place of a
-tree) is measured on the base variant. FOLDER keeps what was trained and measured: the same command goes on where it was
-stopped. Prints the table and, last, the JSON object.
+prompts: acceptance length by kind of prompt, and by how much the chances are off that a draft gives its nodes; then,
+for one request at a time, how long drafting takes, and reading the longest video, and what the draft then holds of it.
+What concerns serving alone (nodes verified, a chain in place of a tree) is measured on the base variant. FOLDER keeps
+what was trained and measured: the same command goes on where it was stopped. Prints the table and, last, the JSON
+object.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from model.request import Request, SamplingParams
 from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.train.data import MAX_TOKENS, Example, by_kind, write_answers
-from model.train.measure import Acceptance, acceptance
+from model.train.measure import Acceptance, acceptance, miscalibration
 from model.train.seen import Memory
 from model.train.trainer import TrainConfig, train
 
@@ -153,7 +154,10 @@ class Study:
                 for kind, numbers in by_kind(self.prompts).items()
             }
             told = {"all": sum(lengths.values(), Acceptance())} | lengths
-            file.write_text(json.dumps({kind: each.told() for kind, each in told.items()}, indent=1) + "\n")
+            figures = {kind: each.told() for kind, each in told.items()}
+            calibration = engine.load.calibration()
+            figures["all"] |= {"calibration": calibration, "miscalibration": round(miscalibration(calibration), 3)}
+            file.write_text(json.dumps(figures, indent=1) + "\n")
         return json.loads(file.read_text())
 
     def cost(self, name: str) -> dict[str, Any]:
@@ -194,11 +198,20 @@ class Study:
 
 
 def text(variants: dict[str, dict[str, Any]], served: list[dict[str, Any]]) -> str:
-    lines: list[tuple[str, ...]] = [("variant", "of", *("all", *KINDS), "draft ms", "reading ms", "rows", "KiB")]
+    lines: list[tuple[str, ...]] = [
+        ("variant", "of", *("all", *KINDS), "off by", "draft ms", "reading ms", "rows", "KiB")
+    ]
     for name, told in variants.items():
         lengths = (f"{told['acceptance'][kind]['length']:.2f}" for kind in ("all", *KINDS))
         cost = told["cost"]
-        costs = (f"{cost['draft_ms']:.3f}", f"{cost['reading_ms']:.2f}", str(cost["rows"]), f"{cost['held_kib']:.0f}")
+        off = f"{told['acceptance']['all']['miscalibration']:.3f}"
+        costs = (
+            off,
+            f"{cost['draft_ms']:.3f}",
+            f"{cost['reading_ms']:.2f}",
+            str(cost["rows"]),
+            f"{cost['held_kib']:.0f}",
+        )
         lines.append((name, VARIANTS[name].about, *lengths, *costs))
     nodes: list[tuple[str, ...]] = [("nodes", "form", "acceptance", "seconds")]
     nodes += [

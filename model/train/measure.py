@@ -43,6 +43,12 @@ class Acceptance:
         }
 
 
+def miscalibration(calibration: Sequence[tuple[float, float, int]]) -> float:
+    """By how much what a draft says of its nodes is off on average; as `model.load.Load.calibration` tells it."""
+    nodes = sum(count for _, _, count in calibration)
+    return sum(count * abs(said - seen) for said, seen, count in calibration) / max(1, nodes)
+
+
 def acceptance(
     engine: Engine,
     messages: Callable[[int], tuple[Message, ...]],

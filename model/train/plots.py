@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-LOSS, ACCEPTANCE, POSITIONS = "loss.png", "acceptance.png", "positions.png"
+LOSS, ACCEPTANCE, POSITIONS, CALIBRATION = "loss.png", "acceptance.png", "positions.png", "calibration.png"
 
 
-def draw(history: Sequence[dict[str, Any]], positions: Sequence[float], folder: Path) -> list[str]:
-    """Names of the pictures written."""
+def draw(
+    history: Sequence[dict[str, Any]],
+    positions: Sequence[float],
+    calibration: Sequence[tuple[float, float, int]],
+    folder: Path,
+) -> list[str]:
+    """Names of the pictures written. calibration: as `model.load.Load.calibration` tells it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -46,6 +51,15 @@ def draw(history: Sequence[dict[str, Any]], positions: Sequence[float], folder: 
         axes.set_ylim(0.0, 1.0)
         figure.savefig(folder / POSITIONS)
         written.append(POSITIONS)
+    if calibration:
+        figure, axes = picture("Calibration", "chance that the draft gives a node", "share of such nodes accepted")
+        said, seen, nodes = zip(*calibration, strict=True)
+        axes.plot((0, 1), (0, 1), linestyle=":", color="grey")
+        axes.plot(said, seen, alpha=0.3)
+        axes.scatter(said, seen, [200 * count / max(nodes) for count in nodes])  # by area: how many nodes
+        axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.0))
+        figure.savefig(folder / CALIBRATION)
+        written.append(CALIBRATION)
     return written
 
 

@@ -29,7 +29,7 @@ from model.targets.base import load as load_target
 from model.train import card, plots
 from model.train.data import MAX_TOKENS, TEMPERATURES, Example, Interrupted, Prompts, by_kind, read_answers, unusable
 from model.train.data import write_answers as write
-from model.train.measure import Acceptance, acceptance
+from model.train.measure import Acceptance, acceptance, miscalibration
 from model.train.team import Team
 from model.train.trainer import Row, TrainConfig, train
 
@@ -226,7 +226,7 @@ def finish(
         measured[kind] = acceptance(engine, prompts.messages, some, max_tokens=settings.max_tokens, stop=stop)
         if stop():
             raise Interrupted
-    whole = sum(measured.values(), Acceptance())
+    whole, calibration = sum(measured.values(), Acceptance()), engine.load.calibration()
     figures = {kind: each.told() for kind, each in ({"all": whole} | (measured if len(measured) > 1 else {})).items()}
     with (settings.run / "log.jsonl").open("w") as log:
         log.writelines(json.dumps(row) + "\n" for row in history)
@@ -242,6 +242,7 @@ def finish(
         "parameters": sum(p.numel() for p in network.parameters()),
         "acceptance_length": {kind: each["length"] for kind, each in figures.items()},
         "acceptance_by_position": figures["all"]["positions"],
+        "miscalibration": round(miscalibration(calibration), 3),
     }
     checkpoint.save(settings.output, network, target, drafter=settings.drafter, **notes)
     hidden = ("target_hidden_size", "vocab_size", "tap_layers", "rope_theta")
@@ -265,7 +266,7 @@ def finish(
             "transformers_version": transformers.__version__,
         },
         figures,
-        plots.draw(history, figures["all"]["positions"], settings.output),
+        plots.draw(history, figures["all"]["positions"], calibration, settings.output),
         left_out,
     )
     return figures

@@ -201,6 +201,7 @@ def test_chances_are_what_was_seen_where_enough_was() -> None:
     assert (load.chance[:3] == said[:3]).all()
     assert (np.diff(load.chance) <= 0).all()
     assert len(load.chance) == BINS
+    assert load.calibration() == [(said[3], 0.1, 4000)]
 
 
 # -- and what is said

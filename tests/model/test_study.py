@@ -23,6 +23,9 @@ def test_variants_are_trained_measured_and_kept(tmp_path: Path, capsys: pytest.C
     for each in told["variants"].values():
         assert set(each["acceptance"]) == {"all", *prompts.KINDS}
         assert all(1.0 <= kind["length"] <= 8.0 for kind in each["acceptance"].values())
+        nodes = sum(count for _, _, count in each["acceptance"]["all"]["calibration"])
+        assert nodes > each["acceptance"]["all"]["drafts"], "every draft has several"
+        assert 0.0 < each["acceptance"]["all"]["miscalibration"] < 1.0
         assert each["cost"]["held_kib"] == each["cost"]["rows"] * 2 * 2 * 256 * 2 / 1024
     assert [row["chain"] for row in told["served"]] == [False] * 6 + [True]
     assert "latents-all" in (output / "study.txt").read_text()

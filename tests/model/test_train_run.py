@@ -81,7 +81,10 @@ def test_the_draft_is_served_and_its_card_tells_what_it_is(
     for text in (f"| all | {figures['all']['length']:.2f} |", told["target_fingerprint"][:16], "eight pictures"):
         assert text in card
     assert "data.jsonl:4: broken" in card, "what was left out is told"
-    pictures = {plots.LOSS, plots.ACCEPTANCE, plots.POSITIONS} & {path.name for path in tmp_path.iterdir()}
+    known = {plots.LOSS, plots.ACCEPTANCE, plots.POSITIONS, plots.CALIBRATION}
+    pictures = known & {path.name for path in tmp_path.iterdir()}
+    assert pictures >= {plots.LOSS, plots.ACCEPTANCE, plots.CALIBRATION}
+    assert f"off by\n{told['miscalibration']:.3f} on average" in card
     assert all(name in card for name in pictures)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4, 5, 6]
