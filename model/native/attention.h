@@ -5,7 +5,8 @@
 #include "product.h"
 
 constexpr int KEYS = 32;         // taken together
-constexpr int MAX_QUERIES = 16;  // a tile of AMX
+constexpr int MAX_QUERIES = 16;  // a tile of AMX, and lanes of a vector
+constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Where keys lie: one after the other, or as listed.
 struct Contiguous {
@@ -43,14 +44,20 @@ struct Attention {
   static constexpr int VECTORS = D / LANES;
   static constexpr int TOGETHER = VECTORS <= 4 ? 4 : VECTORS <= 8 ? 2 : 1;  // queries whose sums fit the registers
 
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  static constexpr bool PAIRED = sizeof(T) == 2;
+#else
+  static constexpr bool PAIRED = false;
+#endif
+
   const T *keys, *values;  // of one slot and head, D apart
   float scale;
   int num = 0;  // queries
   const T* q[MAX_QUERIES];
   alignas(64) float scores[MAX_QUERIES][KEYS];
   alignas(64) T weights[MAX_QUERIES][KEYS];
-  alignas(64) float mixed[MAX_QUERIES][D];  // weighted sums of values so far
-  float most[MAX_QUERIES];                  // largest score so far
+  alignas(64) float mixed[MAX_QUERIES][D];  // weighted sums of values so far; PAIRED: see mix_pairs
+  alignas(64) float most[MAX_QUERIES] = {};  // largest score so far
   vf total[MAX_QUERIES];                    // of the weights so far, lane by lane
 #if defined(__AMX_BF16__)
   static constexpr int DEPTH = (D + K_STEP - 1) / K_STEP * K_STEP;
@@ -76,7 +83,14 @@ struct Attention {
 
   void give(int n, T* out) const {
     const float whole = sum(total[n]);
-    for (int d = 0; d < D; d += LANES) store(out + d, load(mixed[n] + d) / whole);
+    int d = 0;
+    if (PAIRED)
+      for (; d + 2 * LANES <= D; d += 2 * LANES) {
+        const vf low = load(mixed[n] + d) / whole, high = load(mixed[n] + d + LANES) / whole;
+        store(out + d, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(out + d + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+      }
+    for (; d < D; d += LANES) store(out + d, load(mixed[n] + d) / whole);
   }
 
   // The next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.
@@ -84,7 +98,12 @@ struct Attention {
     int longest = 0;
     for (int n = 0; n < num; n++) longest = visible[n] > longest ? visible[n] : longest;
     score_all(first, longest);
-    for (int n = 0; n < num; n++) weigh(n, visible[n]);
+    alignas(64) float factors[MAX_QUERIES];
+    const vf before = load(most);
+    vf now = before;
+    for (int n = 0; n < num; n++) now = LANE == n ? larger(scaled_scores(n, visible[n]), now) : now;
+    store(most, now), store(factors, exponential(before - now));
+    for (int n = 0; n < num; n++) weigh(n, visible[n], factors[n]);
     mix(Contiguous{first}, longest);
   }
 
@@ -99,38 +118,43 @@ struct Attention {
           for (int j = 0; j < count; j++) scores[n][j] = known[(at[j] - first) * MAX_QUERIES + n];
         else
           score(n, at, count);
-        weigh(n, count);
+        const vf before = all(most[n]), now = larger(scaled_scores(n, count), before);
+        most[n] = now[0];
+        weigh(n, count, exponential(before - now)[0]);
         mix_alone(n, at, count);
       }
   }
 
  private:
-  void weigh(int n, int count) {
+  // Scales the scores of a query's next `count` keys, and makes them small where there is no key; the largest, in all lanes.
+  vf scaled_scores(int n, int count) {
+    const vf low = LANE < count ? load(scores[n]) * scale : all(-1e30f);
+    const vf high = LANE < count - LANES ? load(scores[n] + LANES) * scale : all(-1e30f);
+    store(scores[n], low), store(scores[n] + LANES, high);
+    return folded(larger(low, high), larger);
+  }
+
+  // From scores to weights. factor: what all so far counts for, now that `most` is what it is; 1 more often than not, but
+  // to ask would cost more than to multiply.
+  void weigh(int n, int count, float factor) {
+#pragma GCC unroll 16
+    for (int d = 0; d < D; d += LANES) store(mixed[n] + d, load(mixed[n] + d) * factor);
     if (count <= 0) {
       memset((void*)weights[n], 0, sizeof weights[n]);
       return;
     }
-    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vf low = load(scores[n]) * scale, high = load(scores[n] + LANES) * scale;
-    low = lane < count ? low : all(-1e30f);
-    high = lane < count - LANES ? high : all(-1e30f);
-    const float now = largest(larger(low, high));
-    if (now > most[n]) {
-      const vf factor = exponential(all(most[n] - now));
-      most[n] = now;
-      total[n] *= factor;
-      for (int d = 0; d < D; d += LANES) store(mixed[n] + d, load(mixed[n] + d) * factor);
-    }
-    low = exponential(low - most[n]), high = exponential(high - most[n]);
-    total[n] = total[n] + low + high;
+    const vf low = exponential(load(scores[n]) - most[n]), high = exponential(load(scores[n] + LANES) - most[n]);
+    total[n] = total[n] * factor + low + high;
     store(weights[n], low), store(weights[n] + LANES, high);
   }
 
+  // Lanes without a key get the last one's score: scaled_scores passes it by.
   template <class Positions>
   void score(int n, Positions at, int count) {
-    for (int g = 0; g < KEYS; g += LANES) {
+    for (int g = 0; g < count; g += LANES) {
       vf part[LANES];
-      for (int i = 0; i < LANES; i++) part[i] = g + i < count ? products<D>(q[n], keys + at[g + i] * D) : vf{};
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) part[i] = products<D>(q[n], keys + at[g + i < count ? g + i : count - 1] * D);
       store(scores[n] + g, sums(part));
     }
   }
@@ -218,7 +242,7 @@ struct Attention {
   template <class Positions>
   void mix(Positions at, int count) {
     if constexpr (sizeof(T) == 4)
-      mix_float(0, num, at, count);
+      mix_rows(0, num, at, count);
     else
       mix_tiles(values, weights, mixed, at, count);
   }
@@ -226,7 +250,7 @@ struct Attention {
   template <class Positions>
   void mix_alone(int n, Positions at, int count) {
     if constexpr (sizeof(T) == 4) {
-      mix_float(n, 1, at, count);
+      mix_rows(n, 1, at, count);
     } else {
       memcpy((void*)lone_weights[0], weights[n], sizeof weights[n]);
       memcpy(lone_mixed[0], mixed[n], sizeof mixed[n]);
@@ -240,15 +264,63 @@ struct Attention {
   }
   float* score_range(long, long, float*) const { return nullptr; }
   template <class Positions>
-  void mix(Positions at, int count) { mix_float(0, num, at, count); }
+  void mix(Positions at, int count) { mix_rows(0, num, at, count); }
   template <class Positions>
-  void mix_alone(int n, Positions at, int count) { mix_float(n, 1, at, count); }
+  void mix_alone(int n, Positions at, int count) { mix_rows(n, 1, at, count); }
 #endif
 
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  // As mix_few, two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows
+  // in turns are cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
+  template <int N, class Positions>
+  void mix_pairs(int first, Positions at, int count) {
+    __m512 sums[N][VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_load_ps(mixed[first + n] + v * LANES);
+    for (int i = 0; i < count; i += 2) {
+      const T *one = values + at[i] * D, *other = values + at[i + 1 < count ? i + 1 : i] * D;
+      __m512i pairs[VECTORS];
+#pragma GCC unroll 8
+      for (int v = 0; v + 1 < VECTORS; v += 2) {
+        const __m512i a = _mm512_loadu_si512(one + v * LANES), b = _mm512_loadu_si512(other + v * LANES);
+        pairs[v] = _mm512_unpacklo_epi16(a, b), pairs[v + 1] = _mm512_unpackhi_epi16(a, b);
+      }
+      if (VECTORS % 2) {
+        const long d = D - LANES;
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + d)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(other + d)));
+        pairs[VECTORS - 1] = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        int32_t both;
+        memcpy(&both, weights[first + n] + i, sizeof both);
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_dpbf16_ps(sums[n][v], weight, (__m512bh)pairs[v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) _mm512_store_ps(mixed[first + n] + v * LANES, sums[n][v]);
+  }
+#endif
+
+  template <int N, class Positions>
+  void mix_together(int first, Positions at, int count) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    if constexpr (PAIRED) return mix_pairs<N>(first, at, count);
+#endif
+    mix_few<N>(first, at, count);
+  }
+
   template <class Positions>
-  void mix_float(int n, int num, Positions at, int count) {
+  void mix_rows(int n, int num, Positions at, int count) {
     const int end = n + num;
-    for (; n + TOGETHER <= end; n += TOGETHER) mix_few<TOGETHER>(n, at, count);
-    for (; n < end; n++) mix_few<1>(n, at, count);
+    for (; n + TOGETHER <= end; n += TOGETHER) mix_together<TOGETHER>(n, at, count);
+    for (; n < end; n++) mix_together<1>(n, at, count);
   }
 };

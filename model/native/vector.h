@@ -87,16 +87,16 @@ static inline bool any_larger(vf a, vf b) {
 
 // All lanes to one, half by half.
 template <class Join>
-static inline float folded(vf x, Join join) {
+static inline vf folded(vf x, Join join) {
   x = join(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
   x = join(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
   x = join(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
   x = join(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return x[0];
+  return x;
 }
-static inline float largest(vf x) { return folded(x, larger); }
+static inline float largest(vf x) { return folded(x, larger)[0]; }
 static inline float sum(vf x) {
-  return folded(x, [](vf a, vf b) { return a + b; });
+  return folded(x, [](vf a, vf b) { return a + b; })[0];
 }
 
 // e^x to within two units in the last place; 0 below -87, where a float's own range ends.
