@@ -80,8 +80,9 @@ def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
     assert last.returncode == 0, last.stderr
     one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
     assert all((one[name] == other[name]).all() for name in one)
-    told = [json.loads((f / "config.json").read_text())["acceptance_length"] for f in (tmp_path / "whole", killed)]
-    assert told[0] == told[1]
+    told = [json.loads((f / "config.json").read_text()) for f in (tmp_path / "whole", killed)]
+    assert told[0]["acceptance_length"] == told[1]["acceptance_length"]
+    assert told[0]["draft"]["tap_layers"] == [3], "the last, and only that"
     assert not (killed / "run" / "state.tmp").exists(), "saved beside and moved into place"
 
 
