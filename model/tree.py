@@ -136,17 +136,25 @@ def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np
 
 
 def best_first(
-    newest: np.ndarray, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int, budgets: np.ndarray
+    newest: np.ndarray,
+    logits: Tensor,
+    bias: Callable[[Tensor], Tensor] | None,
+    ends: Tensor,
+    *,
+    width: int,
+    budgets: np.ndarray,
 ) -> Trees:
     """The `budgets[b]` likeliest drafted nodes of each sequence. newest: (batch,) int64; the rest as for `candidates`.
 
     Exact best-first whenever the budget does not reach beyond the `width` best of any depth.
     """
-    found = candidates(upload(newest, logits.device), logits, bias, width=width)
+    found = candidates(upload(newest, logits.device), logits, bias, ends, width=width)
     return pruned(newest, found.cpu().numpy(), width=width, budgets=budgets)
 
 
-def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, *, width: int) -> Tensor:
+def candidates(
+    newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, ends: Tensor, *, width: int
+) -> Tensor:
     """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab); bias: the
     sequential head, previous tokens (...,) -> (..., vocab), added along each path."""
 
@@ -154,16 +162,19 @@ def candidates(newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] 
         drafted = logits[:, depth, None, :]
         return drafted if bias is None else drafted + bias(frontier)
 
-    return levels(newest, scores, depths=logits.shape[1], width=width)
+    return levels(newest, scores, ends, depths=logits.shape[1], width=width)
 
 
-def levels(newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], *, depths: int, width: int) -> Tensor:
+def levels(
+    newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], ends: Tensor, *, depths: int, width: int
+) -> Tensor:
     """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
 
     newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes
-    of the depth before, (batch, nodes) each. Returns (batch, 3, nodes) int32: tokens, parents and the bits of the
-    float32 cumulative log-probabilities, so that one transfer brings them to the host. Nodes are numbered level by
-    level after the root, which is 0.
+    of the depth before, (batch, nodes) each; ends: (num,) tokens behind which an answer does not go on (what stands
+    there all the same, for levels are of one size, has a score of -inf). Returns (batch, 3, nodes) int32: tokens,
+    parents and the bits of the float32 cumulative log-probabilities, so that one transfer brings them to the host.
+    Nodes are numbered level by level after the root, which is 0.
     """
     frontier, place = newest[:, None], torch.full_like(newest[:, None], -1)  # (batch, candidates); and their parents
     reach = torch.zeros(len(newest), 1, device=newest.device)  # their cumulative log-probability
@@ -172,6 +183,8 @@ def levels(newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], *, d
     for depth in range(depths):
         logs = scores(depth, frontier, place).float().log_softmax(-1)
         best, token = logs.expand(-1, frontier.shape[1], -1).topk(width, -1)
+        if depth:
+            best = best.masked_fill((frontier[:, :, None] == ends).any(-1, keepdim=True), -torch.inf)
         total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
         reach, place = total.topk(min(width, total.shape[1]), -1)
         frontier, place = token.flatten(1).gather(1, place), first + torch.div(place, width, rounding_mode="floor")
@@ -186,7 +199,7 @@ def levels(newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], *, d
 def pruned(newest: np.ndarray, found: np.ndarray, *, width: int, budgets: np.ndarray) -> Trees:
     """Trees of the best of `candidates`, numbered anew. newest: (batch,); found: (batch, 3, nodes) int32."""
     tokens, parents, scores = found[:, 0], found[:, 1], np.ascontiguousarray(found[:, 2]).view(np.float32)
-    return _pruned(newest, tokens, parents, scores, width, np.minimum(budgets, tokens.shape[1]))
+    return _pruned(newest, tokens, parents, scores, width, np.minimum(budgets, np.isfinite(scores).sum(1)))
 
 
 def _pruned(

@@ -101,7 +101,7 @@ class EagleDrafter:
             tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
             fuse=fuse.linear.matrix,
             fuse_norm=fuse.norm.weight,
-            candidates=Candidates(self.width),
+            candidates=Candidates(self.width, target.eos_ids),
         )
         return EagleStep(draft, network.feature.matrix, config.block)
 
@@ -188,7 +188,8 @@ class EagleDrafter:
             rows = Rows(self.cache, 0, 1, starts, (budgets > 0).astype(np.int32), Sight.TREE)
             return self._step.propose(newest, budgets, rows, self._pending)
         last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
-        found = tree.levels(last, Expansion(self, starts), depths=depths, width=self.width)
+        ends = torch.tensor(sorted(self.target.eos_ids), device=self.target.device)
+        found = tree.levels(last, Expansion(self, starts), ends, depths=depths, width=self.width)
         return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
 
 

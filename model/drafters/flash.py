@@ -56,6 +56,7 @@ class FlashDrafter:
         self.cache = cache or self.new_cache(target, network, room)
         self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
         self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
+        self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
         pack(network)
         self._candidates = self._native_candidates()
@@ -96,13 +97,13 @@ class FlashDrafter:
     def _native_candidates(self) -> Candidates | None:
         if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
             return None
-        head = self.network.sequential
+        head, ends = self.network.sequential, self.target.eos_ids
         if self._fixed is not None:
-            return Candidates(self._fixed.width, fixed=self._fixed)
+            return Candidates(self._fixed.width, ends, fixed=self._fixed)
         if head is None:
-            return Candidates(self.width)
+            return Candidates(self.width, ends)
         assert isinstance(head.after, Packed)
-        return Candidates(self.width, head.before.weight, head.after.matrix)
+        return Candidates(self.width, ends, head.before.weight, head.after.matrix)
 
     def _native_step(self) -> DraftStep | None:
         """What a native round needs of the draft, where all of it is native."""
@@ -253,7 +254,7 @@ class FlashDrafter:
         """What trees are made of, as `tree.levels` returns it. newest: (batch,); logits: (batch, block, vocab)."""
         if self._fixed is not None:
             return tree.fill(self._fixed, logits)
-        return tree.candidates(newest, logits, self.network.sequential, width=self.width)
+        return tree.candidates(newest, logits, self.network.sequential, self._ends, width=self.width)
 
     def _trees(self, newest: np.ndarray, nodes: Tensor, budgets: np.ndarray) -> Trees:
         found = nodes.cpu().numpy()

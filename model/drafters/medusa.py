@@ -43,7 +43,7 @@ class MedusaDrafter:
         if target.head is None or not fits or self.width > MAX_WIDTH:
             return None
         assert isinstance(heads, Packed)
-        candidates = Candidates(self.width)
+        candidates = Candidates(self.width, target.eos_ids)
         return MedusaStep(self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates)
 
     @property
@@ -70,7 +70,8 @@ class MedusaDrafter:
         if self._step is not None:
             return self._step.propose(last, newest, budgets)
         logits = self.target.logits(self.network(last))
-        return tree.best_first(newest, logits, None, width=self.width, budgets=budgets)
+        ends = torch.tensor(sorted(self.target.eos_ids), device=self.target.device)
+        return tree.best_first(newest, logits, None, ends, width=self.width, budgets=budgets)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
         slots = [slot for slot, path in enumerate(paths) if path]

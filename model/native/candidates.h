@@ -16,7 +16,8 @@ struct Draft {
   const void *before;  // (vocab, rank) of the sequential head; null: none
   const void *after;   // packed: rank -> vocab
   const int32_t *fixed;  // (num_fixed, 3): parent, rank and depth of the nodes of a fixed tree; null: best-first
-  int32_t num_fixed;
+  const int64_t* ends;   // (num_ends,) tokens behind which an answer does not go on
+  int32_t num_fixed, num_ends;
 };
 
 // What drafting is worth (model/load.py); seconds null: every node has its place.
@@ -208,8 +209,10 @@ void plant(const Trees& trees, int b, const Growth& growth, int budget) {
   trees.sizes[b] = row;
 }
 
-// The best children of a node, whose continuations are found, are offered to `next`.
-inline void offer_children(const Candidate& node, int number, const Found& found, Best& next) {
+// The best children of a node, whose continuations are found, are offered to `next`. An end has none, unless it is the
+// root, 0: then the answer goes on all the same.
+inline void offer_children(const Draft& draft, const Candidate& node, int number, const Found& found, Best& next) {
+  if (number && std::find(draft.ends, draft.ends + draft.num_ends, node.token) != draft.ends + draft.num_ends) return;
   for (int i = 0; i < found.best.num; i++) {  // always less than the parent's, also when the draft is certain
     const float score = found.best.held[i].score - found.whole;
     next.offer({node.score + (score < 0 ? score : 0) - 1e-6f, found.best.held[i].token, number});
@@ -255,7 +258,7 @@ struct Frontier {
   // To the best of what is found behind it.
   void go_on(const Draft& draft, Growth& growth, int depth, int budget, const Found* found) {
     Best next{draft.width};
-    for (int n = 0; n < num; n++) offer_children(nodes[n], first + n, found[n], next);
+    for (int n = 0; n < num; n++) offer_children(draft, nodes[n], first + n, found[n], next);
     first = growth.count + 1, num = next.num;
     for (int n = 0; n < num; n++) growth.level_of[growth.count] = depth, growth.nodes[growth.count++] = nodes[n] = next.held[n];
     // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ MAX_WIDTH = 16  # as in candidates.h
 class _Draft(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
-        *((n, ctypes.c_void_p) for n in "logits before after fixed".split()),
-        ("num_fixed", ctypes.c_int32),
+        *((n, ctypes.c_void_p) for n in "logits before after fixed ends".split()),
+        *((n, ctypes.c_int32) for n in "num_fixed num_ends".split()),
     ]
 
 
@@ -44,20 +45,26 @@ class TreeArrays(ctypes.Structure):
 
 
 class Candidates:
-    """`model.tree.best_first` in one call. The sequential head, or None: before (vocab, rank), after rank -> vocab.
+    """`model.tree.best_first` in one call. ends: tokens behind which nothing is drafted. The sequential head, or None:
+    before (vocab, rank), after rank -> vocab.
 
-    Or a fixed tree, of which `width` must hold all ranks; then without a sequential head.
+    Or a fixed tree, of which `width` must hold all ranks; then without a sequential head, and whatever ends.
     """
 
     STRUCT = _Draft
 
     def __init__(
-        self, width: int, before: Tensor | None = None, after: Matrix | None = None, fixed: FixedTree | None = None
+        self,
+        width: int,
+        ends: Collection[int],
+        before: Tensor | None = None,
+        after: Matrix | None = None,
+        fixed: FixedTree | None = None,
     ) -> None:
         assert 1 <= width <= MAX_WIDTH
         assert fixed is None or (before is None and fixed.width <= width)
         self.width, self._before, self._after = width, before, after
-        self._fixed = None
+        self._ends, self._fixed = np.array(sorted(ends), np.int64), None
         if fixed is not None:
             self._fixed = np.array((fixed.parents, fixed.ranks, fixed.depths), np.int32).T.copy()
 
@@ -75,7 +82,9 @@ class Candidates:
             before=pointer(self._before),
             after=None if self._after is None else self._after.packed.data_ptr(),
             fixed=pointer(self._fixed),
+            ends=pointer(self._ends, np.int64),
             num_fixed=0 if self._fixed is None else len(self._fixed),
+            num_ends=len(self._ends),
         )
 
     def grow(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:

@@ -114,7 +114,7 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
         for (int n = 0; n < one.num; n++, row++) {
           Found found;
           continuations<T>(candidates, logits + row * vocab, one.frontier + n, 1, &found);
-          offer_children(one.frontier[n], one.numbers[n], found, next);
+          offer_children(candidates, one.frontier[n], one.numbers[n], found, next);
         }
         const int first = one.count;
         for (int n = 0; n < next.num; n++) one.level_of[one.count] = depth, one.nodes[one.count++] = next.held[n];

@@ -286,14 +286,24 @@ def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outp
 
 @pytest.mark.parametrize("width", [1, 3, 4])
 @pytest.mark.parametrize("rank", [0, 8])
-def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank: int) -> None:
+@pytest.mark.parametrize("ends", [False, True], ids=["no ends", "ends"])
+def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank: int, ends: bool) -> None:
     logits = normal(3, 5, 101, seed=width, scale=3.0).to(dtype)
     before, weight = normal(101, max(rank, 1), seed=1).to(dtype), normal(101, max(rank, 1), seed=2).to(dtype)
     newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
     head = (lambda ids: F.linear(before[ids].double(), weight.double())) if rank else None
-    expected = tree.best_first(newest, logits.double(), head, width=width, budgets=budgets)
-    own = Candidates(width, before if rank else None, Matrix(weight) if rank else None)
+    whole = Candidates(width, (), before if rank else None, Matrix(weight) if rank else None).grow(
+        logits, newest, budgets
+    )
+    # A root, and the likeliest token of the first level: behind that nothing, behind the root as before.
+    ending = {3, int(whole.tokens[2, 1])} if ends else set()
+    expected = tree.best_first(
+        newest, logits.double(), head, torch.tensor(sorted(ending), dtype=torch.int64), width=width, budgets=budgets
+    )
+    own = Candidates(width, ending, before if rank else None, Matrix(weight) if rank else None)
     grown = own.grow(logits, newest, budgets)
+    assert not any(token in ending for path in paths(grown, 2) for token in path[1:-1])
+    assert any(token in ending for path in paths(whole, 2) for token in path[1:-1]) == ends
     assert grown.sizes.tolist() == expected.sizes.tolist()
     for b in range(3):
         mine, theirs = paths(grown, b), paths(expected, b)

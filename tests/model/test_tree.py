@@ -18,6 +18,7 @@ from model.kv_cache import KVCache
 from model.tree import FixedTree, Trees, best_first, fill, planted, roots
 
 VOCAB = 12
+NO_ENDS = torch.tensor((), dtype=torch.int64)
 
 
 def bigram(seed: int) -> Callable[[Tensor], Tensor]:
@@ -34,13 +35,13 @@ def paths_of(trees: Trees, b: int) -> dict[tuple[int, ...], float]:
 
 
 def slow_best_first(
-    newest: int, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, budget: int
+    newest: int, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, ends: list[int], budget: int
 ) -> dict[tuple[int, ...], float]:
     """The `budget` likeliest paths of at most `block` tokens, by a heap over all of them."""
     block = len(logits)
 
     def children(path: tuple[int, ...], score: float) -> list[tuple[float, tuple[int, ...]]]:
-        if len(path) == block:
+        if len(path) == block or (path and path[-1] in ends):
             return []
         row = logits[len(path)]
         if bias is not None:
@@ -59,16 +60,18 @@ def slow_best_first(
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool) -> None:
-    """Width 12 is the whole vocabulary, so no candidate is cut off before its time and the tree must be exact."""
+@pytest.mark.parametrize("ends", [[], [3, 5, 6]], ids=["no ends", "ends"])
+def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool, ends: list[int]) -> None:
+    """Width 12 is the whole vocabulary, so no candidate is cut off before its time and the tree must be exact. Behind
+    an end there is nothing, unless it is the newest token, behind which the answer goes on."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 4, VOCAB, generator=generator) * 2.5
     newest = np.array([3, 0, 11])
     bias = bigram(seed) if with_bias else None
     budgets = np.array([10, 1, 7])
-    trees = best_first(newest, logits, bias, width=VOCAB, budgets=budgets)
+    trees = best_first(newest, logits, bias, torch.tensor(ends, dtype=torch.int64), width=VOCAB, budgets=budgets)
     for b in range(3):
-        expected = slow_best_first(int(newest[b]), logits[b], bias, int(budgets[b]))
+        expected = slow_best_first(int(newest[b]), logits[b], bias, ends, int(budgets[b]))
         found = paths_of(trees, b)
         assert found.keys() == expected.keys()
         assert found == pytest.approx(expected, abs=1e-4)
@@ -77,11 +80,18 @@ def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool) -> None:
 def test_width_narrows_the_tree_and_changes_nothing_else() -> None:
     """With width 2 the best chain is still there, and each level has two candidates at most."""
     logits = torch.randn(1, 5, VOCAB, generator=torch.Generator().manual_seed(1))
-    trees = best_first(np.array([2]), logits, bigram(1), width=2, budgets=np.array([50]))
+    trees = best_first(np.array([2]), logits, bigram(1), NO_ENDS, width=2, budgets=np.array([50]))
     assert trees.sizes.tolist() == [11], "a budget beyond what the width holds takes all of it"
     assert np.bincount(trees.depths[0]).tolist() == [1, 2, 2, 2, 2, 2]
-    wide = best_first(np.array([2]), logits, bigram(1), width=VOCAB, budgets=np.array([1]))
+    wide = best_first(np.array([2]), logits, bigram(1), NO_ENDS, width=VOCAB, budgets=np.array([1]))
     assert paths_of(wide, 0).keys() <= paths_of(trees, 0).keys()
+
+
+def test_where_all_that_is_likely_ends_the_tree_is_smaller_than_its_budget() -> None:
+    logits = torch.full((1, 4, VOCAB), -50.0)
+    logits[0, 0, 7], logits[0, :, 5], logits[0, :, 6] = 1.0, 2.0, 3.0
+    trees = best_first(np.array([2]), logits, None, torch.tensor([5, 6]), width=2, budgets=np.array([9]))
+    assert paths_of(trees, 0).keys() == {(5,), (6,)}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -93,7 +103,7 @@ def test_every_tree_is_a_tree_within_its_budget(seed: int) -> None:
         logits[:, :, 0] = 60.0  # certain at every position: child and parent score the same in float32
     budgets = np.array([0, 1, 5, 15, 3, 0])
     newest = rng.integers(0, VOCAB, 6)
-    trees = best_first(newest, logits, bigram(seed), width=3, budgets=budgets)
+    trees = best_first(newest, logits, bigram(seed), NO_ENDS, width=3, budgets=budgets)
     assert trees.sizes.tolist() == (1 + budgets).tolist()
     assert trees.rows == 16
     assert trees.tokens[:, 0].tolist() == newest.tolist()
@@ -124,7 +134,7 @@ def test_a_row_sees_itself_and_its_ancestors() -> None:
 
 
 def test_all_budgets_zero_make_roots() -> None:
-    trees = best_first(np.array([4, 5]), torch.randn(2, 3, VOCAB), None, width=2, budgets=np.array([0, 0]))
+    trees = best_first(np.array([4, 5]), torch.randn(2, 3, VOCAB), None, NO_ENDS, width=2, budgets=np.array([0, 0]))
     plain = roots(np.array([4, 5]))
     assert trees.rows == plain.rows == 1
     assert trees.tokens.tolist() == plain.tokens.tolist() == [[4], [5]]
