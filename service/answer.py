@@ -182,6 +182,8 @@ class Answer:
                 metrics.queued(choice.stats.queue)
         if not taken and outcome != "refused":
             metrics.answered(outcome, latency, None)
+        if not log.isEnabledFor(logging.INFO):
+            return
         stats = [choice.stats for choice in taken]
         log.info(
             "request %s",

@@ -1,4 +1,4 @@
-"""Sending answers while watching for clients that leave: one waiting pattern, and server-sent events.
+"""Sending answers while watching for clients that leave: one pattern, and server-sent events.
 
 Knows nothing of what is in an event.
 """
@@ -6,9 +6,10 @@ Knows nothing of what is in an event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing, suppress
-from typing import Any, TypeVar, cast
+from types import TracebackType
+from typing import Any, cast
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -16,8 +17,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 SLOW_READER_GRACE = 2.0  # seconds past the deadline that a client gets to take the last event
-
-Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
 
@@ -34,19 +33,25 @@ def json_response(value: Any, headers: dict[str, str] | None = None) -> Response
     return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
 
 
-async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
-    """Do the work; ClientDisconnect in its midst if the client leaves. The body must have been read before."""
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
-    watching = asyncio.create_task(_cancel_when_gone(receive, task))
-    try:
-        return await work
-    except asyncio.CancelledError:
-        # `watching` is done only where it was the client; then no cancellation is left, unless somebody else asked too.
-        if watching.done() and not task.uncancel():
+class UnlessGone:
+    """A context that ends with ClientDisconnect as soon as the client leaves. The body must have been read before.
+
+    One for a whole request, though it ends in another function than it began in: each would cost a task.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._watching = asyncio.create_task(_cancel_when_gone(receive, self._task))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        gone = self._watching.done()
+        self._watching.cancel()
+        # It is done only where it was the client; then no cancellation is left, unless somebody else asked too.
+        if isinstance(error, asyncio.CancelledError) and gone and not self._task.uncancel():
             raise ClientDisconnect from None
-        raise
-    finally:
-        watching.cancel()
 
 
 async def _cancel_when_gone(receive: Receive, task: asyncio.Task[Any]) -> None:
@@ -56,7 +61,8 @@ async def _cancel_when_gone(receive: Receive, task: asyncio.Task[Any]) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come, `Last` at the end; `resources` are let go then, however it comes."""
+    """Sends events as they come, `Last` at the end; `resources`, an UnlessGone among them, are let go then, however it
+    comes."""
 
     def __init__(
         self,
@@ -77,7 +83,7 @@ class EventStream(Response):
         # A client that left, or that does not read, is not told anything more: the connection just ends.
         with suppress(ClientDisconnect, TimeoutError), self._resources:
             async with asyncio.timeout_at(self._deadline + SLOW_READER_GRACE):
-                await unless_gone(receive, self._send_all(send))
+                await self._send_all(send)
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service import prompt, stream
+from service import prompt
 from service.answer import Answer
 from service.auth import keyed
 from service.body import read_form
@@ -21,7 +21,7 @@ from service.deps import service_of
 from service.errors import ServiceError
 from service.schemas import generate as schema
 from service.schemas.sampling import sampling_params
-from service.stream import DONE, EventStream, Last, event, json_response
+from service.stream import DONE, EventStream, Last, UnlessGone, event, json_response
 from service.usage import speculation, timings, usage
 
 DEFAULT_TEMPERATURE = 0.0
@@ -37,11 +37,12 @@ async def generate(request: Request) -> Response:
         ask, files = schema.read(form, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         preparing = prompt.from_form(service, ask, files)
-        await stream.unless_gone(request.receive, answer.begin(preparing, params, n=1, speculation=ask.speculation))
+        resources.enter_context(UnlessGone(request.receive))
+        await answer.begin(preparing, params, n=1, speculation=ask.speculation)
         headers = {"X-Request-Id": answer.id}
         if ask.stream:
             return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline, headers=headers)
-        await stream.unless_gone(request.receive, answer.finish())
+        await answer.finish()
         return json_response(_result(answer), headers)
 
 

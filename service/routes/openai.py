@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service import prompt, stream
+from service import prompt
 from service.answer import Answer
 from service.auth import keyed
 from service.body import read_json
@@ -22,7 +22,7 @@ from service.deps import service_of
 from service.errors import ServiceError, UnknownModel
 from service.schemas import openai
 from service.schemas.sampling import sampling_params
-from service.stream import DONE, EventStream, Last, event, json_response
+from service.stream import DONE, EventStream, Last, UnlessGone, event, json_response
 from service.usage import usage
 
 DEFAULT_TEMPERATURE = 1.0
@@ -39,13 +39,14 @@ async def chat_completions(request: Request) -> Response:
         n = ask.n or 1
         answer.take_slots(n - 1)
         preparing = prompt.from_chat(service, ask)
-        await stream.unless_gone(request.receive, answer.begin(preparing, params, n=n, speculation=ask.speculation))
+        resources.enter_context(UnlessGone(request.receive))
+        await answer.begin(preparing, params, n=n, speculation=ask.speculation)
         headers = {"X-Request-Id": answer.id}
         if ask.stream:
             with_usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
             events = _events(answer, with_usage=with_usage)
             return EventStream(events, resources.pop_all(), deadline=answer.deadline, headers=headers)
-        await stream.unless_gone(request.receive, answer.finish())
+        await answer.finish()
         return json_response(_completion(answer), headers)
 
 
