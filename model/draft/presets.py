@@ -18,8 +18,8 @@ from model.targets.base import Target
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"flash": (-1,), "medusa": (-1,)}
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0}
-# What the study of shapes showed: means of neighbouring positions, see DECISIONS.md.
-FLASH = {"pooled": 16, "num_latents": ALL}
+# What the study of shapes showed: means of neighbouring positions, and long blocks; see DECISIONS.md.
+FLASH = {"pooled": 16, "num_latents": ALL, "block": 10}
 HEAD_DIM = 64
 SHAPES: dict[str, dict[str, int]] = {"flash": FLASH, "flash-paper": PAPER}
 LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0}
