@@ -49,7 +49,8 @@ def train(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="flash: 2, flash-paper: 1.", rich_help_panel=DRAFT)] = None,
     block: Annotated[
-        int | None, typer.Option(help="Tokens drafted at once. flash: 10, flash-paper: 5, others: 7.", rich_help_panel=DRAFT)
+        int | None,
+        typer.Option(help="Tokens drafted at once. flash: 10, flash-paper: 5, others: 7.", rich_help_panel=DRAFT),
     ] = None,
     pooled: Annotated[
         int | None,
