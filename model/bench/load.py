@@ -31,6 +31,7 @@ from model.request import SamplingParams
 
 ROUNDS = 3  # requests for each one at once, at least
 FEWEST = 12
+LONGEST = 1280  # positions that hold any of these prompts and its answer: seven engines keep room for so many at once
 PLAIN, AWARE = "off", "load-aware"
 
 
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         device=asked.device,
         dtype=asked.dtype,
         max_num_seqs=max(asked.batches),
+        max_model_len=LONGEST,
         encoder_cache_bytes=0,
     )
     arms = [EngineArm(name, Engine(config)) for name, config in _configs(plain, asked.nodes).items()]
