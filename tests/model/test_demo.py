@@ -121,6 +121,23 @@ def test_prompts_are_of_their_task_and_the_same_each_time() -> None:
         assert medium.frames.shape[1:] == (192, 192, 3)
 
 
+def test_what_drafts_learn_from_is_of_every_kind_and_none_of_it_is_measured_on() -> None:
+    drawn = prompts.Scenes(examples=40, frames=9, each=2)
+    assert {drawn.kind(number) for number in drawn.train} == set(prompts.KINDS)
+    assert [drawn.kind(number) for number in drawn.held_out] == [*prompts.KINDS] * 2
+    seen: dict[bool, set[bytes]] = {True: set(), False: set()}
+    for number in (*drawn.train, *drawn.held_out):
+        ((*media, question),) = (message.content for message in drawn.messages(number))
+        shown = [medium for medium in media if not isinstance(medium, str)]
+        frames = [len(medium.frames) for medium in shown]
+        kind = drawn.kind(number)
+        assert isinstance(question, str)
+        expected = {"two images": [1, 1], "long video": [9]}
+        assert frames == expected.get(kind, [1] if kind.startswith("image") else [prompts.NUM_FRAMES])
+        seen[number in drawn.held_out] |= {medium.frames.tobytes() for medium in shown}
+    assert not seen[True] & seen[False]
+
+
 def test_objects_of_an_image_never_touch_and_lie_inside() -> None:
     """Two objects in one place cannot be told apart by anyone."""
     for scene in IMAGES:
