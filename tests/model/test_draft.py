@@ -276,7 +276,7 @@ def test_averaged_rows_are_means_of_what_is_read_whatever_the_chunks(
 
 @pytest.mark.parametrize(
     ("drafter", "pooled", "latents", "block", "layers", "rank"),
-    [("flash", 16, ALL, 7, 2, 64), ("flash-paper", 0, 64, 5, 1, 0)],
+    [("flash", 16, ALL, 10, 2, 64), ("flash-paper", 0, 64, 5, 1, 0)],
 )
 def test_a_new_draft_has_the_shape_that_is_documented(
     tiny_target: Target, drafter: str, pooled: int, latents: int, block: int, layers: int, rank: int
