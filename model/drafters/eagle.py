@@ -47,6 +47,7 @@ class EagleDrafter:
         config = network.config
         self.name = name
         self.target, self.network, self.width = target, network, room.width
+        self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         self.cache = cache or self.new_cache(target, network, room)
         self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
         self._entries = self._table()
@@ -188,8 +189,7 @@ class EagleDrafter:
             rows = Rows(self.cache, 0, 1, starts, (budgets > 0).astype(np.int32), Sight.TREE)
             return self._step.propose(newest, budgets, rows, self._pending)
         last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
-        ends = torch.tensor(sorted(self.target.eos_ids), device=self.target.device)
-        found = tree.levels(last, Expansion(self, starts), ends, depths=depths, width=self.width)
+        found = tree.levels(last, Expansion(self, starts), self._ends, depths=depths, width=self.width)
         return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
 
 

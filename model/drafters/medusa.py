@@ -28,6 +28,7 @@ class MedusaDrafter:
     def __init__(self, name: str, target: Target, network: MedusaNetwork, room: Room, cache: None = None) -> None:  # noqa: ARG002
         self.name = name
         self.target, self.network, self.width = target, network, room.width
+        self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         pack(network)
         self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
@@ -70,8 +71,7 @@ class MedusaDrafter:
         if self._step is not None:
             return self._step.propose(last, newest, budgets)
         logits = self.target.logits(self.network(last))
-        ends = torch.tensor(sorted(self.target.eos_ids), device=self.target.device)
-        return tree.best_first(newest, logits, None, ends, width=self.width, budgets=budgets)
+        return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
         slots = [slot for slot, path in enumerate(paths) if path]

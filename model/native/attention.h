@@ -56,7 +56,7 @@ struct Attention {
   const T* q[MAX_QUERIES];
   alignas(64) float scores[MAX_QUERIES][KEYS];
   alignas(64) T weights[MAX_QUERIES][KEYS];
-  alignas(64) float mixed[MAX_QUERIES][D];  // weighted sums of values so far; PAIRED: see mix_pairs
+  alignas(64) float mixed[MAX_QUERIES][D];  // weighted sums of values so far; PAIRED: see add_pairs
   alignas(64) float most[MAX_QUERIES] = {};  // largest score so far
   vf total[MAX_QUERIES];                    // of the weights so far, lane by lane
 #if defined(__AMX_BF16__)
@@ -160,12 +160,7 @@ struct Attention {
   }
 
   template <int N, class Positions>
-  void mix_few(int first, Positions at, int count) {
-    vf sums[N][VECTORS];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) sums[n][v] = load(mixed[first + n] + v * LANES);
+  void add_values(int first, Positions at, int count, vf (&sums)[N][VECTORS]) const {
     for (int i = 0; i < count; i++) {
       vf value[VECTORS];
 #pragma GCC unroll 16
@@ -177,6 +172,50 @@ struct Attention {
         for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * value[v];
       }
     }
+  }
+
+  // Two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows in turns are
+  // cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
+  template <int N, class Positions>
+  void add_pairs(int first, Positions at, int count, vf (&sums)[N][VECTORS]) const {
+#if defined(__AVX512BF16__)
+    for (int i = 0; i < count; i += 2) {
+      const T *one = values + at[i] * D, *other = values + at[i + 1 < count ? i + 1 : i] * D;
+      __m512i pairs[VECTORS];
+#pragma GCC unroll 8
+      for (int v = 0; v + 1 < VECTORS; v += 2) {
+        const __m512i a = _mm512_loadu_si512(one + v * LANES), b = _mm512_loadu_si512(other + v * LANES);
+        pairs[v] = _mm512_unpacklo_epi16(a, b), pairs[v + 1] = _mm512_unpackhi_epi16(a, b);
+      }
+      if (VECTORS % 2) {
+        const long d = D - LANES;
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + d)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(other + d)));
+        pairs[VECTORS - 1] = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+      }
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) {
+        int32_t both;
+        memcpy(&both, weights[first + n] + i, sizeof both);
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; v++) sums[n][v] = (vf)_mm512_dpbf16_ps((__m512)sums[n][v], weight, (__m512bh)pairs[v]);
+      }
+    }
+#endif
+  }
+
+  template <int N, class Positions>
+  void mix_few(int first, Positions at, int count) {
+    vf sums[N][VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) sums[n][v] = load(mixed[first + n] + v * LANES);
+    if constexpr (PAIRED)
+      add_pairs(first, at, count, sums);
+    else
+      add_values(first, at, count, sums);
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++)
 #pragma GCC unroll 16
@@ -269,58 +308,10 @@ struct Attention {
   void mix_alone(int n, Positions at, int count) { mix_rows(n, 1, at, count); }
 #endif
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-  // As mix_few, two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows
-  // in turns are cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
-  template <int N, class Positions>
-  void mix_pairs(int first, Positions at, int count) {
-    __m512 sums[N][VECTORS];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_load_ps(mixed[first + n] + v * LANES);
-    for (int i = 0; i < count; i += 2) {
-      const T *one = values + at[i] * D, *other = values + at[i + 1 < count ? i + 1 : i] * D;
-      __m512i pairs[VECTORS];
-#pragma GCC unroll 8
-      for (int v = 0; v + 1 < VECTORS; v += 2) {
-        const __m512i a = _mm512_loadu_si512(one + v * LANES), b = _mm512_loadu_si512(other + v * LANES);
-        pairs[v] = _mm512_unpacklo_epi16(a, b), pairs[v + 1] = _mm512_unpackhi_epi16(a, b);
-      }
-      if (VECTORS % 2) {
-        const long d = D - LANES;
-        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(one + d)));
-        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(other + d)));
-        pairs[VECTORS - 1] = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
-      }
-#pragma GCC unroll 4
-      for (int n = 0; n < N; n++) {
-        int32_t both;
-        memcpy(&both, weights[first + n] + i, sizeof both);
-        const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_dpbf16_ps(sums[n][v], weight, (__m512bh)pairs[v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) _mm512_store_ps(mixed[first + n] + v * LANES, sums[n][v]);
-  }
-#endif
-
-  template <int N, class Positions>
-  void mix_together(int first, Positions at, int count) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-    if constexpr (PAIRED) return mix_pairs<N>(first, at, count);
-#endif
-    mix_few<N>(first, at, count);
-  }
-
   template <class Positions>
   void mix_rows(int n, int num, Positions at, int count) {
     const int end = n + num;
-    for (; n + TOGETHER <= end; n += TOGETHER) mix_together<TOGETHER>(n, at, count);
-    for (; n < end; n++) mix_together<1>(n, at, count);
+    for (; n + TOGETHER <= end; n += TOGETHER) mix_few<TOGETHER>(n, at, count);
+    for (; n < end; n++) mix_few<1>(n, at, count);
   }
 };
