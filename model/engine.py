@@ -382,7 +382,11 @@ class Engine:
             sequence.draft_tokens += proposed
             sequence.accepted_tokens += used
         output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
-        return self._finish(sequence, finish, so_far=output) if finish else output  # type: ignore[arg-type]
+        if finish:
+            return self._finish(sequence, finish, so_far=output)  # type: ignore[arg-type]
+        if sequence.request.running_stats:
+            output.stats = sequence.stats()
+        return output
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, so_far: RequestOutput | None = None

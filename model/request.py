@@ -97,6 +97,7 @@ class Request:
     messages: tuple[Message, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     speculation: bool = True
+    running_stats: bool = False  # whether every output says what the request has cost so far
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token, and that would take three times as long
@@ -110,7 +111,7 @@ class Token:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one finished request cost. Times in seconds, measured inside the engine."""
+    """What one request cost: a finished one, or one so far. Times in seconds, measured inside the engine."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -130,7 +131,7 @@ class RequestOutput:
     text: str  # the text this step added
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
-    stats: RequestStats | None = None  # with finish_reason
+    stats: RequestStats | None = None  # with finish_reason; with every output where the request asks for it
     error: str | None = None  # with finish_reason == "error"
 
 

@@ -62,8 +62,8 @@ class Choice:
             if self.first_at is None:
                 self.first_at, self.num_first_tokens = now, len(output.tokens)
             self.num_tokens += len(output.tokens)
-        if output.finish_reason is not None:
-            self.finish_reason, self.stats = output.finish_reason, output.stats or NO_STATS
+        self.stats = output.stats or self.stats
+        self.finish_reason = output.finish_reason or self.finish_reason
 
 
 class Answer:
@@ -97,9 +97,17 @@ class Answer:
         self._slots.take(number)
 
     async def begin(
-        self, preparing: Awaitable[Prompt], params: SamplingParams, *, n: int, speculation: Literal["auto", "off"]
+        self,
+        preparing: Awaitable[Prompt],
+        params: SamplingParams,
+        *,
+        n: int,
+        speculation: Literal["auto", "off"],
+        running_stats: bool = False,
     ) -> None:
-        """Hand it to the engine; returns with its first word, so that refusals and early failures come before a 200."""
+        """Hand it to the engine; returns with its first word, so that refusals and early failures come before a 200.
+
+        running_stats: whether choices have their `stats` from their first output on, not only at their end."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 prompt = await preparing
@@ -109,7 +117,7 @@ class Answer:
         self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
         for index in range(n):
             own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
-            submit = Submit(f"{self.id}-{index}", prompt.messages, own, speculation == "auto")
+            submit = Submit(f"{self.id}-{index}", prompt.messages, own, speculation == "auto", running_stats)
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
         await self._has_news()
 

@@ -8,9 +8,9 @@ from service.answer import Answer, Choice
 
 
 def usage(answer: Answer) -> dict[str, Any]:
-    """The prompt is counted once, however many choices were made of it."""
+    """The prompt is counted once, however many choices were made of it, and of which one has been heard."""
     stats = [choice.stats for choice in answer.choices]
-    prompt = stats[0].prompt_tokens
+    prompt = max(one.prompt_tokens for one in stats)
     completion = sum(one.completion_tokens for one in stats)
     accepted = sum(one.accepted_tokens for one in stats)
     return {

@@ -56,10 +56,11 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     messages: tuple[Message, ...]
     params: SamplingParams
     speculation: bool
+    running_stats: bool = False
 
     @property
     def request(self) -> Request:
-        return Request(self.request_id, self.messages, self.params, self.speculation)
+        return Request(self.request_id, self.messages, self.params, self.speculation, self.running_stats)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -40,11 +40,13 @@ async def chat_completions(request: Request) -> Response:
         answer.take_slots(n - 1)
         preparing = prompt.from_chat(service, ask)
         resources.enter_context(UnlessGone(request.receive))
-        await answer.begin(preparing, params, n=n, speculation=ask.speculation)
+        options = ask.stream_options or openai.StreamOptions()
+        with_usage = bool(options.include_usage)
+        running = with_usage and bool(options.continuous_usage_stats)
+        await answer.begin(preparing, params, n=n, speculation=ask.speculation, running_stats=running)
         headers = {"X-Request-Id": answer.id}
         if ask.stream:
-            with_usage = ask.stream_options is not None and bool(ask.stream_options.include_usage)
-            events = _events(answer, with_usage=with_usage)
+            events = _events(answer, with_usage=with_usage, running=running)
             return EventStream(events, resources.pop_all(), deadline=answer.deadline, headers=headers)
         await answer.finish()
         return json_response(_completion(answer), headers)
@@ -79,11 +81,14 @@ def _completion(answer: Answer) -> dict[str, Any]:
     }
 
 
-async def _events(answer: Answer, *, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    """A chunk that opens each choice, one per output, one that closes each choice; then usage, where asked for."""
+async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGenerator[bytes, None]:
+    """A chunk that opens each choice, one per output, one that closes each choice; then usage, where asked for.
+    running: usage so far in every chunk from the first output on."""
     head = _head(answer, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
 
     def chunk(index: int, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        if running and answer.choices[index].num_tokens:
+            head["usage"] = usage(answer)
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return event({**head, "choices": [choice]})
 

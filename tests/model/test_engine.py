@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +439,18 @@ def test_counts_are_taken_once_and_steps_are_timed(crowd: Engine) -> None:
     assert last is not None
     assert 0 <= last.queue <= last.time_to_first_token
     assert last.decode > 0
+
+
+def test_a_request_that_asks_for_it_hears_with_every_output_what_it_has_cost(crowd: Engine) -> None:
+    requests = [replace(long_request("told"), running_stats=True), long_request("r1")]
+    outputs = tiny.drain(crowd, requests)
+    said = 0
+    for output in outputs["told"]:
+        assert output.stats is not None
+        said += len(output.tokens)
+        assert output.stats.completion_tokens == said
+    assert output.stats.prompt_tokens == outputs["r1"][-1].stats.prompt_tokens  # type: ignore[union-attr]
+    assert [o.stats for o in outputs["r1"][:-1]] == [None] * (len(outputs["r1"]) - 1)
 
 
 def test_info_tells_what_was_loaded(crowd: Engine, tiny_checkpoint: Path) -> None:

@@ -199,6 +199,7 @@ class FakeEngine:
         stats = None
         if reason:
             del self.sequences[s.request.request_id]
+        if reason or s.request.running_stats:
             assert s.first is not None
             stats = RequestStats(
                 prompt_tokens=len(s.text.split()),

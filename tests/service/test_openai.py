@@ -61,6 +61,21 @@ def test_a_stream_says_the_same_as_the_answer_in_one_piece(client: openai.OpenAI
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+def test_usage_so_far_comes_with_every_chunk_where_vllms_option_asks_for_it(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    opening, *chunks, last = ask(client, stream=True, stream_options=options, temperature=1.0, seed=7, n=2)
+    said = 0
+    for chunk in chunks[1:]:  # each choice is opened before either has said anything
+        assert chunk.usage.prompt_tokens == 1
+        assert chunk.usage.completion_tokens - said == len((chunk.choices[0].delta.content or "").split())
+        said = chunk.usage.completion_tokens
+    assert opening.usage is None
+    assert last.choices == []
+    assert last.usage.completion_tokens == said == 24
+    silent = ask(client, stream=True, stream_options={"continuous_usage_stats": True})
+    assert not any(chunk.usage for chunk in silent), "as with vLLM, it says how usage is told, not whether"
+
+
 def test_a_stream_on_the_wire_ends_with_done_and_has_no_usage_unless_asked(server: Server) -> None:
     with server.http.stream("POST", "/v1/chat/completions", json=chat_body(stream=True, max_tokens=3)) as response:
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
