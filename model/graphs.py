@@ -106,7 +106,8 @@ class Replays:
     """One kind of pass over slots 0.., in as many recordings as it has met shapes."""
 
     def __init__(self, compute: Compute, cache: KVCache, recorder: Recorder, *, max_rows: int) -> None:
-        """`compute` reads nothing that changes but its arguments and the cache; at most `max_rows` rows per slot."""
+        """`compute` reads nothing that changes but its arguments and what stays where it is, as the cache does; at most
+        `max_rows` rows per slot."""
         assert max_rows <= MAX_ROWS
         self._compute, self._cache, self._recorder, self._max_rows = compute, cache, recorder, max_rows
         self._recordings: dict[Shape, _Recording] = {}

@@ -135,10 +135,15 @@ def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np
     return trees
 
 
+# A sequential head along the paths of a tree: (depth, tokens (batch, nodes), states (batch, nodes, ..) of those they
+# follow, None for the roots) -> (their states, what is added to the logits of what follows, (batch, nodes, vocab)).
+Along = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 def best_first(
     newest: np.ndarray,
     logits: Tensor,
-    bias: Callable[[Tensor], Tensor] | None,
+    head: Along | None,
     ends: Tensor,
     *,
     width: int,
@@ -148,19 +153,24 @@ def best_first(
 
     Exact best-first whenever the budget does not reach beyond the `width` best of any depth.
     """
-    found = candidates(upload(newest, logits.device), logits, bias, ends, width=width)
+    found = candidates(upload(newest, logits.device), logits, head, ends, width=width)
     return pruned(newest, found.cpu().numpy(), width=width, budgets=budgets)
 
 
-def candidates(
-    newest: Tensor, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, ends: Tensor, *, width: int
-) -> Tensor:
-    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab); bias: the
-    sequential head, previous tokens (...,) -> (..., vocab), added along each path."""
+def candidates(newest: Tensor, logits: Tensor, head: Along | None, ends: Tensor, *, width: int) -> Tensor:
+    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab)."""
+    states: Tensor | None = None
 
-    def scores(depth: int, frontier: Tensor, _: Tensor) -> Tensor:
+    def scores(depth: int, tokens: Tensor, parents: Tensor) -> Tensor:
+        nonlocal states
         drafted = logits[:, depth, None, :]
-        return drafted if bias is None else drafted + bias(frontier)
+        if head is None:
+            return drafted
+        if states is not None:
+            first = 1 + (depth - 2) * width if depth > 1 else 0  # number of the first of the parents' level
+            states = states.gather(1, (parents - first)[:, :, None].expand(-1, -1, states.shape[2]))
+        states, bias = head(depth, tokens, states)
+        return drafted + bias
 
     return levels(newest, scores, ends, depths=logits.shape[1], width=width)
 

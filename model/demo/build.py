@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.config import DEMO_WEIGHTS
 
-QWEN_DRAFT = ["--examples", "4000", "--steps", "1800", "--frames", "64"]
+DRAFT = ["--examples", "4000", "--steps", "1800"]
 LARGEST = 45_000_000  # bytes of all weights together: they live in the repository
 
 
@@ -45,12 +45,12 @@ def main() -> None:
     for stage in (
         ["model.demo.vision", "--folder", folder],
         ["model.demo.target", "--folder", folder],
-        ["model.demo.draft", "--folder", folder],
+        ["model.demo.draft", "--folder", folder, *DRAFT],
         ["model.demo.evaluate", f"{folder}/target"],
         ["model.demo.qwen_vision", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.qwen_target", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.evaluate", f"{folder}/qwen-target"],
-        ["model.demo.draft", "--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target", *QWEN_DRAFT],
+        ["model.demo.draft", "--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target", "--frames", "64", *DRAFT],
     ):
         print("==", *stage, flush=True)
         subprocess.run([sys.executable, "-m", *stage], check=True)  # noqa: S603

@@ -84,9 +84,16 @@ def load(folder: Path, target: Target) -> Network:
     _, network_type = KINDS[told.drafter]
     try:
         network: Network = network_type(told.config)
-        network.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
     except UNREADABLE as error:
         raise _unreadable(folder, error) from error
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"draft {str(folder)!r} must be trained again: this version has other weights in a {told.drafter!r} of its "
+            f"shape; {error}"
+        ) from error
     if told.target_fingerprint != fingerprint(target):
         raise ConfigError(
             f"draft {str(folder)!r} was trained for another target than the one being served; "

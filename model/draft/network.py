@@ -2,7 +2,7 @@
 
 Source of the method: arXiv 2505.12728, sections "latent-aware token compression" and "semi-autoregressive
 drafting". Ours departs from the paper in three ways (see DECISIONS.md): the context enters every layer as keys and
-values, a low-rank sequential head restores the dependence between the tokens of a block, and text positions of the
+values, a recurrent sequential head restores the dependence between the tokens of a block, and text positions of the
 context keep their full resolution.
 
 Knows nothing of requests, caches or trees.
@@ -10,6 +10,7 @@ Knows nothing of requests, caches or trees.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,18 +70,46 @@ class LatentCompressor(nn.Module):
 
 
 class SequentialHead(nn.Module):
-    """Low-rank bigram bias W2 W1[previous token]: what the token just before says about this one."""
+    """A recurrent cell along the tokens of a block, each of which was proposed without knowing those before it.
+
+    s_j = silu(B[x_j] + C h_j + S s_(j-1)); A s_j is added to the logits that h_j gives for the token behind x_j.
+    """
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.before = nn.Embedding(config.vocab_size, config.sequential_rank)
-        self.after = nn.Linear(config.sequential_rank, config.vocab_size, bias=False)
+        rank = config.sequential_rank
+        self.before = nn.Embedding(config.vocab_size, rank)  # B
+        self.context = nn.Linear(config.target_hidden_size, rank, bias=False)  # C
+        self.state = nn.Linear(rank, rank, bias=False)  # S
+        self.after = nn.Linear(rank, config.vocab_size, bias=False)  # A
         nn.init.normal_(self.before.weight, std=0.5)
         nn.init.zeros_(self.after.weight)
 
-    def forward(self, previous: Tensor) -> Tensor:
-        """Token ids (...,) -> logit bias (..., vocab)."""
-        bias: Tensor = self.after(self.before(previous))
+    def forward(self, tokens: Tensor, context: Tensor, states: Tensor | None) -> Tensor:
+        """Token ids (...,); context (..., rank), C of their row; states of the tokens before them, None where they are
+        the newest -> their states (..., rank)."""
+        entering = self.before(tokens) + context
+        return F.silu(entering if states is None else entering + self.state(states))
+
+    def along(self, hidden: Tensor) -> Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """The head at work on one pass of the draft, (batch, block, target_hidden): of tokens (batch, any) before the
+        one that is proposed at a depth, and the states of those before them, to their states and to what is added to
+        the logits."""
+        contexts = self.context(hidden)
+
+        def step(depth: int, tokens: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+            states = self(tokens, contexts[:, depth, None], states)
+            return states, self.after(states)
+
+        return step
+
+    def bias(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Along one path: hidden (drafts, block, target_hidden), tokens (drafts, block), each before the token that is
+        proposed -> (drafts, block, vocab), to be added to the logits."""
+        contexts, states = self.context(hidden), list[Tensor]()
+        for depth in range(tokens.shape[1]):
+            states.append(self(tokens[:, depth], contexts[:, depth], states[-1] if states else None))
+        bias: Tensor = self.after(torch.stack(states, 1))
         return bias
 
 
@@ -97,6 +126,7 @@ class DraftNetwork(nn.Module):
         self.fuse = Fuse(config)
         self.compressor = LatentCompressor(config) if config.num_latents > 0 else None
         self.embed = nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)
+        self.feature = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.masks = nn.Parameter(torch.randn(config.block - 1, config.hidden_size) * 0.5)
         self.embed_norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.layers = nn.ModuleList([DraftLayer(config, i) for i in range(config.num_layers)])
@@ -125,21 +155,24 @@ class DraftNetwork(nn.Module):
         cos, sin = rotary_table(self.config, positions, context.dtype)
         return [layer.keys_values(context, cos, sin) for layer in self.layers]  # type: ignore[operator]
 
-    def block_input(self, last: Tensor) -> Tensor:
-        """What enters the layers: (batch, blocks, target_hidden) -> (batch, blocks, block, hidden)."""
+    def block_input(self, last: Tensor, tail: Tensor) -> Tensor:
+        """What enters the layers: last (batch, blocks, target_hidden) and tail (batch, blocks, hidden), as for
+        `block_hidden` -> (batch, blocks, block, hidden)."""
         masks = self.masks.expand(*last.shape[:2], -1, -1)
-        entering: Tensor = self.embed_norm(torch.cat((self.embed(last)[:, :, None], masks), 2))
+        rows = torch.cat((self.embed(last)[:, :, None], masks), 2)
+        entering: Tensor = self.embed_norm(rows + self.feature(tail)[:, :, None])
         return entering
 
-    def block_hidden(self, last: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def block_hidden(self, last: Tensor, tail: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One pass over blocks.
 
-        last: (batch, blocks, target_hidden), the target's embedding of the newest token of each block;
-        positions: (batch, blocks), its position in the context. Returns (batch, blocks, block, target_hidden), to be
-        read by the target's lm_head: row j proposes the token j + 1 places after the newest one.
+        last: (batch, blocks, target_hidden), the target's embedding of the newest token of each block; positions:
+        (batch, blocks), its position in the context; tail: (batch, blocks, hidden), the row before it there, of what
+        the target thought when it chose that token. Returns (batch, blocks, block, target_hidden), to be read by the
+        target's lm_head: row j proposes the token j + 1 places after the newest one.
         """
         blocks = positions.shape[1]
-        x = self.block_input(last).flatten(1, 2)
+        x = self.block_input(last, tail).flatten(1, 2)
         places = positions[:, :, None] + torch.arange(self.config.block, device=positions.device)
         cos, sin = rotary_table(self.config, places.flatten(1), x.dtype)
         for layer in self.layers:

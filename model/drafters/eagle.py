@@ -96,7 +96,7 @@ class EagleDrafter:
         draft = DraftStep(
             layers,
             entries=self._entries,
-            masks=self._entries[:0],
+            feature=network.feature.matrix,
             out=network.out.matrix,
             head=target.head,
             tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
@@ -104,7 +104,7 @@ class EagleDrafter:
             fuse_norm=fuse.norm.weight,
             candidates=Candidates(self.width, target.eos_ids),
         )
-        return EagleStep(draft, network.feature.matrix, config.block)
+        return EagleStep(draft, config.block)
 
     @property
     def native(self) -> bool:

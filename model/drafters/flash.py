@@ -24,7 +24,7 @@ from model.graphs import MAX_ROWS, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
 from model.native import library
-from model.native.candidates import MAX_WIDTH, Candidates
+from model.native.candidates import MAX_WIDTH, Candidates, Sequential
 from model.native.step import DraftStep
 from model.targets.base import Prompt, Target
 from model.transfer import upload
@@ -54,6 +54,7 @@ class FlashDrafter:
         self.block = config.block
         self._fixed = FixedTree.of(PAPER_TREE, config.block) if name == "flash-paper" else None
         self.cache = cache or self.new_cache(target, network, room)
+        self.tails = self.cache.data.new_zeros(self.cache.num_slots, config.hidden_size)  # last row of each context
         self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
         self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
@@ -86,13 +87,12 @@ class FlashDrafter:
         )
 
     @torch.inference_mode()
-    def _block_entries(self) -> tuple[Tensor, Tensor] | None:
-        """What enters the layers for every token, and for the masks behind it, where a table of it is small."""
-        num, config = self.target.vocab_size, self.network.config
-        if num * config.hidden_size > MAX_TABLE:
+    def _entries(self) -> Tensor | None:
+        """What every token puts into the layers, where a table of it is small."""
+        num = self.target.vocab_size
+        if num * self.network.config.hidden_size > MAX_TABLE:
             return None
-        entering = self.network.block_input(self.target.embed(torch.arange(num, device=self.target.device))[:, None])
-        return entering[:, 0, 0].clone(), entering[0, 0, 1:].clone()
+        return self.network.embed(self.target.embed(torch.arange(num, device=self.target.device))).clone()
 
     def _native_candidates(self) -> Candidates | None:
         if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
@@ -102,23 +102,29 @@ class FlashDrafter:
             return Candidates(self._fixed.width, ends, fixed=self._fixed)
         if head is None:
             return Candidates(self.width, ends)
+        assert isinstance(head.context, Packed)
+        assert isinstance(head.state, Packed)
         assert isinstance(head.after, Packed)
-        return Candidates(self.width, ends, head.before.weight, head.after.matrix)
+        own = Sequential(head.before.weight, head.context.matrix, head.state.matrix, head.after.matrix)
+        return Candidates(self.width, ends, own)
 
     def _native_step(self) -> DraftStep | None:
         """What a native round needs of the draft, where all of it is native."""
         head, fuse = self.target.head, self.network.fuse
         if self._layers is None or self._candidates is None or head is None:
             return None
-        entries = self._block_entries()
+        entries = self._entries()
         if entries is None:
             return None
+        assert isinstance(self.network.feature, Packed)
         assert isinstance(self.network.out, Packed)
         assert isinstance(fuse.linear, Packed)
         return DraftStep(
             self._layers,
-            entries=entries[0],
-            masks=entries[1],
+            entries=entries,
+            masks=self.network.masks,
+            entry_norm=self.network.embed_norm.weight,
+            feature=self.network.feature.matrix,
             out=self.network.out.matrix,
             head=head,
             tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
@@ -137,7 +143,7 @@ class FlashDrafter:
 
     @property
     def cache_bytes(self) -> int:
-        return self.cache.data.nbytes
+        return self.cache.data.nbytes + self.tails.nbytes
 
     def start(self, slot: int, prompt: Prompt) -> None:
         self.cache.take(slot)
@@ -149,6 +155,7 @@ class FlashDrafter:
 
     def move(self, source: int, target: int) -> None:
         self.cache.move(source, target)
+        self.tails[target] = self.tails[source]
         self._spans[target], self._visual[target] = self._spans.pop(source), self._visual.pop(source)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
@@ -177,6 +184,7 @@ class FlashDrafter:
         if rows:
             context = torch.cat(rows)
             self._write(self._behind(slot, len(context), [len(context)]), context[None])
+            self.tails[slot] = context[-1]
             self._advance(slot, [len(context)])
 
     def _fused(self, taps: Tensor) -> Tensor:
@@ -197,18 +205,23 @@ class FlashDrafter:
         index = indexed(paths)
         counts = [len(path) for path in paths]
         rows = self._behind(0, index.shape[1], counts)
-        places = upload(index, taps.device).long()
+        told = upload(np.concatenate((index, rows.counts[:, None]), 1), taps.device).long()
+        places, some, tails = told[:, :-1], told[:, -1:], self.tails[: len(counts)]
         kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
         if self._observations is not None:
-            self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
+            (context,) = self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
-            self._write(rows, self.network.fuse(kept))
+            context = self.network.fuse(kept)
+            self._write(rows, context)
         self._advance(0, counts)
+        last = context.gather(1, (some - 1).clamp(min=0)[:, :, None].expand(-1, -1, context.shape[2]))[:, 0]
+        tails.copy_(torch.where(some > 0, last, tails))
 
     def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
         assert kept is not None
-        self._hold(plan, self.network.fuse(kept))
-        return ()
+        context = self.network.fuse(kept)
+        self._hold(plan, context)
+        return (context,)
 
     def _hold(self, plan: Plan, context: Tensor) -> None:
         """Write keys and values of context (batch, rows, hidden)."""
@@ -240,21 +253,24 @@ class FlashDrafter:
             return self._trees(newest, found, budgets)
         last = upload(newest, self.target.device)
         if self._layers is not None:
-            entering = self.network.block_input(self.target.embed(last)[:, None])[:, 0]
+            entering = self.network.block_input(self.target.embed(last)[:, None], self.tails[: len(newest), None])[:, 0]
             mixed, _ = self._layers.forward(entering, None, rows)
             hidden = self.network.out(mixed)
         else:
             hidden = self._block_hidden(rows.plan, last)
         self.drafted = logits = self.target.logits(hidden)
         if self._candidates is not None:
-            return self._candidates.grow(logits, newest, budgets)
-        return self._trees(newest, self._nodes(last, logits), budgets)
+            return self._candidates.grow(hidden, logits, newest, budgets)
+        return self._trees(newest, self._nodes(last, hidden, logits), budgets)
 
-    def _nodes(self, newest: Tensor, logits: Tensor) -> Tensor:
-        """What trees are made of, as `tree.levels` returns it. newest: (batch,); logits: (batch, block, vocab)."""
+    def _nodes(self, newest: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """What trees are made of, as `tree.levels` returns it. newest: (batch,); hidden: (batch, block, target_hidden),
+        of which the logits (batch, block, vocab) were read."""
         if self._fixed is not None:
             return tree.fill(self._fixed, logits)
-        return tree.candidates(newest, logits, self.network.sequential, self._ends, width=self.width)
+        head = self.network.sequential
+        along = None if head is None else head.along(hidden)
+        return tree.candidates(newest, logits, along, self._ends, width=self.width)
 
     def _trees(self, newest: np.ndarray, nodes: Tensor, budgets: np.ndarray) -> Trees:
         found = nodes.cpu().numpy()
@@ -265,13 +281,14 @@ class FlashDrafter:
     def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
         """See _nodes. numbers: (1, batch, block), the newest token of each slot, repeated."""
         newest = numbers[0, :, 0]
-        logits = self.target.logits(self._block_hidden(plan, newest))
-        return (self._nodes(newest, logits),)
+        hidden = self._block_hidden(plan, newest)
+        return (self._nodes(newest, hidden, self.target.logits(hidden)),)
 
     def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
         """(batch,) tokens -> (batch, block, target_hidden), to be read by the target's lm_head."""
         hidden: Tensor = self.network.block_hidden(
             self.target.embed(last)[:, None],
+            self.tails[: len(last), None],
             plan.positions[:, :1],
             lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
         )[:, 0]

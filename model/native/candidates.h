@@ -12,9 +12,9 @@ extern "C" {
 
 struct Draft {
   int32_t block, vocab, width, rank;
-  const void *logits;  // (batch, block, vocab)
-  const void *before;  // (vocab, rank) of the sequential head; null: none
-  const void *after;   // packed: rank -> vocab
+  const void* logits;  // (batch, block, vocab)
+  // The sequential head (model/draft/network.py): (batch, block, rank), (vocab, rank); packed: rank -> rank, rank -> vocab.
+  const void *contexts, *before, *state, *after;  // before null: none
   const int32_t *fixed;  // (num_fixed, 3): parent, rank and depth of the nodes of a fixed tree; null: best-first
   const int64_t* ends;   // (num_ends,) tokens behind which an answer does not go on
   int32_t num_fixed, num_ends;
@@ -74,24 +74,18 @@ struct Found {
   float whole;
 };
 
-// That behind each frontier token.
+// That behind each of `num` tokens, whose states of the sequential head lie round_up(rank, K_STEP) apart; null: it has none.
 template <class T>
-void continuations(const Draft& draft, const T* logits, const Candidate* frontier, int num, Found* found) {
+void continuations(const Draft& draft, const T* logits, const T* states, int num, Found* found) {
   const int panels = (draft.vocab + LANES - 1) / LANES;
   const long k = round_up(draft.rank, K_STEP);
-  alignas(64) float bias[MANY_ROWS * PANELS * LANES] = {};
-  T* before = (T*)__builtin_alloca_with_align(MANY_ROWS * (k + K_STEP) * sizeof(T), 512);
-  if (draft.before) {
-    memset((void*)before, 0, MANY_ROWS * k * sizeof(T));
-    for (int n = 0; n < num; n++)
-      memcpy((void*)(before + n * k), (const T*)draft.before + frontier[n].token * (long)draft.rank, draft.rank * sizeof(T));
-  }
+  alignas(64) float bias[MAX_WIDTH * PANELS * LANES] = {};
   vf most[MAX_WIDTH], total[MAX_WIDTH];
   for (int n = 0; n < num; n++) most[n] = all(-1e30f), total[n] = vf{}, found[n].best = Best{draft.width};
   for (int panel = 0; panel < panels; panel += PANELS) {
     const int some = panels - panel < PANELS ? panels - panel : PANELS;
     const long stride = some * LANES;
-    if (draft.before) product(before, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride);
+    if (states) product(states, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride);
     for (int p = 0; p < some; p++) {
       const int token = (panel + p) * LANES;
       vf drafted = all(-1e30f);
@@ -233,10 +227,9 @@ const T* logits_of(const Draft& draft, int b, int depth) {
 // Tree b of the first nodes of the fixed tree, as many as its budget has.
 template <class T>
 void fill(const Draft& draft, const Trees& trees, int b) {
-  const Candidate root = {0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0};
   Found* found = (Found*)__builtin_alloca(draft.block * sizeof(Found));  // at each depth
   for (int depth = 0; depth < draft.block; depth++)
-    continuations<T>(draft, logits_of<T>(draft, b, depth), &root, 1, found + depth);
+    continuations<T>(draft, logits_of<T>(draft, b, depth), (const T*)nullptr, 1, found + depth);
   const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
   const long at = b * (long)trees.rows;
   for (int row = 1; row <= num; row++) {
@@ -250,31 +243,56 @@ void fill(const Draft& draft, const Trees& trees, int b) {
 
 // The nodes from which a tree goes on.
 struct Frontier {
-  int num, first;  // how many; the number of the first, the root's being 0
+  int num, first, before;  // how many; the number of the first, the root's being 0; and of the first a level before
   Candidate nodes[MAX_WIDTH];
 
-  Frontier(const Trees& trees, int b) : num(1), first(0), nodes{{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}} {}
+  Frontier(const Trees& trees, int b)
+      : num(1), first(0), before(0), nodes{{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}} {}
 
   // To the best of what is found behind it.
   void go_on(const Draft& draft, Growth& growth, int depth, int budget, const Found* found) {
     Best next{draft.width};
     for (int n = 0; n < num; n++) offer_children(draft, nodes[n], first + n, found[n], next);
-    first = growth.count + 1, num = next.num;
+    before = first, first = growth.count + 1, num = next.num;
     for (int n = 0; n < num; n++) growth.level_of[growth.count] = depth, growth.nodes[growth.count++] = nodes[n] = next.held[n];
     // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
     while (num && no_worse(growth.nodes, growth.count, nodes[num - 1].score) >= budget) num--;
   }
 };
 
+// The sequential head goes on to the frontier: the states of the level before, `num` of them, become its own.
+template <class T>
+void follow(const Draft& draft, const Frontier& frontier, int b, int depth, T* states, int num) {
+  const long rank = draft.rank, k = round_up(rank, K_STEP), wide = round_up(rank, LANES);
+  const T* context = (const T*)draft.contexts + (b * (long)draft.block + depth) * rank;
+  float* carried = (float*)__builtin_alloca_with_align(MAX_WIDTH * wide * sizeof(float), 512);
+  if (depth) product(states, k, num, (const T*)draft.state, k * LANES, wide / LANES, k, carried, wide);
+  for (int n = 0; n < frontier.num; n++) {
+    const T* before = (const T*)draft.before + frontier.nodes[n].token * rank;
+    const float* from = carried + (frontier.nodes[n].parent - frontier.before) * wide;
+    for (long i = 0; i < rank; i += LANES) {
+      vf x = load_some(before + i, rank - i) + load_some(context + i, rank - i);
+      if (depth) x += load(from + i);
+      store(states + n * k + i, x * sigmoid(x));
+    }
+  }
+}
+
 // Returns the seconds that the sequential head took, which is a layer of the draft that runs while the tree grows.
 template <class T>
 double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Frontier frontier(trees, b);
   Found found[MAX_WIDTH];
+  const long size = MAX_WIDTH * round_up(draft.rank, K_STEP) * sizeof(T);
+  T* states = draft.before ? (T*)__builtin_alloca_with_align(size, 512) : nullptr;
+  if (states) memset((void*)states, 0, size);
   double head = 0.0;
+  int num = 0;  // of states
   for (int depth = 0; depth < draft.block && frontier.num; depth++) {
     const double begun = now();
-    continuations<T>(draft, logits_of<T>(draft, b, depth), frontier.nodes, frontier.num, found);
+    if (states) follow(draft, frontier, b, depth, states, num);
+    num = frontier.num;
+    continuations(draft, logits_of<T>(draft, b, depth), states, frontier.num, found);
     head += now() - begun;
     frontier.go_on(draft, growth, depth, trees.budgets[b], found);
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ MAX_WIDTH = 16  # as in candidates.h
 class _Draft(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
-        *((n, ctypes.c_void_p) for n in "logits before after fixed ends".split()),
+        *((n, ctypes.c_void_p) for n in "logits contexts before state after fixed ends".split()),
         *((n, ctypes.c_int32) for n in "num_fixed num_ends".split()),
     ]
 
@@ -44,9 +45,18 @@ class TreeArrays(ctypes.Structure):
         )
 
 
+@dataclass(frozen=True)
+class Sequential:
+    """The sequential head of model/draft/network.py. before: (vocab, rank)."""
+
+    before: Tensor
+    context: Matrix
+    state: Matrix
+    after: Matrix
+
+
 class Candidates:
-    """`model.tree.best_first` in one call. ends: tokens behind which nothing is drafted. The sequential head, or None:
-    before (vocab, rank), after rank -> vocab.
+    """`model.tree.best_first` in one call. ends: tokens behind which nothing is drafted.
 
     Or a fixed tree, of which `width` must hold all ranks; then without a sequential head, and whatever ends.
     """
@@ -57,13 +67,12 @@ class Candidates:
         self,
         width: int,
         ends: Collection[int],
-        before: Tensor | None = None,
-        after: Matrix | None = None,
+        head: Sequential | None = None,
         fixed: FixedTree | None = None,
     ) -> None:
         assert 1 <= width <= MAX_WIDTH
-        assert fixed is None or (before is None and fixed.width <= width)
-        self.width, self._before, self._after = width, before, after
+        assert fixed is None or (head is None and fixed.width <= width)
+        self.width, self.head = width, head
         self._ends, self._fixed = np.array(sorted(ends), np.int64), None
         if fixed is not None:
             self._fixed = np.array((fixed.parents, fixed.ranks, fixed.depths), np.int32).T.copy()
@@ -72,28 +81,34 @@ class Candidates:
         """Nodes of a tree at most."""
         return block * self.width if self._fixed is None else len(self._fixed)
 
-    def struct(self, *, block: int, vocab: int, logits: Tensor | None = None) -> _Draft:
+    def struct(self, *, block: int, vocab: int, logits: Tensor | None = None, contexts: Tensor | None = None) -> _Draft:
+        head = self.head
         return _Draft(
             block=block,
             vocab=vocab,
             width=min(self.width, vocab),
-            rank=0 if self._before is None else self._before.shape[1],
+            rank=0 if head is None else head.before.shape[1],
             logits=pointer(logits),
-            before=pointer(self._before),
-            after=None if self._after is None else self._after.packed.data_ptr(),
+            contexts=pointer(contexts),
+            before=None if head is None else pointer(head.before),
+            state=None if head is None else pointer(head.state.packed),
+            after=None if head is None else pointer(head.after.packed),
             fixed=pointer(self._fixed),
             ends=pointer(self._ends, np.int64),
             num_fixed=0 if self._fixed is None else len(self._fixed),
             num_ends=len(self._ends),
         )
 
-    def grow(self, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        """logits: (batch, block, vocab); newest, budgets: (batch,) int64."""
+    def grow(self, hidden: Tensor | None, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """hidden: (batch, block, target_hidden), which only a sequential head looks at; logits: (batch, block, vocab);
+        newest, budgets: (batch,) int64."""
         _, block, vocab = logits.shape
         logits = logits.contiguous()
+        contexts = self.head.context(hidden) if self.head is not None and hidden is not None else None
         budgets = np.minimum(budgets, self.most(block))
         trees = roots(newest, 1 + int(budgets.max(initial=0)))
-        draft, arrays = self.struct(block=block, vocab=vocab, logits=logits), TreeArrays.of(trees, budgets)
+        draft = self.struct(block=block, vocab=vocab, logits=logits, contexts=contexts)
+        arrays = TreeArrays.of(trees, budgets)
         bfloat16 = ctypes.c_bool(logits.dtype is torch.bfloat16)
         functions().flash_grow(bfloat16, ctypes.byref(draft), ctypes.byref(arrays))
         return trees

@@ -2,15 +2,6 @@
 #pragma once
 #include "step.h"
 
-extern "C" {
-
-// Around its one layer. Of `draft`: entries are what tokens add to what enters it; there are no masks.
-struct EagleNetwork {
-  DraftNetwork draft;
-  Linear feature;  // a feature's part in what enters
-};
-}
-
 namespace {
 
 // The nodes of one sequence while its tree grows. Nodes are numbered from 1 on, the root is 0; rows are those of its nodes
@@ -42,8 +33,7 @@ struct Growing {
 // expanded, all sequences in one pass; those that cannot get into the tree any more are not, which changes nothing.
 // pending (slots, hidden): the feature of each sequence's last kept position. given.starts: how long contexts are.
 template <class T>
-void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pending, const Trees& trees) {
-  const DraftNetwork& draft = eagle.draft;
+void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pending, const Trees& trees) {
   const Stack& stack = *draft.stack;
   const int batch = trees.batch, width = draft.candidates.width, block = draft.candidates.block;
   const int most_rows = 1 + (block - 1) * width, most_nodes = block * width;  // of a sequence
@@ -95,7 +85,7 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
         const T* from = depth ? features + (b * (long)most_rows + parents[place]) * wide : (const T*)pending + b * wide;
         memcpy((void*)(read + row * wide), from, wide * sizeof(T));
       });
-      linear_stage(member, read, num, eagle.feature, [&](int row) { return made + row * wide; });
+      linear_stage(member, read, num, draft.feature, [&](int row) { return made + row * wide; });
       row_stage(member, num, [&](int row) {
         const T *entry = (const T*)draft.entries + tokens[pass.where[row]] * wide, *part = made + row * wide;
         T* to = embeds + pass.where[row] * wide;
@@ -113,7 +103,7 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
         Best next{width};
         for (int n = 0; n < one.num; n++, row++) {
           Found found;
-          continuations<T>(candidates, logits + row * vocab, one.frontier + n, 1, &found);
+          continuations(candidates, logits + row * vocab, (const T*)nullptr, 1, &found);
           offer_children(candidates, one.frontier[n], one.numbers[n], found, next);
         }
         const int first = one.count;
@@ -135,9 +125,8 @@ void propose_eagle(const EagleNetwork& eagle, const Rows& given, const void* pen
 // What was kept of taps (batch, num, num_taps, target's hidden) becomes context: row i of a sequence is the feature of the
 // position before it and the token at paths[i]. The last one's feature is pending from now on.
 template <class T>
-void observe_eagle(const EagleNetwork& eagle, const Rows& rows, const void* taps, int num, const int32_t* paths, const int64_t* tokens,
+void observe_eagle(const DraftNetwork& draft, const Rows& rows, const void* taps, int num, const int32_t* paths, const int64_t* tokens,
                    void* pending) {
-  const DraftNetwork& draft = eagle.draft;
   const Stack& stack = *draft.stack;
   const long wide = stack.hidden, wide_taps = draft.fuse.inputs;
   const long count = (long)rows.batch * rows.rows, most = round_up(count, MANY_ROWS);
@@ -159,7 +148,7 @@ void observe_eagle(const EagleNetwork& eagle, const Rows& rows, const void* taps
       if (place % rows.rows == 0) memcpy((void*)(features + row * wide), (const T*)pending + place / rows.rows * wide, wide * sizeof(T));
     });
     fuse_stages(member, draft, pass.num, scaled, fused, from, to);
-    linear_stage(member, features, pass.num, eagle.feature, [&](int row) { return made + row * wide; });
+    linear_stage(member, features, pass.num, draft.feature, [&](int row) { return made + row * wide; });
     row_stage(member, pass.num, [&](int row) {
       const int place = pass.where[row];
       const T* entry = (const T*)draft.entries + tokens[place / rows.rows * (long)num + paths[place]] * wide;

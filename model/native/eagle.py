@@ -11,25 +11,19 @@ from torch import Tensor
 
 from model.attention import Rows
 from model.native.candidates import TreeArrays
-from model.native.library import Matrix, functions, pointer
-from model.native.step import DraftStep, Linear, linear
+from model.native.library import functions, pointer
+from model.native.step import DraftStep
 from model.tree import Trees, roots
 
 
-class _EagleNetwork(ctypes.Structure):
-    _fields_ = [("draft", DraftStep.STRUCT), ("feature", Linear)]
-
-
 class EagleStep:
-    """draft: the network around its one layer, without masks; feature: a feature's part in what enters the layer;
-    block: how deep trees become."""
+    """draft: the network around its one layer, without masks; block: how deep trees become."""
 
-    def __init__(self, draft: DraftStep, feature: Matrix, block: int) -> None:
-        self._draft, self._feature = draft, feature
+    def __init__(self, draft: DraftStep, block: int) -> None:
+        self._draft, self._struct = draft, draft.struct
         self._most = draft.candidates.most(block)
-        self._struct = _EagleNetwork(draft.struct, linear(feature))
-        self._struct.draft.candidates.block = block
-        self._bfloat16 = ctypes.c_bool(feature.dtype is torch.bfloat16)
+        self._struct.candidates.block = block
+        self._bfloat16 = ctypes.c_bool(draft.stack.dtype is torch.bfloat16)
 
     def fused(self, taps: Tensor) -> Tensor:
         """(rows, taps * hidden) -> features (rows, hidden)."""

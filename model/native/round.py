@@ -46,7 +46,7 @@ class _Round(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in "curve chance tried held".split()),
         *(
             (n, ctypes.c_void_p)
-            for n in "counts positions paths accepted shown taps logits drafted chosen emitted".split()
+            for n in "counts positions paths accepted shown taps logits drafted tails chosen emitted".split()
         ),
         ("seconds", ctypes.c_void_p),
     ]
@@ -138,7 +138,7 @@ class NativeRound:
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
             self.flash, held, self._most_nodes = drafter, drafter.cache, step.most_nodes
             self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self.verifier.head.outputs)
-            struct.drafted = pointer(self._drafted)
+            struct.drafted, struct.tails = pointer(self._drafted), pointer(drafter.tails)
             struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
             struct.draft_cache = _described(held)
 

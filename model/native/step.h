@@ -13,13 +13,15 @@ struct Linear {
   int32_t inputs, outputs;
 };
 
-// The FLASH draft (model/draft/network.py) around its layers.
+// The FLASH draft (model/draft/network.py) around its layers; EAGLE's has all of it but masks and entry_norm.
 struct DraftNetwork {
   const Stack* stack;
-  const void *entries, *masks;        // (vocab, hidden), (block - 1, hidden): what enters the layers
+  const void *entries, *masks, *entry_norm;  // (vocab, hidden), (block - 1, hidden), (hidden): what enters the layers
   Linear out, head;                   // to the target's hidden state, and from there to the vocabulary
   const void *tap_norms, *fuse_norm;  // (num_taps, target's hidden), (hidden)
-  Linear fuse;
+  // fuse: of the taps; feature: of the last row of the context, to what enters; context: of `out`, to the sequential
+  // head, packed null where there is none.
+  Linear fuse, feature, context;
   int32_t num_taps;
   Draft candidates;
 };
@@ -49,7 +51,7 @@ struct Round {
   Worth worth;
   int32_t *counts, *positions, *paths;  // (batch,) real rows; (axes, batch, rows); (batch, rows) those of a path
   int32_t *accepted, *shown;              // (batch,) how many those are, and of them the draft is shown
-  void *taps, *logits, *drafted;
+  void *taps, *logits, *drafted, *tails;  // tails: (slots, hidden), the last row of each of the draft's contexts
   int64_t *chosen, *emitted;  // (batch, rows): the target's own tokens; what is emitted
   double* seconds;            // (NUM_PARTS,) that each part took
 };
@@ -105,14 +107,18 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
 
 // Logits (batch, block, vocab), and trees behind the roots that `trees` has; rows.counts is 0 for those that get none.
 template <class T>
-void propose(const DraftNetwork& draft, const Rows& rows, const Worth& worth, void* logits, const Trees& trees, double& growing) {
+void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, const Worth& worth, void* logits, const Trees& trees,
+             double& growing) {
   const Stack& stack = *draft.stack;
   const long wide = stack.hidden, block = rows.rows, count = rows.batch * block, most = round_up(count, MANY_ROWS);
-  const long wide_out = draft.out.outputs, vocab = draft.head.outputs;
+  const long wide_out = draft.out.outputs, vocab = draft.head.outputs, rank = draft.candidates.rank;
   const int nodes = draft.candidates.block * draft.candidates.width;  // of a tree at most
-  scratch.reserve(Arena::bytes<T>(count * wide) + Arena::bytes<T>(most * wide_out) + Arena::bytes<Candidate>(rows.batch * nodes) +
+  const long sequences = round_up(rows.batch, MANY_ROWS);
+  scratch.reserve(Arena::bytes<T>(count * wide) + 2 * Arena::bytes<T>(sequences * wide) + Arena::bytes<T>(most * wide_out) +
+                  Arena::bytes<T>(count * rank) + Arena::bytes<Candidate>(rows.batch * nodes) +
                   Arena::bytes<int32_t>(rows.batch * nodes) + Arena::bytes<Growth>(rows.batch) + Arena::bytes<int64_t>(rows.batch));
-  T *embeds = scratch.take<T>(count * wide), *hidden = scratch.take<T>(most * wide_out);
+  T *embeds = scratch.take<T>(count * wide), *hidden = scratch.take<T>(most * wide_out), *contexts = scratch.take<T>(count * rank);
+  T *read = scratch.take<T>(sequences * wide), *features = scratch.take<T>(sequences * wide);
   Candidate* candidate = scratch.take<Candidate>(rows.batch * nodes);
   int32_t* level_of = scratch.take<int32_t>(rows.batch * nodes);
   Growth* growths = scratch.take<Growth>(rows.batch);
@@ -120,18 +126,26 @@ void propose(const DraftNetwork& draft, const Rows& rows, const Worth& worth, vo
   for (int b = 0; b < rows.batch; b++) growths[b] = {candidate + b * nodes, level_of + b * nodes, 0};
   Pass<T> pass(stack, rows, arena);
   Draft candidates = draft.candidates;
-  candidates.logits = logits;
+  candidates.logits = logits, candidates.contexts = contexts;
+  const int drafting = pass.num / block;  // sequences
+  for (int i = 0; i < drafting; i++)
+    memcpy((void*)(read + i * wide), (const T*)tails + pass.where[i * block] / block * wide, wide * sizeof(T));
   const pthread_t caller = pthread_self();
   team.run([&](Member member) {
+    linear_stage(member, read, drafting, draft.feature, [&](int i) { return features + i * wide; });
     row_stage(member, pass.num, [&](int row) {
       const int b = pass.where[row] / block, r = pass.where[row] % block;
       const T* from = r ? (const T*)draft.masks + (r - 1) * wide : (const T*)draft.entries + trees.tokens[b * (long)trees.rows] * wide;
-      memcpy((void*)(embeds + pass.where[row] * wide), from, wide * sizeof(T));
+      T* to = embeds + pass.where[row] * wide;
+      for (long i = 0; i < wide; i += LANES) store(to + i, load(from + i) + load(features + row / block * wide + i));
+      normalise(to, draft.entry_norm, nullptr, RMS, stack.eps, wide, to);
     });
     pass.run(member, embeds, (T*)nullptr);
     pass.final_norm(member);
     linear_stage(member, pass.normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
     linear_stage(member, hidden, pass.num, draft.head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
+    if (draft.context.packed)
+      linear_stage(member, hidden, pass.num, draft.context, [&](int row) { return contexts + pass.where[row] * rank; });
     double begun = now();
     if (candidates.fixed) {
       member.share(trees.batch, [&](int b) {
@@ -177,7 +191,7 @@ void fuse(const DraftNetwork& draft, const void* taps, int rows, void* context) 
 
 // Of taps (batch, num, num_taps, target's hidden) the rows that `paths` (batch, num) names, fused, become context.
 template <class T>
-void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int num, const int32_t* paths) {
+void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int num, const int32_t* paths, void* tails) {
   const long wide = draft.stack->hidden, wide_taps = draft.fuse.inputs;
   const long count = (long)rows.batch * rows.rows, most = round_up(count, MANY_ROWS);
   scratch.reserve(Arena::bytes<T>(most * wide_taps) + 2 * Arena::bytes<T>(most * wide));
@@ -191,6 +205,9 @@ void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int 
     fuse_stages(member, draft, pass.num, scaled, fused, from, [&](int row) { return context + pass.where[row] * wide; });
     pass.hold(member, context);
   });
+  for (int b = 0; b < rows.batch; b++)
+    if (const int some = rows.counts[b])
+      memcpy((void*)((T*)tails + b * wide), context + (b * (long)rows.rows + some - 1) * wide, wide * sizeof(T));
 }
 
 // In every layer and head of a slot, the rows of its path go where it ends.
@@ -243,8 +260,8 @@ void look(Round& round) {
   if (!round.given && rows > 1) {
     const int block = round.draft->candidates.block;
     for (int b = 0; b < batch; b++) round.counts[b] = round.budgets[b] > 0 ? block : 0;
-    propose<T>(*round.draft, rows_of(round.draft_cache, batch, block, WHOLE, round.counts, nullptr, nullptr), round.worth, round.drafted, trees,
-               round.seconds[GROWING]);
+    propose<T>(*round.draft, rows_of(round.draft_cache, batch, block, WHOLE, round.counts, nullptr, nullptr), round.tails, round.worth,
+               round.drafted, trees, round.seconds[GROWING]);
   }
   const double drafted = now();
   for (int b = 0; b < batch; b++) {
@@ -288,7 +305,7 @@ void accept(Round& round) {
   const double accepted = now();
   if (round.draft && longest) {
     const Rows kept = rows_of(round.draft_cache, round.batch, longest, CAUSAL, round.shown, nullptr, nullptr);
-    observe<T>(*round.draft, kept, round.taps, round.rows, round.paths);
+    observe<T>(*round.draft, kept, round.taps, round.rows, round.paths, round.tails);
   }
   for (int b = 0; b < round.batch; b++) {
     round.target_cache.lengths[b] += round.accepted[b];

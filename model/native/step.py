@@ -52,10 +52,10 @@ class Results:
 
 class _DraftNetwork(ctypes.Structure):
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in "stack entries masks".split()),
+        *((n, ctypes.c_void_p) for n in "stack entries masks entry_norm".split()),
         *((n, Linear) for n in "out head".split()),
         *((n, ctypes.c_void_p) for n in "tap_norms fuse_norm".split()),
-        ("fuse", Linear),
+        *((n, Linear) for n in "fuse feature context".split()),
         ("num_taps", ctypes.c_int32),
         ("candidates", Candidates.STRUCT),
     ]
@@ -64,7 +64,8 @@ class _DraftNetwork(ctypes.Structure):
 class DraftStep:
     """The FLASH draft's pass from newest tokens to trees, and its reading of what the target kept.
 
-    entries: (vocab, hidden), masks: (block - 1, hidden): what enters the layers; tap_norms: (taps, target's hidden).
+    entries: (vocab, hidden), masks: (block - 1, hidden): what enters the layers, with `feature` of the last row of the
+    context; tap_norms: (taps, target's hidden). EAGLE's goes another way, with neither masks nor an entry_norm.
     """
 
     STRUCT = _DraftNetwork
@@ -74,28 +75,31 @@ class DraftStep:
         stack: Stack,
         *,
         entries: Tensor,
-        masks: Tensor,
+        feature: Matrix,
         out: Matrix,
         head: Matrix,
         tap_norms: Tensor,
         fuse: Matrix,
         fuse_norm: Tensor,
         candidates: Candidates,
+        masks: Tensor | None = None,
+        entry_norm: Tensor | None = None,
     ) -> None:
-        self.stack, self.out, self.head, self.fuse = stack, out, head, fuse
-        self.block = len(masks) + 1
+        self.stack, self.out, self.head, self.fuse, self.feature = stack, out, head, fuse, feature
+        self.block = 1 if masks is None else 1 + len(masks)
         self.most_nodes = candidates.most(self.block)
-        tensors = [tensor.detach().contiguous() for tensor in (entries, masks, tap_norms, fuse_norm)]
+        given = (entries, masks, entry_norm, tap_norms, fuse_norm)
+        tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in given]
         self.candidates, self._kept = candidates, tensors
         self.struct = _DraftNetwork(
             ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
-            pointer(tensors[0]),
-            pointer(tensors[1]),
+            *map(pointer, tensors[:3]),
             linear(out),
             linear(head),
-            pointer(tensors[2]),
-            pointer(tensors[3]),
+            *map(pointer, tensors[3:]),
             linear(fuse),
+            linear(feature),
+            Linear() if candidates.head is None else linear(candidates.head.context),
             len(tap_norms),
             candidates.struct(block=self.block, vocab=head.outputs),
         )

@@ -128,11 +128,11 @@ void flash_propose_medusa(bool bfloat16, const MedusaNetwork* draft, const void*
   BY_TYPE(propose_medusa, *draft, last, logits, *trees);
 }
 
-void flash_propose_eagle(bool bfloat16, const EagleNetwork* draft, const Rows* rows, const void* pending, const Trees* trees) {
+void flash_propose_eagle(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* pending, const Trees* trees) {
   BY_TYPE(propose_eagle, *draft, *rows, pending, *trees);
 }
 
-void flash_observe_eagle(bool bfloat16, const EagleNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths,
+void flash_observe_eagle(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths,
                          const int64_t* tokens, void* pending) {
   BY_TYPE(observe_eagle, *draft, *rows, taps, num, paths, tokens, pending);
 }

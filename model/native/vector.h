@@ -63,6 +63,15 @@ static inline void store_some(T* to, vf x, long count) {
   memcpy((void*)to, lanes, count * sizeof(T));
 }
 
+// So many numbers, and zeros behind them.
+template <class T>
+static inline vf load_some(const T* from, long count) {
+  if (count >= LANES) return load(from);
+  T lanes[LANES] = {};
+  memcpy((void*)lanes, from, count * sizeof(T));
+  return load(lanes);
+}
+
 // What is left of x once it has been stored: models are written with every result rounded to their type.
 static inline vf rounded(vf x, const float*) { return x; }
 

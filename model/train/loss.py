@@ -117,9 +117,10 @@ def flash_logits(target: Target, network: DraftNetwork, seen: list[Seen], anchor
         keys, values = kept[layer]
         return F.scaled_dot_product_attention(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), attn_mask=mask)
 
-    hidden = network.block_hidden(target.embed(anchors.newest).float(), starts, attend)
-    drafted = target.logits(hidden.to(target.dtype)).flatten(0, 1)
-    return drafted if network.sequential is None else drafted + network.sequential(anchors.previous)
+    tails = context.gather(1, (starts - 1)[:, :, None].expand(-1, -1, context.shape[2]))
+    hidden = network.block_hidden(target.embed(anchors.newest).float(), tails, starts, attend)
+    drafted, head = target.logits(hidden.to(target.dtype)).flatten(0, 1), network.sequential
+    return drafted if head is None else drafted + head.bias(hidden.flatten(0, 1), anchors.previous)
 
 
 def context_of(network: DraftNetwork, taps: Tensor, prompt: Prompt) -> tuple[Tensor, list[int]]:

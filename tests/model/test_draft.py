@@ -20,7 +20,7 @@ from model.demo import prompts
 from model.draft import checkpoint, presets
 from model.draft import network as network_file
 from model.draft.layers import rotary_table, rotate
-from model.draft.network import ALL, DraftConfig, DraftNetwork
+from model.draft.network import ALL, DraftConfig, DraftNetwork, SequentialHead
 from model.draft.presets import Sizes
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
@@ -142,6 +142,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
         return block_loss(drafted, *rest, **named)
 
     monkeypatch.setattr(loss, "block_loss", learn)
+    monkeypatch.setattr(SequentialHead, "bias", lambda *_: 0.0)  # the head works on these logits; see the next test
     network, target = checkpoint.load(draft, engine.target), engine.target  # the served one's layers are packed
     assert isinstance(network, DraftNetwork)
     offsets = list(range(34))
@@ -158,13 +159,28 @@ def test_served_blocks_are_the_blocks_that_were_trained(
             ours = served.get((name, offset + 1))
             if ours is None:
                 continue
-            if network.sequential is not None:
-                previous = torch.tensor(known[name][offset : offset + block])
-                ours = ours + network.sequential(previous)
             torch.testing.assert_close(ours, drafted[b, offset], atol=2e-3, rtol=1e-3)
             compared += 1
     assert compared > 20
     assert drafted.std() > 0.5, "logits that all lie at nought would be equal without meaning anything"
+
+
+def test_the_sequential_head_says_along_a_path_what_it_was_taught_to() -> None:
+    """In training all of a path at once, in serving level by level, with other paths beside it."""
+    torch.manual_seed(0)
+    head = SequentialHead(DraftConfig(32, 24, vocab_size=50, tap_layers=(1,), sequential_rank=8)).requires_grad_(False)
+    torch.nn.init.normal_(head.after.weight)
+    hidden, tokens = torch.randn(3, 6, 24), torch.randint(50, (3, 6))
+    taught, step = head.bias(hidden, tokens), head.along(hidden)
+    states = None
+    for depth in range(6):
+        level = tokens[:, depth, None].expand(-1, 1 if depth == 0 else 2).clone()
+        level[:, 1:] = 7  # another candidate beside the path's own
+        states, said = step(depth, level, None if states is None else states[:, :1].expand(-1, 2, -1))
+        torch.testing.assert_close(said[:, 0], taught[:, depth])
+    moved = hidden.clone()
+    moved[:, 0] += 1
+    assert not torch.allclose(head.bias(moved, tokens)[:, -1], taught[:, -1]), "a path is remembered to its end"
 
 
 @pytest.mark.skipif(library.load() is None, reason="no native library here")
@@ -225,7 +241,7 @@ def test_a_block_does_not_see_another_block(tiny_target: Target) -> None:
     """Several blocks over one context are trained at once; in serving each is alone."""
     network = tiny.new_draft(tiny_target)
     torch.manual_seed(0)
-    last = torch.randn(1, 3, tiny_target.hidden_size)
+    last, tail = torch.randn(1, 3, tiny_target.hidden_size), torch.randn(1, 3, network.config.hidden_size)
     positions = torch.tensor([[5, 9, 9]])
 
     def alone(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -236,9 +252,10 @@ def test_a_block_does_not_see_another_block(tiny_target: Target) -> None:
         return mixed
 
     with torch.no_grad():
-        together = network.block_hidden(last, positions, alone)
+        together = network.block_hidden(last, tail, positions, alone)
         for i in range(3):
-            single = network.block_hidden(last[:, i : i + 1], positions[:, i : i + 1], alone)
+            one = slice(i, i + 1)
+            single = network.block_hidden(last[:, one], tail[:, one], positions[:, one], alone)
             torch.testing.assert_close(together[:, i], single[:, 0], atol=1e-5, rtol=1e-5)
 
 

@@ -226,9 +226,9 @@ def test_a_draft_too_large_for_a_table_says_the_same_and_keeps_no_gradients(
     begun: list[bool] = []
     begin = engine.drafter.network.block_input
 
-    def listen(last: Tensor) -> Tensor:
+    def listen(*given: Tensor) -> Tensor:
         begun.append(torch.is_inference_mode_enabled())
-        return begin(last)
+        return begin(*given)
 
     monkeypatch.setattr(engine.drafter.network, "block_input", listen)
     assert tiny.answers(engine, mixed(), every=1) == expected

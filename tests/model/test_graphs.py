@@ -260,7 +260,7 @@ def test_a_pass_asks_for_no_number_on_its_way(
     assert isinstance(drafter, FlashDrafter)
     target.model.to("meta")
     drafter.network.to("meta")
-    drafter._ends = drafter._ends.to("meta")
+    drafter._ends, drafter.tails = drafter._ends.to("meta"), drafter.tails.to("meta")
     _, plan = on_meta(4, 2, 32)
     ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
     hidden, taps = target.run(target.embed(ids), ids[None], plan)

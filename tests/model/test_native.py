@@ -6,10 +6,15 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import tomllib
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +28,12 @@ from torch.nn import functional as F  # noqa: N812
 from model import tree, verify
 from model.attention import Rows, Sight, attend
 from model.config import EngineConfig
+from model.draft.network import DraftConfig, SequentialHead
 from model.engine import Engine
 from model.kv_cache import KVCache
 from model.load import Load
 from model.native import library
-from model.native.candidates import Candidates
+from model.native.candidates import Candidates, Sequential
 from model.native.library import BUILDS, Library, Matrix
 from model.native.round import NativeRound
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
@@ -36,6 +42,7 @@ from model.stats import Counters
 from model.tree import IDLE
 from tests.model import tiny
 
+ROOT = Path(__file__).parents[2]
 HIDDEN, HEADS, INNER = 128, 4, 112
 RUNS = [(name, dtype) for name, _, dtypes in BUILDS for dtype in dtypes]
 
@@ -52,10 +59,29 @@ def build(name: str) -> Library | None:
         library.load.cache_clear()
 
 
+@functools.cache
+def emulated_amx() -> Library | None:
+    """The build for AMX, with tiles as amx.h makes them; None where that, too, has no processor or compiler."""
+    if build("avx512bf16") is None or shutil.which("g++") is None:
+        return None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    modules = project["tool"]["setuptools"]["ext-modules"]
+    (amx,) = (module for module in modules if module["name"] == "model.native._amx")
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    header, made = Path(__file__).with_name("amx.h"), folder / "amx.so"
+    flags = ["-shared", "-fPIC", "-include", str(header), *amx["extra-compile-args"]]
+    subprocess.run(["g++", *flags, *amx["sources"], "-o", str(made)], cwd=ROOT, check=True, capture_output=True)
+    functions = ctypes.CDLL(str(made))
+    functions.flash_begin.restype = ctypes.c_bool
+    assert functions.flash_begin(1)
+    return Library("amx", functions, library.DTYPES)
+
+
 @pytest.fixture(params=RUNS, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in RUNS])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     name, dtype = request.param
-    found = build(name)
+    found = build(name) or (emulated_amx() if name == "amx" else None)
     if found is None:
         pytest.skip(f"no {name} build for this processor")
     monkeypatch.setattr(library, "load", lambda: found)
@@ -285,23 +311,25 @@ def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outp
 
 
 @pytest.mark.parametrize("width", [1, 3, 4])
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("rank", [0, 8, 64])
 @pytest.mark.parametrize("ends", [False, True], ids=["no ends", "ends"])
 def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank: int, ends: bool) -> None:
     logits = normal(3, 5, 101, seed=width, scale=3.0).to(dtype)
-    before, weight = normal(101, max(rank, 1), seed=1).to(dtype), normal(101, max(rank, 1), seed=2).to(dtype)
+    hidden = normal(3, 5, 32, seed=3).to(dtype)
     newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
-    head = (lambda ids: F.linear(before[ids].double(), weight.double())) if rank else None
-    whole = Candidates(width, (), before if rank else None, Matrix(weight) if rank else None).grow(
-        logits, newest, budgets
-    )
+    exact, head = sequential(rank, vocab=101, dtype=dtype) if rank else (None, None)
+    whole = Candidates(width, (), head).grow(hidden, logits, newest, budgets)
     # A root, and the likeliest token of the first level: behind that nothing, behind the root as before.
     ending = {3, int(whole.tokens[2, 1])} if ends else set()
     expected = tree.best_first(
-        newest, logits.double(), head, torch.tensor(sorted(ending), dtype=torch.int64), width=width, budgets=budgets
+        newest,
+        logits.double(),
+        exact.along(hidden.double()) if exact else None,
+        torch.tensor(sorted(ending), dtype=torch.int64),
+        width=width,
+        budgets=budgets,
     )
-    own = Candidates(width, ending, before if rank else None, Matrix(weight) if rank else None)
-    grown = own.grow(logits, newest, budgets)
+    grown = Candidates(width, ending, head).grow(hidden, logits, newest, budgets)
     assert not any(token in ending for path in paths(grown, 2) for token in path[1:-1])
     assert any(token in ending for path in paths(whole, 2) for token in path[1:-1]) == ends
     assert grown.sizes.tolist() == expected.sizes.tolist()
@@ -312,6 +340,25 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
         for row in range(1, int(grown.sizes[b])):
             assert grown.parents[b, row] < row
             assert grown.depths[b, row] == grown.depths[b, grown.parents[b, row]] + 1
+
+
+class Rounding(SequentialHead):
+    """In double, but states and contexts are kept in `dtype`."""
+
+    dtype = torch.float32
+
+    def forward(self, tokens: Tensor, context: Tensor, states: Tensor | None) -> Tensor:
+        return super().forward(tokens, context.to(self.dtype).double(), states).to(self.dtype).double()
+
+
+def sequential(rank: int, *, vocab: int, dtype: torch.dtype) -> tuple[SequentialHead, Sequential]:
+    """A head that reads hidden states of 32 numbers: exact, and packed."""
+    exact = Rounding(DraftConfig(32, 32, vocab, tap_layers=(1,), sequential_rank=rank)).requires_grad_(False)
+    for seed, weight in enumerate(exact.parameters()):
+        weight.copy_(normal(*weight.shape, seed=seed, scale=4 / rank**0.5))
+    exact.to(dtype).dtype = dtype
+    packed = [Matrix(linear.weight) for linear in (exact.context, exact.state, exact.after)]
+    return exact.double(), Sequential(exact.before.weight.to(dtype), *packed)
 
 
 def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:

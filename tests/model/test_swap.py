@@ -190,7 +190,7 @@ def test_what_is_no_draft_is_refused(engine: Engine, drafts: dict[str, str], tmp
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     refused(engine, tmp_path, "cannot be read")
     (tmp_path / "model.safetensors").write_bytes((Path(drafts["flash"]) / "model.safetensors").read_bytes())
-    refused(engine, tmp_path, "cannot be read")  # weights of another shape
+    refused(engine, tmp_path, "trained again")  # weights of another shape, as of an earlier version
     (tmp_path / "model.safetensors").write_bytes(weights)
     assert isinstance(engine.read_draft(str(tmp_path)).network, DraftNetwork)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,15 +14,22 @@ from model.attention import Rows, Sight
 from model.config import PAPER_NODES
 from model.drafters.flash import PAPER_TREE
 from model.kv_cache import KVCache
-from model.tree import FixedTree, Trees, best_first, fill, planted, roots
+from model.tree import Along, FixedTree, Trees, best_first, fill, planted, roots
 
 VOCAB = 12
 NO_ENDS = torch.tensor((), dtype=torch.int64)
 
 
-def bigram(seed: int) -> Callable[[Tensor], Tensor]:
-    table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
-    return lambda previous: table[previous]
+def sequential(seed: int) -> Along:
+    """A head whose state is a number for each path: what follows depends on all tokens of it, and on their order."""
+    table = torch.randn(97, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+    def step(depth: int, tokens: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        before = torch.zeros_like(tokens) if states is None else states[:, :, 0]
+        states = (before * 31 + tokens * 7 + depth) % 97
+        return states[:, :, None], table[states]
+
+    return step
 
 
 def paths_of(trees: Trees, b: int) -> dict[tuple[int, ...], float]:
@@ -35,7 +41,7 @@ def paths_of(trees: Trees, b: int) -> dict[tuple[int, ...], float]:
 
 
 def slow_best_first(
-    newest: int, logits: Tensor, bias: Callable[[Tensor], Tensor] | None, ends: list[int], budget: int
+    newest: int, logits: Tensor, head: Along | None, ends: list[int], budget: int
 ) -> dict[tuple[int, ...], float]:
     """The `budget` likeliest paths of at most `block` tokens, by a heap over all of them."""
     block = len(logits)
@@ -44,8 +50,11 @@ def slow_best_first(
         if len(path) == block or (path and path[-1] in ends):
             return []
         row = logits[len(path)]
-        if bias is not None:
-            row = row + bias(torch.tensor(path[-1] if path else newest))
+        if head is not None:
+            states = None
+            for depth, token in enumerate((newest, *path)):
+                states, bias = head(depth, torch.tensor([[token]]), states)
+            row = row + bias[0, 0]
         return [(-(score + p - 1e-6), (*path, t)) for t, p in enumerate(row.double().log_softmax(-1).tolist())]
 
     heap, taken = children((), 0.0), dict[tuple[int, ...], float]()
@@ -59,19 +68,19 @@ def slow_best_first(
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_head", [True, False])
 @pytest.mark.parametrize("ends", [[], [3, 5, 6]], ids=["no ends", "ends"])
-def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool, ends: list[int]) -> None:
+def test_the_likeliest_nodes_are_taken(seed: int, with_head: bool, ends: list[int]) -> None:
     """Width 12 is the whole vocabulary, so no candidate is cut off before its time and the tree must be exact. Behind
     an end there is nothing, unless it is the newest token, behind which the answer goes on."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 4, VOCAB, generator=generator) * 2.5
     newest = np.array([3, 0, 11])
-    bias = bigram(seed) if with_bias else None
+    head = sequential(seed) if with_head else None
     budgets = np.array([10, 1, 7])
-    trees = best_first(newest, logits, bias, torch.tensor(ends, dtype=torch.int64), width=VOCAB, budgets=budgets)
+    trees = best_first(newest, logits, head, torch.tensor(ends, dtype=torch.int64), width=VOCAB, budgets=budgets)
     for b in range(3):
-        expected = slow_best_first(int(newest[b]), logits[b], bias, ends, int(budgets[b]))
+        expected = slow_best_first(int(newest[b]), logits[b], head, ends, int(budgets[b]))
         found = paths_of(trees, b)
         assert found.keys() == expected.keys()
         assert found == pytest.approx(expected, abs=1e-4)
@@ -80,10 +89,10 @@ def test_the_likeliest_nodes_are_taken(seed: int, with_bias: bool, ends: list[in
 def test_width_narrows_the_tree_and_changes_nothing_else() -> None:
     """With width 2 the best chain is still there, and each level has two candidates at most."""
     logits = torch.randn(1, 5, VOCAB, generator=torch.Generator().manual_seed(1))
-    trees = best_first(np.array([2]), logits, bigram(1), NO_ENDS, width=2, budgets=np.array([50]))
+    trees = best_first(np.array([2]), logits, sequential(1), NO_ENDS, width=2, budgets=np.array([50]))
     assert trees.sizes.tolist() == [11], "a budget beyond what the width holds takes all of it"
     assert np.bincount(trees.depths[0]).tolist() == [1, 2, 2, 2, 2, 2]
-    wide = best_first(np.array([2]), logits, bigram(1), NO_ENDS, width=VOCAB, budgets=np.array([1]))
+    wide = best_first(np.array([2]), logits, sequential(1), NO_ENDS, width=VOCAB, budgets=np.array([1]))
     assert paths_of(wide, 0).keys() <= paths_of(trees, 0).keys()
 
 
@@ -103,7 +112,7 @@ def test_every_tree_is_a_tree_within_its_budget(seed: int) -> None:
         logits[:, :, 0] = 60.0  # certain at every position: child and parent score the same in float32
     budgets = np.array([0, 1, 5, 15, 3, 0])
     newest = rng.integers(0, VOCAB, 6)
-    trees = best_first(newest, logits, bigram(seed), NO_ENDS, width=3, budgets=budgets)
+    trees = best_first(newest, logits, sequential(seed), NO_ENDS, width=3, budgets=budgets)
     assert trees.sizes.tolist() == (1 + budgets).tolist()
     assert trees.rows == 16
     assert trees.tokens[:, 0].tolist() == newest.tolist()
