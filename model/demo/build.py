@@ -50,7 +50,16 @@ def main() -> None:
         ["model.demo.qwen_vision", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.qwen_target", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.evaluate", f"{folder}/qwen-target"],
-        ["model.demo.draft", "--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target", "--frames", "64", *DRAFT],
+        [
+            "model.demo.draft",
+            "--folder",
+            f"{folder}/qwen",
+            "--target",
+            f"{folder}/qwen-target",
+            "--frames",
+            "64",
+            *DRAFT,
+        ],
     ):
         print("==", *stage, flush=True)
         subprocess.run([sys.executable, "-m", *stage], check=True)  # noqa: S603
