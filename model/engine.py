@@ -363,7 +363,8 @@ class Engine:
         sequence.first_token = sequence.first_token or sequence.last_token
         decode, stops = sequence.detokenizer.decode, sequence.stops
         emitted: list[Token] = []
-        text, finish = "", None
+        text = ""
+        finish: FinishReason | None = None
         for index, token in enumerate(tokens[: sequence.remaining]):
             piece = decode(token)
             emitted.append(Token(token, piece, "draft" if index < accepted else "target"))
@@ -383,7 +384,7 @@ class Engine:
             sequence.accepted_tokens += used
         output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
         if finish:
-            return self._finish(sequence, finish, so_far=output)  # type: ignore[arg-type]
+            return self._finish(sequence, finish, so_far=output)
         if sequence.request.running_stats:
             output.stats = sequence.stats()
         return output

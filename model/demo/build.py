@@ -18,6 +18,7 @@ from pathlib import Path
 from model.config import DEMO_WEIGHTS
 
 DRAFT = ["--examples", "4000", "--steps", "1800"]
+QWEN_DRAFT = [*DRAFT, "--frames", "64"]
 LARGEST = 45_000_000  # bytes of all weights together: they live in the repository
 
 
@@ -50,16 +51,7 @@ def main() -> None:
         ["model.demo.qwen_vision", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.qwen_target", "--folder", folder, "--first", f"{folder}/target"],
         ["model.demo.evaluate", f"{folder}/qwen-target"],
-        [
-            "model.demo.draft",
-            "--folder",
-            f"{folder}/qwen",
-            "--target",
-            f"{folder}/qwen-target",
-            "--frames",
-            "64",
-            *DRAFT,
-        ],
+        ["model.demo.draft", "--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target", *QWEN_DRAFT],
     ):
         print("==", *stage, flush=True)
         subprocess.run([sys.executable, "-m", *stage], check=True)  # noqa: S603

@@ -25,7 +25,7 @@ from model import attention, tree
 from model.attention import Rows, Sight, prompt_rows
 from model.draft.eagle import EagleNetwork
 from model.drafters.base import Room
-from model.drafters.layers import MAX_TABLE, indexed, native_layers
+from model.drafters.layers import indexed, native_layers, take_last, token_table
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
 from model.native import library
@@ -50,7 +50,7 @@ class EagleDrafter:
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         self.cache = cache or self.new_cache(target, network, room)
         self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
-        self._entries = self._table()
+        self._entries = token_table(target, config.hidden_size, network.entry)  # what tokens add to what enters
         self._step = self._native_step()
 
     @staticmethod
@@ -67,14 +67,6 @@ class EagleDrafter:
             dtype=target.dtype,
             device=target.device,
         )
-
-    @torch.inference_mode()
-    def _table(self) -> Tensor | None:
-        """What every token adds to what enters the layer, where a table of it is small."""
-        num = self.target.vocab_size
-        if num * self.network.config.hidden_size > MAX_TABLE:
-            return None
-        return self.network.entry(self.target.embed(torch.arange(num, device=self.target.device))).clone()
 
     def _native_step(self) -> EagleStep | None:
         """All of a step in two native calls, where everything it takes is there. Its weights are then packed."""
@@ -175,9 +167,7 @@ class EagleDrafter:
         pending = self._pending[: len(fused)]
         features = torch.cat((pending[:, None], fused[:, :-1]), 1)
         self._write(rows, self.network.entering(features, self._entry(upload(tokens, taps.device))))
-        counts = upload(rows.counts, taps.device).long()
-        last = fused.gather(1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, fused.shape[-1]))[:, 0]
-        pending.copy_(torch.where(counts[:, None] > 0, last, pending))
+        take_last(pending, fused, upload(rows.counts, taps.device).long())
 
     def _entry(self, tokens: Tensor) -> Tensor:
         """(...,) -> (..., hidden)."""

@@ -19,7 +19,7 @@ from model import attention, tree
 from model.attention import Plan, Rows, Sight
 from model.draft.network import DraftNetwork
 from model.drafters.base import Room
-from model.drafters.layers import MAX_TABLE, indexed, native_layers
+from model.drafters.layers import indexed, native_layers, take_last, token_table
 from model.graphs import MAX_ROWS, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
@@ -86,14 +86,6 @@ class FlashDrafter:
             device=target.device,
         )
 
-    @torch.inference_mode()
-    def _entries(self) -> Tensor | None:
-        """What every token puts into the layers, where a table of it is small."""
-        num = self.target.vocab_size
-        if num * self.network.config.hidden_size > MAX_TABLE:
-            return None
-        return self.network.embed(self.target.embed(torch.arange(num, device=self.target.device))).clone()
-
     def _native_candidates(self) -> Candidates | None:
         if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
             return None
@@ -113,7 +105,7 @@ class FlashDrafter:
         head, fuse = self.target.head, self.network.fuse
         if self._layers is None or self._candidates is None or head is None:
             return None
-        entries = self._entries()
+        entries = token_table(self.target, self.network.config.hidden_size, self.network.embed)
         if entries is None:
             return None
         assert isinstance(self.network.feature, Packed)
@@ -206,16 +198,14 @@ class FlashDrafter:
         counts = [len(path) for path in paths]
         rows = self._behind(0, index.shape[1], counts)
         told = upload(np.concatenate((index, rows.counts[:, None]), 1), taps.device).long()
-        places, some, tails = told[:, :-1], told[:, -1:], self.tails[: len(counts)]
-        kept = taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1]))
+        kept = taps.gather(1, told[:, :-1, None].expand(-1, -1, taps.shape[-1]))
         if self._observations is not None:
             (context,) = self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
             context = self.network.fuse(kept)
             self._write(rows, context)
         self._advance(0, counts)
-        last = context.gather(1, (some - 1).clamp(min=0)[:, :, None].expand(-1, -1, context.shape[2]))[:, 0]
-        tails.copy_(torch.where(some > 0, last, tails))
+        take_last(self.tails[: len(counts)], context, told[:, -1])
 
     def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
         assert kept is not None

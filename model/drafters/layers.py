@@ -1,17 +1,20 @@
-"""What drafters with layers of their own share: their layers in the native stack, and paths as an index."""
+"""What drafters with layers of their own share: their layers in the native stack, what tokens put into them, paths as
+an index, and the last of what was kept."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.draft.layers import LayerConfig, rotary_table
 from model.native import library
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
+from model.targets.base import Target
 
 MAX_TABLE = 1 << 24  # numbers in a table made at load
 
@@ -49,6 +52,20 @@ def native_layers(layers: nn.ModuleList, norm: nn.RMSNorm, config: LayerConfig, 
     )
     del layers[:]
     return stack
+
+
+@torch.inference_mode()
+def token_table(target: Target, width: int, entry: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """`entry` of every token's embedding, (vocab, target_hidden) -> (vocab, width), where a table of it is small."""
+    if target.vocab_size * width > MAX_TABLE:
+        return None
+    return entry(target.embed(torch.arange(target.vocab_size, device=target.device))).clone()
+
+
+def take_last(held: Tensor, rows: Tensor, counts: Tensor) -> None:
+    """held (batch, width) becomes the last of counts (batch,) int64 rows (batch, rows, width), where there are any."""
+    last = rows.gather(1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]
+    held.copy_(torch.where(counts[:, None] > 0, last, held))
 
 
 def indexed(paths: Seq[list[int]]) -> np.ndarray:

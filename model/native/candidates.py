@@ -99,12 +99,12 @@ class Candidates:
             num_ends=len(self._ends),
         )
 
-    def grow(self, hidden: Tensor | None, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+    def grow(self, hidden: Tensor, logits: Tensor, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         """hidden: (batch, block, target_hidden), which only a sequential head looks at; logits: (batch, block, vocab);
         newest, budgets: (batch,) int64."""
         _, block, vocab = logits.shape
         logits = logits.contiguous()
-        contexts = self.head.context(hidden) if self.head is not None and hidden is not None else None
+        contexts = None if self.head is None else self.head.context(hidden)
         budgets = np.minimum(budgets, self.most(block))
         trees = roots(newest, 1 + int(budgets.max(initial=0)))
         draft = self.struct(block=block, vocab=vocab, logits=logits, contexts=contexts)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from model.drafters import flash
+from model.drafters import flash, layers
 from model.engine import Engine
 from model.native import library
 from model.request import Medium, Request
@@ -219,7 +219,7 @@ def test_a_draft_too_large_for_a_table_says_the_same_and_keeps_no_gradients(
     tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its blocks are begun by torch, which must not take notes for a backward pass there."""
-    monkeypatch.setattr(flash, "MAX_TABLE", 0)
+    monkeypatch.setattr(layers, "MAX_TABLE", 0)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6))
     assert isinstance(engine.drafter, flash.FlashDrafter)
     assert not engine.drafter.native
