@@ -10,8 +10,8 @@ from itertools import zip_longest
 from typing import Protocol
 
 from model.bench.reference import Conversation, Reference
-from model.config import EngineConfig
-from model.drafters.replay import ReplayDrafter
+from model.drafters.base import Drafter
+from model.drafters.replay import PaidReplay, ReplayDrafter
 from model.engine import Engine
 from model.request import Request, SamplingParams
 
@@ -136,22 +136,24 @@ class EngineArm:
 
 
 class ReplayArm:
-    """A simulated draft that costs nothing and is right with probability `accuracy` a token: see drafters/replay.py.
+    """A simulated draft that is right with probability `accuracy` a token: see drafters/replay.py.
 
     What is new to it is answered without a draft first, which does not count.
     """
 
-    def __init__(self, accuracy: float, config: EngineConfig) -> None:
-        plain = Engine(replace(config, drafter="off"))
-        self._drafter = ReplayDrafter(accuracy, plain.target.vocab_size)
-        self._plain = EngineArm("off", plain)
-        self._replaying = EngineArm(self._drafter.name, Engine(plain.config, plain.target, self._drafter))
+    def __init__(self, accuracy: float, plain: EngineArm, engine: Engine, beside: Drafter | None = None) -> None:
+        """engine: at work with the simulation while this arm runs; others may have it in between. beside: a drafter of
+        that engine whose cost is paid."""
+        vocabulary = engine.target.vocab_size
+        self._drafter = PaidReplay(accuracy, vocabulary, beside) if beside else ReplayDrafter(accuracy, vocabulary)
+        self._plain, self._replaying = plain, EngineArm(self._drafter.name, engine)
         self._learnt: set[tuple[int, SamplingParams]] = set()
         self._conversations: list[Conversation] = []  # held, so that no other gets the same id
         self.name = self._drafter.name
 
     def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
         self._learn(conversations, params)
+        self._replaying.engine.use(self._drafter)
         return self._replaying.run(conversations, params)
 
     def _learn(self, conversations: Sequence[Conversation], params: SamplingParams) -> None:

@@ -1,8 +1,7 @@
 """What a step costs on this machine, and what it would have to cost: `python -m model.bench.gpu`.
 
-Needs a GPU with torch and transformers, and no checkpoint: a LLaVA with a language model of the size of Qwen2.5-7B and
-a draft for it are made on the device, with random weights. What they say is worth nothing; how long they take is what
-a trained model of that size takes. First memory bandwidth and the rate of products are measured. Then, for every batch:
+Needs a GPU with torch and transformers, and no checkpoint: a target and a draft are made with random weights (see
+untrained.py). First memory bandwidth and the rate of products are measured. Then, for every batch:
 
     pass 1, pass 16      the target over 1 and over 16 rows per sequence, its output head and the best tokens, in
                          device time; recorded as a graph or not, with our attention kernel or torch's
@@ -22,137 +21,31 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from transformers.utils import logging
 
 from model.attention import Rows, Sight
-from model.bench import report
+from model.bench import report, untrained
+from model.bench.untrained import SIZES, TEMPLATE, limits, make_draft, make_target, seconds
 from model.config import DTYPES, EngineConfig
-from model.demo import checkpoint as demo
-from model.draft import checkpoint
-from model.draft.network import DraftConfig, DraftNetwork
 from model.drafters.flash import FlashDrafter
 from model.engine import Engine
 from model.graphs import Replays, recorder
 from model.kernels import choice
 from model.request import Message, Request, SamplingParams
 from model.round import TorchRound
-from model.targets.llava import LlavaTarget
 
 NODES = 16  # rows of a verified tree, the root included
 RATIOS = ("pass_over_floor", "step_over_floor", "rows_16_over_1", "idle_share")
-TOKENS_BEYOND = 64  # positions beside prompt and answer: the template's
-
-
-@dataclass(frozen=True)
-class Size:
-    """The shapes that are made, and how much memory is moved to measure bandwidth."""
-
-    text: dict[str, Any]
-    vision: dict[str, Any]
-    draft: dict[str, Any]
-    bytes_moved: int
-    matrix: int  # side of the matrices multiplied
-
-
-SIZES = {
-    "7b": Size(
-        text={
-            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
-        },
-        vision={
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "image_size": 336, "patch_size": 14, "projection_dim": 768,
-        },
-        draft={"hidden_size": 1024, "num_heads": 8, "intermediate_size": 2816},
-        bytes_moved=4 << 30,
-        matrix=8192,
-    ),
-    "tiny": Size(
-        text={
-            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-        },
-        vision={
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": 32, "patch_size": 8, "projection_dim": 32,
-        },
-        draft={"hidden_size": 32, "num_heads": 2, "intermediate_size": 48},
-        bytes_moved=1 << 24,
-        matrix=256,
-    ),
-}  # fmt: skip
-
-
-def make_target(size: Size, config: EngineConfig) -> tuple[LlavaTarget, int]:
-    """A target that is on no disk, with random weights, and how many bytes of them each pass must read.
-
-    Its tokenizer writes every byte as one token.
-    """
-    tokenizer = demo.train_tokenizer((), vocabulary=256 + len(demo.SPECIAL))
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in demo.SPECIAL}
-    special = {"bos_token_id": ids[demo.BOS], "eos_token_id": ids[demo.END], "pad_token_id": ids[demo.PAD]}
-    family = Qwen2Config if size.text["hidden_size"] % 128 == 0 else LlamaConfig
-    side, patch = size.vision["image_size"], size.vision["patch_size"]
-    described = LlavaConfig(
-        vision_config=CLIPVisionConfig(**size.vision),
-        text_config=family(**size.text, tie_word_embeddings=False, **special),
-        image_token_index=ids[demo.IMAGE],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=(side // patch) ** 2,
-        tie_word_embeddings=False,
-        **special,
-    )
-    with torch.device(config.device):
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration._from_config(
-            described, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
-        )
-    text = model.model.language_model
-    read = sum(w.nbytes for module in (text.layers, text.norm, model.lm_head) for w in module.parameters())
-    return LlavaTarget(config, model, demo.processor(tokenizer, side, patch)), read
-
-
-def make_draft(size: Size, target: LlavaTarget, folder: Path) -> None:
-    network = DraftNetwork(
-        DraftConfig(
-            target_hidden_size=target.hidden_size,
-            vocab_size=target.vocab_size,
-            tap_layers=target.tap_layers,
-            **size.draft,
-        )
-    )
-    checkpoint.save(folder, network.to(target.dtype), target, command="model.bench.gpu")
 
 
 # --- clocks
-
-
-def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one run, in device time on a GPU: runs follow one another without a wait. The mean after a few to warm up."""
-    for _ in range(3):
-        function()
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        return (time.perf_counter() - begun) / repeats
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(repeats):
-        function()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3 / repeats
 
 
 def wall(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -179,18 +72,6 @@ def busy(function: Callable[[], object], device: torch.device, repeats: int) -> 
             function()
         torch.cuda.synchronize(device)
     return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / repeats
-
-
-def limits(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """What the machine can do: bytes/s read and copied, multiply-adds counted as two operations/s."""
-    here = torch.ones(size.bytes_moved // 4, device=device)
-    there = torch.empty_like(here)
-    square = torch.randn(size.matrix, size.matrix, device=device).to(dtype)
-    return {
-        "read_bytes_per_second": size.bytes_moved / seconds(here.sum, device, repeats),
-        "copy_bytes_per_second": 2 * size.bytes_moved / seconds(lambda: there.copy_(here), device, repeats),
-        "operations_per_second": 2 * size.matrix**3 / seconds(lambda: square @ square, device, repeats),
-    }
 
 
 # --- an engine at work
@@ -259,13 +140,6 @@ def _round(engine: Engine) -> TorchRound:
     return TorchRound(engine.target, engine.cache, engine.counters, engine.load)
 
 
-def floor(engine: Engine, batch: Batch, bandwidth: float, weights: int) -> float:
-    """Seconds in which a pass over one row of each sequence can be read."""
-    cache = engine.cache
-    each = cache.data.shape[0] * 2 * cache.num_heads * cache.data.shape[-1] * cache.data.element_size()
-    return (weights + each * sum(cache.lengths[: batch.number])) / bandwidth
-
-
 def without_kernel() -> AbstractContextManager[object]:
     return mock.patch.object(choice, "tree_attention", return_value=None)
 
@@ -297,13 +171,13 @@ def measure(
     engine: Engine, number: int, *, context: int, repeats: int, bandwidth: float, weights: int
 ) -> dict[str, Any]:
     """One row of figures, in milliseconds."""
-    device, room = engine.target.device, engine.max_model_len - context - TOKENS_BEYOND
+    device, room = engine.target.device, engine.max_model_len - context - TEMPLATE
     taken: dict[str, float | None] = {}
     for name, speculation in (("step", False), ("speculating step", True)):
         batch = Batch(engine, number, context=context, max_tokens=room, speculation=speculation)
         if not speculation:
             ways = passes(engine, batch, repeats)
-            least = floor(engine, batch, bandwidth, weights)
+            least = untrained.floor(engine.cache, sum(engine.cache.lengths[:number]), weights, bandwidth)
             drafting = batch.draft()
             taken["draft"] = wall(drafting, device, repeats) if drafting else None
         taken[name] = wall(engine.step, device, repeats)
@@ -359,7 +233,7 @@ def main(argv: list[str]) -> None:
         device=asked.device,
         dtype=asked.dtype,
         max_num_seqs=max(batches),
-        max_model_len=asked.context + room + TOKENS_BEYOND,
+        max_model_len=asked.context + room + TEMPLATE,
         max_rows=NODES * max(batches),
         max_nodes=NODES - 1,
         graphs=True,
@@ -369,9 +243,9 @@ def main(argv: list[str]) -> None:
         possible = limits(size, device, dtype, asked.repeats)
     target, read = make_target(size, config)
     with tempfile.TemporaryDirectory() as folder:
-        make_draft(size, target, Path(folder))
+        make_draft(target, Path(folder))
         engine = Engine(replace(config, draft=folder, drafter="flash"), target)
-    bandwidth = max(possible["read_bytes_per_second"], possible["copy_bytes_per_second"])
+    bandwidth = untrained.bandwidth(possible)
     sizes = {"context": asked.context, "repeats": asked.repeats, "bandwidth": bandwidth, "weights": read}
     rows = [measure(engine, number, **sizes) for number in batches]
     kernel = choice.tree_attention(dtype, target.head_dim, device) is not None

@@ -64,7 +64,8 @@ def _arm(name: str, options: Options, plain: EngineConfig) -> Arm:
     if name == "generate":
         return GenerateArm(Reference(plain.model, device=plain.device, dtype=plain.dtype))
     if name.startswith(REPLAY):
-        return ReplayArm(float(name.removeprefix(REPLAY)), plain)
+        without = EngineArm("off", Engine(plain))
+        return ReplayArm(float(name.removeprefix(REPLAY)), without, Engine(plain, without.engine.target))
     return EngineArm(name, Engine(options.config_of(name)))
 
 
