@@ -106,12 +106,12 @@ class FixedTree:
         return 1 + max(self.ranks)
 
 
-def fill(shape: FixedTree, logits: Tensor) -> Tensor:
+def fill(shape: FixedTree, logits: Tensor, offered: Tensor | None = None) -> Tensor:
     """The nodes of a fixed tree, as `levels` returns nodes. logits: (batch, block, vocab) of one draft pass."""
     best = logits.float().log_softmax(-1).topk(shape.width, -1)
     places = [(depth - 1) * shape.width + rank for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
     where = upload(np.array(places), logits.device)
-    tokens, scores = best.indices.flatten(1)[:, where], best.values.flatten(1)[:, where]
+    tokens, scores = named(best.indices, offered).flatten(1)[:, where], best.values.flatten(1)[:, where]
     on_path = np.zeros((len(places), len(places)), np.float32)
     for node, parent in enumerate(shape.parents):
         on_path[node] = on_path[parent - 1] if parent else 0.0
@@ -148,16 +148,19 @@ def best_first(
     *,
     width: int,
     budgets: np.ndarray,
+    offered: Tensor | None = None,
 ) -> Trees:
     """The `budgets[b]` likeliest drafted nodes of each sequence. newest: (batch,) int64; the rest as for `candidates`.
 
     Exact best-first whenever the budget does not reach beyond the `width` best of any depth.
     """
-    found = candidates(upload(newest, logits.device), logits, head, ends, width=width)
+    found = candidates(upload(newest, logits.device), logits, head, ends, width=width, offered=offered)
     return pruned(newest, found.cpu().numpy(), width=width, budgets=budgets)
 
 
-def candidates(newest: Tensor, logits: Tensor, head: Along | None, ends: Tensor, *, width: int) -> Tensor:
+def candidates(
+    newest: Tensor, logits: Tensor, head: Along | None, ends: Tensor, *, width: int, offered: Tensor | None = None
+) -> Tensor:
     """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab)."""
     states: Tensor | None = None
 
@@ -172,19 +175,31 @@ def candidates(newest: Tensor, logits: Tensor, head: Along | None, ends: Tensor,
         states, bias = head(depth, tokens, states)
         return drafted + bias
 
-    return levels(newest, scores, ends, depths=logits.shape[1], width=width)
+    return levels(newest, scores, ends, depths=logits.shape[1], width=width, offered=offered)
+
+
+def named(places: Tensor, offered: Tensor | None) -> Tensor:
+    """Places among the tokens `offered` (num,) to a draft -> ids; None: all are."""
+    return places if offered is None else offered[places]
 
 
 def levels(
-    newest: Tensor, scores: Callable[[int, Tensor, Tensor], Tensor], ends: Tensor, *, depths: int, width: int
+    newest: Tensor,
+    scores: Callable[[int, Tensor, Tensor], Tensor],
+    ends: Tensor,
+    *,
+    depths: int,
+    width: int,
+    offered: Tensor | None = None,
 ) -> Tensor:
     """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
 
     newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes
     of the depth before, (batch, nodes) each; ends: (num,) tokens behind which an answer does not go on (what stands
-    there all the same, for levels are of one size, has a score of -inf). Returns (batch, 3, nodes) int32: tokens,
-    parents and the bits of the float32 cumulative log-probabilities, so that one transfer brings them to the host.
-    Nodes are numbered level by level after the root, which is 0.
+    there all the same, for levels are of one size, has a score of -inf); offered: see `named`.
+
+    Returns (batch, 3, nodes) int32: tokens, parents and the bits of the float32 cumulative log-probabilities, so that
+    one transfer brings them to the host. Nodes are numbered level by level after the root, which is 0.
     """
     frontier, place = newest[:, None], torch.full_like(newest[:, None], -1)  # (batch, candidates); and their parents
     reach = torch.zeros(len(newest), 1, device=newest.device)  # their cumulative log-probability
@@ -197,7 +212,10 @@ def levels(
             best = best.masked_fill((frontier[:, :, None] == ends).any(-1, keepdim=True), -torch.inf)
         total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
         reach, place = total.topk(min(width, total.shape[1]), -1)
-        frontier, place = token.flatten(1).gather(1, place), first + torch.div(place, width, rounding_mode="floor")
+        frontier, place = (
+            named(token, offered).flatten(1).gather(1, place),
+            first + torch.div(place, width, rounding_mode="floor"),
+        )
         levels_parent.append(place)
         levels_token.append(frontier)
         levels_score.append(reach)

@@ -50,10 +50,13 @@ def fingerprint(target: Target) -> str:
 
 
 def save(folder: Path, network: Network, target: Target, *, drafter: str | None = None, **notes: Any) -> None:
-    """Write the draft in bfloat16. drafter: whose it is, where its network serves several; `notes` (command, data,
-    figures...) are kept in config.json as they are."""
+    """Write the draft, its weights in bfloat16. drafter: whose it is, where its network serves several; `notes`
+    (command, data, figures...) are kept in config.json as they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in network.state_dict().items()}
+    weights = {
+        name: (value.to(torch.bfloat16) if value.is_floating_point() else value).contiguous()
+        for name, value in network.state_dict().items()
+    }
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     written = {
         "drafter": drafter or next(name for name, (_, kind) in KINDS.items() if type(network) is kind),

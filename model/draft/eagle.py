@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from model.draft.layers import Attend, DraftLayer, Fuse, rotary_table
+from model.draft.layers import Attend, DraftLayer, Fuse, first_tokens, rotary_table
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class EagleConfig:
     intermediate_size: int = 512
     block: int = 7  # tokens drafted ahead at most: as many passes
     rope_theta: float = 10000.0
+    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
 
     @property
     def head_dim(self) -> int:
@@ -45,6 +46,8 @@ class EagleNetwork(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.config = config
+        self.offered: Tensor | None
+        self.register_buffer("offered", first_tokens(config.vocabulary))
         self.fuse = Fuse(config)
         self.feature = nn.Linear(width, width, bias=False)
         self.embed_norm = nn.RMSNorm(config.target_hidden_size, eps=1e-6)

@@ -42,6 +42,15 @@ class LayerConfig(Protocol):
     def rope_theta(self) -> float: ...
 
 
+def first_tokens(vocabulary: int) -> Tensor | None:
+    """(vocabulary,) ids of the tokens that a new draft may propose, ascending; None for 0: all.
+
+    With few of them its hidden states need not be read by the target's whole lm_head, which would be most of a draft's
+    work for a large vocabulary (FR-Spec, arXiv 2502.14856). Training says which are frequent.
+    """
+    return torch.arange(vocabulary) if vocabulary else None
+
+
 class Fuse(nn.Module):
     """Hidden states of several target layers to one context vector: linear, then RMSNorm."""
 

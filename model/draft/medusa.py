@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from model.draft.layers import first_tokens
+
 
 @dataclass(frozen=True)
 class MedusaConfig:
@@ -22,6 +24,7 @@ class MedusaConfig:
     vocab_size: int
     tap_layers: tuple[int, ...]
     block: int = 7  # heads: tokens proposed per pass
+    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
 
 
 class MedusaNetwork(nn.Module):
@@ -30,6 +33,8 @@ class MedusaNetwork(nn.Module):
         super().__init__()
         width = config.target_hidden_size
         self.config = config
+        self.offered: Tensor | None
+        self.register_buffer("offered", first_tokens(config.vocabulary))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.heads = nn.Linear(width, config.block * width)
         nn.init.zeros_(self.heads.weight)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from model.draft.layers import Attend, DraftLayer, Fuse, rotary_table
+from model.draft.layers import Attend, DraftLayer, Fuse, first_tokens, rotary_table
 
 ALL = -1  # rows of a medium, uncompressed
 ENOUGH = 32  # positions whose mean stands for a row
@@ -39,6 +39,7 @@ class DraftConfig:
     num_latents: int = 16  # per image or video; 0: it reads text alone; ALL: every row, uncompressed
     sequential_rank: int = 64  # 0: positions of a block are independent
     rope_theta: float = 10000.0
+    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
 
     @property
     def head_dim(self) -> int:
@@ -81,7 +82,7 @@ class SequentialHead(nn.Module):
         self.before = nn.Embedding(config.vocab_size, rank)  # B
         self.context = nn.Linear(config.target_hidden_size, rank, bias=False)  # C
         self.state = nn.Linear(rank, rank, bias=False)  # S
-        self.after = nn.Linear(rank, config.vocab_size, bias=False)  # A
+        self.after = nn.Linear(rank, config.vocabulary or config.vocab_size, bias=False)  # A
         nn.init.normal_(self.before.weight, std=0.5)
         nn.init.zeros_(self.after.weight)
 
@@ -123,6 +124,8 @@ class DraftNetwork(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
+        self.offered: Tensor | None
+        self.register_buffer("offered", first_tokens(config.vocabulary))
         self.fuse = Fuse(config)
         self.compressor = LatentCompressor(config) if config.num_latents > 0 else None
         self.embed = nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)

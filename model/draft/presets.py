@@ -17,12 +17,15 @@ from model.targets.base import Target
 # Layers that a target must offer; else those it offers by itself. For FLASH the study of layers showed the last alone.
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"flash": (-1,), "medusa": (-1,)}
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
-PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0}
+PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0, "vocabulary": 0}
 # What the study of shapes showed: means of neighbouring positions, and long blocks; see DECISIONS.md.
 FLASH = {"pooled": 16, "num_latents": ALL, "block": 10}
 HEAD_DIM = 64
 SHAPES: dict[str, dict[str, int]] = {"flash": FLASH, "flash-paper": PAPER}
-LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0}
+LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0, "vocabulary": 0}
+# Of a target with more tokens than the first, its draft proposes the second's number: the most frequent ones.
+LARGE_VOCABULARY, VOCABULARY = 32768, 16384
+FEWEST_TOKENS = 64  # that a tree can be made of, ends included
 FULL_WIDTH = 512  # of a target up to which its draft is as wide
 
 
@@ -36,6 +39,7 @@ class Sizes:
     pooled: int | None = None
     num_latents: int | None = None
     sequential_rank: int | None = None
+    vocabulary: int | None = None
 
 
 def width(target_hidden_size: int) -> int:
@@ -53,6 +57,9 @@ def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
     elif unknown := chosen.keys() - kind.__dataclass_fields__.keys():
         raise ConfigError(f"--drafter {drafter} has no {', '.join(sorted(unknown))}")
     common = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    offered = chosen.setdefault("vocabulary", VOCABULARY if target.vocab_size > LARGE_VOCABULARY else 0)
+    if offered and not FEWEST_TOKENS <= offered <= target.vocab_size:
+        raise ConfigError(f"vocabulary must be 0 or {FEWEST_TOKENS} to {target.vocab_size} tokens; got {offered}")
     if drafter != "medusa":
         hidden = chosen.setdefault("hidden_size", width(target.hidden_size))
         if hidden % HEAD_DIM:

@@ -48,6 +48,7 @@ class EagleDrafter:
         self.name = name
         self.target, self.network, self.width = target, network, room.width
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
+        self._head = target.head.of(network.offered)
         self.cache = cache or self.new_cache(target, network, room)
         self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
         self._entries = token_table(target, config.hidden_size, network.entry)  # what tokens add to what enters
@@ -71,7 +72,7 @@ class EagleDrafter:
     def _native_step(self) -> EagleStep | None:
         """All of a step in two native calls, where everything it takes is there. Its weights are then packed."""
         network, target, config = self.network, self.target, self.network.config
-        native = library.supports(target.dtype, target.device) and target.head is not None and self.width <= MAX_WIDTH
+        native = library.supports(target.dtype, target.device) and self.width <= MAX_WIDTH
         if self._entries is None or not native:
             return None
         self._norm1: Any = network.layers[0].attention_norm
@@ -84,17 +85,17 @@ class EagleDrafter:
         assert isinstance(network.out, Packed)
         assert isinstance(network.feature, Packed)
         assert isinstance(fuse.linear, Packed)
-        assert target.head is not None
+        assert self._head.matrix is not None
         draft = DraftStep(
             layers,
             entries=self._entries,
             feature=network.feature.matrix,
             out=network.out.matrix,
-            head=target.head,
+            head=self._head.matrix,
             tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
             fuse=fuse.linear.matrix,
             fuse_norm=fuse.norm.weight,
-            candidates=Candidates(self.width, target.eos_ids),
+            candidates=Candidates(self.width, target.eos_ids, offered=network.offered),
         )
         return EagleStep(draft, config.block)
 
@@ -105,7 +106,8 @@ class EagleDrafter:
     @property
     def num_bytes(self) -> int:
         table = self._entries.nbytes if self._entries is not None else 0
-        return held_by(self.network) + table + (self._layers.num_bytes if self._step is not None else 0)
+        own = self._head.num_bytes if self.network.offered is not None else 0
+        return held_by(self.network) + table + own + (self._layers.num_bytes if self._step is not None else 0)
 
     @property
     def cache_bytes(self) -> int:
@@ -179,7 +181,8 @@ class EagleDrafter:
             rows = Rows(self.cache, 0, 1, starts, (budgets > 0).astype(np.int32), Sight.TREE)
             return self._step.propose(newest, budgets, rows, self._pending)
         last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
-        found = tree.levels(last, Expansion(self, starts), self._ends, depths=depths, width=self.width)
+        offered = self.network.offered
+        found = tree.levels(last, Expansion(self, starts), self._ends, depths=depths, width=self.width, offered=offered)
         return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
 
 
@@ -208,4 +211,4 @@ class Expansion:
         self._features = network.step(
             torch.cat(self._entering, 1), positions, lambda layer, q, k, v: attention.attend(plan, layer, q, k, v)
         )
-        return drafter.target.logits(network.hidden(self._features[:, -tokens.shape[1] :]))
+        return drafter._head(network.hidden(self._features[:, -tokens.shape[1] :]))

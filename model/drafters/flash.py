@@ -58,6 +58,7 @@ class FlashDrafter:
         self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
         self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
+        self._head = target.head.of(network.offered)
         self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
         pack(network)
         self._candidates = self._native_candidates()
@@ -90,19 +91,20 @@ class FlashDrafter:
         if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
             return None
         head, ends = self.network.sequential, self.target.eos_ids
+        offered = self.network.offered
         if self._fixed is not None:
-            return Candidates(self._fixed.width, ends, fixed=self._fixed)
+            return Candidates(self._fixed.width, ends, fixed=self._fixed, offered=offered)
         if head is None:
-            return Candidates(self.width, ends)
+            return Candidates(self.width, ends, offered=offered)
         assert isinstance(head.context, Packed)
         assert isinstance(head.state, Packed)
         assert isinstance(head.after, Packed)
         own = Sequential(head.before.weight, head.context.matrix, head.state.matrix, head.after.matrix)
-        return Candidates(self.width, ends, own)
+        return Candidates(self.width, ends, own, offered=offered)
 
     def _native_step(self) -> DraftStep | None:
         """What a native round needs of the draft, where all of it is native."""
-        head, fuse = self.target.head, self.network.fuse
+        head, fuse = self._head.matrix, self.network.fuse
         if self._layers is None or self._candidates is None or head is None:
             return None
         entries = token_table(self.target, self.network.config.hidden_size, self.network.embed)
@@ -131,7 +133,8 @@ class FlashDrafter:
 
     @property
     def num_bytes(self) -> int:
-        return held_by(self.network) + (self._layers.num_bytes if self._layers is not None else 0)
+        own = self._head.num_bytes if self.network.offered is not None else 0
+        return held_by(self.network) + own + (self._layers.num_bytes if self._layers is not None else 0)
 
     @property
     def cache_bytes(self) -> int:
@@ -248,7 +251,7 @@ class FlashDrafter:
             hidden = self.network.out(mixed)
         else:
             hidden = self._block_hidden(rows.plan, last)
-        self.drafted = logits = self.target.logits(hidden)
+        self.drafted = logits = self._head(hidden)
         if self._candidates is not None:
             return self._candidates.grow(hidden, logits, newest, budgets)
         return self._trees(newest, self._nodes(last, hidden, logits), budgets)
@@ -257,10 +260,10 @@ class FlashDrafter:
         """What trees are made of, as `tree.levels` returns it. newest: (batch,); hidden: (batch, block, target_hidden),
         of which the logits (batch, block, vocab) were read."""
         if self._fixed is not None:
-            return tree.fill(self._fixed, logits)
+            return tree.fill(self._fixed, logits, self.network.offered)
         head = self.network.sequential
         along = None if head is None else head.along(hidden)
-        return tree.candidates(newest, logits, along, self._ends, width=self.width)
+        return tree.candidates(newest, logits, along, self._ends, width=self.width, offered=self.network.offered)
 
     def _trees(self, newest: np.ndarray, nodes: Tensor, budgets: np.ndarray) -> Trees:
         found = nodes.cpu().numpy()
@@ -272,10 +275,10 @@ class FlashDrafter:
         """See _nodes. numbers: (1, batch, block), the newest token of each slot, repeated."""
         newest = numbers[0, :, 0]
         hidden = self._block_hidden(plan, newest)
-        return (self._nodes(newest, hidden, self.target.logits(hidden)),)
+        return (self._nodes(newest, hidden, self._head(hidden)),)
 
     def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
-        """(batch,) tokens -> (batch, block, target_hidden), to be read by the target's lm_head."""
+        """(batch,) tokens -> (batch, block, target_hidden), to be read by the head."""
         hidden: Tensor = self.network.block_hidden(
             self.target.embed(last)[:, None],
             self.tails[: len(last), None],

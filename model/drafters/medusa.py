@@ -29,6 +29,7 @@ class MedusaDrafter:
         self.name = name
         self.target, self.network, self.width = target, network, room.width
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
+        self._head = target.head.of(network.offered)
         pack(network)
         self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
@@ -39,13 +40,13 @@ class MedusaDrafter:
         """It has no keys and values."""
 
     def _native_step(self) -> MedusaStep | None:
-        target, heads = self.target, self.network.heads
+        target, heads, head = self.target, self.network.heads, self._head.matrix
         fits = library.supports(target.dtype, target.device) and target.hidden_size % K_STEP == 0
-        if target.head is None or not fits or self.width > MAX_WIDTH:
+        if head is None or not fits or self.width > MAX_WIDTH:
             return None
         assert isinstance(heads, Packed)
-        candidates = Candidates(self.width, target.eos_ids)
-        return MedusaStep(self.network.norm.weight, heads.matrix, target.head, self.network.config.block, candidates)
+        candidates = Candidates(self.width, target.eos_ids, offered=self.network.offered)
+        return MedusaStep(self.network.norm.weight, heads.matrix, head, self.network.config.block, candidates)
 
     @property
     def native(self) -> bool:
@@ -53,7 +54,7 @@ class MedusaDrafter:
 
     @property
     def num_bytes(self) -> int:
-        return held_by(self.network)
+        return held_by(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
 
     @property
     def cache_bytes(self) -> int:
@@ -70,8 +71,8 @@ class MedusaDrafter:
         last = self._last[: len(newest)]
         if self._step is not None:
             return self._step.propose(last, newest, budgets)
-        logits = self.target.logits(self.network(last))
-        return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets)
+        logits, offered = self._head(self.network(last)), self.network.offered
+        return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets, offered=offered)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
         slots = [slot for slot, path in enumerate(paths) if path]

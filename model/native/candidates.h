@@ -17,6 +17,7 @@ struct Draft {
   const void *contexts, *before, *state, *after;  // before null: none
   const int32_t *fixed;  // (num_fixed, 3): parent, rank and depth of the nodes of a fixed tree; null: best-first
   const int64_t* ends;   // (num_ends,) tokens behind which an answer does not go on
+  const int32_t* offered;  // (vocab,) tokens that logits are of; null: all
   int32_t num_fixed, num_ends;
 };
 
@@ -109,6 +110,8 @@ void continuations(const Draft& draft, const T* logits, const T* states, int num
   for (int n = 0; n < num; n++) {
     const float top = largest(most[n]);
     found[n].whole = top + __builtin_logf(sum(total[n] * exponential(most[n] - top)));
+    if (draft.offered)
+      for (int i = 0; i < found[n].best.num; i++) found[n].best.held[i].token = draft.offered[found[n].best.held[i].token];
   }
 }
 

@@ -19,7 +19,7 @@ MAX_WIDTH = 16  # as in candidates.h
 class _Draft(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
-        *((n, ctypes.c_void_p) for n in "logits contexts before state after fixed ends".split()),
+        *((n, ctypes.c_void_p) for n in "logits contexts before state after fixed ends offered".split()),
         *((n, ctypes.c_int32) for n in "num_fixed num_ends".split()),
     ]
 
@@ -56,7 +56,8 @@ class Sequential:
 
 
 class Candidates:
-    """`model.tree.best_first` in one call. ends: tokens behind which nothing is drafted.
+    """`model.tree.best_first` in one call. ends: tokens behind which nothing is drafted; offered: (vocab,) those that
+    logits are of, where not all.
 
     Or a fixed tree, of which `width` must hold all ranks; then without a sequential head, and whatever ends.
     """
@@ -69,11 +70,13 @@ class Candidates:
         ends: Collection[int],
         head: Sequential | None = None,
         fixed: FixedTree | None = None,
+        offered: Tensor | None = None,
     ) -> None:
         assert 1 <= width <= MAX_WIDTH
         assert fixed is None or (head is None and fixed.width <= width)
         self.width, self.head = width, head
         self._ends, self._fixed = np.array(sorted(ends), np.int64), None
+        self._offered = None if offered is None else offered.numpy().astype(np.int32)
         if fixed is not None:
             self._fixed = np.array((fixed.parents, fixed.ranks, fixed.depths), np.int32).T.copy()
 
@@ -95,6 +98,7 @@ class Candidates:
             after=None if head is None else pointer(head.after.packed),
             fixed=pointer(self._fixed),
             ends=pointer(self._ends, np.int64),
+            offered=pointer(self._offered),
             num_fixed=0 if self._fixed is None else len(self._fixed),
             num_ends=len(self._ends),
         )

@@ -24,7 +24,7 @@ class _MedusaNetwork(ctypes.Structure):
 
 
 class MedusaStep:
-    """norm: (hidden,); heads: hidden -> block * hidden, one below the other; head: the target's lm_head."""
+    """norm: (hidden,); heads: hidden -> block * hidden, one below the other; head: from there to the tokens offered."""
 
     def __init__(self, norm: Tensor, heads: Matrix, head: Matrix, block: int, candidates: Candidates) -> None:
         self._norm, self._heads, self._head, self._candidates = norm.detach().contiguous(), heads, head, candidates

@@ -137,7 +137,8 @@ class NativeRound:
         struct.draft = None
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
             self.flash, held, self._most_nodes = drafter, drafter.cache, step.most_nodes
-            self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self.verifier.head.outputs)
+            self._vocabulary = step.head.outputs
+            self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self._vocabulary)
             struct.drafted, struct.tails = pointer(self._drafted), pointer(drafter.tails)
             struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
             struct.draft_cache = _described(held)
@@ -196,5 +197,5 @@ class NativeRound:
         drafting is no part of the native calls."""
         if self.flash is None:
             return self._drafted[:0]
-        batch, block, vocab = self._struct.batch, self.flash.block, self.verifier.head.outputs
+        batch, block, vocab = self._struct.batch, self.flash.block, self._vocabulary
         return self._drafted[: batch * block * vocab].view(batch, block, vocab)

@@ -16,10 +16,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from model.attention import Plan, Rows
 from model.config import ConfigError, EngineConfig
-from model.native.library import Matrix
 from model.native.step import Verifier
 from model.parallel import Group
 from model.request import Geometry, Medium, Message
+from model.targets.head import Head
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Target(Protocol):
     eos_ids: frozenset[int]
     tokens_per_image: int
     geometry: Geometry
-    head: Matrix | None  # lm_head, where it is packed for the native library
+    head: Head  # lm_head
     verifier: Verifier | None  # what a native round needs, where the decoder runs natively
     native: bool  # all that takes long runs in the native library, nothing in torch
     recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
@@ -94,7 +94,7 @@ class Target(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """lm_head: (..., hidden) -> (..., vocab). Differentiable in `hidden`: drafts are trained through it."""
+        """By lm_head: (..., hidden) -> (..., vocab)."""
         ...
 
 

@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from model import attention
 from model.attention import Plan, Rows
 from model.config import EngineConfig
-from model.native import library
-from model.native.library import Matrix
 from model.native.step import Verifier
 from model.parallel import Group, local
 from model.targets import native
 from model.targets.base import tapped
+from model.targets.head import Head
 from model.transfer import upload
 
 
@@ -69,12 +68,11 @@ class LanguageModel:
         rope = getattr(text, "rope_parameters", None) or {}
         # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
         self.recordable = alone and self.decoder is None and rope.get("rope_type") != "dynamic"
-        # Drafts learn through the model's own output head; a packed matrix knows no gradient.
         head = self.model.lm_head
-        self.head = Matrix(head.weight, head.bias) if library.supports(self.dtype, self.device) else None
+        self.head = Head(local(head.weight), None if head.bias is None else local(head.bias))
         self.verifier = None
-        if self.decoder is not None and self.head is not None:
-            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head, num_axes)
+        if self.decoder is not None and self.head.matrix is not None:
+            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head.matrix, num_axes)
         self._taps: dict[int, Tensor] = {}
         for layer in self.tap_layers if self.decoder is None else ():
             language.layers[layer].register_forward_hook(self._tap(layer))
@@ -89,7 +87,7 @@ class LanguageModel:
         """Weights that transformers' modules still hold, and those packed for the native library, `tower` included."""
         held = sum(local(parameter).nbytes for parameter in self.model.parameters())
         packed = sum(part.num_bytes for part in (self.decoder, tower) if part is not None)
-        return int(held + packed + (self.head.packed.nbytes if self.head is not None else 0))
+        return int(held + packed + self.head.packed_bytes)
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._language.embed_tokens(ids)
@@ -113,5 +111,4 @@ class LanguageModel:
         return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        scores: Tensor = self.model.lm_head(hidden) if self.head is None or hidden.requires_grad else self.head(hidden)
-        return scores
+        return self.head(hidden)

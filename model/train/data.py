@@ -7,8 +7,10 @@ temperatures. They are kept on disk as token ids (small); hidden states are capt
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,6 +135,17 @@ def write_answers(
                     bar.update()
             engine.pop_stats()
     return [known[n] for n in wanted if n in known]
+
+
+def frequent(examples: Iterable[Example], count: int, always: Iterable[int]) -> list[int]:
+    """The `count` tokens that answers have most often, ascending; `always` among them. Where answers have fewer, those
+    of the lowest ids besides, which are frequent in all text: a BPE learns them first."""
+    times = Counter(token for example in examples for token in example.answer)
+    best = dict.fromkeys(
+        [*always, *(token for token, _ in sorted(times.items(), key=lambda each: (-each[1], each[0])))]
+    )
+    others = (token for token in range(count + len(best)) if token not in best)
+    return sorted(islice(chain(best, others), count))
 
 
 def read_answers(file: Path) -> list[Example]:

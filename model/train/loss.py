@@ -25,8 +25,8 @@ class Anchors:
     """Places where drafts begin, as many in each answer.
 
     places: (batch, anchors), position of the newest token, which is newest: (batch, anchors) itself; labels: (drafts,
-    block) the tokens after it, -100 beyond the answer's end; taught: (drafts, block, vocab) what the target gave for
-    them.
+    block) the tokens after it, -100 beyond the answer's end; taught: (drafts, block, tokens offered) the target's
+    log-probabilities for them.
     """
 
     places: Tensor
@@ -61,42 +61,64 @@ class Anchors:
         return torch.cat((self.newest.flatten()[:, None], self.labels[:, :-1].clamp_min(0)), 1)
 
 
+class Learner:
+    """A draft network in training, with what reads its hidden states: the target's lm_head, for what it may propose."""
+
+    def __init__(self, target: Target, network: Network) -> None:
+        self.target, self.network = target, network
+        self._head, self._place = target.head.of(network.offered), None
+        if network.offered is not None:
+            self._place = torch.full((target.vocab_size,), -100, device=target.device)
+            self._place[network.offered] = torch.arange(len(network.offered), device=target.device)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """(..., target_hidden) -> logits (..., tokens offered)."""
+        return self._head(hidden.to(self.target.dtype))
+
+    def labels(self, tokens: Tensor) -> Tensor:
+        """Token ids, or -100 where there is nothing to predict -> their places among the tokens offered; -100 for one
+        that is not."""
+        return tokens if self._place is None else torch.where(tokens < 0, tokens, self._place[tokens.clamp_min(0)])
+
+
 def block_loss(drafted: Tensor, taught: Tensor, labels: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
     """Position-weighted cross-entropy plus |p_draft - p_target|_1.
 
-    drafted, taught: (blocks, block, vocab) logits of draft and target for the same token; labels: (blocks, block), -100
-    where there is nothing to predict. Position j (from 1) counts with w_j = exp(-(j - 1) / gamma): a token is of no use
-    unless all before it were accepted. Returns the loss and, for the log, the share of greedy hits per position.
+    drafted, taught: (blocks, block, tokens), the draft's logits and the target's log-probabilities for the same token;
+    labels: (blocks, block), -100 where there is nothing to predict. Position j (from 1) counts with w_j = exp(-(j - 1)
+    / gamma): a token is of no use unless all before it were accepted. Returns the loss and, for the log, the share of
+    greedy hits per position.
     """
     block = drafted.shape[1]
     there = labels != -100
     weight = torch.exp(-torch.arange(block, device=labels.device) / gamma) * there
     surprise = F.cross_entropy(drafted.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
-    apart = (drafted.softmax(-1) - taught.softmax(-1)).abs().sum(-1)
+    apart = (drafted.softmax(-1) - taught.exp()).abs().sum(-1)
     loss = ((surprise.view_as(weight) + apart) * weight).sum() / weight.sum().clamp_min(1e-6)
     hits = ((drafted.argmax(-1) == labels) & there).sum(0) / there.sum(0).clamp_min(1)
     return loss, hits
 
 
 def draft_loss(
-    target: Target, network: Network, seen: list[Seen], *, anchors: int, gamma: float, rng: random.Random
+    learner: Learner, seen: list[Seen], *, anchors: int, gamma: float, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Draft `anchors` times per answer, at random places; the loss, and hits per position."""
+    network = learner.network
     places = Anchors.of(seen, network.config.block, anchors, rng)
     match network:
         case DraftNetwork():
-            drafted = flash_logits(target, network, seen, places)
+            drafted = flash_logits(learner, network, seen, places)
         case EagleNetwork():
-            drafted = eagle_logits(target, network, seen, places)
+            drafted = eagle_logits(learner, network, seen, places)
         case MedusaNetwork():
-            drafted = medusa_logits(target, network, seen, places)
-    return block_loss(drafted.float(), places.taught, places.labels, gamma=gamma)
+            drafted = medusa_logits(learner, network, seen, places)
+    return block_loss(drafted.float(), places.taught, learner.labels(places.labels), gamma=gamma)
 
 
-# --- each (drafts, block, vocab)
+# --- each (drafts, block, tokens offered)
 
 
-def flash_logits(target: Target, network: DraftNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
+def flash_logits(learner: Learner, network: DraftNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
     """Blocks over each answer's context, of which each sees what comes before its newest token, and itself."""
     block, count = network.config.block, anchors.places.shape[1]
     contexts, before = [], []
@@ -118,8 +140,8 @@ def flash_logits(target: Target, network: DraftNetwork, seen: list[Seen], anchor
         return F.scaled_dot_product_attention(q, torch.cat((keys, k), 2), torch.cat((values, v), 2), attn_mask=mask)
 
     tails = context.gather(1, (starts - 1)[:, :, None].expand(-1, -1, context.shape[2]))
-    hidden = network.block_hidden(target.embed(anchors.newest).float(), tails, starts, attend)
-    drafted, head = target.logits(hidden.to(target.dtype)).flatten(0, 1), network.sequential
+    hidden = network.block_hidden(learner.target.embed(anchors.newest).float(), tails, starts, attend)
+    drafted, head = learner.read(hidden).flatten(0, 1), network.sequential
     return drafted if head is None else drafted + head.bias(hidden.flatten(0, 1), anchors.previous)
 
 
@@ -152,7 +174,7 @@ def context_of(network: DraftNetwork, taps: Tensor, prompt: Prompt) -> tuple[Ten
     return torch.cat(rows), index
 
 
-def eagle_logits(target: Target, network: EagleNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
+def eagle_logits(learner: Learner, network: EagleNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
     """A pass per depth, each going on from the features of the one before, as in serving: EAGLE-3's training-time test.
 
     A draft's rows see the context up to the position before its newest token, and those of its own that came before.
@@ -170,12 +192,12 @@ def eagle_logits(target: Target, network: EagleNetwork, seen: list[Seen], anchor
     tokens = anchors.previous.view(batch, count, -1)
     drafted = []
     for depth in range(network.config.block):
-        entry = network.entry(target.embed(tokens[:, :, depth]).float())
+        entry = network.entry(learner.target.embed(tokens[:, :, depth]).float())
         mask = torch.cat((sees_context, *[own] * (depth + 1)), -1)
         attend = Growing(*kept, mask)
         states = network.step(network.entering(states, entry), before + depth, attend)
         kept = attend.keys, attend.values
-        drafted.append(target.logits(network.hidden(states).to(target.dtype)))
+        drafted.append(learner.read(network.hidden(states)))
     return torch.stack(drafted, 2).flatten(0, 1)
 
 
@@ -191,10 +213,10 @@ class Growing:
         return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=self._mask)
 
 
-def medusa_logits(target: Target, network: MedusaNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
+def medusa_logits(learner: Learner, network: MedusaNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
     """All heads, over what the target's last layer gave at the position before the newest token."""
     last = torch.cat([each.taps[p - 1] for each, p in zip(seen, anchors.places, strict=True)])
-    return target.logits(network(last.float()).to(target.dtype))
+    return learner.read(network(last.float()))
 
 
 def _padded(rows: list[Tensor]) -> Tensor:

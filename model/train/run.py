@@ -21,19 +21,31 @@ import transformers
 from model import __version__
 from model.config import ConfigError, EngineConfig
 from model.draft import checkpoint, presets
-from model.draft.checkpoint import Network
+from model.draft.checkpoint import DraftShape, Network
 from model.draft.presets import Sizes
 from model.engine import Engine
 from model.targets.base import Target
 from model.targets.base import load as load_target
 from model.train import card, plots
-from model.train.data import MAX_TOKENS, TEMPERATURES, Example, Interrupted, Prompts, by_kind, read_answers, unusable
+from model.train.data import (
+    MAX_TOKENS,
+    TEMPERATURES,
+    Example,
+    Interrupted,
+    Prompts,
+    by_kind,
+    frequent,
+    read_answers,
+    unusable,
+)
 from model.train.data import write_answers as write
 from model.train.measure import Acceptance, acceptance, miscalibration
 from model.train.team import Team
 from model.train.trainer import Row, TrainConfig, train
 
-LOGITS = 1 << 28  # numbers in a step's drafted logits; with a large vocabulary fewer drafts are begun for that
+LOGITS = (
+    1 << 28
+)  # numbers in a step's drafted logits; where many tokens may be proposed fewer drafts are begun for that
 MOST_ANCHORS = 24
 
 
@@ -72,9 +84,9 @@ def open_target(config: EngineConfig, drafter: str) -> Target:
     return load_target(config, presets.TAP_LAYERS.get(drafter))
 
 
-def anchors(batch: int, block: int, vocab_size: int) -> int:
+def anchors(batch: int, shape: DraftShape) -> int:
     """Drafts begun per answer and step, where nobody says how many: as many as memory is likely to hold."""
-    return max(1, min(MOST_ANCHORS, LOGITS // (batch * block * vocab_size)))
+    return max(1, min(MOST_ANCHORS, LOGITS // (batch * shape.block * (shape.vocabulary or shape.vocab_size))))
 
 
 def run(
@@ -90,6 +102,9 @@ def run(
     network = presets.new(settings.drafter, target, sizes=settings.sizes).to(target.device).train()
     claim(settings, target, network, prompts, team)
     examples = answer(settings, target, prompts, team, stop)
+    if network.offered is not None:
+        chosen = frequent(examples, len(network.offered), target.eos_ids)
+        network.offered.copy_(torch.tensor(chosen))
 
     def evaluate(_: int) -> dict[str, Any] | None:
         engine = served(settings, target, network, settings.run / "draft")

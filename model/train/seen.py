@@ -21,7 +21,7 @@ class Seen:
     """One prompt and answer as the target saw them, in its dtype.
 
     taps: (positions, num_taps * hidden); embeds: (positions, hidden), what entered there; taught: (answer tokens + 1,
-    vocab), row i the logits from which answer token i came; ids: prompt and answer.
+    tokens offered to the draft), row i the log-probabilities from which answer token i came; ids: prompt and answer.
     """
 
     taps: Tensor
@@ -35,8 +35,10 @@ class Seen:
         return sum(t.numel() * t.element_size() for t in (self.taps, self.embeds, self.taught))
 
 
-def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]]) -> list[Seen]:
-    """One causal pass of the target over prompts and answers, padded on the right."""
+def capture(
+    target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]], offered: Tensor | None = None
+) -> list[Seen]:
+    """One causal pass of the target over prompts and answers, padded on the right. offered: to the draft; None: all."""
     ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
     width, batch = max(map(len, ids)), len(ids)
     cache = KVCache(
@@ -64,7 +66,9 @@ def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]
     seen = []
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
         first, end = len(prompt.ids) - 1, len(each)
-        taught = target.logits(hidden[b, first:end]).clone()
+        taught = target.logits(hidden[b, first:end]).float().log_softmax(-1).to(target.dtype)
+        if offered is not None:
+            taught = taught[:, offered]
         seen.append(Seen(taps[b, :end].clone(), embeds[b, :end].clone(), taught, each, prompt))
     return seen
 
@@ -76,13 +80,19 @@ class Memory:
         self._budget = budget
         self._held: dict[int, Seen] = {}
 
-    def seen(self, target: Target, batch: list[Example], messages: Callable[[int], tuple[Message, ...]]) -> list[Seen]:
+    def seen(
+        self,
+        target: Target,
+        batch: list[Example],
+        messages: Callable[[int], tuple[Message, ...]],
+        offered: Tensor | None = None,
+    ) -> list[Seen]:
         missing = [e for e in batch if e.number not in self._held]
         fresh: dict[int, Seen] = {}
         if missing:
             prompts = [target.prompt(messages(e.number)) for e in missing]
             with torch.no_grad():
-                captured = capture(target, prompts, [e.answer for e in missing])
+                captured = capture(target, prompts, [e.answer for e in missing], offered)
             fresh = {e.number: seen for e, seen in zip(missing, captured, strict=True)}
         for number, seen in fresh.items():
             if seen.num_bytes <= self._budget:

@@ -28,7 +28,7 @@ from model.draft.checkpoint import Network
 from model.request import Message
 from model.targets.base import Target
 from model.train.data import Example, Interrupted
-from model.train.loss import draft_loss
+from model.train.loss import Learner, draft_loss
 from model.train.seen import Memory
 from model.train.team import Alone, Team
 
@@ -77,6 +77,7 @@ def train(
     state = State(network, config.rate, file)
     state.load()
     team.wait()  # nobody saves before all have loaded
+    learner = Learner(target, network)
     batches = Batches(examples, config, team, group)
     memory = memory or Memory(config.memory_bytes)
     bar = tqdm(total=config.steps, initial=state.step, desc="draft", unit="step", disable=team.rank > 0, mininterval=1)
@@ -100,9 +101,9 @@ def train(
             state.optimiser.zero_grad()
             told: list[Tensor] = []
             for batch, rng in batches.of(state.step):
-                seen = memory.seen(target, batch, messages)
+                seen = memory.seen(target, batch, messages, network.offered)
                 with torch.autocast(target.device.type, torch.bfloat16, enabled=config.autocast):
-                    loss, hits = draft_loss(target, network, seen, anchors=config.anchors, gamma=config.gamma, rng=rng)
+                    loss, hits = draft_loss(learner, seen, anchors=config.anchors, gamma=config.gamma, rng=rng)
                 (loss / config.accumulate).backward()
                 told.append(torch.cat((loss.detach().float()[None], hits.detach().float())))
             stopping = torch.tensor([float(stop())], device=target.device)

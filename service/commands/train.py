@@ -71,6 +71,14 @@ def train(
         int | None,
         typer.Option(help="Of the sequential head, 0: none. flash: 64, flash-paper: 0.", rich_help_panel=DRAFT),
     ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that it may propose: those that the answers have most often; 0: all. Default: 16384 where the "
+            "target has more than 32768, else all; flash-paper: all.",
+            rich_help_panel=DRAFT,
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Default: 1500.", rich_help_panel=TRAINING)] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Instead of steps: how often each example is met.", rich_help_panel=TRAINING)
@@ -173,6 +181,7 @@ def train(
                 pooled=pooled,
                 num_latents=latents,
                 sequential_rank=rank,
+                vocabulary=vocabulary,
             )
             shape = presets.shape(drafter, opened, sizes)
             settings = training.Settings(
@@ -184,7 +193,7 @@ def train(
                     steps=steps or 1500,
                     batch=batch,
                     accumulate=accumulate,
-                    anchors=anchors or training.anchors(batch, shape.block, opened.vocab_size),
+                    anchors=anchors or training.anchors(batch, shape),
                     rate=rate,
                     gamma=gamma,
                     warmup=warmup,

@@ -29,7 +29,7 @@ from model.native.round import NativeRound
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Prompt, Target
 from model.train import loss
-from model.train.loss import block_loss, draft_loss
+from model.train.loss import Learner, block_loss, draft_loss
 from model.train.seen import capture
 from model.tree import Trees
 from tests.model import tiny
@@ -111,8 +111,9 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
         {"pooled": 7},
         {"pooled": 500},
         {"sequential_rank": 0},
+        {"vocabulary": 70},
     ],
-    ids=["whole", "blind", "uncompressed", "averaged", "averaged-first", "more-rows-than-positions", "flat"],
+    ids=["whole", "blind", "uncompressed", "averaged", "averaged-first", "more-rows-than-positions", "flat", "narrow"],
 )
 def test_served_blocks_are_the_blocks_that_were_trained(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, seed: int, shape: dict[str, int]
@@ -148,9 +149,12 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     offsets = list(range(34))
     with torch.no_grad():
         seen = capture(
-            target, [target.prompt(m) for m in CONVERSATIONS.values()], [tuple(known[name]) for name in CONVERSATIONS]
+            target,
+            [target.prompt(m) for m in CONVERSATIONS.values()],
+            [tuple(known[name]) for name in CONVERSATIONS],
+            network.offered,
         )
-        draft_loss(target, network, seen, anchors=len(offsets), gamma=5.0, rng=Places([*offsets]))
+        draft_loss(Learner(target, network), seen, anchors=len(offsets), gamma=5.0, rng=Places([*offsets]))
     block = network.config.block
     drafted = taught[0].view(len(CONVERSATIONS), len(offsets), block, -1)
     compared = 0
@@ -304,6 +308,21 @@ def test_a_new_draft_has_the_shape_that_is_documented(
     assert told == (pooled, latents, block, layers, rank)
 
 
+def test_of_a_large_vocabulary_a_new_draft_is_offered_a_part(tiny_target: Target) -> None:
+    def offered(drafter: str, tokens: int, wanted: int | None = None) -> int:
+        monkeypatch.setattr(tiny_target, "vocab_size", tokens)
+        return presets.shape(drafter, tiny_target, Sizes(vocabulary=wanted)).vocabulary
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for drafter in ("flash", "eagle", "medusa"):
+            assert (offered(drafter, 32_000), offered(drafter, 152_064)) == (0, 16_384)
+            assert (offered(drafter, 152_064, 0), offered(drafter, 1_000, 500)) == (0, 500)
+        assert offered("flash-paper", 152_064) == 0, "as published"
+        for wrong in (-1, 10, 1_001):
+            with pytest.raises(ConfigError, match="vocabulary"):
+                offered("flash", 1_000, wrong)
+
+
 def test_rotary_positions_are_relative() -> None:
     """A key's place matters only by its distance: cached keys stay right while the block moves on."""
     config = DraftConfig(hidden_size=32, target_hidden_size=64, vocab_size=9, tap_layers=(0,), num_heads=2)
@@ -322,13 +341,16 @@ def test_rotary_positions_are_relative() -> None:
 
 
 def test_a_saved_draft_comes_back_as_it_was(tiny_target: Target, tmp_path: Path) -> None:
-    network = tiny.new_draft(tiny_target, num_layers=1, block=3)
+    network = tiny.new_draft(tiny_target, num_layers=1, block=3, vocabulary=200)
     checkpoint.save(tmp_path, network, tiny_target, command="train it", acceptance_length={"caption": 4.5})
     loaded = checkpoint.load(tmp_path, tiny_target)
     assert loaded.config == network.config
-    assert {n: v.to(torch.bfloat16).float().tolist() for n, v in network.state_dict().items()} == {
-        n: v.tolist() for n, v in loaded.state_dict().items()
+    assert {n: v.to(torch.bfloat16).float().tolist() for n, v in network.named_parameters()} == {
+        n: v.tolist() for n, v in loaded.named_parameters()
     }
+    assert loaded.offered is not None
+    assert network.offered is not None
+    assert loaded.offered.equal(network.offered), "ids are whole numbers, which bfloat16 has few of"
     assert not any(p.requires_grad for p in loaded.parameters())
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["command"] == "train it"

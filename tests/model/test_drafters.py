@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import TRAINED, ConfigError
@@ -23,7 +24,7 @@ from model.drafters.replay import ReplayDrafter
 from model.engine import Engine
 from model.native import library
 from model.train import loss
-from model.train.loss import Anchors
+from model.train.loss import Anchors, Learner
 from model.train.seen import capture
 from model.tree import Trees
 from tests.model import tiny
@@ -31,6 +32,7 @@ from tests.model.guided import Guided, guided
 from tests.model.test_equality import mixed
 
 NAMES = (*TRAINED, "ngram")
+FEW = 60  # tokens, where not all are offered
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,47 @@ def test_bfloat16_with_a_draft_says_what_it_says_without(
     assert not differing or not engine.target.native
 
 
+# -- where not all tokens are offered
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same drafts, which may propose few tokens, from all over the vocabulary."""
+    folder = tmp_path_factory.mktemp("narrow")
+    return {name: tiny.save_network(folder / name, name, tiny_checkpoint, vocabulary=FEW) for name in TRAINED}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_only_tokens_that_are_offered_are_proposed(
+    name: str,
+    tiny_checkpoint: Path,
+    narrow: dict[str, Path],
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the native step, by torch, and by torch on recorded passes: the same trees, and the answers stay the same."""
+    requests, offered = mixed(10), set(load_file(narrow[name] / "model.safetensors")["offered"].tolist())
+    assert len(offered) == FEW
+    assert max(offered) > 2 * FEW, "ids and places must not be the same"
+    trees = []
+    for native, graphs in ((True, False), (False, False), (False, True)):
+        if not native:
+            monkeypatch.setattr(library, "load", lambda: None)
+        engine = engine_of(name, tiny_checkpoint, narrow, graphs=graphs)
+        watched = guided(engine, expected)
+        tiny.answers(engine, requests, every=1)
+        trees.append(watched.trees)
+        proposed = {token for paths in watched.trees.values() for path in paths for token in path[1:]}
+        assert proposed <= offered
+        assert len(proposed) > 5
+        engine = engine_of(name, tiny_checkpoint, narrow, graphs=graphs)
+        assert tiny.answers(engine, requests, every=1) == {r.request_id: expected[r.request_id] for r in requests}
+    for others in trees[1:]:
+        common = trees[0].keys() & others.keys()
+        assert len(common) > 20
+        assert sum(trees[0][key] == others[key] for key in common) >= 0.95 * len(common)
+
+
 # -- what each of them is
 
 
@@ -306,7 +349,7 @@ def test_eagles_passes_are_those_it_was_trained_with(
             anchors = Anchors(
                 torch.tensor([[place]]), coming[:1][None], torch.tensor([seen.ids[place + 1 : place + 6]]), coming
             )
-            taught = loss.eagle_logits(target, drafter.network, [seen], anchors)[0]
+            taught = loss.eagle_logits(Learner(target, drafter.network), drafter.network, [seen], anchors)[0]
             slots = slot + 1
             expansion = Expansion(drafter, np.array(drafter.cache.lengths[:slots], np.int32))
             for depth, token in enumerate(coming):

@@ -313,12 +313,14 @@ def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outp
 @pytest.mark.parametrize("width", [1, 3, 4])
 @pytest.mark.parametrize("rank", [0, 8, 64])
 @pytest.mark.parametrize("ends", [False, True], ids=["no ends", "ends"])
-def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank: int, ends: bool) -> None:
+@pytest.mark.parametrize("some", [False, True], ids=["all tokens", "some"])
+def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank: int, ends: bool, some: bool) -> None:
+    offered = torch.arange(0, 202, 2) if some else None
     logits = normal(3, 5, 101, seed=width, scale=3.0).to(dtype)
     hidden = normal(3, 5, 32, seed=3).to(dtype)
     newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
-    exact, head = sequential(rank, vocab=101, dtype=dtype) if rank else (None, None)
-    whole = Candidates(width, (), head).grow(hidden, logits, newest, budgets)
+    exact, head = sequential(rank, vocab=202 if some else 101, dtype=dtype, some=some) if rank else (None, None)
+    whole = Candidates(width, (), head, offered=offered).grow(hidden, logits, newest, budgets)
     # A root, and the likeliest token of the first level: behind that nothing, behind the root as before.
     ending = {3, int(whole.tokens[2, 1])} if ends else set()
     expected = tree.best_first(
@@ -328,8 +330,9 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
         torch.tensor(sorted(ending), dtype=torch.int64),
         width=width,
         budgets=budgets,
+        offered=offered,
     )
-    grown = Candidates(width, ending, head).grow(hidden, logits, newest, budgets)
+    grown = Candidates(width, ending, head, offered=offered).grow(hidden, logits, newest, budgets)
     assert not any(token in ending for path in paths(grown, 2) for token in path[1:-1])
     assert any(token in ending for path in paths(whole, 2) for token in path[1:-1]) == ends
     assert grown.sizes.tolist() == expected.sizes.tolist()
@@ -351,9 +354,10 @@ class Rounding(SequentialHead):
         return super().forward(tokens, context.to(self.dtype).double(), states).to(self.dtype).double()
 
 
-def sequential(rank: int, *, vocab: int, dtype: torch.dtype) -> tuple[SequentialHead, Sequential]:
-    """A head that reads hidden states of 32 numbers: exact, and packed."""
-    exact = Rounding(DraftConfig(32, 32, vocab, tap_layers=(1,), sequential_rank=rank)).requires_grad_(False)
+def sequential(rank: int, *, vocab: int, dtype: torch.dtype, some: bool = False) -> tuple[SequentialHead, Sequential]:
+    """A head that reads hidden states of 32 numbers, and speaks of all tokens or half of them: exact, and packed."""
+    shape = DraftConfig(32, 32, vocab, tap_layers=(1,), sequential_rank=rank, vocabulary=vocab // 2 if some else 0)
+    exact = Rounding(shape).requires_grad_(False)
     for seed, weight in enumerate(exact.parameters()):
         weight.copy_(normal(*weight.shape, seed=seed, scale=4 / rank**0.5))
     exact.to(dtype).dtype = dtype

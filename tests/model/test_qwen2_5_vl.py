@@ -28,7 +28,7 @@ from model.engine import Engine
 from model.native import library
 from model.request import Area, Medium, Message, Request, RequestError, SamplingParams
 from model.targets.qwen2_5_vl import Qwen25VLTarget
-from model.train.loss import draft_loss
+from model.train.loss import Learner, draft_loss
 from model.train.seen import capture
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import with_oracle
@@ -467,7 +467,7 @@ def test_a_draft_learns_from_it(qwen_plain: Engine, expected: dict[str, list[int
     with torch.no_grad():
         prompts = [target.prompt(r.messages) for r in chosen]
         seen = capture(target, prompts, [tuple(expected[r.request_id]) for r in chosen])
-    loss, _ = draft_loss(target, network, seen, anchors=4, gamma=5.0, rng=random.Random(0))
+    loss, _ = draft_loss(Learner(target, network), seen, anchors=4, gamma=5.0, rng=random.Random(0))
     loss.backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in network.parameters())
     checkpoint.save(tmp_path / "draft", network, target)

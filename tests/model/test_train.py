@@ -19,7 +19,7 @@ from model.request import Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import loss as taught
 from model.train.data import Example, read_answers, write_answers
-from model.train.loss import Anchors, block_loss, draft_loss
+from model.train.loss import Anchors, Learner, block_loss, draft_loss
 from model.train.seen import capture
 from model.train.trainer import TrainConfig, train
 from tests.model import tiny
@@ -98,7 +98,7 @@ def test_the_loss_reaches_every_weight_of_the_draft(
     prompts = [target.prompt(messages(e.number)) for e in examples[:2]]
     with torch.no_grad():
         seen = capture(target, prompts, [e.answer for e in examples[:2]])
-    loss, hits = draft_loss(target, network, seen, anchors=8, gamma=5.0, rng=random.Random(0))
+    loss, hits = draft_loss(Learner(target, network), seen, anchors=8, gamma=5.0, rng=random.Random(0))
     assert hits.shape == (network.config.block,)
     loss.backward()
     for weight_name, weight in network.named_parameters():
@@ -215,7 +215,7 @@ def test_batches_are_of_one_group(tiny_target: Target, examples: list[Example], 
 def test_the_loss_is_nought_for_a_draft_that_is_sure_of_the_right_token() -> None:
     labels = torch.tensor([[1, 2], [0, -100]])
     sure = torch.nn.functional.one_hot(labels.clamp_min(0), 4) * 100.0
-    loss, hits = block_loss(sure, sure, labels, gamma=5.0)
+    loss, hits = block_loss(sure, sure.log_softmax(-1), labels, gamma=5.0)
     assert loss.item() == pytest.approx(0.0, abs=1e-5)
     assert hits.tolist() == [1.0, 1.0]
 
@@ -223,7 +223,7 @@ def test_the_loss_is_nought_for_a_draft_that_is_sure_of_the_right_token() -> Non
 def test_later_positions_weigh_less_and_missing_ones_nothing() -> None:
     """w_j = exp(-(j - 1) / gamma): a token is of no use unless all before it were accepted."""
     torch.manual_seed(0)
-    drafted, taught = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    drafted, taught = torch.randn(2, 3, 5), torch.randn(2, 3, 5).log_softmax(-1)
     labels = torch.tensor([[1, 2, 3], [4, 0, -100]])
     loss, _ = block_loss(drafted, taught, labels, gamma=2.0)
     total = weights = 0.0
@@ -231,7 +231,7 @@ def test_later_positions_weigh_less_and_missing_ones_nothing() -> None:
         for j in range(3):
             if labels[b, j] == -100:
                 continue
-            p, q = drafted[b, j].softmax(-1), taught[b, j].softmax(-1)
+            p, q = drafted[b, j].softmax(-1), taught[b, j].exp()
             weight = math.exp(-j / 2.0)
             total += weight * (-math.log(p[labels[b, j]].item()) + (p - q).abs().sum().item())
             weights += weight

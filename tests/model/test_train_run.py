@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from model.config import ConfigError
+from model.draft.network import DraftConfig
 from model.draft.presets import Sizes, width
 from model.engine import Engine
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import plots
-from model.train.data import Interrupted, Unusable, read_answers
+from model.train.data import Example, Interrupted, Unusable, frequent, read_answers
 from model.train.interrupt import on_signals
 from model.train.measure import Acceptance, acceptance
 from model.train.run import Settings, anchors, run, spread
@@ -97,6 +98,33 @@ def test_the_draft_is_served_and_its_card_tells_what_it_is(
     assert engine.pop_stats().drafts > 0
 
 
+def test_a_draft_may_propose_what_answers_have_most_often(
+    tiny_checkpoint: Path, tiny_target: Target, tmp_path: Path
+) -> None:
+    few = settings(tiny_checkpoint, tmp_path, sizes=Sizes(num_latents=4, block=4, vocabulary=80))
+    run(few, tiny_target, Tiny(), Alone())
+    told = json.loads((tmp_path / "config.json").read_text())
+    assert told["draft"]["vocabulary"] == 80
+    assert "vocabulary 80" in (tmp_path / "README.md").read_text()
+    answers = read_answers(tmp_path / "run" / "answers.jsonl")
+    offered = load_file(tmp_path / "model.safetensors")["offered"].tolist()
+    assert offered == frequent(answers, 80, tiny_target.eos_ids)
+    said = {token for each in answers for token in each.answer}
+    assert said | tiny_target.eos_ids <= set(offered) or len(said) > 70
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tmp_path), max_num_seqs=2))
+    requests = [Request(str(n), Tiny().messages(n), SamplingParams(max_tokens=20)) for n in (0, 6)]
+    plain = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=2))
+    assert tiny.answers(engine, requests) == tiny.answers(plain, requests)
+
+
+def test_the_most_frequent_tokens_and_no_others() -> None:
+    examples = [Example(0, (7, 9, 7, 300)), Example(1, (9, 7, 5))]
+    assert frequent(examples, 3, {2}) == [2, 7, 9]
+    assert frequent(examples, 4, {2}) == [2, 5, 7, 9], "of those as frequent as others the lowest"
+    assert frequent(examples, 8, {2}) == [0, 1, 2, 3, 5, 7, 9, 300], "and what no answer has, from the lowest on"
+    assert frequent(examples, 1, {2}) == [2]
+
+
 def test_a_training_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
     tiny_checkpoint: Path, tiny_target: Target, tmp_path: Path
 ) -> None:
@@ -158,8 +186,10 @@ def test_figures_add_up() -> None:
 def test_defaults_follow_the_target() -> None:
     """The bundled target's draft is what it always was; a published target's is half as wide, and fits in memory."""
     assert (width(256), width(64), width(3584)) == (256, 64, 1792)
-    assert anchors(16, 7, 768) == 24
-    assert 1 <= anchors(16, 7, 152_064) < 24
+    large = DraftConfig(64, 64, vocab_size=152_064, tap_layers=(1,))
+    assert anchors(16, replace(large, vocab_size=768)) == 24
+    assert 1 <= anchors(16, large) < 24
+    assert anchors(16, replace(large, vocabulary=768)) == 24
     assert spread(range(10), 3) == spread(range(10), 3)
     assert spread(range(3), 9) == [0, 1, 2]
 

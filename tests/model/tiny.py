@@ -98,22 +98,33 @@ def new_draft(target: Target, *, seed: int = 0, **shape: Any) -> DraftNetwork:
     network = DraftNetwork(config)
     if network.sequential is not None:
         torch.nn.init.normal_(network.sequential.after.weight, std=0.5)
+    choose_offered(network, target)
     return network.to(target.device, target.dtype).eval()
 
 
-def new_network(drafter: str, target: Target, *, seed: int = 0) -> Network:
+def choose_offered(network: Network, target: Target) -> None:
+    """What it may propose, if not all tokens, is drawn from all of them."""
+    if network.offered is not None:
+        drawn = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[: len(network.offered)]
+        network.offered.copy_(drawn.sort().values)
+
+
+def new_network(drafter: str, target: Target, *, seed: int = 0, vocabulary: int = 0) -> Network:
     """An untrained draft of any kind for a tiny target; its heads, or its layer, have something to say."""
-    widths = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
+    common = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "vocabulary": vocabulary}
     torch.manual_seed(seed)
+    network: Network
     if drafter == "medusa":
-        medusa = MedusaNetwork(MedusaConfig(**widths, tap_layers=target.tap_layers, block=4), target.final_norm)
-        torch.nn.init.normal_(medusa.heads.weight, std=0.2)
-        return medusa.to(target.device, target.dtype).eval()
-    if drafter == "eagle":
+        network = MedusaNetwork(MedusaConfig(**common, tap_layers=target.tap_layers, block=4), target.final_norm)
+        torch.nn.init.normal_(network.heads.weight, std=0.2)
+    elif drafter == "eagle":
         shape = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "block": 5}
-        eagle = EagleNetwork(EagleConfig(**widths, **shape, tap_layers=target.tap_layers))
-        return eagle.to(target.device, target.dtype).eval()
-    return new_draft(target, seed=seed, **(presets.PAPER if drafter == "flash-paper" else {}))
+        network = EagleNetwork(EagleConfig(**common, **shape, tap_layers=target.tap_layers))
+    else:
+        paper = presets.PAPER if drafter == "flash-paper" else {}
+        return new_draft(target, seed=seed, **{**paper, "vocabulary": vocabulary})
+    choose_offered(network, target)
+    return network.to(target.device, target.dtype).eval()
 
 
 def target_for(drafter: str, model: Path, **settings: Any) -> Target:
@@ -121,10 +132,11 @@ def target_for(drafter: str, model: Path, **settings: Any) -> Target:
     return load_target(config(model, **settings).resolved(), presets.TAP_LAYERS.get(drafter))
 
 
-def save_network(folder: Path, drafter: str, model: Path, **settings: Any) -> Path:
+def save_network(folder: Path, drafter: str, model: Path, *, vocabulary: int = 0, **settings: Any) -> Path:
     """A folder with an untrained draft of this kind."""
     target = target_for(drafter, model, **settings)
-    checkpoint.save(folder, new_network(drafter, target), target, drafter=drafter, command="a test")
+    network = new_network(drafter, target, vocabulary=vocabulary)
+    checkpoint.save(folder, network, target, drafter=drafter, command="a test")
     return folder
 
 

@@ -1,0 +1,38 @@
+"""The output head that a target and its draft share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from model.native import library
+from model.native.library import Matrix
+
+
+class Head:
+    """lm_head, whole or for some tokens alone: (..., hidden) -> (..., tokens). Differentiable in `hidden`: drafts are
+    trained through it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self.matrix = Matrix(weight, bias) if library.supports(weight.dtype, weight.device) else None
+
+    def of(self, tokens: Tensor | None) -> Head:
+        """For these tokens (num,), in their order; None: the same head."""
+        if tokens is None:
+            return self
+        return Head(self._weight[tokens], None if self._bias is None else self._bias[tokens])
+
+    @property
+    def packed_bytes(self) -> int:
+        """Held beside its weights."""
+        return 0 if self.matrix is None else self.matrix.packed.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.nbytes + self.packed_bytes
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self.matrix is None or hidden.requires_grad:  # a packed matrix knows no gradient
+            return F.linear(hidden, self._weight, self._bias)
+        return self.matrix(hidden)
