@@ -31,6 +31,7 @@ from model.bench import figures, report, untrained
 from model.bench.arms import Arm, EngineArm, ReplayArm, Run
 from model.bench.untrained import SIZES, TEMPLATE
 from model.config import DTYPES, EngineConfig
+from model.draft.presets import Sizes
 from model.engine import Engine
 from model.request import Message, SamplingParams
 
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     made.add_argument("--accuracies", type=_shares, default=(0.6, 0.7, 0.8, 0.9))
     made.add_argument("--batches", type=_whole, default=(1, 8, 32))
     made.add_argument("--nodes", type=_whole, default=(4, 8, 15), help="lengths of chains to try (default: 4,8,15)")
+    made.add_argument("--vocabulary", type=int, help="tokens that the draft may propose, 0: all (default: as trained)")
     made.add_argument("--context", type=int, default=512, help="prompt tokens of each request (default: 512)")
     made.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
     made.add_argument("--repeats", type=int, default=3)
@@ -82,7 +84,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     without = EngineArm("off", Engine(plain, target))
     arms: dict[tuple[str, int], Arm] = {("off", 0): without}
     with tempfile.TemporaryDirectory() as folder:
-        untrained.make_draft(target, Path(folder))
+        untrained.make_draft(target, Path(folder), Sizes(vocabulary=asked.vocabulary))
         for nodes in asked.nodes:
             drafting = replace(plain, drafter="auto", draft=folder, max_nodes=nodes, max_rows=most * (1 + nodes))
             engine = Engine(drafting, target)
@@ -145,11 +147,7 @@ def _rows(runs: dict[tuple[str, int], list[Run]], batch: int, least: float) -> l
     plain = runs["off", 0]
     rows = []
     for (name, nodes), own in runs.items():
-        (row,) = (
-            row
-            for row in figures.rows({"off": plain, name: own}, task="text", target="", sampling="greedy", batch=batch)
-            if row["drafter"] == name
-        )
+        row = figures.rows({"off": plain, name: own}, task="text", target="", sampling="greedy", batch=batch)[-1]
         length, speed = row["acceptance_length"], row["decode_tokens_per_second"]
         gain = row["decode_speedup_over_plain"]
         rows.append({

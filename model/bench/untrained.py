@@ -19,10 +19,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from model.config import EngineConfig
 from model.demo import checkpoint as demo
 from model.draft import checkpoint, presets
+from model.draft.presets import Sizes
 from model.kv_cache import KVCache
 from model.targets.llava import LlavaTarget
 
 TEMPLATE = 64  # positions at most of a conversation's template
+DEFAULT = Sizes()
 LOUD = 50.0  # times the usual size of an embedding: it outweighs what all layers add to it
 
 
@@ -106,9 +108,9 @@ def make_target(size: Size, config: EngineConfig) -> tuple[LlavaTarget, int]:
     return LlavaTarget(config, model, processor, presets.TAP_LAYERS["flash"]), read
 
 
-def make_draft(target: LlavaTarget, folder: Path) -> None:
+def make_draft(target: LlavaTarget, folder: Path, sizes: Sizes = DEFAULT) -> None:
     """What `flashserve train` would begin with."""
-    checkpoint.save(folder, presets.new("flash", target).to(target.dtype), target)
+    checkpoint.save(folder, presets.new("flash", target, sizes=sizes).to(target.dtype), target)
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -132,10 +134,11 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int) 
 def limits(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """What the machine can do: bytes/s read and copied, multiply-adds counted as two operations/s."""
     here = torch.ones(size.bytes_moved // 4, device=device)
+    left, right = here.chunk(2)
     there = torch.empty_like(here)
     square = torch.randn(size.matrix, size.matrix, device=device).to(dtype)
     return {
-        "read_bytes_per_second": size.bytes_moved / seconds(here.sum, device, repeats),
+        "read_bytes_per_second": size.bytes_moved / seconds(lambda: torch.dot(left, right), device, repeats),
         "copy_bytes_per_second": 2 * size.bytes_moved / seconds(lambda: there.copy_(here), device, repeats),
         "operations_per_second": 2 * size.matrix**3 / seconds(lambda: square @ square, device, repeats),
     }

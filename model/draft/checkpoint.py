@@ -106,6 +106,9 @@ def load(folder: Path, target: Target) -> Network:
         raise ConfigError(
             f"draft {str(folder)!r} reads layers {told.config.tap_layers}; the target offers {target.tap_layers}"
         )
+    offered = network.offered
+    if offered is not None and (offered.min() < 0 or offered.max() >= target.vocab_size):
+        raise _unreadable(folder, ValueError("it proposes tokens that the target has not"))
     network.to(target.device, target.dtype).eval().requires_grad_(False)
     return network
 

@@ -134,7 +134,8 @@ class FlashDrafter:
     @property
     def num_bytes(self) -> int:
         own = self._head.num_bytes if self.network.offered is not None else 0
-        return held_by(self.network) + own + (self._layers.num_bytes if self._layers is not None else 0)
+        parts = (part.num_bytes for part in (self._layers, self.step) if part is not None)
+        return held_by(self.network) + own + sum(parts)
 
     @property
     def cache_bytes(self) -> int:

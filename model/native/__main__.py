@@ -1,11 +1,21 @@
-"""`python -m model.native`: which build of the native stack runs here, if any."""
+"""`python -m model.native`: which build of the native stack runs here, if any, and what to do about it if none."""
 
 from model.native import library
 
-found = library.load()
-print(  # noqa: T201
-    f"The native stack: build '{found.name}'."
-    if found
-    else "No native stack: models run through torch, several times slower on a CPU. It needs x86-64 with AVX512, "
-    "and a C++ compiler at 'make setup' (Debian and Ubuntu: apt-get install g++)."
-)
+SLOWER = "Models run through torch, several times slower on a CPU."
+
+
+def told() -> str:
+    if (found := library.load()) is not None:
+        return f"The native stack: build '{found.name}'."
+    if "avx512f" not in library.processor_flags():
+        return f"No native stack: it needs a processor with AVX512. {SLOWER}"
+    return (
+        "No native stack, though this processor could run one: nothing was compiled at 'make setup'. It takes a C++ "
+        "compiler (Debian and Ubuntu: apt-get install g++); what that says, '.venv/bin/pip install -v --no-deps -e .' "
+        f"shows. {SLOWER}"
+    )
+
+
+if __name__ == "__main__":
+    print(told())  # noqa: T201

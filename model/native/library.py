@@ -40,7 +40,7 @@ class Library:
 @cache
 def load() -> Library | None:
     """The best build for this processor; None where there is none."""
-    flags = _processor_flags()
+    flags = processor_flags()
     for name, needed, dtypes in BUILDS:
         spec = find_spec(f"model.native._{name}")
         if spec is None or spec.origin is None or not flags.issuperset(needed):
@@ -52,7 +52,8 @@ def load() -> Library | None:
     return None
 
 
-def _processor_flags() -> frozenset[str]:
+def processor_flags() -> frozenset[str]:
+    """What Linux says that it can; nothing elsewhere."""
     try:
         with open("/proc/cpuinfo") as info:
             line = next((line for line in info if line.startswith("flags")), "")

@@ -90,7 +90,7 @@ class DraftStep:
         self.most_nodes = candidates.most(self.block)
         given = (entries, masks, entry_norm, tap_norms, fuse_norm)
         tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in given]
-        self.candidates, self._kept = candidates, tensors
+        self.candidates, self._kept, self._entries = candidates, tensors, entries
         self.struct = _DraftNetwork(
             ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
             *map(pointer, tensors[:3]),
@@ -103,6 +103,11 @@ class DraftStep:
             len(tap_norms),
             candidates.struct(block=self.block, vocab=head.outputs),
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the table of what tokens put into it, which it alone holds."""
+        return self._entries.nbytes
 
     def fused(self, taps: Tensor) -> Tensor:
         """(rows, taps * hidden) -> context (rows, hidden)."""

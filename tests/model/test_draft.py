@@ -374,12 +374,12 @@ def test_a_draft_fits_its_target_in_every_dtype(tiny_checkpoint: Path, tiny_draf
 
 
 @pytest.mark.parametrize(
-    "broken", ["no folder", "json", "field", "fingerprint", "no weights", "weights", "shape", "names"]
+    "broken", ["no folder", "json", "field", "fingerprint", "no weights", "weights", "shape", "names", "offered"]
 )
 def test_a_broken_draft_is_a_clear_error(tiny_target: Target, tmp_path: Path, broken: str) -> None:
     """Whoever starts the service reads one line that names the folder, not a traceback from inside a library."""
     folder = tmp_path / "draft"
-    checkpoint.save(folder, tiny.new_draft(tiny_target), tiny_target)
+    checkpoint.save(folder, tiny.new_draft(tiny_target, vocabulary=100), tiny_target)
     described = json.loads((folder / "config.json").read_text())
     weights = folder / "model.safetensors"
     match broken:
@@ -402,6 +402,10 @@ def test_a_broken_draft_is_a_clear_error(tiny_target: Target, tmp_path: Path, br
             (folder / "config.json").write_text(json.dumps(described))
         case "names":
             safetensors.torch.save_file({"x": torch.zeros(1)}, weights)
+        case "offered":
+            held = safetensors.torch.load_file(weights)
+            held["offered"][-1] = tiny_target.vocab_size
+            safetensors.torch.save_file(held, weights)
     with pytest.raises(ConfigError, match=str(folder)):
         checkpoint.load(folder, tiny_target)
 

@@ -33,6 +33,7 @@ from model.engine import Engine
 from model.kv_cache import KVCache
 from model.load import Load
 from model.native import library
+from model.native.__main__ import told
 from model.native.candidates import Candidates, Sequential
 from model.native.library import BUILDS, Library, Matrix
 from model.native.round import NativeRound
@@ -472,7 +473,15 @@ def test_what_does_not_fit_runs_through_transformers_own_layers(
 
 def test_a_library_is_there() -> None:
     """Where there are AVX512 and a compiler: a build that fails quietly would cost most of the speed."""
-    if not library._processor_flags().issuperset(BUILDS[-1][1]) or shutil.which("c++") is None:
+    if not library.processor_flags().issuperset(BUILDS[-1][1]) or shutil.which("c++") is None:
         pytest.skip("no AVX512, or no compiler")
     assert library.load() is not None
     assert EngineConfig().resolved().dtype in ("bfloat16", "float32")
+
+
+def test_where_there_is_none_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: None)
+    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2"}))
+    assert "needs a processor with AVX512" in told()
+    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2", "avx512f"}))
+    assert "pip install -v" in told()
