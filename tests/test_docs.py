@@ -22,7 +22,7 @@ PROGRAMS = (
     *("guidellm", "aiperf", "apt-get", "git", "cp", "vllm", "locust", "prometheus"),
 )
 
-BENCH, TRAIN = "tests/model/test_bench.py", "tests/service/test_train_command.py"
+BENCH, GPU, TRAIN = "tests/model/test_bench.py", "tests/model/test_bench_gpu.py", "tests/service/test_train_command.py"
 DEMO, MONITORING = "tests/model/test_demo_training.py", "tests/monitoring"
 IS_WRITTEN = "test_the_committed_dashboard_is_what_the_code_writes"
 
@@ -37,8 +37,9 @@ RUN_BY = {
     "flashserve bench --profile": f"{BENCH}::test_the_parts_of_a_profiled_step_make_up_the_whole",
     "flashserve bench --service": f"{BENCH}::test_over_http_the_same_tokens_come_as_in_process",
     "python -m model.bench --profile": f"{BENCH}::test_the_parts_of_a_profiled_step_make_up_the_whole",
+    "python -m model.bench.ceiling": f"{GPU}::test_what_a_draft_of_an_accuracy_gains_is_measured_beside_what_it_costs",
     "python -m model.bench.equality": f"{BENCH}::test_an_honest_engine_passes",
-    "python -m model.bench.gpu": "tests/model/test_bench_gpu.py::test_a_native_target_has_no_graphs_to_measure",
+    "python -m model.bench.gpu": f"{GPU}::test_a_native_target_has_no_graphs_to_measure",
     "python -m model.bench.load": f"{BENCH}::test_drafting_by_load_is_measured_beside_every_fixed_way",
     "python -m model.bench.study": "tests/model/test_study.py::test_variants_are_trained_measured_and_kept",
     "python -m model.bench.table": f"{BENCH}::test_the_table_sets_every_drafter_there_is_beside_every_other",
