@@ -43,6 +43,10 @@ def main() -> None:
     warm_up(setup)
     # Buffered well: most files come with one read, and most pictures go with one write.
     with open(0, "rb", BUFFER_BYTES, closefd=False) as source, open(silence(), "wb", BUFFER_BYTES) as sink:
+        from service.media import video  # which warming up has imported
+
+        video.fail_once()
+        gc.freeze()
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
         serve(setup, source, sink)
 
@@ -60,7 +64,7 @@ def confine(limits: MediaLimits) -> None:
 
 
 def warm_up(setup: wire.Setup) -> None:
-    """All imports, early and late: there can be none later."""
+    """All imports, early and late, but for those of a failure."""
     from PIL import Image
 
     from service.media import image, video
@@ -69,7 +73,6 @@ def warm_up(setup: wire.Setup) -> None:
     Image.MAX_IMAGE_PIXELS = None  # ours is checked before load(), and refuses instead of warning
     image.warm_up(setup.geometry)
     video.warm_up(setup.geometry)
-    gc.freeze()
 
 
 def silence() -> int:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import anyio
 import psutil
 import pytest
 
@@ -58,6 +59,27 @@ async def until(condition) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+START = """
+import asyncio
+from service.media import MediaDecoder, MediaLimits
+from tests.media.samples import SQUARE
+
+async def start():
+    decoder = MediaDecoder(MediaLimits(), SQUARE, workers=1)
+    await decoder.start()
+    await decoder.close()
+
+asyncio.run(start())
+"""
+
+
+async def test_nothing_that_decoders_print_is_heard():
+    """On the terminal of whoever runs a command it looks as if something were broken."""
+    # Into pipes: children may write to no file.
+    done = await anyio.run_process([sys.executable, "-c", START], cwd=Path(__file__).parents[2])
+    assert (done.stdout, done.stderr) == (b"", b"")
 
 
 async def test_a_child_serves_many_and_is_then_replaced():
