@@ -18,7 +18,7 @@ from model.engine import Engine
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import loss as taught
-from model.train.data import Example, read_answers, write_answers
+from model.train.data import Example, frequent, read_answers, write_answers
 from model.train.loss import Anchors, Learner, block_loss, draft_loss
 from model.train.seen import capture
 from model.train.trainer import TrainConfig, train
@@ -70,12 +70,20 @@ def fresh(target: Target) -> DraftNetwork:
 # -- training
 
 
+@pytest.mark.parametrize("vocabulary", [0, 200], ids=["all tokens", "the frequent ones"])
 def test_a_trained_draft_is_accepted_when_it_is_served(
-    tiny_checkpoint: Path, tiny_target: Target, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vocabulary: int,
+    tiny_checkpoint: Path,
+    tiny_target: Target,
+    examples: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The whole way: answers, training, checkpoint, engine. The prompts are the trained ones: it need only remember."""
     told = losses_of(monkeypatch)
-    network = fresh(tiny_target)
+    network = tiny.new_draft(tiny_target, vocabulary=vocabulary).train()
+    if network.offered is not None:
+        network.offered.copy_(torch.tensor(frequent(examples, vocabulary, tiny_target.eos_ids)))
     train(tiny_target, network, examples, messages, settings(160), tmp_path / "draft.pt", group)
     assert sum(told[-10:]) < 0.5 * sum(told[:10])
     checkpoint.save(tmp_path / "draft", network, tiny_target)
