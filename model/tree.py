@@ -111,7 +111,7 @@ def fill(shape: FixedTree, logits: Tensor, offered: Tensor | None = None) -> Ten
     best = logits.float().log_softmax(-1).topk(shape.width, -1)
     places = [(depth - 1) * shape.width + rank for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
     where = upload(np.array(places), logits.device)
-    tokens, scores = named(best.indices, offered).flatten(1)[:, where], best.values.flatten(1)[:, where]
+    tokens, scores = named(best.indices.flatten(1)[:, where], offered), best.values.flatten(1)[:, where]
     on_path = np.zeros((len(places), len(places)), np.float32)
     for node, parent in enumerate(shape.parents):
         on_path[node] = on_path[parent - 1] if parent else 0.0
@@ -212,10 +212,8 @@ def levels(
             best = best.masked_fill((frontier[:, :, None] == ends).any(-1, keepdim=True), -torch.inf)
         total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
         reach, place = total.topk(min(width, total.shape[1]), -1)
-        frontier, place = (
-            named(token, offered).flatten(1).gather(1, place),
-            first + torch.div(place, width, rounding_mode="floor"),
-        )
+        frontier = named(token.flatten(1).gather(1, place), offered)
+        place = first + torch.div(place, width, rounding_mode="floor")
         levels_parent.append(place)
         levels_token.append(frontier)
         levels_score.append(reach)

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from model.bench.reference import Conversation, Reference
 from model.drafters.base import Drafter
@@ -15,6 +15,7 @@ from model.drafters.replay import PaidReplay, ReplayDrafter
 from model.engine import Engine
 from model.request import Request, SamplingParams
 
+T = TypeVar("T")
 PHASES = ("vision", "prefill", "draft", "verify")
 
 
@@ -44,6 +45,12 @@ class Run:
         """The first token of an answer comes out of prefill. 0 where no answer has a second one."""
         tokens = self.num_tokens - len(self.answers)
         return tokens / self.decode_seconds if tokens and self.decode_seconds > 0 else 0.0
+
+
+def in_turn(arms: Sequence[T], repeat: int) -> tuple[T, ...]:
+    """All of them, in each repeat from another on: nobody always goes first."""
+    first = repeat % len(arms)
+    return (*arms[first:], *arms[:first])
 
 
 def joined(runs: Sequence[Run]) -> Run:

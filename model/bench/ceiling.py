@@ -15,7 +15,6 @@ pays for every pass of a FLASH draft besides. For each accuracy that length of c
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from model.bench import figures, report, untrained
-from model.bench.arms import Arm, EngineArm, ReplayArm, Run
+from model.bench.arms import Arm, EngineArm, ReplayArm, Run, in_turn
+from model.bench.options import numbers
 from model.bench.untrained import SIZES, TEMPLATE
 from model.config import DTYPES, EngineConfig
 from model.draft.presets import Sizes
@@ -38,10 +38,6 @@ from model.request import Message, SamplingParams
 HEADINGS = (
     "batch", "draft", "nodes", "accept", "decode/s", "x plain", "of ideal", "of bound", "same",
 )  # fmt: skip
-
-
-def _whole(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -57,8 +53,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     made.add_argument("--device", default="auto")
     made.add_argument("--dtype", default="auto", choices=DTYPES)
     made.add_argument("--accuracies", type=_shares, default=(0.6, 0.7, 0.8, 0.9))
-    made.add_argument("--batches", type=_whole, default=(1, 8, 32))
-    made.add_argument("--nodes", type=_whole, default=(4, 8, 15), help="lengths of chains to try (default: 4,8,15)")
+    made.add_argument("--batches", type=numbers, default=(1, 8, 32))
+    made.add_argument("--nodes", type=numbers, default=(4, 8, 15), help="lengths of chains to try (default: 4,8,15)")
     made.add_argument("--vocabulary", type=int, help="tokens that the draft may propose, 0: all (default: as trained)")
     made.add_argument("--context", type=int, default=512, help="prompt tokens of each request (default: 512)")
     made.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
@@ -101,19 +97,14 @@ def main(argv: list[str]) -> dict[str, Any]:
             positions = batch * (asked.context + asked.tokens // 2)
             least = untrained.floor(without.engine.cache, positions, read, untrained.bandwidth(possible))
             rows += _rows(runs, batch, least)
-    machine = report.machine(plain.device, plain.dtype)
     result = {
-        "machine": machine,
+        "machine": report.machine(plain.device, plain.dtype),
         "command": shlex.join(["python", "-m", "model.bench.ceiling", *argv]),
         "limits": {name: round(value) for name, value in possible.items()},
         "bytes_read_per_pass": read,
         "rows": rows,
     }
-    described = ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
-    print(f"\n{_table(rows)}\n\n{described}\n")
-    if asked.output:
-        asked.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    report.show(result, _table(rows), asked.output)
     return result
 
 
@@ -129,12 +120,10 @@ def _turns(
     repeats: int,
     progress: tqdm[Any],
 ) -> dict[tuple[str, int], list[Run]]:
-    """Of every arm a run per repeat, after one that does not count; nobody always goes first."""
+    """Of every arm a run per repeat, after one that does not count."""
     runs: dict[tuple[str, int], list[Run]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):
-        names = list(arms)
-        first = repeat % len(names)
-        for name in (*names[first:], *names[:first]):
+        for name in in_turn(tuple(arms), repeat):
             done = arms[name].run(prompts, params)
             if repeat:
                 runs[name].append(done)

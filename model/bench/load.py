@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import shlex
 import sys
 from dataclasses import replace
@@ -23,7 +22,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from model.bench import report
-from model.bench.arms import EngineArm
+from model.bench.arms import EngineArm, in_turn
+from model.bench.options import numbers
 from model.config import EngineConfig
 from model.demo import prompts
 from model.engine import Engine
@@ -33,10 +33,6 @@ ROUNDS = 3  # requests for each one at once, at least
 FEWEST = 12
 LONGEST = 1280  # positions that hold any of these prompts and its answer: seven engines keep room for so many at once
 PLAIN, AWARE = "off", "load-aware"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _configs(plain: EngineConfig, nodes: tuple[int, ...]) -> dict[str, EngineConfig]:
@@ -59,8 +55,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     made.add_argument("--device", default="auto")
     made.add_argument("--dtype", default="auto")
     made.add_argument("--task", choices=prompts.TASKS, default="image caption")
-    made.add_argument("--batches", type=_numbers, default=(1, 2, 4, 8, 16, 32, 64))
-    made.add_argument("--nodes", type=_numbers, default=(2, 4, 7, 11, 15))
+    made.add_argument("--batches", type=numbers, default=(1, 2, 4, 8, 16, 32, 64))
+    made.add_argument("--nodes", type=numbers, default=(2, 4, 7, 11, 15))
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--max-tokens", type=int, default=160)
     made.add_argument("--output", type=Path, help="file for the JSON object")
@@ -87,8 +83,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             told = [prompts.messages(number, split="heldout", task=asked.task) for number in range(count)]
             speeds: dict[str, list[float]] = {arm.name: [] for arm in arms}
             for repeat in range(asked.repeats + 1):  # the first is a warm-up
-                first = repeat % len(arms)
-                for arm in (*arms[first:], *arms[:first]):
+                for arm in in_turn(arms, repeat):
                     done = arm.run(told, params, in_flight=batch)
                     if repeat:
                         speeds[arm.name].append(done.tokens_per_second)
@@ -101,11 +96,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "task": asked.task,
         "rows": rows,
     }
-    described = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
-    print(f"\n{_table(rows)}\n\n{described}\n")
-    if asked.output:
-        asked.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    report.show(result, _table(rows), asked.output)
     return result
 
 

@@ -23,7 +23,7 @@ import torch
 
 from model import sampling
 from model.attention import Rows, Sight
-from model.bench import report, run, workload
+from model.bench import report, workload
 from model.bench.arms import EngineArm
 from model.bench.options import Options
 from model.config import ConfigError
@@ -287,7 +287,7 @@ def profile(options: Options, command: str) -> dict[str, Any]:
         "rows": rows,
     }
     rate = f"memory {result['memory_gb_per_second']} GB/s, matrices {result['matmul_tflops']} TFLOP/s"
-    run.show(result, f"{_table(rows)}\n\n{NOTES}\n{rate}", options)
+    report.show(result, f"{_table(rows)}\n\n{NOTES}\n{rate}", options.output)
     return result
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,16 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def show(result: dict[str, Any], table: str, output: Path | None) -> None:
+    """Print the table with the machine and, last, the JSON object; write that to `output`, too."""
+    described = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
+    print(f"\n{table}\n\n{described}\n")
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    sys.stdout.flush()
 
 
 def target_name(model: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +11,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from model.bench import figures, report, workload
-from model.bench.arms import Arm, EngineArm, GenerateArm, ReplayArm, Run, joined
+from model.bench.arms import Arm, EngineArm, GenerateArm, ReplayArm, Run, in_turn, joined
 from model.bench.options import REPLAY, Options
 from model.bench.reference import Conversation, Reference
 from model.config import EngineConfig
@@ -31,7 +29,7 @@ def run(options: Options, command: str) -> dict[str, Any]:
     """Measure; print the table and, last, the JSON object. Returns that object."""
     machine, rows = measure(options)
     result = {"machine": machine, "command": command, "rows": rows}
-    show(result, f"{report.table(rows)}\n\n{NOTES}", options)
+    report.show(result, f"{report.table(rows)}\n\n{NOTES}", options.output)
     return result
 
 
@@ -49,15 +47,6 @@ def measure(options: Options) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         target = report.target_name(options.model)
         rows += figures.rows(runs, task=task, target=target, sampling=sampling, batch=batch)
     return machine, rows
-
-
-def show(result: dict[str, Any], table: str, options: Options) -> None:
-    described = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
-    print(f"\n{table}\n\n{described}\n")
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    sys.stdout.flush()
 
 
 def _arm(name: str, options: Options, plain: EngineConfig) -> Arm:
@@ -85,8 +74,7 @@ def _measured(options: Options, arms: Sequence[Arm]) -> Iterator[tuple[str, int,
                     progress.update()
                 runs: dict[str, list[Run]] = {arm.name: [] for arm in arms}
                 for repeat in range(options.repeats):
-                    first = repeat % len(arms)  # nobody always goes first
-                    for arm in (*arms[first:], *arms[:first]):
+                    for arm in in_turn(arms, repeat):
                         runs[arm.name].append(_rounds(arm, measured, batch, params))
                         progress.update()
                 yield task, batch, runs

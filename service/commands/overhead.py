@@ -46,7 +46,7 @@ Speeds = list[tuple[float, float, float]]  # tokens per second of each repeat, t
 
 def run(options: Options, command: str) -> dict[str, Any]:
     """Measure; print the table and, last, the JSON object."""
-    from model.bench import report, run
+    from model.bench import report
     from model.bench.arms import EngineArm
     from model.engine import Engine
 
@@ -70,7 +70,7 @@ def run(options: Options, command: str) -> dict[str, Any]:
         shares = (_share(row, "share_of_engine"), _share(row, "share_of_engine_with_files"))
         lines.append((*cells, *shares, f"{row['same_tokens']:.0%}"))
     result = {"machine": machine, "command": command, "rows": rows}
-    run.show(result, report.aligned(lines), options)
+    report.show(result, report.aligned(lines), options.output)
     return result
 
 
