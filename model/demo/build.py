@@ -1,8 +1,10 @@
 """Rebuild the bundled models from their seeds: tower, target, draft, evaluation. Every stage resumes where it stopped.
 
 python -m model.demo.build [--folder runs/demo] [--install]
+python -m model.demo.build --folder runs/rehearsal --rehearse
 
-Some hours on 2 cores, with a C++ compiler at hand. Stages can also be run alone: model.demo.vision, .target, .draft,
+Some hours on 2 cores, with a C++ compiler at hand; a rehearsal takes every stage through a few steps, in minutes, and
+what comes of it sees nothing. Stages can also be run alone: model.demo.vision, .target, .draft,
 .evaluate; and for the second target, which begins as the first one's sibling, .qwen_vision and .qwen_target. With
 --install the result replaces what lies in model/demo/weights.
 """
@@ -18,7 +20,9 @@ from pathlib import Path
 from model.config import DEMO_WEIGHTS
 
 DRAFT = ["--examples", "4000", "--steps", "1800"]
-QWEN_DRAFT = [*DRAFT, "--frames", "64"]
+FEW_STEPS = ["--steps", "3"]
+SHORT_DRAFT = ["--examples", "48", "--held-out", "1", *FEW_STEPS]
+FEW_SCENES = ["--scenes", "4", "--clips", "2"]
 LARGEST = 45_000_000  # bytes of all weights together: they live in the repository
 
 
@@ -37,22 +41,31 @@ def install(folder: Path, weights: Path) -> None:
     print(f"installed {size / 1e6:.1f} MB in {weights}")
 
 
+def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
+    """Modules with their options, in order."""
+    qwen, first = ["--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target"], ["--first", f"{folder}/target"]
+    learn, look = (FEW_STEPS, FEW_SCENES) if rehearse else ([], [])
+    draft = SHORT_DRAFT if rehearse else DRAFT
+    return [
+        ["model.demo.vision", "--folder", folder, *learn],
+        ["model.demo.target", "--folder", folder, *learn],
+        ["model.demo.draft", "--folder", folder, *draft],
+        ["model.demo.evaluate", f"{folder}/target", *look],
+        ["model.demo.qwen_vision", "--folder", folder, *first, *learn],
+        ["model.demo.qwen_target", "--folder", folder, *first, *learn],
+        ["model.demo.evaluate", f"{folder}/qwen-target", *look],
+        ["model.demo.draft", *qwen, *draft, "--frames", "64"],
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--install", action="store_true")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--install", action="store_true")
+    chosen.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
-    folder = str(arguments.folder)
-    for stage in (
-        ["model.demo.vision", "--folder", folder],
-        ["model.demo.target", "--folder", folder],
-        ["model.demo.draft", "--folder", folder, *DRAFT],
-        ["model.demo.evaluate", f"{folder}/target"],
-        ["model.demo.qwen_vision", "--folder", folder, "--first", f"{folder}/target"],
-        ["model.demo.qwen_target", "--folder", folder, "--first", f"{folder}/target"],
-        ["model.demo.evaluate", f"{folder}/qwen-target"],
-        ["model.demo.draft", "--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target", *QWEN_DRAFT],
-    ):
+    for stage in stages(str(arguments.folder), rehearse=arguments.rehearse):
         print("==", *stage, flush=True)
         subprocess.run([sys.executable, "-m", *stage], check=True)  # noqa: S603
     if arguments.install:

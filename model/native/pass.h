@@ -55,7 +55,7 @@ namespace {
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_PATCH = 32;
 constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
-constexpr int SOME_ROWS = 8;     // of one task where little is done for a row
+constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
 
 struct Arena {
   char* memory = nullptr;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ class Seen:
     """One prompt and answer as the target saw them, in its dtype.
 
     taps: (positions, num_taps * hidden); embeds: (positions, hidden), what entered there; taught: (answer tokens + 1,
-    tokens offered to the draft), row i the log-probabilities from which answer token i came; ids: prompt and answer.
+    tokens offered to the draft), row i the log-probabilities from which answer token i came; ids: prompt and answer;
+    prompt: without its media, for pixels would take more than all the rest.
     """
 
     taps: Tensor
@@ -69,7 +70,7 @@ def capture(
         taught = target.logits(hidden[b, first:end]).float().log_softmax(-1).to(target.dtype)
         if offered is not None:
             taught = taught[:, offered]
-        seen.append(Seen(taps[b, :end].clone(), embeds[b, :end].clone(), taught, each, prompt))
+        seen.append(Seen(taps[b, :end].clone(), embeds[b, :end].clone(), taught, each, replace(prompt, media=())))
     return seen
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from model.config import TRAINED
 from model.draft import checkpoint, presets
 from model.draft.network import DraftNetwork
 from model.engine import Engine
-from model.request import Message, Request, SamplingParams
+from model.request import Medium, Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import loss as taught
 from model.train.data import Example, frequent, read_answers, write_answers
 from model.train.loss import Anchors, Learner, block_loss, draft_loss
-from model.train.seen import capture
+from model.train.seen import Memory, capture
 from model.train.trainer import TrainConfig, train
 from tests.model import tiny
 
@@ -179,6 +181,24 @@ def test_all_kinds_of_draft_learn_from_the_same_places(tiny_target: Target, exam
     assert torch.equal(short.labels, long.labels[:, :3])
     assert torch.equal(short.taught, long.taught[:, :3])
     assert torch.equal(long.previous[:, 1:], long.labels[:, :-1].clamp_min(0))
+
+
+def test_hidden_states_are_kept_without_the_pixels_they_came_from(tiny_target: Target, examples: list[Example]) -> None:
+    """Those of long videos would take more memory than the states, and none of what was granted for them."""
+    pixels = list[weakref.ref[Any]]()
+
+    def asked(number: int) -> tuple[Message, ...]:
+        (message,) = messages(number)
+        pixels.extend(weakref.ref(part.frames) for part in message.content if isinstance(part, Medium))
+        return (message,)
+
+    memory = Memory(1 << 30)
+    for _ in range(2):
+        seen = memory.seen(tiny_target, examples[:4], asked)
+        assert len(pixels) == 4, "they are looked at once"
+    gc.collect()
+    assert all(each() is None for each in pixels)
+    assert all(each.prompt.spans for each in seen)
 
 
 def test_a_finished_training_is_not_done_again(
