@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from model.attention import Rows, Sight
+from model.draft.checkpoint import Network
+from model.draft.eagle import EagleNetwork
 from model.kv_cache import KVCache
 from model.request import Message
 from model.targets.base import Prompt, Target
@@ -20,26 +22,24 @@ from model.train.data import Example
 class Seen:
     """One prompt and answer as the target saw them, in its dtype.
 
-    taps: (positions, num_taps * hidden); embeds: (positions, hidden), what entered there; taught: (answer tokens + 1,
-    tokens offered to the draft), row i the log-probabilities from which answer token i came; ids: prompt and answer;
-    prompt: without its media, for pixels would take more than all the rest.
+    taps: (positions, num_taps * hidden); taught: (answer tokens + 1, tokens offered to the draft), row i the
+    log-probabilities from which answer token i came; ids: prompt and answer; prompt: without its media, whose pixels
+    would take more than all the rest; embeds: (positions, hidden), what entered there, if the draft reads that.
     """
 
     taps: Tensor
-    embeds: Tensor
     taught: Tensor
     ids: list[int]
     prompt: Prompt
+    embeds: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.taps, self.embeds, self.taught))
+        return sum(t.nbytes for t in (self.taps, self.taught, self.embeds) if t is not None)
 
 
-def capture(
-    target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]], offered: Tensor | None = None
-) -> list[Seen]:
-    """One causal pass of the target over prompts and answers, padded on the right. offered: to the draft; None: all."""
+def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]], network: Network) -> list[Seen]:
+    """One causal pass of the target over prompts and answers, padded on the right; what this draft learns from."""
     ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
     width, batch = max(map(len, ids)), len(ids)
     cache = KVCache(
@@ -68,9 +68,10 @@ def capture(
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
         first, end = len(prompt.ids) - 1, len(each)
         taught = target.logits(hidden[b, first:end]).float().log_softmax(-1).to(target.dtype)
-        if offered is not None:
-            taught = taught[:, offered]
-        seen.append(Seen(taps[b, :end].clone(), embeds[b, :end].clone(), taught, each, replace(prompt, media=())))
+        if network.offered is not None:
+            taught = taught[:, network.offered]
+        entered = embeds[b, :end].clone() if isinstance(network, EagleNetwork) else None
+        seen.append(Seen(taps[b, :end].clone(), taught, each, replace(prompt, media=()), entered))
     return seen
 
 
@@ -86,14 +87,14 @@ class Memory:
         target: Target,
         batch: list[Example],
         messages: Callable[[int], tuple[Message, ...]],
-        offered: Tensor | None = None,
+        network: Network,
     ) -> list[Seen]:
         missing = [e for e in batch if e.number not in self._held]
         fresh: dict[int, Seen] = {}
         if missing:
             prompts = [target.prompt(messages(e.number)) for e in missing]
             with torch.no_grad():
-                captured = capture(target, prompts, [e.answer for e in missing], offered)
+                captured = capture(target, prompts, [e.answer for e in missing], network)
             fresh = {e.number: seen for e, seen in zip(missing, captured, strict=True)}
         for number, seen in fresh.items():
             if seen.num_bytes <= self._budget:

@@ -101,7 +101,7 @@ def train(
             state.optimiser.zero_grad()
             told: list[Tensor] = []
             for batch, rng in batches.of(state.step):
-                seen = memory.seen(target, batch, messages, network.offered)
+                seen = memory.seen(target, batch, messages, network)
                 with torch.autocast(target.device.type, torch.bfloat16, enabled=config.autocast):
                     loss, hits = draft_loss(learner, seen, anchors=config.anchors, gamma=config.gamma, rng=rng)
                 (loss / config.accumulate).backward()

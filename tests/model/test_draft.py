@@ -152,7 +152,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
             target,
             [target.prompt(m) for m in CONVERSATIONS.values()],
             [tuple(known[name]) for name in CONVERSATIONS],
-            network.offered,
+            network,
         )
         draft_loss(Learner(target, network), seen, anchors=len(offsets), gamma=5.0, rng=Places([*offsets]))
     block = network.config.block
@@ -233,7 +233,8 @@ def test_the_trainer_sees_what_the_target_serves(tiny_target: Target, plain_engi
     answer = tiny.answers(plain_engine, [tiny.ask(name, *CONVERSATIONS[name][0].content, max_tokens=30)])[name]
     prompt = tiny_target.prompt(CONVERSATIONS[name])
     with torch.no_grad():
-        seen = capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])])
+        network = tiny.new_draft(tiny_target)
+        seen = capture(tiny_target, [prompt, prompt], [tuple(answer), tuple(answer[:9])], network)
     assert seen[0].taught[:30].argmax(-1).tolist() == answer
     assert seen[1].taught[:9].argmax(-1).tolist() == answer[:9]
 

@@ -307,7 +307,7 @@ def test_its_context_is_what_recomputing_from_scratch_gives(
     with torch.no_grad():
         for request in requests:
             prompt, answer = target.prompt(request.messages), tuple(expected[request.request_id])
-            (whole,) = capture(target, [prompt], [answer])
+            (whole,) = capture(target, [prompt], [answer], network)
             for (request_id, known), state in seen.items():
                 if request_id != request.request_id:
                     continue
@@ -316,6 +316,7 @@ def test_its_context_is_what_recomputing_from_scratch_gives(
                     wanted = whole.taps[computed - 1]
                 else:
                     assert isinstance(network, EagleNetwork)
+                    assert whole.embeds is not None
                     features = network.fuse(whole.taps[:computed])
                     rows = network.entering(features[:-1], network.entry(whole.embeds[1:computed]))[None]
                     both = network.context_keys_values(rows, torch.arange(computed - 1)[None])
@@ -343,7 +344,7 @@ def test_eagles_passes_are_those_it_was_trained_with(
             if (sequence := running.get(request.request_id)) is None or sequence.slot is None:
                 continue
             answer, slot = answers[request.request_id], sequence.slot
-            (seen,) = capture(target, [target.prompt(request.messages)], [tuple(answer)])
+            (seen,) = capture(target, [target.prompt(request.messages)], [tuple(answer)], drafter.network)
             place = len(seen.prompt.ids) + len(sequence.tokens) - 1
             coming = torch.tensor(seen.ids[place : place + 3])
             anchors = Anchors(

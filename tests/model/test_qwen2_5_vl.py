@@ -454,7 +454,8 @@ def test_training_sees_what_serving_computes(qwen_plain: Engine, expected: dict[
     target = qwen_plain.target
     prompts = [target.prompt(r.messages) for r in requests]
     with torch.inference_mode():
-        seen = capture(target, prompts, [tuple(expected[r.request_id]) for r in requests])
+        answers = [tuple(expected[r.request_id]) for r in requests]
+        seen = capture(target, prompts, answers, tiny.new_draft(target))
     for request, each in zip(requests, seen, strict=True):
         assert each.taught[:-1].argmax(-1).tolist() == expected[request.request_id]
 
@@ -466,7 +467,7 @@ def test_a_draft_learns_from_it(qwen_plain: Engine, expected: dict[str, list[int
     chosen = [r for r in mixed() if len(expected[r.request_id]) > 4][:4]
     with torch.no_grad():
         prompts = [target.prompt(r.messages) for r in chosen]
-        seen = capture(target, prompts, [tuple(expected[r.request_id]) for r in chosen])
+        seen = capture(target, prompts, [tuple(expected[r.request_id]) for r in chosen], network)
     loss, _ = draft_loss(Learner(target, network), seen, anchors=4, gamma=5.0, rng=random.Random(0))
     loss.backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in network.parameters())

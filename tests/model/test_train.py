@@ -107,7 +107,7 @@ def test_the_loss_reaches_every_weight_of_the_draft(
     network = tiny.new_network(name, target).float().train()
     prompts = [target.prompt(messages(e.number)) for e in examples[:2]]
     with torch.no_grad():
-        seen = capture(target, prompts, [e.answer for e in examples[:2]])
+        seen = capture(target, prompts, [e.answer for e in examples[:2]], network)
     loss, hits = draft_loss(Learner(target, network), seen, anchors=8, gamma=5.0, rng=random.Random(0))
     assert hits.shape == (network.config.block,)
     loss.backward()
@@ -175,7 +175,7 @@ def test_all_kinds_of_draft_learn_from_the_same_places(tiny_target: Target, exam
     """Else what is compared would be luck, or data."""
     prompts = [tiny_target.prompt(messages(e.number)) for e in examples[:2]]
     with torch.no_grad():
-        seen = capture(tiny_target, prompts, [e.answer for e in examples[:2]])
+        seen = capture(tiny_target, prompts, [e.answer for e in examples[:2]], fresh(tiny_target))
     short, long = (Anchors.of(seen, block, 9, random.Random(4)) for block in (3, 7))
     assert torch.equal(short.places, long.places)
     assert torch.equal(short.labels, long.labels[:, :3])
@@ -194,7 +194,7 @@ def test_hidden_states_are_kept_without_the_pixels_they_came_from(tiny_target: T
 
     memory = Memory(1 << 30)
     for _ in range(2):
-        seen = memory.seen(tiny_target, examples[:4], asked)
+        seen = memory.seen(tiny_target, examples[:4], asked, fresh(tiny_target))
         assert len(pixels) == 4, "they are looked at once"
     gc.collect()
     assert all(each() is None for each in pixels)
