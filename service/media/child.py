@@ -65,6 +65,8 @@ def confine(limits: MediaLimits) -> None:
 
 def warm_up(setup: wire.Setup) -> None:
     """All imports, early and late, but for those of a failure."""
+    # decord would load whatever CUDA libraries are installed beside it, 3 GB of address space, to decode on the CPU.
+    sys.modules["nvidia"] = None  # type: ignore[assignment]  # so that an import of it fails
     from PIL import Image
 
     from service.media import image, video

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _ctypes
 import asyncio
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import sys
 import time
@@ -62,6 +64,7 @@ async def until(condition) -> None:
 
 
 START = """
+import _ctypes
 import asyncio
 from service.media import MediaDecoder, MediaLimits
 from tests.media.samples import SQUARE
@@ -280,3 +283,18 @@ async def test_a_child_can_do_nothing_but_decode(monkeypatch):
         assert os.getsid(pid) == pid
         links = sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
         assert all(link.startswith("socket:") or link == "/dev/null" for link in links), links
+
+
+async def test_cuda_libraries_beside_decord_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """decord loads all that pip installed of CUDA: with torch for CUDA no child would start within its memory."""
+    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcublas.so"
+    library.parent.mkdir(parents=True)
+    shutil.copy(_ctypes.__file__, library)
+    monkeypatch.setattr("service.media.process._environment", lambda: os.environ | {"PYTHONPATH": str(tmp_path)})
+    asks = f"import sys; sys.path.append({str(tmp_path)!r}); import decord; print(open('/proc/self/maps').read())"
+    alone = await anyio.run_process([sys.executable, "-c", asks])
+    assert str(library) in alone.stdout.decode(), "decord loads it no more: nothing is to be done about it"
+    async with started() as decoder:
+        (pid,) = decoder.stats.children
+        assert str(library) not in await anyio.Path(f"/proc/{pid}/maps").read_text()
+        await image(decoder)
