@@ -180,7 +180,7 @@ def eagle_logits(learner: Learner, network: EagleNetwork, seen: list[Seen], anch
     A draft's rows see the context up to the position before its newest token, and those of its own that came before.
     """
     features = _padded([network.fuse(each.taps.float()) for each in seen])
-    entries = network.entry(_padded([each.embeds.float() for each in seen if each.embeds is not None]))
+    entries = network.entry(_padded([each.embeds.float() for each in seen]))
     context = network.entering(features[:, :-1], entries[:, 1:])
     device, (batch, longest) = context.device, context.shape[:2]
     count = anchors.places.shape[1]

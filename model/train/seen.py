@@ -24,18 +24,19 @@ class Seen:
 
     taps: (positions, num_taps * hidden); taught: (answer tokens + 1, tokens offered to the draft), row i the
     log-probabilities from which answer token i came; ids: prompt and answer; prompt: without its media, whose pixels
-    would take more than all the rest; embeds: (positions, hidden), what entered there, if the draft reads that.
+    would take more than all the rest; embeds: (positions, hidden), what entered there; of a draft that does not read
+    that, (0, hidden).
     """
 
     taps: Tensor
+    embeds: Tensor
     taught: Tensor
     ids: list[int]
     prompt: Prompt
-    embeds: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.taps, self.taught, self.embeds) if t is not None)
+        return self.taps.nbytes + self.embeds.nbytes + self.taught.nbytes
 
 
 def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]], network: Network) -> list[Seen]:
@@ -70,8 +71,9 @@ def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]
         taught = target.logits(hidden[b, first:end]).float().log_softmax(-1).to(target.dtype)
         if network.offered is not None:
             taught = taught[:, network.offered]
-        entered = embeds[b, :end].clone() if isinstance(network, EagleNetwork) else None
-        seen.append(Seen(taps[b, :end].clone(), taught, each, replace(prompt, media=()), entered))
+        read = end if isinstance(network, EagleNetwork) else 0
+        kept = taps[b, :end].clone(), embeds[b, :read].clone()
+        seen.append(Seen(*kept, taught, each, replace(prompt, media=())))
     return seen
 
 

@@ -64,7 +64,6 @@ async def until(condition) -> None:
 
 
 START = """
-import _ctypes
 import asyncio
 from service.media import MediaDecoder, MediaLimits
 from tests.media.samples import SQUARE

@@ -316,7 +316,6 @@ def test_its_context_is_what_recomputing_from_scratch_gives(
                     wanted = whole.taps[computed - 1]
                 else:
                     assert isinstance(network, EagleNetwork)
-                    assert whole.embeds is not None
                     features = network.fuse(whole.taps[:computed])
                     rows = network.entering(features[:-1], network.entry(whole.embeds[1:computed]))[None]
                     both = network.context_keys_values(rows, torch.arange(computed - 1)[None])
