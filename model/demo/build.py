@@ -19,8 +19,7 @@ from pathlib import Path
 
 from model.config import DEMO_WEIGHTS
 
-DRAFT = ["--examples", "4000", "--steps", "1800"]
-QWEN_DRAFT = ["--examples", "12000", "--steps", "1800"]
+DRAFT = ["--examples", "12000", "--steps", "1800"]
 FEW_STEPS = ["--steps", "3"]
 SHORT_DRAFT = ["--examples", "48", "--held-out", "1", *FEW_STEPS]
 FEW_SCENES = ["--scenes", "4", "--clips", "2"]
@@ -46,7 +45,7 @@ def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
     """Modules with their options, in order."""
     qwen, first = ["--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target"], ["--first", f"{folder}/target"]
     learn, look = (FEW_STEPS, FEW_SCENES) if rehearse else ([], [])
-    draft, qwen_draft = (SHORT_DRAFT, SHORT_DRAFT) if rehearse else (DRAFT, QWEN_DRAFT)
+    draft = SHORT_DRAFT if rehearse else DRAFT
     return [
         ["model.demo.vision", "--folder", folder, *learn],
         ["model.demo.target", "--folder", folder, *learn],
@@ -55,7 +54,7 @@ def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
         ["model.demo.qwen_vision", "--folder", folder, *first, *learn],
         ["model.demo.qwen_target", "--folder", folder, *first, *learn],
         ["model.demo.evaluate", f"{folder}/qwen-target", *look],
-        ["model.demo.draft", *qwen, *qwen_draft, "--frames", "64"],
+        ["model.demo.draft", *qwen, *draft, "--frames", "64"],
     ]
 
 
