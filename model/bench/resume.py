@@ -3,7 +3,8 @@
     python -m model.bench.resume --seeds 3 --steps 12 --examples 12 --held-out 2 --batch 2 --kills 2 --save-every 2
 
 For each seed `model.demo.draft` is run once to its end, and once killed (SIGKILL) at moments drawn from the time that
-the first took, then run again until it is done. Prints both held-out acceptance lengths, and how many weights differ.
+the first took, the first of them while it learns, then run again until it is done. Prints both held-out acceptance
+lengths, and how many weights differ.
 """
 
 from __future__ import annotations
@@ -30,17 +31,20 @@ def command(folder: Path, seed: int, options: argparse.Namespace) -> list[str]:
 
 
 def compare(folder: Path, seed: int, options: argparse.Namespace) -> dict[str, object]:
-    begun = time.monotonic()
+    begun = time.time()
     whole, killed = folder / f"whole-{seed}", folder / f"killed-{seed}"
     subprocess.run(command(whole, seed, options), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
-    seconds = time.monotonic() - begun
+    done = time.time()
+    # First between two steps that it learns in, which are few of the seconds of a short training; then at any moment.
+    learning = [(whole / file).stat().st_mtime - begun for file in ("answers.jsonl", "run-draft/state.pt")]
+    anywhere = [part * (done - begun) for part in (0.2, 0.9)]
     rng, hit = random.Random(seed), []
-    for _ in range(options.kills):
+    for number in range(options.kills):
         process = subprocess.Popen(  # noqa: S603
             command(killed, seed, options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(rng.uniform(0.2, 0.9) * seconds)
+            process.wait(rng.uniform(*(anywhere if number else learning)))
             break  # it was done before its time
         except subprocess.TimeoutExpired:
             process.kill()
