@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import memory
 from model.transfer import upload
 
 Move = tuple[int, int, int]  # slot, from position, to position
@@ -46,7 +47,11 @@ class KVCache:
         self.stride = self.positions_per_slot(capacity, margin)
         shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
         numbers = math.prod(shape)
-        self.data = torch.zeros(numbers + ALIGNED, dtype=dtype, device=device)[:numbers].view(shape)
+        if device.type == "cpu":
+            held = memory.empty(numbers + ALIGNED, dtype)
+        else:
+            held = torch.empty(numbers + ALIGNED, dtype=dtype, device=device)
+        self.data = held.zero_()[:numbers].view(shape)
         # What native code needs to know; of a single layer, whose memory may serve all in turn, there is no next one.
         self.address = self.data.data_ptr()
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])

@@ -298,8 +298,16 @@ struct Attention {
     }
   }
 #else
+  // Each of several queries fetches its part of the next keys and values: all at once would be more than the processor waits for
+  // at a time. One alone is done too soon to gain by it.
   void score_all(long first, int count) {
-    for (int n = 0; n < num; n++) score(n, Contiguous{first}, count);
+    constexpr int lines = KEYS * D * sizeof(T) / LINE;
+    for (int n = 0; n < num; n++) {
+      if (num > 1)
+        for (int line = lines * n / num; line < lines * (n + 1) / num; line++)
+          fetch(keys + (first + KEYS) * D, line), fetch(values + (first + KEYS) * D, line);
+      score(n, Contiguous{first}, count);
+    }
   }
   float* score_range(long, long, float*) const { return nullptr; }
   template <class Positions>

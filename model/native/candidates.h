@@ -86,7 +86,7 @@ void continuations(const Draft& draft, const T* logits, const T* states, int num
   for (int panel = 0; panel < panels; panel += PANELS) {
     const int some = panels - panel < PANELS ? panels - panel : PANELS;
     const long stride = some * LANES;
-    if (states) product(states, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride);
+    if (states) product(states, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride, (const T*)draft.after + (panel + some) * k * LANES);
     for (int p = 0; p < some; p++) {
       const int token = (panel + p) * LANES;
       vf drafted = all(-1e30f);
@@ -269,7 +269,7 @@ void follow(const Draft& draft, const Frontier& frontier, int b, int depth, T* s
   const long rank = draft.rank, k = round_up(rank, K_STEP), wide = round_up(rank, LANES);
   const T* context = (const T*)draft.contexts + (b * (long)draft.block + depth) * rank;
   float* carried = (float*)__builtin_alloca_with_align(MAX_WIDTH * wide * sizeof(float), 512);
-  if (depth) product(states, k, num, (const T*)draft.state, k * LANES, wide / LANES, k, carried, wide);
+  if (depth) product(states, k, num, (const T*)draft.state, k * LANES, wide / LANES, k, carried, wide, draft.after);
   for (int n = 0; n < frontier.num; n++) {
     const T* before = (const T*)draft.before + frontier.nodes[n].token * rank;
     const float* from = carried + (frontier.nodes[n].parent - frontier.before) * wide;

@@ -78,8 +78,8 @@ void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pen
       }
     }
     if (!num) break;
-    Pass<T> pass(stack, rows, arena);
-    team.run([&](Member member) {
+    Pass<T> pass(stack, rows);
+    team.run([&](Member& member) {
       row_stage(member, num, [&](int row) {
         const int place = pass.where[row], b = place / most_rows;
         const T* from = depth ? features + (b * (long)most_rows + parents[place]) * wide : (const T*)pending + b * wide;
@@ -92,10 +92,10 @@ void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pen
         for (long i = 0; i < wide; i += LANES) store(to + i, load(part + i) + load(entry + i));
       });
       pass.run(member, embeds, (T*)nullptr);
-      pass.final_norm(member);
-      linear_stage(member, pass.normed, num, draft.out, [&](int row) { return hidden + row * wide_out; });
+      const T* normed = pass.final_norm(member);
+      linear_stage(member, normed, num, draft.out, [&](int row) { return hidden + row * wide_out; });
       linear_stage(member, hidden, num, draft.head, [&](int row) { return logits + row * vocab; });
-      row_stage(member, num, [&](int row) { memcpy((void*)(features + pass.where[row] * wide), pass.normed + row * wide, wide * sizeof(T)); });
+      row_stage(member, num, [&](int row) { memcpy((void*)(features + pass.where[row] * wide), normed + row * wide, wide * sizeof(T)); });
       member.share(batch, [&](int b) {
         Growing& one = growing[b];
         int row = 0;
@@ -115,7 +115,7 @@ void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pen
       });
     });
   }
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     member.share(batch, [&](int b) {
       if (trees.budgets[b] > 0) plant(trees, b, {growing[b].nodes, growing[b].level_of, growing[b].count}, trees.budgets[b]);
     });
@@ -133,7 +133,7 @@ void observe_eagle(const DraftNetwork& draft, const Rows& rows, const void* taps
   scratch.reserve(Arena::bytes<T>(most * wide_taps) + 4 * Arena::bytes<T>(most * wide));
   T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide);
   T *features = scratch.take<T>(most * wide), *made = scratch.take<T>(most * wide), *context = scratch.take<T>(most * wide);
-  Pass<T> pass(stack, rows, arena);
+  Pass<T> pass(stack, rows);
   const auto from = [&](int row) {
     const int place = pass.where[row], b = place / rows.rows;
     return (const T*)taps + (b * (long)num + paths[place]) * wide_taps;
@@ -142,7 +142,7 @@ void observe_eagle(const DraftNetwork& draft, const Rows& rows, const void* taps
     const int place = pass.where[row], b = place / rows.rows;
     return place % rows.rows + 1 < rows.counts[b] ? features + (row + 1) * wide : (T*)pending + b * wide;
   };
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     row_stage(member, pass.num, [&](int row) {
       const int place = pass.where[row];
       if (place % rows.rows == 0) memcpy((void*)(features + row * wide), (const T*)pending + place / rows.rows * wide, wide * sizeof(T));

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model import memory
+
 LANES, K_STEP = 16, 32  # as in product.h
 MAX_PATCH = 32  # as in pass.h
 DTYPES = (torch.float32, torch.bfloat16)
@@ -136,7 +138,7 @@ class Matrix:
         self.outputs, self.inputs = weight.shape
         self.dtype = weight.dtype
         self.bias = _filled_up(bias, self.outputs, weight.dtype)
-        self.packed = torch.empty(round_up(self.outputs, LANES) * round_up(self.inputs, K_STEP), dtype=weight.dtype)
+        self.packed = memory.empty(round_up(self.outputs, LANES) * round_up(self.inputs, K_STEP), weight.dtype)
         functions().flash_pack(
             ctypes.c_bool(self.dtype is torch.bfloat16),
             ctypes.c_void_p(weight.data_ptr()),

@@ -27,20 +27,20 @@ void propose_medusa(const MedusaNetwork& draft, const void* last, void* logits, 
     if (trees.budgets[b] > 0) where[num++] = b;
   Draft candidates = draft.candidates;
   candidates.logits = logits;
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     row_stage(member, num, [&](int row) {
       normalise((const T*)last + where[row] * wide, draft.norm, nullptr, RMS, draft.eps, wide, said + row * wide);
     });
-    product_stage(member, said, wide, num, draft.heads.packed, draft.heads.outputs / LANES, PANELS, wide,
-                  [&](int row, int some, int panel, int panels, float* y, long stride) {
-                    for (int r = 0; r < some; r++)
-                      for (int p = 0; p < panels; p++) {
-                        const long output = (panel + p) * LANES, head = output / wide, at = output % wide;
-                        const vf moved = with_bias<T>(y + r * stride + p * LANES, draft.heads.bias, output);
-                        store(guessed + ((row + r) * block + head) * wide + at,
-                              load(said + (row + r) * wide + at) + rounded(activated(moved, SILU_GATED), said));
-                      }
-                  });
+    const Panels<T> heads{draft.heads.packed, int(draft.heads.outputs / LANES), PANELS, wide};
+    product_stage(member, said, wide, num, heads, heads.packed, [&](int row, int some, int panel, int panels, float* y, long stride) {
+      for (int r = 0; r < some; r++)
+        for (int p = 0; p < panels; p++) {
+          const long output = (panel + p) * LANES, head = output / wide, at = output % wide;
+          const vf moved = with_bias<T>(y + r * stride + p * LANES, draft.heads.bias, output);
+          store(guessed + ((row + r) * block + head) * wide + at,
+                load(said + (row + r) * wide + at) + rounded(activated(moved, SILU_GATED), said));
+        }
+    });
     linear_stage(member, guessed, num * block, draft.head,
                  [&](int row) { return (T*)logits + (where[row / block] * block + row % block) * vocab; });
     member.share(num, [&](int row) { grow<T>(candidates, trees, where[row]); });

@@ -5,6 +5,8 @@
 //
 //   norm | qkv, rotary, write to the cache | attention | out + residual | norm | up, activation | down + residual
 //
+// Of few rows, norms are no stage but everyone's own, and what is left of the first three is one.
+//
 // Results are rounded to the model's type where transformers' own layers would store them.
 #pragma once
 #include <stdlib.h>
@@ -56,6 +58,7 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_PATCH = 32;
 constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
 constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
+constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
 
 struct Arena {
   char* memory = nullptr;
@@ -80,23 +83,48 @@ struct Arena {
   }
 };
 
+Arena arena, scratch;  // of a pass, and of what is done around it
+Team team;
+
+// A packed matrix, and how many of its panels make a task.
+template <class T>
+struct Panels {
+  const T* packed;
+  int num, group;
+  long k;
+
+  Panels(const void* packed, int num, int group, long k) : packed((const T*)packed), num(num), group(group), k(k) {}
+  const T* at(int panel) const { return packed + panel * k * LANES; }
+  int tasks(int chunks) const { return (num + group - 1) / group * chunks; }
+  // Where this member begins, in a product of so many chunks of rows.
+  const T* own(const Member& team, int chunks) const { return at(team.first(tasks(chunks)) / chunks * group); }
+};
+
+inline int chunks_of(int rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
+
+// Rows first.. to end times `panels` panels of w from `panel` on: epilogue(row, rows, panel, panels, y, stride) gets blocks of them,
+// y[row * stride + 16 * panel + lane].
+template <class T, class Epilogue>
+void product_rows(const T* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels, const void* ahead, const Epilogue& epilogue) {
+  alignas(64) float y[MANY_ROWS * MAX_HEAD_DIM];
+  for (int row = first; row < end; row += MANY_ROWS) {
+    const int some = end - row < MANY_ROWS ? end - row : MANY_ROWS;
+    product(x + row * stride, stride, some, w.at(panel), w.k * LANES, panels, w.k, y, (long)panels * LANES, ahead);
+    epilogue(row, some, panel, panels, y, (long)panels * LANES);
+  }
+}
+
 // --- stages: every member of the team calls them
 
-// epilogue(row, rows, panel, panels, y, stride) gets blocks of x times w: y[row * stride + 16 * panel + lane].
+// then: the weights that this member goes on with.
 template <class T, class Epilogue>
-void product_stage(Member& team, const T* x, long stride, int rows, const void* w, int panels, int group, long k, const Epilogue& epilogue) {
-  const long panel_stride = k * LANES;
-  const int groups = (panels + group - 1) / group, chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-  team.share(groups * chunks, [&](int task) {
-    const int panel = task / chunks * group, first = task % chunks * CHUNK_ROWS;
-    const int num = panels - panel < group ? panels - panel : group;
-    const int end = first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows;
-    alignas(64) float y[MANY_ROWS * MAX_HEAD_DIM];
-    for (int row = first; row < end; row += MANY_ROWS) {
-      const int some = end - row < MANY_ROWS ? end - row : MANY_ROWS;
-      product(x + row * stride, stride, some, (const T*)w + panel * panel_stride, panel_stride, num, k, y, (long)num * LANES);
-      epilogue(row, some, panel, num, y, (long)num * LANES);
-    }
+void product_stage(Member& team, const T* x, long stride, int rows, const Panels<T>& w, const void* then, const Epilogue& epilogue) {
+  const int chunks = chunks_of(rows), tasks = w.tasks(chunks), last = team.end(tasks) - 1;
+  team.share(tasks, [&](int task) {
+    const int panel = task / chunks * w.group, first = task % chunks * CHUNK_ROWS;
+    const int num = w.num - panel < w.group ? w.num - panel : w.group;
+    const void* ahead = task < last ? w.at((task + 1) / chunks * w.group) : then;
+    product_rows(x, stride, first, first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows, w, panel, num, ahead, epilogue);
   });
 }
 
@@ -163,8 +191,8 @@ struct Pass {
   const Stack& stack;
   const Rows& rows;
   int num = 0, num_blocks = 0;  // real rows, side by side from here on; and blocks of them
-  Arena& arena;
-  T *x, *normed, *q, *mixed, *inner;
+  T *x, *norms, *q, *mixed, *inner;
+  bool own_norms;  // of every member, one behind the other in `norms`
   float *cos = nullptr, *sin = nullptr;  // (num, head_dim)
   int32_t *where, *slot, *at, *ends;     // of a row: its place in (batch, rows), slot, position there; end of what it sees
   Block* blocks;
@@ -172,7 +200,7 @@ struct Pass {
   int32_t *tail_sizes, *lists;
   long wide, wide_heads, wide_inner;     // of rows; the caller sees to it that all are multiples of K_STEP
 
-  Pass(const Stack& stack, const Rows& rows, Arena& arena) : stack(stack), rows(rows), arena(arena) {
+  Pass(const Stack& stack, const Rows& rows) : stack(stack), rows(rows) {
     long listed = 0;
     for (int b = 0; b < rows.batch; b++) {
       const int fresh = rows.counts[b] - (rows.done ? rows.done[b] : 0);
@@ -181,11 +209,13 @@ struct Pass {
     }
     const long most = round_up(num, MANY_ROWS), head_dim = stack.head_dim;
     wide = stack.hidden, wide_heads = stack.heads * head_dim, wide_inner = stack.intermediate;
-    arena.reserve(2 * Arena::bytes<T>(most * wide) + 2 * Arena::bytes<T>(most * wide_heads) +
+    own_norms = num * wide <= OWN_NUMBERS;
+    const long copies = own_norms ? team.size() : 1;
+    arena.reserve((1 + copies) * Arena::bytes<T>(most * wide) + 2 * Arena::bytes<T>(most * wide_heads) +
                   Arena::bytes<T>(most * wide_inner) + 2 * Arena::bytes<float>(most * head_dim) +
                   5 * Arena::bytes<int32_t>(most) + Arena::bytes<Block>(most) + Arena::bytes<int32_t*>(most) +
                   Arena::bytes<int32_t>(listed));
-    x = arena.take<T>(most * wide), normed = arena.take<T>(most * wide);
+    x = arena.take<T>(most * wide), norms = arena.take<T>(copies * most * wide);
     q = arena.take<T>(most * wide_heads), mixed = arena.take<T>(most * wide_heads);
     inner = arena.take<T>(most * wide_inner);
     cos = arena.take<float>(most * head_dim), sin = arena.take<float>(most * head_dim);
@@ -267,112 +297,161 @@ struct Pass {
       store(head + d, rounded(load(head + d) * load(c + d), type) + rounded(load(turned + d) * load(s + d), type));
   }
 
-  // Heads `first`.. of the fused query, key and value product of `from`; queries stay here, the others go to the cache.
-  void qkv(Member& team, const Layer& layer, int index, const T* from, long stride, int first) {
-    const int panels = stack.head_dim / LANES, heads = stack.heads, kv_heads = stack.kv_heads;
-    const T* w = (const T*)layer.qkv + first * panels * wide * LANES;
-    product_stage(team, from, stride, num, w, (heads + 2 * kv_heads - first) * panels, panels, wide,
-                  [&](int row, int some, int panel, int, float* y, long stride_y) {
-                    const int head = first + panel / panels;
-                    for (int r = 0; r < some; r++, y += stride_y) {
-                      for (int p = 0; p < panels; p++)
-                        store(y + p * LANES, with_bias<T>(y + p * LANES, layer.qkv_bias, (head * panels + p) * LANES));
-                      if (head < heads + kv_heads) turn(y, head < heads ? layer.q_norm : layer.k_norm, row + r);
-                      T* to = head < heads              ? q + (row + r) * wide_heads + head * stack.head_dim
-                              : head < heads + kv_heads ? held(index, 0, row + r, head - heads)
-                                                        : held(index, 1, row + r, head - heads - kv_heads);
-                      for (int p = 0; p < panels; p++) store(to + p * LANES, load(y + p * LANES));
-                    }
-                  });
-  }
-
-  template <int D>
-  void attend(Member& team, int layer) {
-    const int group = stack.heads / stack.kv_heads;
-    team.share(num_blocks * stack.kv_heads, [&](int task) {
-      const Block& block = blocks[task / stack.kv_heads];
-      const int head = task % stack.kv_heads, queries = block.rows * group;
-      const T* keys = held(layer, 0, block.row, head) - at[block.row] * (long)D;
-      const T* values = held(layer, 1, block.row, head) - at[block.row] * (long)D;
-      for (int first = 0; first < queries; first += MAX_QUERIES) {
-        Attention<T, D> attention(keys, values, stack.scale);
-        const int num = queries - first < MAX_QUERIES ? queries - first : MAX_QUERIES;
-        const auto row = [&](int n) { return block.row + (first + n) / group; };
-        const auto place = [&](int n) { return row(n) * wide_heads + (head * group + (first + n) % group) * D; };
-        for (int n = 0; n < num; n++) attention.add(q + place(n));
-        int visible[MAX_QUERIES];
-        for (int n = 0; n < num; n++) visible[n] = KEYS;
-        for (long key = 0; key < block.context; key += KEYS) attention.take(key, visible);
-        if (rows.sight == TREE) {
-          const int32_t *lists[MAX_QUERIES], *sizes = visible;
-          for (int n = 0; n < num; n++) lists[n] = tails[row(n)], visible[n] = tail_sizes[row(n)];
-          attention.take_listed(block.context, block.end, lists, sizes);
-        } else {
-          for (long key = block.context; key < block.end; key += KEYS) {
-            for (int n = 0; n < num; n++) visible[n] = ends[row(n)] - key < KEYS ? ends[row(n)] - key : KEYS;
-            attention.take(key, visible);
-          }
-        }
-        for (int n = 0; n < num; n++) attention.give(n, mixed + place(n));
-      }
-    });
-  }
-
-  void attend(Member& team, int layer) {
-    switch (stack.head_dim) {
-      case 16: return attend<16>(team, layer);
-      case 32: return attend<32>(team, layer);
-      case 64: return attend<64>(team, layer);
-      case 80: return attend<80>(team, layer);
-      case 96: return attend<96>(team, layer);
-      case 128: return attend<128>(team, layer);
-      case 256: return attend<256>(team, layer);
+  // Of some rows' fused query, key and value product, from panel on: queries stay here, the others go to the cache.
+  void sort(const Layer& layer, int index, int first_row, int some, int panel, int num, float* y, long stride_y) {
+    const int panels = stack.head_dim / LANES, heads = stack.heads, kv_heads = stack.kv_heads, head = panel / panels;
+    for (int row = first_row; row < first_row + some; row++, y += stride_y) {
+      for (int p = 0; p < num; p++) store(y + p * LANES, with_bias<T>(y + p * LANES, layer.qkv_bias, (panel + p) * LANES));
+      if (head < heads + kv_heads) turn(y, head < heads ? layer.q_norm : layer.k_norm, row);
+      T* to = head < heads              ? q + row * wide_heads + head * stack.head_dim
+              : head < heads + kv_heads ? held(index, 0, row, head - heads)
+                                        : held(index, 1, row, head - heads - kv_heads);
+      for (int p = 0; p < num; p++) store(to + p * LANES, load(y + p * LANES));
     }
   }
 
-  void add_product(Member& team, const T* from, long stride, const void* w, const void* bias) {
-    product_stage(team, from, stride, num, w, stack.hidden / LANES, PANELS, stride,
-                  [&](int row, int some, int panel, int panels, float* y, long stride_y) {
-                    for (int r = 0; r < some; r++)
-                      for (int p = 0; p < panels; p++) {
-                        const long output = (panel + p) * LANES;
-                        T* to = x + (row + r) * wide + output;
-                        store(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
-                      }
-                  });
+  // Where position 0 of a row's slot lies.
+  const T* first_held(int layer, int which, int row, int head) const { return held(layer, which, row, head) - at[row] * (long)stack.head_dim; }
+
+  // The first keys and values that a block's queries see, while those are computed.
+  void fetch_first(int layer, const Block& block, int head) const {
+    if (block.context == 0) return;
+    const T *keys = first_held(layer, 0, block.row, head), *values = first_held(layer, 1, block.row, head);
+    for (int line = 0; line < KEYS * stack.head_dim * (int)sizeof(T) / LINE; line++) fetch(keys, line), fetch(values, line);
+  }
+
+  // Of the queries of a block that read this head of keys and values.
+  template <int D>
+  void attend(int layer, const Block& block, int head) {
+    const int group = stack.heads / stack.kv_heads, queries = block.rows * group;
+    const T *keys = first_held(layer, 0, block.row, head), *values = first_held(layer, 1, block.row, head);
+    for (int first = 0; first < queries; first += MAX_QUERIES) {
+      Attention<T, D> attention(keys, values, stack.scale);
+      const int num = queries - first < MAX_QUERIES ? queries - first : MAX_QUERIES;
+      const auto row = [&](int n) { return block.row + (first + n) / group; };
+      const auto place = [&](int n) { return row(n) * wide_heads + (head * group + (first + n) % group) * D; };
+      for (int n = 0; n < num; n++) attention.add(q + place(n));
+      int visible[MAX_QUERIES];
+      for (int n = 0; n < num; n++) visible[n] = KEYS;
+      for (long key = 0; key < block.context; key += KEYS) attention.take(key, visible);
+      if (rows.sight == TREE) {
+        const int32_t *lists[MAX_QUERIES], *sizes = visible;
+        for (int n = 0; n < num; n++) lists[n] = tails[row(n)], visible[n] = tail_sizes[row(n)];
+        attention.take_listed(block.context, block.end, lists, sizes);
+      } else {
+        for (long key = block.context; key < block.end; key += KEYS) {
+          for (int n = 0; n < num; n++) visible[n] = ends[row(n)] - key < KEYS ? ends[row(n)] - key : KEYS;
+          attention.take(key, visible);
+        }
+      }
+      for (int n = 0; n < num; n++) attention.give(n, mixed + place(n));
+    }
+  }
+
+  void attend(int layer, const Block& block, int head) {
+    switch (stack.head_dim) {
+      case 16: return attend<16>(layer, block, head);
+      case 32: return attend<32>(layer, block, head);
+      case 64: return attend<64>(layer, block, head);
+      case 80: return attend<80>(layer, block, head);
+      case 96: return attend<96>(layer, block, head);
+      case 128: return attend<128>(layer, block, head);
+      case 256: return attend<256>(layer, block, head);
+    }
+  }
+
+  // What a head of keys and values needs of few rows is one task, if that leaves no member without: nothing is handed over between.
+  bool by_heads(const Member& team) const { return num <= CHUNK_ROWS && stack.kv_heads % team.members == 0; }
+
+  // Matrices of a layer. By heads: a group's queries, in the order of the product.
+  Panels<T> qkv(const Layer& layer) const {
+    const int panels = stack.head_dim / LANES;
+    return {layer.qkv, (stack.heads + 2 * stack.kv_heads) * panels, panels, wide};
+  }
+  Panels<T> out(const Layer& layer) const { return {layer.out, stack.hidden / LANES, PANELS, wide_heads}; }
+  Panels<T> up(const Layer& layer) const { return {layer.up, stack.intermediate / LANES * (gated() ? 2 : 1), PANELS, wide}; }
+  Panels<T> down(const Layer& layer) const { return {layer.down, stack.hidden / LANES, PANELS, wide_inner}; }
+  bool gated() const { return stack.activation == SILU_GATED; }
+
+  // Where this member begins a layer; behind the last one: nowhere else.
+  const T* begins(const Member& team, int index) const {
+    const Layer& layer = stack.layers[index < stack.num_layers ? index : index - 1];
+    if (!by_heads(team)) return qkv(layer).own(team, chunks_of(num));
+    return qkv(layer).at(team.first(stack.kv_heads) * (stack.heads / stack.kv_heads) * qkv(layer).group);
+  }
+
+  void attention(Member& team, const Layer& layer, int index, const T* from, const T* then) {
+    const int heads = stack.heads, kv_heads = stack.kv_heads, group = heads / kv_heads;
+    const Panels<T> w = qkv(layer);
+    if (!by_heads(team)) {
+      project(team, layer, index, from, w, 0, then);
+      team.share(num_blocks * kv_heads, [&](int task) { attend(index, blocks[task / kv_heads], task % kv_heads); });
+      return;
+    }
+    const int last = team.end(kv_heads) - 1;
+    team.share(kv_heads, [&](int head) {
+      const auto part = [&](int i) { return (i < group ? head * group + i : heads + (i - group) * kv_heads + head) * w.group; };
+      for (int b = 0; b < num_blocks && num > 1; b++) fetch_first(index, blocks[b], head);
+      for (int i = 0; i < group + 2; i++) {  // queries, keys and values
+        const T* ahead = i < group + 1 ? w.at(part(i + 1)) : head < last ? w.at((head + 1) * group * w.group) : then;
+        product_rows(from, wide, 0, num, w, part(i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
+      }
+      for (int b = 0; b < num_blocks; b++) attend(index, blocks[b], head);
+    });
+  }
+
+  // The product of whole heads; w begins with `first_head` of them left out.
+  void project(Member& team, const Layer& layer, int index, const T* from, const Panels<T>& w, int first_head, const T* then) {
+    product_stage(team, from, wide, num, w, then, [&](int row, int some, int panel, int num, float* y, long stride_y) {
+      sort(layer, index, row, some, first_head * w.group + panel, num, y, stride_y);
+    });
+  }
+
+  void add_product(Member& team, const T* from, long stride, const Panels<T>& w, const void* bias, const T* then) {
+    product_stage(team, from, stride, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
+      for (int r = 0; r < some; r++)
+        for (int p = 0; p < panels; p++) {
+          const long output = (panel + p) * LANES;
+          T* to = x + (row + r) * wide + output;
+          store(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
+        }
+    });
   }
 
   // Gated: panels of gate and up take turns.
-  void up(Member& team, const Layer& layer) {
-    const bool gated = stack.activation == SILU_GATED;
-    const int panels = stack.intermediate / LANES * (gated ? 2 : 1);
+  void activate(Member& team, const T* from, const Panels<T>& w, const void* bias, const T* then) {
+    const int step = gated() ? 2 : 1;
     const T* type = nullptr;
-    product_stage(team, normed, wide, num, layer.up, panels, PANELS, wide,
-                  [&](int row, int some, int panel, int panels, float* y, long stride_y) {
-                    for (int r = 0; r < some; r++)
-                      for (int p = 0; p < panels; p += gated ? 2 : 1) {
-                        const long output = (panel + p) * LANES;
-                        const float* at = y + r * stride_y + p * LANES;
-                        vf made = rounded(activated(with_bias<T>(at, layer.up_bias, output), (Activation)stack.activation), type);
-                        if (gated) made *= with_bias<T>(at + LANES, layer.up_bias, output + LANES);
-                        store(inner + (row + r) * wide_inner + (gated ? output / 2 : output), made);
-                      }
-                  });
+    product_stage(team, from, wide, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
+      for (int r = 0; r < some; r++)
+        for (int p = 0; p < panels; p += step) {
+          const long output = (panel + p) * LANES;
+          const float* at = y + r * stride_y + p * LANES;
+          vf made = rounded(activated(with_bias<T>(at, bias, output), (Activation)stack.activation), type);
+          if (step == 2) made *= with_bias<T>(at + LANES, bias, output + LANES);
+          store(inner + (row + r) * wide_inner + output / step, made);
+        }
+    });
   }
 
   void layer(Member& team, int index) {
     const Layer& layer = stack.layers[index];
-    norm(team, layer.norm1, layer.norm1_bias);
-    qkv(team, layer, index, normed, wide, 0);
-    attend(team, index);
-    add_product(team, mixed, wide_heads, layer.out, layer.out_bias);
-    norm(team, layer.norm2, layer.norm2_bias);
-    up(team, layer);
-    add_product(team, inner, wide_inner, layer.down, layer.down_bias);
+    const int chunks = chunks_of(num);
+    attention(team, layer, index, norm(team, layer.norm1, layer.norm1_bias), out(layer).own(team, chunks));
+    add_product(team, mixed, wide_heads, out(layer), layer.out_bias, up(layer).own(team, chunks));
+    activate(team, norm(team, layer.norm2, layer.norm2_bias), up(layer), layer.up_bias, down(layer).own(team, chunks));
+    add_product(team, inner, wide_inner, down(layer), layer.down_bias, begins(team, index + 1));
   }
 
-  void norm(Member& team, const void* weight, const void* bias) {
-    row_stage(team, num, [&](int row) { normalise(x + row * wide, weight, bias, (Norm)stack.norm, stack.eps, wide, normed + row * wide); });
+  // x normalised. Who is late and does it for itself may read what others write by then; its stage is over, and nobody uses that.
+  const T* norm(Member& team, const void* weight, const void* bias) {
+    T* normed = norms + (own_norms ? team.index * round_up(num, MANY_ROWS) * wide : 0);
+    const auto each = [&](int row) { normalise(x + row * wide, weight, bias, (Norm)stack.norm, stack.eps, wide, normed + row * wide); };
+    if (own_norms)
+      for (int row = 0; row < num; row++) each(row);
+    else
+      row_stage(team, num, each);
+    return normed;
   }
 
   void give(Member& team, T* to, int column, int columns) {
@@ -391,11 +470,13 @@ struct Pass {
   // Only keys and values of `context`, for the cache.
   void hold(Member& team, const void* context) {
     begin(team, context);
-    for (int index = 0; index < stack.num_layers; index++) qkv(team, stack.layers[index], index, x, wide, stack.heads);
+    for (int index = 0; index < stack.num_layers; index++) {
+      const Panels<T> all = qkv(stack.layers[index]), w{all.at(stack.heads * all.group), 2 * stack.kv_heads * all.group, all.group, wide};
+      project(team, stack.layers[index], index, x, w, stack.heads, w.packed);
+    }
   }
 
-  // To `normed`.
-  void final_norm(Member& team) { norm(team, stack.final_norm, stack.final_bias); }
+  const T* final_norm(Member& team) { return norm(team, stack.final_norm, stack.final_bias); }
 
   void finish(Member& team, T* hidden) {
     if (!stack.final_norm) return give(team, hidden, 0, 1);
@@ -404,8 +485,5 @@ struct Pass {
     });
   }
 };
-
-Arena arena, scratch;  // of a pass, and of what is done around it
-Team team;
 
 }  // namespace

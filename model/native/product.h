@@ -5,6 +5,9 @@
 //   packed, bf16:   panel (16 outputs) | pairs of k | output | k, k+1  as AVX512-BF16 and AMX both read them
 //
 // k is filled up with zeros to a multiple of 32, outputs to a multiple of 16.
+//
+// What is read next is fetched `ahead`, a line for every line read: the processor follows four panels at a time by itself, but
+// only to the end of a page, which is soon, and a few rows are done before it has found the next ones.
 #pragma once
 #include "vector.h"
 
@@ -15,6 +18,11 @@ constexpr int K_STEP = 32;
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
+constexpr int LINE = 64;  // bytes
+
+// A line of those that lie one after the other from `ahead` on; to where several rows' products do not wait for it.
+static inline void fetch(const void* ahead, long line) { __builtin_prefetch((const char*)ahead + line * LINE, 0, 2); }
+
 // y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x and P panels that lie panel_stride apart.
 
 #if defined(__AVX512F__)
@@ -24,12 +32,13 @@ constexpr int ROWS_AT_ONCE = 1;
 #endif
 
 template <int R, int P>
-static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y, long stride_y) {
+static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y, long stride_y,
+                         const void* ahead) {
   vf sums[R][P] = {};
   for (long i = 0; i < k; i++) {
     vf weights[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) weights[p] = load(w + p * panel_stride + i * LANES);
+    for (int p = 0; p < P; p++) weights[p] = load(w + p * panel_stride + i * LANES), fetch(ahead, i * P + p);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       vf factor = all(x[r * stride_x + i]);
@@ -43,12 +52,13 @@ static inline void block(const float* x, long stride_x, const float* w, long pan
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <int R, int P>
-static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y) {
+static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y,
+                         const void* ahead) {
   __m512 sums[R][P] = {};
   for (long i = 0; i < k; i += 2) {
     __m512bh weights[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) weights[p] = (__m512bh)_mm512_loadu_si512(w + p * panel_stride + i * LANES);
+    for (int p = 0; p < P; p++) weights[p] = (__m512bh)_mm512_loadu_si512(w + p * panel_stride + i * LANES), fetch(ahead, i / 2 * P + p);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       int32_t pair;
@@ -64,28 +74,32 @@ static inline void block(const bf16* x, long stride_x, const bf16* w, long panel
 #endif
 
 template <class T, int P>
-static inline void blocks(const T* x, long stride_x, int rows, const T* w, long panel_stride, long k, float* y, long stride_y) {
+static inline void blocks(const T* x, long stride_x, int rows, const T* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
   int r = 0;
   for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE)
-    block<ROWS_AT_ONCE, P>(x + r * stride_x, stride_x, w, panel_stride, k, y + r * stride_y, stride_y);
+    block<ROWS_AT_ONCE, P>(x + r * stride_x, stride_x, w, panel_stride, k, y + r * stride_y, stride_y, ahead);
   x += r * stride_x, y += r * stride_y;
   switch (rows - r) {
-    case 5: return block<5, P>(x, stride_x, w, panel_stride, k, y, stride_y);
-    case 4: return block<4, P>(x, stride_x, w, panel_stride, k, y, stride_y);
-    case 3: return block<3, P>(x, stride_x, w, panel_stride, k, y, stride_y);
-    case 2: return block<2, P>(x, stride_x, w, panel_stride, k, y, stride_y);
-    case 1: return block<1, P>(x, stride_x, w, panel_stride, k, y, stride_y);
+    case 5: return block<5, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
+    case 4: return block<4, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
+    case 3: return block<3, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
+    case 2: return block<2, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
+    case 1: return block<1, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
   }
 }
 
 template <class T>
-static inline void product(const T* x, long stride_x, int rows, const T* w, long panel_stride, int panels, long k, float* y, long stride_y) {
-  for (int p = 0; p < panels; p += PANELS, w += PANELS * panel_stride, y += PANELS * LANES) switch (panels - p) {
-      case 1: blocks<T, 1>(x, stride_x, rows, w, panel_stride, k, y, stride_y); break;
-      case 2: blocks<T, 2>(x, stride_x, rows, w, panel_stride, k, y, stride_y); break;
-      case 3: blocks<T, 3>(x, stride_x, rows, w, panel_stride, k, y, stride_y); break;
-      default: blocks<T, 4>(x, stride_x, rows, w, panel_stride, k, y, stride_y);
+static inline void product(const T* x, long stride_x, int rows, const T* w, long panel_stride, int panels, long k, float* y, long stride_y,
+                           const void* ahead) {
+  for (int p = 0; p < panels; p += PANELS, w += PANELS * panel_stride, y += PANELS * LANES) {
+    const void* next = p + PANELS < panels ? w + PANELS * panel_stride : ahead;
+    switch (panels - p) {
+      case 1: blocks<T, 1>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next); break;
+      case 2: blocks<T, 2>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next); break;
+      case 3: blocks<T, 3>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next); break;
+      default: blocks<T, 4>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next);
     }
+  }
 }
 
 #if defined(__AMX_BF16__)
@@ -156,7 +170,8 @@ static inline void tiles_2x2(const bf16* x, long sx, const bf16* w, long ps, lon
   _tile_stored(3, y + TILE_ROWS * sy + LANES, sy * 4);
 }
 
-static inline void product(const bf16* x, long sx, int rows, const bf16* w, long ps, int panels, long k, float* y, long sy) {
+// Not measured there, so nothing is fetched ahead.
+static inline void product(const bf16* x, long sx, int rows, const bf16* w, long ps, int panels, long k, float* y, long sy, const void*) {
   int p = 0;
   if (rows > TILE_ROWS)
     for (; p + 2 <= panels; p += 2) tiles_2x2(x, sx, w + p * ps, ps, k, y + p * LANES, sy);

@@ -62,15 +62,15 @@ namespace {
 // y[place(row)] = x times w, row by row; x lies `linear.inputs` apart, in whole tiles.
 template <class T, class Place>
 void linear_stage(Member& team, const T* x, int rows, const Linear& linear, const Place& place) {
-  const int outputs = linear.outputs, panels = (outputs + LANES - 1) / LANES;
-  product_stage(team, x, linear.inputs, rows, linear.packed, panels, PANELS, linear.inputs,
-                [&](int row, int some, int panel, int num, float* y, long stride) {
-                  for (int r = 0; r < some; r++)
-                    for (int p = 0; p < num; p++) {
-                      const long output = (panel + p) * LANES;
-                      store_some(place(row + r) + output, with_bias<T>(y + r * stride + p * LANES, linear.bias, output), outputs - output);
-                    }
-                });
+  const int outputs = linear.outputs;
+  const Panels<T> w{linear.packed, (outputs + LANES - 1) / LANES, PANELS, linear.inputs};
+  product_stage(team, x, linear.inputs, rows, w, w.packed, [&](int row, int some, int panel, int num, float* y, long stride) {
+    for (int r = 0; r < some; r++)
+      for (int p = 0; p < num; p++) {
+        const long output = (panel + p) * LANES;
+        store_some(place(row + r) + output, with_bias<T>(y + r * stride + p * LANES, linear.bias, output), outputs - output);
+      }
+  });
 }
 
 // The first of the largest, as torch's argmax.
@@ -93,14 +93,14 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
   const long wide = stack.hidden, count = (long)rows.batch * rows.rows, vocab = head.outputs;
   scratch.reserve(Arena::bytes<T>(count * wide));
   T* embeds = scratch.take<T>(count * wide);
-  Pass<T> pass(stack, rows, arena);
-  team.run([&](Member member) {
+  Pass<T> pass(stack, rows);
+  team.run([&](Member& member) {
     row_stage(member, pass.num, [&](int row) {
       memcpy((void*)(embeds + pass.where[row] * wide), (const T*)embeddings + tokens[pass.where[row]] * wide, wide * sizeof(T));
     });
     pass.run(member, embeds, (T*)taps);
-    pass.final_norm(member);
-    linear_stage(member, pass.normed, pass.num, head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
+    const T* normed = pass.final_norm(member);
+    linear_stage(member, normed, pass.num, head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
     row_stage(member, pass.num, [&](int row) { chosen[pass.where[row]] = first_largest((const T*)logits + pass.where[row] * vocab, vocab); });
   });
 }
@@ -124,14 +124,14 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
   Growth* growths = scratch.take<Growth>(rows.batch);
   int64_t* admitted = scratch.take<int64_t>(rows.batch);
   for (int b = 0; b < rows.batch; b++) growths[b] = {candidate + b * nodes, level_of + b * nodes, 0};
-  Pass<T> pass(stack, rows, arena);
+  Pass<T> pass(stack, rows);
   Draft candidates = draft.candidates;
   candidates.logits = logits, candidates.contexts = contexts;
   const int drafting = pass.num / block;  // sequences
   for (int i = 0; i < drafting; i++)
     memcpy((void*)(read + i * wide), (const T*)tails + pass.where[i * block] / block * wide, wide * sizeof(T));
   const pthread_t caller = pthread_self();
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     linear_stage(member, read, drafting, draft.feature, [&](int i) { return features + i * wide; });
     row_stage(member, pass.num, [&](int row) {
       const int b = pass.where[row] / block, r = pass.where[row] % block;
@@ -141,8 +141,8 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
       normalise(to, draft.entry_norm, nullptr, RMS, stack.eps, wide, to);
     });
     pass.run(member, embeds, (T*)nullptr);
-    pass.final_norm(member);
-    linear_stage(member, pass.normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
+    const T* normed = pass.final_norm(member);
+    linear_stage(member, normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
     linear_stage(member, hidden, pass.num, draft.head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
     if (draft.context.packed)
       linear_stage(member, hidden, pass.num, draft.context, [&](int row) { return contexts + pass.where[row] * rank; });
@@ -183,7 +183,7 @@ void fuse(const DraftNetwork& draft, const void* taps, int rows, void* context) 
   const long wide_taps = draft.fuse.inputs, wide = draft.fuse.outputs, most = round_up(rows, MANY_ROWS);
   scratch.reserve(Arena::bytes<T>(most * wide_taps) + Arena::bytes<T>(most * wide));
   T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide);
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     fuse_stages(member, draft, rows, scaled, fused, [&](int row) { return (const T*)taps + row * wide_taps; },
                 [&](int row) { return (T*)context + row * wide; });
   });
@@ -196,12 +196,12 @@ void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int 
   const long count = (long)rows.batch * rows.rows, most = round_up(count, MANY_ROWS);
   scratch.reserve(Arena::bytes<T>(most * wide_taps) + 2 * Arena::bytes<T>(most * wide));
   T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide), *context = scratch.take<T>(most * wide);
-  Pass<T> pass(*draft.stack, rows, arena);
+  Pass<T> pass(*draft.stack, rows);
   const auto from = [&](int row) {
     const int b = pass.where[row] / rows.rows, at = pass.where[row] % rows.rows;
     return (const T*)taps + (b * (long)num + paths[b * (long)num + at]) * wide_taps;
   };
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     fuse_stages(member, draft, pass.num, scaled, fused, from, [&](int row) { return context + pass.where[row] * wide; });
     pass.hold(member, context);
   });
@@ -220,7 +220,7 @@ void move_rows(const Round& round) {
   bool any = false;
   for (int b = 0; b < round.batch; b++) any = any || moved(b);
   if (!any) return;
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     member.share(2 * stack.num_layers, [&](int task) {
       T* part = (T*)cache.data + (task / 2) * cache.layer_stride + (task % 2) * cache.values_stride;
       for (int b = 0; b < round.batch; b++) {

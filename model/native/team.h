@@ -15,13 +15,17 @@
 
 #include "product.h"
 
-constexpr int MAX_STAGES = 4096, MAX_HELPERS = 255;
+constexpr int MAX_HELPERS = 255;
+constexpr int TASK_BITS = 20;      // of a claim, enough for the tasks of a stage; the other 44 count stages for years
 constexpr int SPINS = 200;         // pauses, some 10 microseconds, before the core is offered to others
 constexpr int IDLE_YIELDS = 10000;  // offers, some milliseconds, before an idle thread sleeps
 
-struct Stage {
-  alignas(64) std::atomic<int> next{0};  // task to be taken
-  alignas(64) std::atomic<int> done{0};
+// What is known of a member's part in the stages, on a cache line of its own. Its tasks are a range of every stage's, the same
+// whenever there are as many: so what it has written of a head it finds in its own caches, and it claims without asking others.
+// Who has none left claims from the next member's range. Nothing is reset: stages are counted on from job to job.
+struct alignas(64) Range {
+  std::atomic<uint64_t> claimed{0};  // a stage, above TASK_BITS, and how many of its tasks in this range are taken
+  std::atomic<uint64_t> done{0};     // tasks that this member has done, in all stages so far
 };
 
 template <class Offer>
@@ -60,39 +64,72 @@ struct alignas(64) Helper {
 
 // One thread's way through the stages of a job. Every thread must call `share` with the same tasks in the same order.
 struct Member {
-  Stage* stage;
+  Range* ranges;
+  int members, index;
   Helper* helper;  // none: the caller
   bool shares;  // the core, with processes that wait for it: best when this thread holds no task that others wait for
+  uint64_t stage = 0, total = 0;  // the one at hand; tasks of all stages up to its end
 
   template <class Task>
   void share(int tasks, const Task& task) {
-    Stage& here = *stage++;
-    for (int t; (t = here.next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      task(t);
-      here.done.fetch_add(1, std::memory_order_release);
+    stage++, total += tasks;
+    int did = 0;
+    for (int i = 0; i < members; i++) {
+      const int whose = index + i < members ? index + i : index + i - members;
+      for (int t; (t = claim(whose, tasks)) >= 0; did++) task(t);
     }
+    if (did) ranges[index].done.store(ranges[index].done.load(std::memory_order_relaxed) + did, std::memory_order_release);
     if (shares) offer_core();
-    for (int waited = 0; here.done.load(std::memory_order_acquire) < tasks;) be_patient(waited, [&] { offer_core(); });
+    for (int waited = 0; !over();) be_patient(waited, [&] { offer_core(); });
   }
 
+  // Of a stage of so many tasks, the first that is this member's own, and where those end.
+  int first(int tasks) const { return first_of(index, tasks); }
+  int end(int tasks) const { return first_of(index + 1, tasks); }
+
   void offer_core() { helper ? helper->step_aside() : (void)sched_yield(); }
+
+ private:
+  int first_of(int whose, int tasks) const { return ((long)tasks * whose + members - 1) / members; }
+
+  // A task of that member's range; -1: none is left, or the stage is over already.
+  int claim(int whose, int tasks) {
+    const int first = first_of(whose, tasks), end = first_of(whose + 1, tasks);
+    std::atomic<uint64_t>& claimed = ranges[whose].claimed;
+    uint64_t seen = claimed.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t taken = seen >> TASK_BITS == stage ? seen & ((1 << TASK_BITS) - 1) : 0;
+      if (seen >> TASK_BITS > stage || first + taken >= (uint64_t)end) return -1;
+      if (claimed.compare_exchange_weak(seen, (stage << TASK_BITS) + taken + 1, std::memory_order_relaxed)) return first + taken;
+    }
+  }
+
+  // Nobody does a task of a later stage before all of this one are done: so the sum may be compared, whenever each is read.
+  bool over() const {
+    uint64_t done = 0;
+    for (int m = 0; m < members; m++) done += ranges[m].done.load(std::memory_order_acquire);
+    return done >= total;
+  }
 };
 
 class Team {
-  Stage stages[MAX_STAGES];
+  Range ranges[MAX_HELPERS + 1];  // the caller's first
   Helper helpers[MAX_HELPERS];
   int num_helpers = 0;
   std::atomic<uint32_t> calls{0};  // jobs so far: what sleeping threads wait on
   std::atomic<int> sleeping{0};
   std::atomic<bool> open{false};
-  void (*job)(void*, Member) = nullptr;
+  void (*job)(void*, Member&) = nullptr;
   void* argument = nullptr;
   std::atomic<bool> shares{false};
+  uint64_t stage = 0, total = 0;  // of the jobs before
 
-  void take_part(Helper* helper) {
+  Member take_part(Helper* helper) {
+    Member member{ranges, num_helpers + 1, helper ? int(helper - helpers) + 1 : 0, helper, shares, stage, total};
     tiles_begin();
-    job(argument, Member{stages, helper, shares});
+    job(argument, member);
     tiles_end();
+    return member;
   }
 
   void help(Helper& me) {
@@ -129,6 +166,8 @@ class Team {
     }
   }
 
+  int size() const { return num_helpers + 1; }
+
   // Whether every stage ends with an offer of the core to whoever waits for it.
   void share_cores(bool yes) { shares = yes; }
 
@@ -136,15 +175,15 @@ class Team {
   // types, see Helper.
   template <class Work>
   void run(const Work& work) {
-    job = [](void* work, Member member) { (*(const Work*)work)(member); };
+    job = [](void* work, Member& member) { (*(const Work*)work)(member); };
     argument = (void*)&work;
     open = true;
     calls++;
     if (sleeping.load()) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
-    take_part(nullptr);
+    const Member me = take_part(nullptr);
     open = false;
     for (Helper* helper = helpers; helper < helpers + num_helpers; helper++)  // none may be left that sees `work`
       for (int waited = 0; !helper->dismiss();) be_patient(waited, sched_yield);
-    for (Stage* stage = stages; stage < stages + MAX_STAGES && stage->next.load(); stage++) stage->next = 0, stage->done = 0;
+    stage = me.stage, total = me.total;
   }
 };

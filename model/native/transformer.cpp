@@ -6,8 +6,8 @@ namespace {
 
 template <class T>
 void forward(const Stack& stack, const Rows& rows, const void* embeds, void* hidden, void* taps) {
-  Pass<T> pass(stack, rows, arena);
-  team.run([&](Member member) {
+  Pass<T> pass(stack, rows);
+  team.run([&](Member& member) {
     pass.run(member, embeds, (T*)taps);
     pass.finish(member, (T*)hidden);
   });
@@ -15,8 +15,8 @@ void forward(const Stack& stack, const Rows& rows, const void* embeds, void* hid
 
 template <class T>
 void hold(const Stack& stack, const Rows& rows, const void* context) {
-  Pass<T> pass(stack, rows, arena);
-  team.run([&](Member member) { pass.hold(member, context); });
+  Pass<T> pass(stack, rows);
+  team.run([&](Member& member) { pass.hold(member, context); });
 }
 
 template <class T>
@@ -28,7 +28,7 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
     memcpy(from + row * k, (const T*)x + (long)row * inputs, inputs * sizeof(T));
     memset((void*)(from + row * k + inputs), 0, (k - inputs) * sizeof(T));
   }
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     linear_stage(member, from, rows, Linear{w, bias, (int32_t)k, outputs}, [&](int row) { return (T*)y + (long)row * outputs; });
   });
 }
@@ -38,7 +38,7 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
 template <class T>
 void patches(const uint8_t* pictures, int images, int height, int width, int patch, const float* table, void* y) {
   const int across = width / patch, down = height / patch, area = patch * patch, size = 3 * area;
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     member.share(images * down, [&](int task) {
       const uint8_t* strip = pictures + (long)(task / down) * height * width * 3 + (long)(task % down) * patch * width * 3;
       T* to = (T*)y + (long)task * across * size;
@@ -59,13 +59,13 @@ void patches(const uint8_t* pictures, int images, int height, int width, int pat
 
 template <class T>
 void grow_all(const Draft& draft, const Trees& trees) {
-  team.run([&](Member member) { member.share(trees.batch, [&](int b) { grow<T>(draft, trees, b); }); });
+  team.run([&](Member& member) { member.share(trees.batch, [&](int b) { grow<T>(draft, trees, b); }); });
 }
 
 template <class T>
 void pack(const void* from, int inputs, int outputs, void* to) {
   const long k = round_up(inputs, K_STEP);
-  team.run([&](Member member) {
+  team.run([&](Member& member) {
     member.share((outputs + LANES - 1) / LANES, [&](int panel) {
       pack_panel((const T*)from + (long)panel * LANES * inputs, inputs, outputs - panel * LANES, k, (T*)to + panel * k * LANES);
     });
