@@ -1,9 +1,9 @@
 """Memory that every step reads from end to end, in huge pages where the system has them to give.
 
-A step reads all weights once, megabytes in less than a millisecond. In pages of 4 KiB that is thousands of addresses to
-be translated, more than a processor remembers, and pages scattered over memory push each other out of its caches.
-Linux gives pages of 2 MiB to who asks, where `transparent_hugepage` is `madvise` or `always`; elsewhere this is ordinary
-memory.
+A step reads all weights once, megabytes in less than a millisecond. In pages of 4 KiB that is thousands of addresses
+to be translated, more than a processor remembers, and pages scattered over memory push each other out of its caches.
+Linux gives pages of 2 MiB to who asks, where `transparent_hugepage` is `madvise` or `always`; elsewhere this is
+ordinary memory.
 """
 
 from __future__ import annotations
