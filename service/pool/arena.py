@@ -7,6 +7,7 @@ and copy what they read: what a request leaves behind may soon be another's.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import mmap
 import os
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 
 ALIGNMENT = 4096
+KEPT = 32 << 20  # bytes at its front that it keeps, filled or not: to have them from the system takes time
 
 
 class Arena:
-    """num_bytes of it are taken from the system only where something was ever put."""
+    """num_bytes of it are taken from the system only where something is put, and beyond KEPT given back thereafter."""
 
     def __init__(self, num_bytes: int) -> None:
         """Raises OSError where there is no such memory, AttributeError where the system has none of this kind."""
@@ -54,6 +56,10 @@ class Arena:
         return at if inside and array.flags.c_contiguous else None
 
     def _join(self, start: int, end: int) -> None:
+        beyond = max(start, KEPT)
+        if beyond < end:
+            with contextlib.suppress(AttributeError, OSError):  # where there is no such call it stays taken
+                self._memory.madvise(mmap.MADV_REMOVE, beyond, end - beyond)
         at = bisect.bisect(self._free, (start, end))
         if at < len(self._free) and self._free[at][0] == end:
             end = self._free.pop(at)[1]

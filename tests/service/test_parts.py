@@ -224,7 +224,9 @@ def test_media_reach_the_worker_unchanged(shared: bool) -> None:
     assert medium.frames.any(), "what a worker has is its own"
 
 
-def test_the_arena_gives_out_no_byte_twice_and_gets_all_back() -> None:
+def test_the_arena_gives_out_no_byte_twice_and_gets_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the system gets back what lies beyond the part that is kept, from between what others hold."""
+    monkeypatch.setattr("service.pool.arena.KEPT", 16 * 4096)
     arena, rng = Arena(64 * 4096), random.Random(0)
     held: dict[int, np.ndarray] = {}
     refused = 0
@@ -243,8 +245,15 @@ def test_the_arena_gives_out_no_byte_twice_and_gets_all_back() -> None:
                 break
     assert refused, "it was never full: nothing was tried"
     assert all((piece == number % 251).all() for number, piece in held.items())
+
+    def taken_from_the_system() -> int:
+        return os.fstat(arena.fd).st_blocks * 512
+
+    most = taken_from_the_system()
     held.clear()
     del piece
+    assert arena.take(1) is not None
+    assert taken_from_the_system() <= 16 * 4096 < most
     whole = arena.take(64 * 4096)
     assert whole is not None
     assert arena.take(1) is None
