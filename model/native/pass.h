@@ -363,7 +363,7 @@ struct Pass {
   // What a head of keys and values needs of few rows is one task, if that leaves no member without: nothing is handed over between.
   bool by_heads(const Member& team) const { return num <= CHUNK_ROWS && stack.kv_heads % team.members == 0; }
 
-  // Matrices of a layer. By heads: a group's queries, in the order of the product.
+  // The matrices of a layer; of the first, a task is a head.
   Panels<T> qkv(const Layer& layer) const {
     const int panels = stack.head_dim / LANES;
     return {layer.qkv, (stack.heads + 2 * stack.kv_heads) * panels, panels, wide};
