@@ -86,7 +86,8 @@ void continuations(const Draft& draft, const T* logits, const T* states, int num
   for (int panel = 0; panel < panels; panel += PANELS) {
     const int some = panels - panel < PANELS ? panels - panel : PANELS;
     const long stride = some * LANES;
-    if (states) product(states, k, num, (const T*)draft.after + panel * k * LANES, k * LANES, some, k, bias, stride, (const T*)draft.after + (panel + some) * k * LANES);
+    const T* after = (const T*)draft.after + panel * k * LANES;
+    if (states) product(states, k, num, after, k * LANES, some, k, bias, stride, after + some * k * LANES);
     for (int p = 0; p < some; p++) {
       const int token = (panel + p) * LANES;
       vf drafted = all(-1e30f);

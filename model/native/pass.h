@@ -377,11 +377,17 @@ struct Pass {
   const T* begins(const Member& team, int index) const {
     const Layer& layer = stack.layers[index < stack.num_layers ? index : index - 1];
     if (!by_heads(team)) return qkv(layer).own(team, chunks_of(num));
-    return qkv(layer).at(team.first(stack.kv_heads) * (stack.heads / stack.kv_heads) * qkv(layer).group);
+    return qkv(layer).at(part(team.first(stack.kv_heads), 0));
+  }
+
+  // The panel at which, for a head of keys and values, the i-th of its queries, its keys or its values begin.
+  int part(int head, int i) const {
+    const int heads = stack.heads, kv_heads = stack.kv_heads, group = heads / kv_heads;
+    return (i < group ? head * group + i : heads + (i - group) * kv_heads + head) * (stack.head_dim / LANES);
   }
 
   void attention(Member& team, const Layer& layer, int index, const T* from, const T* then) {
-    const int heads = stack.heads, kv_heads = stack.kv_heads, group = heads / kv_heads;
+    const int kv_heads = stack.kv_heads, group = stack.heads / kv_heads;
     const Panels<T> w = qkv(layer);
     if (!by_heads(team)) {
       project(team, layer, index, from, w, 0, then);
@@ -390,11 +396,10 @@ struct Pass {
     }
     const int last = team.end(kv_heads) - 1;
     team.share(kv_heads, [&](int head) {
-      const auto part = [&](int i) { return (i < group ? head * group + i : heads + (i - group) * kv_heads + head) * w.group; };
       for (int b = 0; b < num_blocks && num > 1; b++) fetch_first(index, blocks[b], head);
       for (int i = 0; i < group + 2; i++) {  // queries, keys and values
-        const T* ahead = i < group + 1 ? w.at(part(i + 1)) : head < last ? w.at((head + 1) * group * w.group) : then;
-        product_rows(from, wide, 0, num, w, part(i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
+        const T* ahead = i < group + 1 ? w.at(part(head, i + 1)) : head < last ? w.at(part(head + 1, 0)) : then;
+        product_rows(from, wide, 0, num, w, part(head, i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
       }
       for (int b = 0; b < num_blocks; b++) attend(index, blocks[b], head);
     });

@@ -20,8 +20,13 @@ static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 constexpr int LINE = 64;  // bytes
 
-// A line of those that lie one after the other from `ahead` on; to where several rows' products do not wait for it.
-static inline void fetch(const void* ahead, long line) { __builtin_prefetch((const char*)ahead + line * LINE, 0, 2); }
+// A line of those that lie one after the other from `ahead` on; to where several rows' products do not wait for it. Where there
+// is AMX it was never measured, and does nothing.
+static inline void fetch(const void* ahead, long line) {
+#if !defined(__AMX_BF16__)
+  __builtin_prefetch((const char*)ahead + line * LINE, 0, 2);
+#endif
+}
 
 // y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x and P panels that lie panel_stride apart.
 
@@ -170,7 +175,6 @@ static inline void tiles_2x2(const bf16* x, long sx, const bf16* w, long ps, lon
   _tile_stored(3, y + TILE_ROWS * sy + LANES, sy * 4);
 }
 
-// Not measured there, so nothing is fetched ahead.
 static inline void product(const bf16* x, long sx, int rows, const bf16* w, long ps, int panels, long k, float* y, long sy, const void*) {
   int p = 0;
   if (rows > TILE_ROWS)
