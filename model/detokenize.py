@@ -5,6 +5,7 @@ Both classes are fed in order and flushed once at the end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence as Seq
 
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
@@ -12,6 +13,18 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 8  # tokens
 CONTEXT = 12  # tokens that are looked at again for the sake of the next; more take longer
+BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's name of a token for one byte
+WORD_BEGINS = "\u2581"  # its space
+
+
+def _byte_level() -> dict[str, int]:
+    """GPT-2's letters for bytes: those that can be seen stand for themselves, the others for what follows 255."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + at): byte for at, byte in enumerate(unseen)}
+
+
+BYTE_LEVEL = _byte_level()
 
 
 class Vocabulary:
@@ -26,6 +39,7 @@ class Vocabulary:
         # leading space at the start of a text.
         self.context_free = self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
         self._known: dict[int, str] = {}
+        self._added = frozenset(tokenizer.added_tokens_decoder)
 
     def text(self, ids: list[int]) -> str:
         if self._backend is not None:
@@ -38,6 +52,20 @@ class Vocabulary:
         if text is None:
             self._known[token] = text = self.text([token])
         return text
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for, a special one its name: of most vocabularies the very bytes, maybe of a part of a
+        character."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(name, str):
+            return b""  # models may have more outputs than there are tokens
+        if token in self._added:
+            return name.encode()
+        if self.context_free and all(character in BYTE_LEVEL for character in name):
+            return bytes(BYTE_LEVEL[character] for character in name)
+        if byte := BYTE_FALLBACK.fullmatch(name):
+            return bytes([int(byte[1], 16)])
+        return name.replace(WORD_BEGINS, " ").encode()
 
 
 class Detokenizer:

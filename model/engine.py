@@ -8,7 +8,8 @@ with plus one token -> finished, the slot is free again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from model import drafters, graphs, sampling
+from model import drafters, graphs, processors, sampling, verify
 from model.attention import prompt_rows
 from model.config import ConfigError, EngineConfig
 from model.detokenize import Detokenizer, StopStrings, Vocabulary
@@ -32,7 +33,17 @@ from model.native import library
 from model.native.round import NativeRound
 from model.parallel import share_of
 from model.rehearsal import Chains, rehearse
-from model.request import EngineInfo, EngineStats, FinishReason, Request, RequestError, RequestOutput, Token
+from model.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Likelihood,
+    Likelihoods,
+    Request,
+    RequestError,
+    RequestOutput,
+    Token,
+)
 from model.round import Round, TorchRound
 from model.scheduler import Chunk, Decoding, Scheduler
 from model.sequence import Sequence
@@ -175,6 +186,10 @@ class Engine:
         be served. Any thread may call it, one at a time. Raises RequestError."""
         prompt = self.target.prompt(request.messages)
         length, wanted = len(prompt.ids), request.params.max_tokens
+        if request.fit and 0 < (room := self.max_model_len - length) < wanted:
+            wanted = room
+            fewest = min(request.params.min_tokens, room)
+            request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=fewest))
         if length + wanted > self.max_model_len:
             raise RequestError(
                 f"the prompt takes {length} tokens and max_tokens is {wanted}, together more than "
@@ -182,6 +197,10 @@ class Engine:
                 "or a smaller max_tokens",
                 param="max_tokens" if length < self.max_model_len else "messages",
                 code="context_length_exceeded",
+            )
+        if unknown := [token for token, _ in request.params.logit_bias if not 0 <= token < self.target.vocab_size]:
+            raise RequestError(
+                f"logit_bias names token {unknown[0]}; tokens are 0 to {self.target.vocab_size - 1}", param="logit_bias"
             )
         for medium in prompt.media:
             _ = medium.digest  # kept there, for when its features are looked up
@@ -269,8 +288,10 @@ class Engine:
         if sequence.prefilling:
             return []
         sequence.embeds = sequence.positions = None
-        first = sampling.choose(target.logits(hidden[:, -1:]), [sequence.request.params], lambda _: [0])
-        return [self._emit(sequence, [int(first[0, 0])], 0, 0)]
+        logits = target.logits(hidden[:, -1:])
+        process = self._processing([sequence], lambda _: [[]])
+        first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
+        return [self._emit(sequence, first, 0, 0, self._likelihoods(sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> None:
         """Give it a slot, and its prompt's embeddings, with gaps where the media will be."""
@@ -336,14 +357,19 @@ class Engine:
             sequence.computed += len(tokens)
             if nodes:
                 load.drafted(sequence, len(tokens) - 1)
-            outputs.append(self._emit(sequence, tokens, len(tokens) - 1, size - 1))
+            likelihoods = None
+            if sequence.request.params.logprobs is not None:
+                path = verify.walk(trees, sequence.slot, chosen[sequence.slot]).path
+                with self._torch():
+                    likelihoods = self._likelihoods(sequence, logits[sequence.slot, path], tokens)
+            outputs.append(self._emit(sequence, tokens, len(tokens) - 1, size - 1, likelihoods))
         return outputs
 
     def _chosen(
         self, by_slot: list[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor
     ) -> np.ndarray:
         """What the target says at every node of the trees: (batch, rows)."""
-        if likeliest is not None and not any(s is not None and s.request.params.temperature for s in by_slot):
+        if likeliest is not None and all(s is None or s.takes_likeliest for s in by_slot):
             return likeliest
         params = [s.request.params if s else sampling.GREEDY for s in by_slot]
 
@@ -352,11 +378,51 @@ class Engine:
             return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
 
         with self._torch():
-            return sampling.choose(logits, params, answered, likeliest)
+            return sampling.choose(logits, params, answered, likeliest, self._processing(by_slot, trees.paths))
+
+    def _processing(
+        self, by_slot: Seq[Sequence | None], paths: Callable[[int], list[list[int]]]
+    ) -> Callable[[int, Tensor], Tensor]:
+        """What sampling asks of requests that change their logits."""
+
+        def processed(b: int, logits: Tensor) -> Tensor:
+            sequence = by_slot[b]
+            assert sequence is not None
+            return processors.process(
+                logits,
+                sequence.request.params,
+                prompt=sequence.prompt.ids,
+                answer=sequence.tokens,
+                paths=paths(b),
+                ends=self.target.eos_ids,
+            )
+
+        return processed
+
+    def _likelihoods(self, sequence: Sequence, logits: Tensor, tokens: list[int]) -> list[Likelihoods] | None:
+        """Of tokens that rows of logits (rows, vocab) decided; None where nobody asks."""
+        num = sequence.request.params.logprobs
+        if num is None:
+            return None
+
+        def told(token: int, logprob: float) -> Likelihood:
+            return Likelihood(token, self.vocabulary.bytes_of(token), logprob)
+
+        return [
+            Likelihoods(told(token, own), tuple(told(*one) for one in best))
+            for token, (own, best) in zip(tokens, sampling.likeliest_of(logits, tokens, num), strict=True)
+        ]
 
     # --- what comes of it
 
-    def _emit(self, sequence: Sequence, tokens: list[int], accepted: int, proposed: int) -> RequestOutput:
+    def _emit(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        accepted: int,
+        proposed: int,
+        likelihoods: list[Likelihoods] | None = None,
+    ) -> RequestOutput:
         """Append tokens, of which the first `accepted` came from the draft, as far as the request wants them."""
         params, eos = sequence.request.params, self.target.eos_ids
         sequence.last_token = self.counters.now()
@@ -368,7 +434,8 @@ class Engine:
         for index, token in enumerate(tokens[: sequence.remaining]):
             piece = decode(token)
             emitted.append(Token(token, piece, "draft" if index < accepted else "target"))
-            text += stops.decode(piece) if params.stop else piece
+            searched = params.stop and len(sequence.tokens) + index >= params.min_tokens
+            text += stops.decode(piece) if searched else piece
             if stops.stopped or (token in eos and not params.ignore_eos):
                 finish = "stop"
                 break
@@ -383,6 +450,8 @@ class Engine:
             sequence.draft_tokens += proposed
             sequence.accepted_tokens += used
         output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
+        if likelihoods is not None:
+            output.logprobs = tuple(likelihoods[: len(emitted)])
         if finish:
             return self._finish(sequence, finish, so_far=output)
         if sequence.request.running_stats:
@@ -403,10 +472,10 @@ class Engine:
             if self.drafter and sequence.speculates:
                 self.drafter.free(sequence.slot)
             sequence.slot = None
-        text, tokens = (so_far.text, so_far.tokens) if so_far else ("", ())
+        text, tokens, logprobs = (so_far.text, so_far.tokens, so_far.logprobs) if so_far else ("", (), None)
         if reason in ("stop", "length"):
             text += sequence.stops.decode(sequence.detokenizer.flush()) + sequence.stops.flush()
-        return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error)
+        return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error, logprobs)
 
     def _compact(self) -> None:
         """Move sequences from high slots into low free ones, so that a batch spans no more slots than it needs.

@@ -43,6 +43,23 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # before so many the answer does not end by itself, nor at a stop string
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
+    logprobs: int | None = None  # how many of the likeliest tokens are told with each of the answer's; None: nothing
+
+    @property
+    def processes(self) -> bool:
+        """Whether logits are changed before a token is chosen (processors.py)."""
+        return bool(
+            self.logit_bias
+            or self.min_tokens
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+        )
 
     def __post_init__(self) -> None:
         checks = {
@@ -52,6 +69,12 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0.0 <= self.min_p <= 1.0,
             "stop": all(self.stop),
+            "min_tokens": 0 <= self.min_tokens <= self.max_tokens,
+            "presence_penalty": -2.0 <= self.presence_penalty <= 2.0,
+            "frequency_penalty": -2.0 <= self.frequency_penalty <= 2.0,
+            "repetition_penalty": 0.0 < self.repetition_penalty <= 100.0,
+            "logit_bias": all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias),
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
         }
         for name, ok in checks.items():
             if not ok:
@@ -98,6 +121,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     speculation: bool = True
     running_stats: bool = False  # whether every output says what the request has cost so far
+    fit: bool = False  # whether max_tokens may be lowered to what the context has room for
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token, and that would take three times as long
@@ -107,6 +131,23 @@ class Token:
     id: int
     text: str
     source: TokenSource
+
+
+@dataclass(slots=True)
+class Likelihood:
+    """Of a token the natural logarithm of its probability, as the target has it: before its logits are processed."""
+
+    id: int
+    said: bytes  # what the token stands for; it may be a part of a character
+    logprob: float
+
+
+@dataclass(slots=True)
+class Likelihoods:
+    """Of a token of an answer; and of those that were likeliest there, the likeliest first."""
+
+    chosen: Likelihood
+    top: tuple[Likelihood, ...]
 
 
 @dataclass(frozen=True)
@@ -133,6 +174,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = None  # with finish_reason; with every output where the request asks for it
     error: str | None = None  # with finish_reason == "error"
+    logprobs: tuple[Likelihoods, ...] | None = None  # one for every token, where the request asks for them
 
 
 @dataclass(frozen=True)

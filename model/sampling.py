@@ -84,16 +84,27 @@ def choose(
     params: Seq[SamplingParams],
     positions: Callable[[int], Seq[int]],
     likeliest: np.ndarray | None = None,
+    process: Callable[[int, Tensor], Tensor] | None = None,
 ) -> np.ndarray:
     """The target's own token at every row.
 
     logits: (batch, rows, vocab); positions(b)[r]: the answer position that row r of request b decides; it may be
     shorter than `rows`, the rest are then not looked at (their greedy token is returned); likeliest: (batch, rows)
-    int64, the greedy tokens, where they are known. Returns (batch, rows) int64.
+    int64, the greedy tokens, where they are known; process(b, logits (rows, vocab)): what requests that ask for it
+    choose from instead (processors.py). Returns (batch, rows) int64.
     """
     batch, num = logits.shape[:2]
     tokens = logits.argmax(-1) if likeliest is None else torch.from_numpy(likeliest)
-    decided = {b: positions(b) for b in range(batch) if params[b].temperature > 0.0}
+    decided = {b: positions(b) for b in range(batch) if params[b].temperature > 0.0 or params[b].processes}
+    for b in [b for b, places in decided.items() if places and params[b].processes]:
+        places = decided.pop(b)
+        assert process is not None
+        processed, row = process(b, logits[b, : len(places)]), tokens[b, : len(places)]
+        if params[b].temperature:
+            draws = upload(np.array([uniform(params[b].seed, i) for i in places]), logits.device)
+            row[:] = invert(distribution(processed, params[b]), draws)
+        else:
+            row[:] = processed.argmax(-1)
     # Those that filter alike go together, so that nobody's vocabulary is sorted for another's sake.
     for group in _alike([b for b, places in decided.items() if places], params):
         drawn = [(params[b], i) for b in group for i in decided[b]]
@@ -114,3 +125,17 @@ def _alike(requests: Seq[int], params: Seq[SamplingParams]) -> list[list[int]]:
     for b in requests:
         groups.setdefault((params[b].top_k > 0, params[b].top_p < 1.0), []).append(b)
     return list(groups.values())
+
+
+def likeliest_of(logits: Tensor, chosen: Seq[int], num: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Row by row the natural log-probability of the chosen token, and the `num` likeliest tokens with theirs, of those
+    that are as likely the one with the lowest id first. logits: (rows, vocab) any float."""
+    logs = logits.double().log_softmax(-1).cpu()
+    own = logs.gather(-1, torch.tensor(chosen)[:, None])[:, 0].tolist()
+    num = min(num, logs.shape[-1])
+    found = []
+    for row, log in enumerate(logs):
+        ids = torch.nonzero(log >= log.topk(num).values[-1])[:, 0] if num else torch.empty(0, dtype=torch.int64)
+        values, order = log[ids].sort(descending=True, stable=True)
+        found.append((own[row], list(zip(ids[order[:num]].tolist(), values[:num].tolist(), strict=True))))
+    return found

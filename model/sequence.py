@@ -41,6 +41,10 @@ class Sequence:
     accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
 
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.takes_likeliest = params.temperature == 0.0 and not params.processes
+
     @property
     def known(self) -> int:
         return len(self.prompt.ids) + len(self.tokens)

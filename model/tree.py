@@ -39,6 +39,15 @@ class Trees:
     def rows(self) -> int:
         return int(self.tokens.shape[1])
 
+    def paths(self, b: int) -> list[list[int]]:
+        """For every row of tree b in use, the tokens on the way to it, its own last and the root's left out."""
+        size = int(self.sizes[b])
+        tokens, parents = self.tokens[b, :size].tolist(), self.parents[b, :size].tolist()
+        paths: list[list[int]] = [[]]
+        for row in range(1, size):  # a parent comes before its children
+            paths.append([*paths[parents[row]], tokens[row]])
+        return paths
+
     def fill(self, other: Trees) -> None:
         """Hold what other trees of the same shape hold, in the memory of these."""
         for name in ("tokens", "parents", "depths", "sizes", "scores"):

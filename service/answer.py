@@ -11,14 +11,14 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
 from starlette.requests import ClientDisconnect
 
-from model.request import FinishReason, RequestOutput, RequestStats, SamplingParams
+from model.request import FinishReason, Likelihoods, RequestOutput, RequestStats, SamplingParams
 from service.errors import BadRequest, EngineFailure, ServiceError, TimedOut
 from service.log import fields
 from service.pool.generation import Event, Generation
@@ -41,6 +41,7 @@ class Choice:
     num_first_tokens: int = 0  # that came together, in the first output
     first_at: float | None = None
     last_at: float = 0.0
+    logprobs: list[Likelihoods] = field(default_factory=list)  # one for every token, where they are asked for
 
     @property
     def text(self) -> str:
@@ -62,6 +63,7 @@ class Choice:
             if self.first_at is None:
                 self.first_at, self.num_first_tokens = now, len(output.tokens)
             self.num_tokens += len(output.tokens)
+            self.logprobs += output.logprobs or ()
         self.stats = output.stats or self.stats
         self.finish_reason = output.finish_reason or self.finish_reason
 
@@ -102,12 +104,14 @@ class Answer:
         params: SamplingParams,
         *,
         n: int,
-        speculation: Literal["auto", "off"],
+        speculation: Literal["auto", "off"] | None,
         running_stats: bool = False,
+        fit: bool = False,
     ) -> None:
         """Hand it to the engine; returns with its first word, so that refusals and early failures come before a 200.
 
-        running_stats: whether choices have their `stats` from their first output on, not only at their end."""
+        running_stats: whether choices have their `stats` from their first output on, not only at their end; fit:
+        whether max_tokens may be lowered to what there is room for."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 prompt = await preparing
@@ -117,7 +121,7 @@ class Answer:
         self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
         for index in range(n):
             own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
-            submit = Submit(f"{self.id}-{index}", prompt.messages, own, speculation == "auto", running_stats)
+            submit = Submit(f"{self.id}-{index}", prompt.messages, own, speculation != "off", running_stats, fit)
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
         await self._has_news()
 

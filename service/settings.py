@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     max_n: int = option("Limits", 8, "Choices per request.", ge=1)
     max_stop: int = option("Limits", 8, "Stop strings per request.", ge=0)
     max_stop_chars: int = option("Limits", 128, "Characters of one stop string.", ge=1)
+    max_logit_bias: int = option("Limits", 300, "Tokens that a request's logit_bias may name.", ge=0)
+    max_top_logprobs: int = option("Limits", 20, "The largest top_logprobs a request may ask for.", ge=0)
     max_waiting: int = option("Limits", 64, "Requests that may wait beyond those decoded; then 503.", ge=0)
     max_requests_per_key: int | None = option("Limits", None, "Requests that one API key may have inside.", ge=1)
     body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive.", gt=0)

@@ -36,6 +36,7 @@ RUN_BY = {
     "flashserve bench --drafters": f"{BENCH}::test_drafters_are_compared_on_the_same_prompts",
     "flashserve bench --profile": f"{BENCH}::test_the_parts_of_a_profiled_step_make_up_the_whole",
     "flashserve bench --service": f"{BENCH}::test_over_http_the_same_tokens_come_as_in_process",
+    "python -m model.bench --drafters": f"{BENCH}::test_drafters_are_compared_on_the_same_prompts",
     "python -m model.bench --profile": f"{BENCH}::test_the_parts_of_a_profiled_step_make_up_the_whole",
     "python -m model.bench.ceiling": f"{GPU}::test_what_a_draft_of_an_accuracy_gains_is_measured_beside_what_it_costs",
     "python -m model.bench.equality": f"{BENCH}::test_an_honest_engine_passes",

@@ -78,7 +78,12 @@ class Generation:
         #                              known     new
         known_ids = len(self._ids) - self._replayed_ids
         known_chars = len(self.text) - self._replayed_chars
-        new = replace(output, text=output.text[max(0, known_chars) :], tokens=output.tokens[max(0, known_ids) :])
+        new = replace(
+            output,
+            text=output.text[max(0, known_chars) :],
+            tokens=output.tokens[max(0, known_ids) :],
+            logprobs=output.logprobs and output.logprobs[max(0, known_ids) :],
+        )
         self._replayed_ids += min(known_ids, len(output.tokens))
         self._replayed_chars += min(known_chars, len(output.text))
         self._deliver_all(new)

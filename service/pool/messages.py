@@ -57,10 +57,11 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     params: SamplingParams
     speculation: bool
     running_stats: bool = False
+    fit: bool = False
 
     @property
     def request(self) -> Request:
-        return Request(self.request_id, self.messages, self.params, self.speculation, self.running_stats)
+        return Request(self.request_id, self.messages, self.params, self.speculation, self.running_stats, self.fit)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -6,6 +6,7 @@ Unlike OpenAI's route it is greedy unless a `temperature` is given.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service import prompt
+from model.request import Likelihoods
+from service import logprobs, prompt
 from service.answer import Answer
 from service.auth import keyed
 from service.body import read_form
@@ -38,7 +40,7 @@ async def generate(request: Request) -> Response:
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         preparing = prompt.from_form(service, ask, files)
         resources.enter_context(UnlessGone(request.receive))
-        await answer.begin(preparing, params, n=1, speculation=ask.speculation)
+        await answer.begin(preparing, params, n=1, speculation=ask.speculation, fit=ask.asked_max_tokens() is None)
         headers = {"X-Request-Id": answer.id}
         if ask.stream:
             return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline, headers=headers)
@@ -53,6 +55,7 @@ def _result(answer: Answer) -> dict[str, Any]:
         "model": answer.model,
         "text": choice.text,
         "finish_reason": choice.finish_reason,
+        **_logprobs(choice.logprobs),
         "usage": usage(answer),
         "speculation": speculation(choice),
         "timings": timings(answer, choice),
@@ -64,7 +67,8 @@ async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
     try:
         async for _, output in answer.outputs():
             if output.tokens or output.text:
-                said = event({"type": "token", "text": output.text, "tokens": output.tokens})
+                more = _logprobs(output.logprobs)
+                said = event({"type": "token", "text": output.text, "tokens": output.tokens, **more})
                 if answer.ended:
                     last = said
                 else:
@@ -72,6 +76,11 @@ async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
         yield Last(last + event({"type": "done", **_result(answer)}))
     except ServiceError as error:
         yield Last(event(error.envelope()) + DONE)
+
+
+def _logprobs(tokens: Seq[Likelihoods] | None) -> dict[str, Any]:
+    """Of every token, where they are asked for; where not, there is no such field."""
+    return {"logprobs": logprobs.told(tokens)} if tokens else {}
 
 
 ROUTES = [Route("/v1/generate", generate, methods=["POST"])]

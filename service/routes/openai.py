@@ -7,6 +7,7 @@ What differs from OpenAI's own: `temperature` defaults to 1 as there, `seed` is 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service import prompt
+from model.request import Likelihoods
+from service import logprobs, prompt
 from service.answer import Answer
 from service.auth import keyed
 from service.body import read_json
@@ -43,7 +45,8 @@ async def chat_completions(request: Request) -> Response:
         options = ask.stream_options or openai.StreamOptions()
         with_usage = bool(options.include_usage)
         running = with_usage and bool(options.continuous_usage_stats)
-        await answer.begin(preparing, params, n=n, speculation=ask.speculation, running_stats=running)
+        fit = ask.asked_max_tokens() is None
+        await answer.begin(preparing, params, n=n, speculation=ask.speculation, running_stats=running, fit=fit)
         headers = {"X-Request-Id": answer.id}
         if ask.stream:
             events = _events(answer, with_usage=with_usage, running=running)
@@ -72,7 +75,7 @@ def _completion(answer: Answer) -> dict[str, Any]:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": _logprobs(choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(answer.choices)
@@ -86,10 +89,12 @@ async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGe
     running: usage so far in every chunk from the first output on."""
     head = _head(answer, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
 
-    def chunk(index: int, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+    def chunk(
+        index: int, delta: dict[str, str], finish_reason: str | None = None, said: Seq[Likelihoods] | None = None
+    ) -> bytes:
         if running and answer.choices[index].num_tokens:
             head["usage"] = usage(answer)
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": _logprobs(said), "finish_reason": finish_reason}
         return event({**head, "choices": [choice]})
 
     for index in range(len(answer.choices)):
@@ -97,7 +102,9 @@ async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGe
     last = b""
     try:
         async for index, output in answer.outputs():
-            said = chunk(index, {"content": output.text}) if output.text else b""
+            # A token whose text is still to come has its log-probability told all the same.
+            new = output.text or output.logprobs
+            said = chunk(index, {"content": output.text}, said=output.logprobs) if new else b""
             if output.finish_reason is not None:
                 said += chunk(index, {}, output.finish_reason)
             if answer.ended:
@@ -109,6 +116,10 @@ async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGe
         yield Last(last + DONE)
     except ServiceError as error:
         yield Last(event(error.envelope()) + DONE)
+
+
+def _logprobs(tokens: Seq[Likelihoods] | None) -> dict[str, Any] | None:
+    return {"content": logprobs.told(tokens), "refusal": None} if tokens else None
 
 
 def _head(answer: Answer, kind: str) -> dict[str, Any]:

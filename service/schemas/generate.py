@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from service.body import Form
 from service.errors import BadRequest, TooLarge
 from service.schemas import sampling
 from service.schemas.invalid import as_bad_request
-from service.schemas.sampling import NOT_BUILT, SamplingFields
+from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 
 
@@ -18,7 +20,7 @@ class GenerateRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_
 
 def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
     """The fields and the media of a form. A field left empty, as browsers send it, is a field left out."""
-    fields: dict[str, str | list[str]] = {}
+    fields: dict[str, Any] = {}
     for name, value in form.fields:
         if name == "media":
             raise _misplaced(name, "text")
@@ -32,6 +34,8 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
         if name != "media":
             raise _misplaced(name, "a file")
     try:
+        if bias := fields.get("logit_bias"):
+            fields["logit_bias"] = _object("logit_bias", str(bias))
         ask = msgspec.convert(fields, GenerateRequest, strict=False)
     except msgspec.ValidationError as error:
         raise as_bad_request(error) from None
@@ -40,13 +44,19 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
     return ask, media
 
 
+def _object(name: str, value: str) -> Any:
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        raise BadRequest(f"{name} is not a JSON object", param=name) from None
+
+
 def _misplaced(name: str, kind: str) -> BadRequest:
     return BadRequest(f"{name[:64]} was sent as {kind}; only media are files", param=name[:64])
 
 
 def _check(ask: GenerateRequest, media: list[bytes], settings: Settings) -> None:
     sampling.check_model(ask.model, settings)
-    sampling.refuse_not_built(ask, NOT_BUILT)
     sampling.check_video_sampling(ask, settings)
     if (ask.n or 1) != 1:
         raise BadRequest("n is for /v1/chat/completions; here it is always 1", param="n")

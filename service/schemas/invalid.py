@@ -14,7 +14,8 @@ def as_bad_request(error: Exception) -> BadRequest:
     if not isinstance(error, msgspec.ValidationError):
         return BadRequest("the body is not valid JSON", code="invalid_json")
     complaint, _, place = str(error).partition(" - at ")
-    path = place.strip("`").removeprefix("$").removeprefix(".")
+    found = re.search(r"`\$\.?([^`]*)`", place)  # of a key it says: `key` in `$.logit_bias`
+    path = found[1] if found else ""
     field = re.search(r"(unknown|required) field `(.*)`$", complaint, re.DOTALL)
     if field is None:
         return BadRequest(f"{path}: {complaint}" if path else complaint, param=path or None)

@@ -15,7 +15,7 @@ from service.schemas import sampling
 from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 
-NOT_BUILT: dict[str, tuple[Any, ...]] = sampling.NOT_BUILT | {
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -109,7 +109,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
 def check(ask: ChatRequest, settings: Settings) -> None:
     """Every limit that can be checked without looking at media or tokens, each with its own error."""
     sampling.check_model(ask.model, settings)
-    sampling.refuse_not_built(ask, NOT_BUILT)
+    _refuse_not_built(ask)
     sampling.check_video_sampling(ask, settings)
     if ask.max_completion_tokens is not None:
         if ask.max_completion_tokens < 1:
@@ -138,3 +138,10 @@ def check(ask: ChatRequest, settings: Settings) -> None:
             param="messages",
             code="too_many_media",
         )
+
+
+def _refuse_not_built(ask: ChatRequest) -> None:
+    for name, harmless in NOT_BUILT.items():
+        value = getattr(ask, name)
+        if value is not None and value not in harmless:
+            raise BadRequest(f"{name} is not built yet; leave it out", param=name, code="not_built")

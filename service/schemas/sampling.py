@@ -1,10 +1,10 @@
-"""The fields that both POST routes share: how tokens are chosen, and what is known but not built yet."""
+"""The fields that both POST routes share: how tokens are chosen, and their limits."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,16 +14,8 @@ from service.settings import Settings
 
 SEED_MASK = 2**63 - 1  # engines get seeds that fit a signed 64-bit integer and are not negative
 
-# Fields of the contract, or of OpenAI's API, that are not built yet: refused unless they ask for nothing.
-NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-}
+Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 
 
 class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -37,36 +29,20 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     stop: str | list[str] | None = None
     n: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
+    logit_bias: dict[int, Bias] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool | None = None
-    speculation: Literal["auto", "off"] = "auto"
+    speculation: Literal["auto", "off"] | None = None  # None: auto
     num_frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
     fps: Annotated[float, msgspec.Meta(gt=0.0, le=1000.0)] | None = None
 
-    logprobs: Any = None
-    top_logprobs: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    min_tokens: Any = None
-
     def asked_max_tokens(self) -> int | None:
         return self.max_tokens
-
-
-def refuse_not_built(ask: msgspec.Struct, not_built: dict[str, tuple[Any, ...]]) -> None:
-    for name, harmless in not_built.items():
-        value = getattr(ask, name)
-        if value is not None and _plain(value) not in harmless:
-            raise BadRequest(f"{name} is not built yet; leave it out", param=name, code="not_built")
-
-
-def _plain(value: Any) -> Any:
-    """Forms carry text: `0` and `false` in them mean what they mean in JSON."""
-    try:
-        return msgspec.json.decode(value.lower()) if isinstance(value, str) else value
-    except msgspec.DecodeError:
-        return value
 
 
 def check_model(asked: str | None, settings: Settings) -> None:
@@ -92,9 +68,11 @@ def check_video_sampling(ask: SamplingFields, settings: Settings) -> None:
 
 def sampling_params(ask: SamplingFields, settings: Settings, *, default_temperature: float) -> SamplingParams:
     """What the engine gets, for the first choice. Without a seed, one is drawn: answers then differ each time."""
-    max_tokens = ask.asked_max_tokens() or settings.default_max_tokens
+    max_tokens = ask.asked_max_tokens() or max(settings.default_max_tokens, ask.min_tokens or 0)
     if max_tokens > settings.max_new_tokens:
         raise BadRequest(f"max_tokens must be at most {settings.max_new_tokens}", param="max_tokens")
+    if (ask.min_tokens or 0) > max_tokens:
+        raise BadRequest(f"min_tokens must be at most max_tokens, {max_tokens}", param="min_tokens")
     try:
         return SamplingParams(
             max_tokens=max_tokens,
@@ -105,6 +83,12 @@ def sampling_params(ask: SamplingFields, settings: Settings, *, default_temperat
             seed=(secrets.randbits(63) if ask.seed is None else ask.seed) & SEED_MASK,
             stop=_stop_strings(ask.stop, settings),
             ignore_eos=bool(ask.ignore_eos),
+            min_tokens=ask.min_tokens or 0,
+            presence_penalty=ask.presence_penalty or 0.0,
+            frequency_penalty=ask.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if ask.repetition_penalty is None else ask.repetition_penalty,
+            logit_bias=_logit_bias(ask.logit_bias or {}, settings),
+            logprobs=_logprobs(ask, settings),
         )
     except RequestError as error:
         raise BadRequest(error.message, param=error.param, code=error.code) from None
@@ -125,3 +109,18 @@ def _stop_strings(stop: str | list[str] | None, settings: Settings) -> tuple[str
     if any(not 0 < len(string) <= settings.max_stop_chars for string in strings):
         raise BadRequest(f"a stop string must have 1 to {settings.max_stop_chars} characters", param="stop")
     return strings
+
+
+def _logit_bias(bias: dict[int, float], settings: Settings) -> tuple[tuple[int, float], ...]:
+    if len(bias) > settings.max_logit_bias:
+        raise BadRequest(f"logit_bias may name at most {settings.max_logit_bias} tokens", param="logit_bias")
+    return tuple(bias.items())
+
+
+def _logprobs(ask: SamplingFields, settings: Settings) -> int | None:
+    top = ask.top_logprobs or 0
+    if top > settings.max_top_logprobs:
+        raise BadRequest(f"top_logprobs must be at most {settings.max_top_logprobs}", param="top_logprobs")
+    if top and not ask.logprobs:
+        raise BadRequest("top_logprobs belongs to logprobs; set logprobs too", param="top_logprobs")
+    return top if ask.logprobs else None

@@ -146,9 +146,8 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_stream_begins(client: op
 @pytest.mark.parametrize(
     "field",
     [
-        *({"logprobs": True}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"logit_bias": {"5": 1}}),
-        *({"response_format": {"type": "json_object"}}, {"extra_body": {"min_tokens": 4}}),
-        *({"extra_body": {"repetition_penalty": 1.1}}, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        {"response_format": {"type": "json_object"}},
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
     ],
     ids=str,
 )
@@ -156,6 +155,55 @@ def test_what_is_not_built_is_refused_and_not_ignored(client: openai.OpenAI, fie
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **field)
     assert refused.value.code == "not_built"
+
+
+PENALISED: dict[str, Any] = {
+    "presence_penalty": 0.6,
+    "frequency_penalty": 0.9,
+    "logit_bias": {"20": 30, "21": -100},
+    "temperature": 1,
+    "seed": 4,
+}
+
+
+@pytest.mark.parametrize("files", [(), (RED,), (CLIP, RED)], ids=str)
+def test_penalties_and_log_probabilities_are_the_same_with_speculation_and_streamed(
+    client: openai.OpenAI, files: tuple[media.File, ...]
+) -> None:
+    def asked(speculation: str, **fields: Any) -> Any:
+        extra = {"ignore_eos": True, "repetition_penalty": 1.2, "speculation": speculation}
+        return ask(
+            client, "Describe it.", *files, logprobs=True, top_logprobs=2, extra_body=extra, **PENALISED, **fields
+        )
+
+    whole, plain = asked("auto"), asked("off")
+    assert said(whole) == said(plain) != said(ask(client, "Describe it.", *files, temperature=1, seed=4))
+    told = whole.choices[0].logprobs.content
+    assert len(told) == whole.usage.completion_tokens == 24
+    assert b"".join(bytes(one.bytes) for one in told).decode(errors="replace") == said(whole)
+    for one, other in zip(told, plain.choices[0].logprobs.content, strict=True):
+        assert (one.token, len(one.top_logprobs)) == (other.token, 2)
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert 0 >= one.top_logprobs[0].logprob >= one.top_logprobs[1].logprob
+    chunks = list(asked("auto", stream=True))
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert [one.token for one in streamed] == [one.token for one in told]
+
+
+def test_an_answer_ends_no_earlier_than_asked(client: openai.OpenAI) -> None:
+    likely_end: dict[str, Any] = {"logit_bias": {"2": 100}}  # of the tiny model's tokens the one that ends an answer
+    for fewest in (0, 9):
+        answer = ask(client, **likely_end, extra_body={"min_tokens": fewest})
+        assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (fewest + 1, "stop")
+
+
+def test_a_length_that_was_not_asked_for_is_what_fits(client: openai.OpenAI) -> None:
+    """The tiny model holds 512 tokens, and by default an answer may have 256."""
+    prompt = "word " * 70
+    tokens = ask(client, prompt, max_tokens=1).usage.prompt_tokens
+    assert tokens + 256 > 512, "too short a prompt to show anything"
+    answer = ask(client, prompt, max_tokens=openai.NOT_GIVEN)
+    assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (512, "length")
 
 
 def test_keys_and_sizes_are_checked(start_server: StartServer) -> None:

@@ -82,13 +82,6 @@ def test_wrong_fields_are_named(server: Server, fields: dict[str, Any], param: s
 @pytest.mark.parametrize(
     "field",
     [
-        {"logprobs": True},
-        {"top_logprobs": 3},
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": -0.5},
-        {"repetition_penalty": 1.2},
-        {"logit_bias": {"5": 10}},
-        {"min_tokens": 4},
         {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
@@ -100,9 +93,35 @@ def test_what_is_not_built_yet_is_refused_and_not_ignored(server: Server, field:
     (name,) = field
     error = refusal(server.chat(**field), 400)
     assert (error["param"], error["code"]) == (name, "not_built")
-    if name in ("logprobs", "min_tokens", "logit_bias"):
-        value = json.dumps(field[name])
-        assert refusal(server.http.post("/v1/generate", data={"prompt": "x", name: value}), 400)["code"] == "not_built"
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(server: Server, field: dict[str, Any], param: str) -> None:
+    assert refusal(server.chat(**field), 400)["param"].split("[")[0] == param
+    form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in field.items()}
+    if param != "logprobs":  # a form's text says nothing of its type
+        assert refusal(server.http.post("/v1/generate", data={"prompt": "x", **form}), 400)["param"].startswith(param)
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "{", "5", '{"a": {"b": 1}}'])
+def test_a_forms_bias_that_is_no_object_of_numbers_is_refused(server: Server, value: str) -> None:
+    response = server.http.post("/v1/generate", data={"prompt": "x", "logit_bias": value})
+    assert refusal(response, 400)["param"].startswith("logit_bias")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +298,7 @@ def test_a_giant_head_is_cut_off(server: Server, head: bytes) -> None:
 
 def test_refusals_are_counted_by_reason(server: Server) -> None:
     before = server.metric("flash_requests_rejected_total", reason="not_built")
-    server.chat(min_tokens=3)
+    server.chat(tools=[{"type": "function"}])
     assert server.metric("flash_requests_rejected_total", reason="not_built") == before + 1
 
 

@@ -1,0 +1,70 @@
+"""What a request does to the target's logits before a token is chosen: bias, penalties, a shortest length.
+
+A row of a tree is processed as it would be without a draft: what counts as said is the answer so far and the tokens on
+the row's own path. Knows tokens and logits only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.request import SamplingParams
+from model.transfer import upload
+
+
+def process(
+    logits: Tensor,
+    params: SamplingParams,
+    *,
+    prompt: Seq[int],
+    answer: Seq[int],
+    paths: Seq[Seq[int]],
+    ends: Collection[int],
+) -> Tensor:
+    """logits: (rows, vocab) any float -> (rows, vocab) float64, another tensor.
+
+    paths[r]: the tokens between the answer so far and what row r decides; ends: tokens that end an answer. In this
+    order: logit_bias is added; logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by
+    repetition_penalty (Keskar et al., arXiv 1909.05858, as transformers has it); frequency_penalty, times how often the
+    answer has a token, and presence_penalty, once, are subtracted, as OpenAI has them; and before min_tokens no token
+    ends the answer.
+    """
+    logits = logits.to(torch.float64, copy=True)
+    if params.logit_bias:
+        ids, bias = zip(*params.logit_bias, strict=True)
+        logits[:, upload(np.array(ids), logits.device)] += upload(np.array(bias, np.float64), logits.device)
+    if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+        _penalise(logits, params, prompt, answer, paths)
+    if ends and not params.ignore_eos:
+        early = [row for row, path in enumerate(paths) if len(answer) + len(path) < params.min_tokens]
+        if early:
+            rows, columns = (upload(np.array(each), logits.device) for each in (early, list(ends)))
+            logits[rows[:, None], columns] = -torch.inf
+    return logits
+
+
+def _penalise(logits: Tensor, params: SamplingParams, prompt: Seq[int], answer: Seq[int], paths: Seq[Seq[int]]) -> None:
+    read = prompt if params.repetition_penalty != 1.0 else ()
+    ids = np.unique(np.fromiter((*read, *answer, *(token for path in paths for token in path)), np.int64))
+    if not len(ids):
+        return
+    place = {token: at for at, token in enumerate(ids.tolist())}
+    counts = np.zeros((len(paths), len(ids)))
+    for token in answer:
+        counts[:, place[token]] += 1
+    for row, path in enumerate(paths):
+        for token in path:
+            counts[row, place[token]] += 1
+    seen = counts > 0
+    seen[:, [place[token] for token in read]] = True
+    where = upload(ids, logits.device)
+    said, penalised = upload(counts, logits.device), upload(seen, logits.device)
+    values = logits[:, where]
+    factor = params.repetition_penalty
+    values = torch.where(penalised, torch.where(values > 0, values / factor, values * factor), values)
+    logits[:, where] = values - params.frequency_penalty * said - params.presence_penalty * (said > 0).double()
