@@ -40,6 +40,7 @@ class EngineConfig:
     max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
+    prefix_cache: bool = True  # what prompts have in common is computed once, as long as it is still there
     tensor_parallel: int = 1  # devices that share the decoder's layers, `device` being the first
     graphs: bool | None = None  # record the passes that torch computes, and replay them; None: on a GPU
     threads: int | None = None  # CPU threads; None: all

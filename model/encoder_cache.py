@@ -11,15 +11,16 @@ from model.request import Medium
 
 
 class EncoderCache:
-    """Keys are SHA-256 over a medium's digest and `version`, so that nothing else can be mistaken for it."""
+    """Keys are SHA-256 over a medium's digest, `version` and a salt, so that nothing else can be mistaken for it, and
+    whoever has another salt finds nothing."""
 
     def __init__(self, budget: int, version: str) -> None:
         self._budget, self._version = budget, version.encode()
         self._held: OrderedDict[bytes, Tensor] = OrderedDict()
         self._bytes = 0
 
-    def key(self, medium: Medium) -> bytes:
-        return hashlib.sha256(self._version + medium.digest).digest()
+    def key(self, medium: Medium, salt: str = "") -> bytes:
+        return hashlib.sha256(medium.digest + self._version + b"|" + salt.encode()).digest()
 
     def get(self, key: bytes) -> Tensor | None:
         features = self._held.get(key)

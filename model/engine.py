@@ -32,6 +32,7 @@ from model.load import Load
 from model.native import library
 from model.native.round import NativeRound
 from model.parallel import share_of
+from model.prefix_cache import PrefixCache
 from model.rehearsal import Chains, rehearse
 from model.request import (
     EngineInfo,
@@ -83,6 +84,7 @@ class Engine:
             torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
         self.counters, self.load = Counters(), Load(num_slots, config.nodes)
+        self.prefixes = PrefixCache(enabled=config.prefix_cache)
         self.round: Round
         if target.verifier is not None:
             self.round = NativeRound(target.verifier, self.cache, self.counters, self.load)
@@ -110,6 +112,7 @@ class Engine:
 
     def use(self, drafter: Drafter | None) -> None:
         """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
+        self.prefixes.clear()  # what is rehearsed is written over them
         if drafter is not None and self.config.load_aware and self.load.nodes and not self.load.known:
             self._rehearse(drafter)
         self._draft_with(drafter)
@@ -175,6 +178,7 @@ class Engine:
         for sequence in self.scheduler.running:
             sequence.speculates = False
         self.load.forget_draft()
+        self.prefixes.forget_drafts()
         self.config = draft.config
         self._draft_with(draft.drafter)
         self.info = replace(self.info, drafter=draft.drafter.name, memory=self._memory())
@@ -237,6 +241,8 @@ class Engine:
         match work := self.scheduler.schedule(self.cache.num_free):
             case Chunk():
                 with self._torch():
+                    if work.sequence.slot is None:
+                        work = work.moved(self._begin(work.sequence))
                     outputs = self._prefill(work)
             case Decoding() if self._native:  # torch has no part in it, but for what is sampled
                 outputs = self._decode(work)
@@ -262,8 +268,6 @@ class Engine:
     def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
         """Compute one chunk of a prompt; after the last one the first token is known."""
         sequence, target = chunk.sequence, self.target
-        if sequence.slot is None:
-            self._begin(sequence)
         slot, count = sequence.slot, chunk.end - chunk.start
         assert slot is not None
         assert sequence.embeds is not None
@@ -284,6 +288,7 @@ class Engine:
                 self.drafter.prefill(slot, chunk.start, taps[0], embeds[0])
                 self.load.read(count, self.counters.now() - begun)
         sequence.computed = chunk.end
+        self.prefixes.hold(slot, sequence.contents, chunk.end, drafted=sequence.speculates)
         self.counters.prompt_tokens += count
         if sequence.prefilling:
             return []
@@ -293,18 +298,46 @@ class Engine:
         first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
         return [self._emit(sequence, first, 0, 0, self._likelihoods(sequence, logits[0], first))]
 
-    def _begin(self, sequence: Sequence) -> None:
-        """Give it a slot, and its prompt's embeddings, with gaps where the media will be."""
+    def _begin(self, sequence: Sequence) -> int:
+        """Give it a slot, what of its prompt has been computed for others, and its prompt's embeddings, with gaps where
+        the media will be. How many prompt tokens it need not compute."""
         prompt, target = sequence.prompt, self.target
         sequence.started = self.counters.now()
-        sequence.slot = self.cache.allocate()
-        if self.drafter and sequence.request.speculation:
-            sequence.speculates = self.load.begins(len(self.scheduler.running), len(prompt.ids))
-            if sequence.speculates:
-                self.drafter.start(sequence.slot, prompt)
+        sequence.cached = sequence.computed = sequence.seen = cached = self._take_slot(sequence)
+        spared = sum(end <= cached for _, end in prompt.spans)  # media that need not even be looked up
+        self.counters.encoder_cache_queries += spared
+        self.counters.encoder_cache_hits += spared
+        self.counters.prefix_cache_queries += len(prompt.ids)
+        self.counters.prefix_cache_hits += cached
+        self.counters.prompt_tokens += cached
         sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
         sequence.positions = target.positions(prompt)
         sequence.next_position = int(sequence.positions[0, -1]) + 1
+        return cached
+
+    def _take_slot(self, sequence: Sequence) -> int:
+        """Give it a slot; the number of its prompt's tokens that another sequence has left there, or elsewhere."""
+        prompt, drafter = sequence.prompt, self.drafter if sequence.request.speculation else None
+        contents, most = sequence.contents, len(prompt.ids) - 1  # the last one's logits are needed
+        source, shared = self.prefixes.best(contents, most, drafted=drafter is not None)
+        if drafter and self.load.begins(len(self.scheduler.running), len(prompt.ids) - shared):
+            sequence.speculates = True
+        elif drafter:
+            source, shared = self.prefixes.best(contents, most, drafted=False)
+        cache = self.cache
+        # Torch computes idle slots too: there a batch is to span no more of them than it must.
+        if self._native:
+            slot = cache.take(self.prefixes.choose(cache.free_slots, source, shared))
+        else:
+            slot = cache.allocate()
+        sequence.slot = slot
+        if drafter and sequence.speculates:
+            drafter.start(slot, prompt)
+            shared = shared if shared and drafter.share(source, slot, shared) else 0
+        if shared:
+            cache.share(source, slot, shared)
+        self.prefixes.forget(slot)
+        return shared
 
     def _see(self, sequence: Sequence, end: int) -> None:
         """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes
@@ -316,7 +349,7 @@ class Engine:
                 continue
             if sequence.seen <= first:
                 self.counters.encoder_cache_queries += 1
-                sequence.medium_key = self.features.key(medium)
+                sequence.medium_key = self.features.key(medium, sequence.request.salt)
                 if (known := self.features.get(sequence.medium_key)) is not None:
                     self.counters.encoder_cache_hits += 1
                     embeds[first:last] = known
@@ -468,6 +501,11 @@ class Engine:
             self.load.finished(len(sequence.tokens))
         sequence.embeds = sequence.positions = None
         if sequence.slot is not None:
+            if reason == "error" or not self._native:  # torch writes to idle slots, too
+                self.prefixes.forget(sequence.slot)
+            else:
+                told = sequence.contents.followed_by(sequence.tokens)
+                self.prefixes.hold(sequence.slot, told, sequence.computed, drafted=sequence.speculates)
             self.cache.free(sequence.slot)
             if self.drafter and sequence.speculates:
                 self.drafter.free(sequence.slot)
@@ -490,6 +528,7 @@ class Engine:
             if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:
                 break
             self.cache.move(sequence.slot, lowest)
+            self.prefixes.forget(lowest)
             if self.drafter and sequence.speculates:
                 self.drafter.move(sequence.slot, lowest)
             sequence.slot = lowest

@@ -76,6 +76,10 @@ class KVCache:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def free_slots(self) -> Seq[int]:
+        return self._free
+
     def lowest_free(self) -> int | None:
         return self._free[0] if self._free else None
 
@@ -89,7 +93,7 @@ class KVCache:
         return self.take(self._free[0])
 
     def take(self, slot: int) -> int:
-        """This slot, which must be free: how a second cache follows the first."""
+        """This slot, which must be free. It is empty then, but what another has left there may be shared with it."""
         self._free.remove(slot)
         self.lengths[slot] = 0
         return slot
@@ -107,6 +111,12 @@ class KVCache:
         self.copy(source, target, held)
         self.lengths[target] = held
         self.free(source)
+
+    def share(self, source: int, slot: int, held: int) -> None:
+        """An empty slot begins with the first `held` positions of another, or with its own of before."""
+        if slot != source:
+            self.copy(source, slot, held)
+        self.lengths[slot] = held
 
     def copy(self, source: int, target: int, held: int) -> None:
         """The first `held` positions of one slot to another."""

@@ -121,6 +121,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     speculation: bool = True
     running_stats: bool = False  # whether every output says what the request has cost so far
+    salt: str = ""  # only requests with the same one share what is computed or seen once
     fit: bool = False  # whether max_tokens may be lowered to what the context has room for
 
 
@@ -162,6 +163,7 @@ class RequestStats:
     queue: float  # from add() to the first prefill chunk
     time_to_first_token: float  # from add() to the first token
     decode: float  # from the first token to the last
+    cached_tokens: int = 0  # of the prompt, taken over from a request that began alike
 
 
 @dataclass(slots=True)  # not frozen, as Token
@@ -280,6 +282,8 @@ class EngineStats:
     accepted_per_position: tuple[int, ...] = ()  # index 0: first draft position
     encoder_cache_queries: int = 0
     encoder_cache_hits: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens
+    prefix_cache_hits: int = 0
     acceptance_lengths: tuple[int, ...] = ()  # one per verify step and sequence that had a draft; bonus token included
     batch_sizes: tuple[int, ...] = ()  # sequences of each step that decoded
     step_seconds: tuple[tuple[str, float], ...] = ()  # ("vision"|"prefill"|"draft"|"verify", seconds)

@@ -19,6 +19,10 @@ class Chunk:
     start: int
     end: int
 
+    def moved(self, start: int) -> Chunk:
+        """As many of its positions from `start` on."""
+        return Chunk(self.sequence, start, min(start + self.end - self.start, len(self.sequence.prompt.ids)))
+
 
 @dataclass(slots=True)  # not frozen: every step makes one, and that takes several times as long
 class Decoding:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from model.detokenize import Detokenizer, StopStrings
+from model.prefix_cache import Contents
 from model.request import FinishReason, Request, RequestStats
 from model.targets.base import Prompt
 
@@ -25,6 +26,7 @@ class Sequence:
     positions: np.ndarray | None = None  # (axes, prompt tokens) int32, likewise
     next_position: int = 0  # position id of the first answer token
     seen: int = 0  # prompt positions whose media have been encoded
+    cached: int = 0  # prompt tokens that were taken over from another sequence
     medium_key: bytes = b""  # the encoder cache's, of the medium that `seen` reaches into
     computed: int = 0  # tokens whose keys and values are held
     tokens: list[int] = field(default_factory=list)  # the answer so far
@@ -43,6 +45,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.request.params
+        self.contents = Contents.of(self.prompt, self.request.salt)
         self.takes_likeliest = params.temperature == 0.0 and not params.processes
 
     @property
@@ -68,4 +71,5 @@ class Sequence:
             queue=max(0.0, self.started - self.arrived),
             time_to_first_token=max(0.0, self.first_token - self.arrived),
             decode=max(0.0, self.last_token - self.first_token),
+            cached_tokens=self.cached,
         )

@@ -34,6 +34,7 @@ class Counters:
         self.prompt_tokens = self.generation_tokens = 0
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
         self.encoder_cache_queries = self.encoder_cache_hits = 0
+        self.prefix_cache_queries = self.prefix_cache_hits = 0
         self.accepted_per_position: list[int] = []
         self.acceptance_lengths: list[int] = []
         self.batch_sizes: list[int] = []
@@ -71,6 +72,8 @@ class Counters:
             accepted_per_position=tuple(self.accepted_per_position),
             encoder_cache_queries=self.encoder_cache_queries,
             encoder_cache_hits=self.encoder_cache_hits,
+            prefix_cache_queries=self.prefix_cache_queries,
+            prefix_cache_hits=self.prefix_cache_hits,
             acceptance_lengths=tuple(self.acceptance_lengths),
             batch_sizes=tuple(self.batch_sizes),
             step_seconds=tuple(self.step_seconds),

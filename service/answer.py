@@ -6,6 +6,7 @@ Knows nothing of how answers are written down: routes turn its outputs into JSON
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -83,6 +84,7 @@ class Answer:
         self._service = service
         self._arrived = time.monotonic()
         self._slots = service.admission.enter(key)
+        self._salt = hashlib.sha256(key.encode()).hexdigest() if key else ""
         self._outputs: deque[tuple[int, RequestOutput]] = deque()  # of any choice, not yet read
         self._waiter: asyncio.Future[None] | None = None  # for more, while there is none
         self._num_media = 0
@@ -121,7 +123,8 @@ class Answer:
         self.media_seconds, self._num_media = prompt.seconds, prompt.num_media
         for index in range(n):
             own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
-            submit = Submit(f"{self.id}-{index}", prompt.messages, own, speculation != "off", running_stats, fit)
+            name, speculates = f"{self.id}-{index}", speculation != "off"
+            submit = Submit(name, prompt.messages, own, speculates, running_stats, self._salt, fit)
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
         await self._has_news()
 

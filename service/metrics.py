@@ -63,6 +63,14 @@ class Metrics:
         self._rejected = counter("flash_requests_rejected_total", "Requests not taken, by why.", "reason")
         self._cache_queries = counter("flash_encoder_cache_queries_total", "Media looked up in the cache.", "worker")
         self._cache_hits = counter("flash_encoder_cache_hits_total", "Media found in the cache.", "worker")
+        self._prefix_queries = counter(
+            "flash_prefix_cache_queries_total",
+            "Prompt tokens of which it was asked whether they are computed.",
+            "worker",
+        )
+        self._prefix_hits = counter(
+            "flash_prefix_cache_hits_total", "Prompt tokens that were computed before.", "worker"
+        )
 
         # State
         self._running = gauge("flash_requests_running", "Requests being decoded.", "worker")
@@ -130,6 +138,8 @@ class Metrics:
         self._accepted.labels(*name).inc(stats.accepted_tokens)
         self._cache_queries.labels(*name).inc(stats.encoder_cache_queries)
         self._cache_hits.labels(*name).inc(stats.encoder_cache_hits)
+        self._prefix_queries.labels(*name).inc(stats.prefix_cache_queries)
+        self._prefix_hits.labels(*name).inc(stats.prefix_cache_hits)
         for position, accepted in enumerate(stats.accepted_per_position):
             self._accepted_at.labels(model, str(position)).inc(accepted)
         for length in stats.acceptance_lengths:

@@ -26,6 +26,7 @@ ENGINE_OPTIONS = (
         "max_nodes",
         "max_rows",
         "encoder_cache_bytes",
+        "prefix_cache",
         "tensor_parallel",
     ),
 )
@@ -80,6 +81,7 @@ class Settings(BaseSettings):
     max_nodes: int | None = option("Model", None, "Draft tokens verified per sequence and step.", ge=0)
     max_rows: int | None = option("Model", None, "Tokens and draft tokens verified in one step, all sequences.", ge=1)
     encoder_cache_bytes: int | None = option("Model", None, "Memory for features of media seen before, bytes.", ge=0)
+    prefix_cache: bool = option("Model", True, "What prompts begin with in common is computed once.")
 
     # Where it listens and who may ask
     host: str = option("HTTP", "127.0.0.1", "Address to listen on.")

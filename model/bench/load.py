@@ -71,6 +71,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         max_num_seqs=max(asked.batches),
         max_model_len=LONGEST,
         encoder_cache_bytes=0,
+        prefix_cache=False,
     )
     arms = [EngineArm(name, Engine(config)) for name, config in _configs(plain, asked.nodes).items()]
     gc.collect()

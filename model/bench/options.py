@@ -60,6 +60,7 @@ class Options:
             dtype=self.dtype,
             max_num_seqs=max(self.batches),
             encoder_cache_bytes=0,
+            prefix_cache=False,
         )
 
     def config_of(self, drafter: str) -> EngineConfig:

@@ -142,6 +142,13 @@ class DraftNetwork(nn.Module):
         are read to average them. All of them; of many, some evenly spread (an odd number apart: from all columns)."""
         return taps[-at % _apart(self.config.pooled, total) :: _apart(self.config.pooled, total)]
 
+    def rows_of(self, total: int) -> int:
+        """Of context, that a medium of so many positions becomes."""
+        config = self.config
+        if self.compressor is not None:
+            return config.num_latents
+        return min(config.pooled or total, total) if config.num_latents else 0
+
     def averaged(self, read: Tensor, total: int) -> Tensor:
         """What was read of a medium of `total` positions, (read, width) -> (pooled, width): each the mean of as many
         neighbours as any other, in the order in which the target reads them. A medium of fewer positions than rows has

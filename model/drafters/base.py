@@ -76,6 +76,12 @@ class Drafter(Proposing, Protocol):
         """A sequence begins in this slot."""
         ...
 
+    def share(self, source: int, slot: int, length: int) -> bool:
+        """The sequence that has just begun in `slot` takes over the first `length` positions of its prompt from the one
+        in `source`, which may be over, or be the same slot; no medium reaches beyond them. False: this drafter cannot,
+        and nothing is changed."""
+        ...
+
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         """The target has computed prompt positions start.. of it. taps: (positions, num_taps * hidden); embeds:
         (positions, hidden), what entered there: of tokens, and of media."""

@@ -116,6 +116,9 @@ class EagleDrafter:
     def start(self, slot: int, prompt: Prompt) -> None:  # noqa: ARG002
         self.cache.take(slot)
 
+    def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        return False  # what is pending, the feature of the position before the next, is not kept of any but the last
+
     def free(self, slot: int) -> None:
         self.cache.free(slot)
 

@@ -145,6 +145,11 @@ class FlashDrafter:
         self.cache.take(slot)
         self._spans[slot], self._visual[slot] = prompt.spans, []
 
+    def share(self, source: int, slot: int, length: int) -> bool:
+        media = [last - first for first, last in self._spans[slot] if last <= length]
+        self.cache.share(source, slot, length - sum(media) + sum(map(self.network.rows_of, media)))
+        return True
+
     def free(self, slot: int) -> None:
         self.cache.free(slot)
         del self._spans[slot], self._visual[slot]

@@ -63,6 +63,10 @@ class MedusaDrafter:
     def start(self, slot: int, prompt: Prompt) -> None:  # noqa: ARG002
         self._held[slot] = 0
 
+    def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        self._held[slot] = length  # of these it needs nothing: what follows is read before it proposes
+        return True
+
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
         self._held[slot] = start + len(taps)
         self._last[slot] = taps[-1]

@@ -61,8 +61,16 @@ class NgramDrafter:
     def start(self, slot: int, prompt: Prompt) -> None:
         self._texts[slot], self._prompts[slot] = Text(), prompt
 
+    def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        self._read(slot, 0, length)
+        return True
+
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
-        text, prompt, end = self._texts[slot], self._prompts[slot], start + len(embeds)
+        self._read(slot, start, start + len(embeds))
+
+    def _read(self, slot: int, start: int, end: int) -> None:
+        """Positions start..end of its prompt."""
+        text, prompt = self._texts[slot], self._prompts[slot]
         edges = (0, *(edge for span in prompt.spans for edge in span), len(prompt.ids))
         for first, last in list(pairwise(edges))[::2]:  # what is between media
             for token in prompt.ids[max(first, start) : min(last, end)]:

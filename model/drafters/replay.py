@@ -79,6 +79,9 @@ class ReplayDrafter:
         salted = hashlib.sha256(key + self._seed.to_bytes(8, "little")).digest()
         self._tellings[slot] = Telling(salted, self._known.get(key, []))
 
+    def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        return True
+
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         pass
 
@@ -118,6 +121,9 @@ class PaidReplay(ReplayDrafter):
     def start(self, slot: int, prompt: Prompt) -> None:
         super().start(slot, prompt)
         self._beside.start(slot, prompt)
+
+    def share(self, source: int, slot: int, length: int) -> bool:
+        return self._beside.share(source, slot, length)
 
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         self._beside.prefill(slot, start, taps, embeds)

@@ -53,7 +53,8 @@ def run(options: Options, command: str) -> dict[str, Any]:
     if any(not task.startswith("image") for task in options.tasks):
         raise OSError("--service sends images: choose among the image tasks")
     names = ("model", "draft", "device", "dtype", "threads")
-    settings = Settings(**{name: getattr(options, name) for name in names})
+    # Prompts return in every repeat; in service, few are the same.
+    settings = Settings(**{name: getattr(options, name) for name in names}, prefix_cache=False)
     config = EngineConfig(**settings.engine_options()[0]).resolved()
     arm = EngineArm(config.drafter, Engine(config))
     machine = report.machine(config.device, config.dtype)

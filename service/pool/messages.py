@@ -57,11 +57,13 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     params: SamplingParams
     speculation: bool
     running_stats: bool = False
+    salt: str = ""
     fit: bool = False
 
     @property
     def request(self) -> Request:
-        return Request(self.request_id, self.messages, self.params, self.speculation, self.running_stats, self.fit)
+        own = (self.request_id, self.messages, self.params, self.speculation, self.running_stats, self.salt, self.fit)
+        return Request(*own)
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -21,7 +21,8 @@ LABELS = {
 PER_WORKER = {
     *("flash_spec_drafts_total", "flash_spec_draft_tokens_total", "flash_spec_accepted_tokens_total"),
     *("flash_prompt_tokens_total", "flash_generation_tokens_total", "flash_encoder_cache_queries_total"),
-    *("flash_encoder_cache_hits_total", "flash_worker_restarts_total", "flash_requests_running"),
+    *("flash_encoder_cache_hits_total", "flash_prefix_cache_queries_total", "flash_prefix_cache_hits_total"),
+    *("flash_worker_restarts_total", "flash_requests_running"),
     *("flash_requests_waiting", "flash_kv_cache_usage_ratio", "flash_worker_up"),
 }
 

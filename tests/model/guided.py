@@ -33,6 +33,9 @@ class Guided:
         self.drafter.start(slot, prompt)
         self.oracle.start(slot, prompt)
 
+    def share(self, source: int, slot: int, length: int) -> bool:
+        return self.drafter.share(source, slot, length) and self.oracle.share(source, slot, length)
+
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         self.drafter.prefill(slot, start, taps, embeds)
         self.oracle.prefill(slot, start, taps, embeds)

@@ -44,6 +44,10 @@ class OracleDrafter:
     def start(self, slot: int, prompt: Prompt) -> None:
         self.cache.take(slot)
 
+    def share(self, source: int, slot: int, length: int) -> bool:
+        self.cache.share(source, slot, length)
+        return True
+
     def free(self, slot: int) -> None:
         self.cache.free(slot)
 

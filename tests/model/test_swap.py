@@ -86,7 +86,7 @@ def test_each_phase_of_a_request_outlives_a_swap(
     kind: str, tiny_checkpoint: Path, drafts: dict[str, str], expected: dict[str, list[int]]
 ) -> None:
     """One request at a time, and a swap after each number of steps: while it waits, in its prompt, in its answer."""
-    engine = engine_of(tiny_checkpoint, drafts[kind])
+    engine = engine_of(tiny_checkpoint, drafts[kind], prefix_cache=False)  # every time all of the prompt is computed
     for request in mixed(4):
         whole, steps = expected[request.request_id], 0
         while True:

@@ -32,6 +32,8 @@ METRICS = {
     "flash_requests_rejected_total": "counter",
     "flash_encoder_cache_queries_total": "counter",
     "flash_encoder_cache_hits_total": "counter",
+    "flash_prefix_cache_queries_total": "counter",
+    "flash_prefix_cache_hits_total": "counter",
     "flash_worker_restarts_total": "counter",
     "flash_requests_running": "gauge",
     "flash_requests_waiting": "gauge",
