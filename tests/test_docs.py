@@ -9,6 +9,10 @@ from textwrap import dedent
 
 import pytest
 
+from service.media import refusal
+from service.schemas.generate import GenerateRequest
+from service.schemas.openai import ChatRequest, StreamOptions
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path
@@ -54,6 +58,7 @@ RUN_BY = {
     "python -m docker.monitoring.draw": f"{MONITORING}/test_real.py::test_the_picture_is_drawn_from_it",
     "curl -N http://127.0.0.1:8000/v1/generate": "tests/e2e/test_generate_route.py",
     "curl http://127.0.0.1:8000/v1/generate": "tests/e2e/test_generate_route.py",
+    "curl http://127.0.0.1:8000/v1/chat/completions": "tests/service/test_openai.py",
     "curl http://127.0.0.1:8000/admin/draft": "tests/e2e/test_hot_swap.py",
     "curl http://127.0.0.1:8000/v1/models": "tests/service/test_openai.py",
     "python -m pytest": "tests/test_project.py::test_ci_runs_the_same_tests_as_a_person",
@@ -135,3 +140,26 @@ def test_commands_are_found_where_they_stand() -> None:
     listed = "1. Look.\n\n   ```\n   kubectl get pods\n   ```"
     found = list(commands(f"Run `make demo`, or\n\n{block}\nand `flashserve`.\n{listed}"))
     assert found == ["flashserve serve --port 1", "kubectl get pods", "make demo"]
+
+
+# --- service/API.md is whole: what the code takes and says, it names
+
+API = (ROOT / "service/API.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted({*GenerateRequest.__struct_fields__, *ChatRequest.__struct_fields__}))
+def test_the_api_reference_names_every_field(name: str) -> None:
+    assert f"`{name}`" in API
+
+
+def test_the_api_reference_names_every_field_of_stream_options() -> None:
+    assert all(re.search(rf"[`.]{name}`", API) for name in StreamOptions.__struct_fields__)
+
+
+def test_the_api_reference_names_every_error_code() -> None:
+    files = [*(ROOT / "service").rglob("*.py"), *(ROOT / "model/targets").glob("*.py"), ROOT / "model/engine.py"]
+    said = "".join(file.read_text() for file in files)
+    codes = set(re.findall(r'\b(?:default_)?code(?:: [^=\n]*)? ?= ?"(\w+)"', said))
+    codes |= set(refusal._SENTENCES)
+    assert len(codes) > 40
+    assert sorted(code for code in codes if f"`{code}`" not in API) == []
