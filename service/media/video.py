@@ -88,12 +88,12 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def at_rate(starts: np.ndarray, seconds: float, fps: float, max_frames: int) -> np.ndarray:
-    """Indices of the frames on screen at the times k / fps. starts: (frames,) seconds since the first, ascending."""
+    """Indices of the frames on screen at the times k / fps. starts: (frames,) seconds since the first, ascending;
+    seconds: the end of the last."""
     tolerance = 1e-3  # seconds; decord keeps times in float32
-    # Beyond one sample per source frame there is nothing new to see: bounds the array for any fps asked for.
-    fps = min(fps, 2 * len(starts) / max(seconds, tolerance))
-    wanted = np.arange(0.0, max(seconds - tolerance, tolerance), 1.0 / fps)
-    indices = np.unique(np.searchsorted(starts, wanted + tolerance, side="right") - 1).clip(0)
+    edges = np.append(starts, max(seconds, 2 * tolerance)) - tolerance  # frame i is on screen from i to i + 1
+    samples = np.ceil(edges.clip(0.0) * min(fps, 1e9))  # before each edge; finite, whatever is asked for
+    indices = np.flatnonzero(np.diff(samples))
     return indices if len(indices) <= max_frames else spread(len(starts), max_frames)
 
 

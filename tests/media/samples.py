@@ -6,6 +6,8 @@ import io
 import random
 import struct
 import zlib
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -41,9 +43,16 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def video_bytes(
-    format: str, size: tuple[int, int] = (48, 32), *, num_frames: int = 12, rate: int = 10, noise: bool = False
+    format: str,
+    size: tuple[int, int] = (48, 32),
+    *,
+    num_frames: int = 12,
+    rate: int = 10,
+    times: Sequence[int] | None = None,
+    noise: bool = False,
 ) -> bytes:
-    """Frame i is a plain grey of level 20 * i (modulo 240), or seeded noise."""
+    """Frame i is a plain grey of level 20 * i (modulo 240), or seeded noise; it is shown after i / rate seconds, or
+    times[i] milliseconds."""
     codec, pixel_format = CODECS[format]
     if size[0] % 2 or size[1] % 2:
         pixel_format = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}[pixel_format]
@@ -51,13 +60,16 @@ def video_bytes(
     rng = np.random.default_rng(0)
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        stream: Any = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate if times is None else 1000)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        for index in range(num_frames):
+        for index in range(num_frames if times is None else len(times)):
             pixels = np.full((height, width, 3), level(index), dtype=np.uint8)
             if noise:
                 pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
 

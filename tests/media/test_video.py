@@ -45,6 +45,22 @@ def test_at_rate_takes_the_frame_on_screen():
     assert at_rate(np.zeros(1), 0.0, 5.0, 64).tolist() == [0]
 
 
+def test_however_uneven_a_clip_is_none_of_its_frames_is_out_of_reach():
+    """A bound on the rate by the clip's average would lose those that are near each other, and the one after a gap."""
+    gap = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 599.0])
+    assert at_rate(gap, 599.1, 1.0, 64).tolist() == [0, 4, 5]
+    assert at_rate(gap, 599.1, 1000.0, 64).tolist() == list(range(6))
+    assert at_rate(gap, 599.1, 1e308, 64).tolist() == list(range(6))
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        starts = np.append(0.0, rng.choice([0.01, 0.04, 0.1, 1.0], 29)).cumsum()
+        assert at_rate(starts, starts[-1] + 0.01, 1000.0, 64).tolist() == list(range(30))
+        fps = rng.uniform(0.3, 30.0)
+        wanted = np.arange(0.0, starts[-1] + 0.009, 1.0 / fps)
+        shown = np.unique(np.searchsorted(starts, wanted + 1e-3, side="right") - 1)
+        assert at_rate(starts, starts[-1] + 0.01, fps, 64).tolist() == shown.tolist()
+
+
 @pytest.mark.parametrize("format", VIDEO_FORMATS)
 async def test_num_frames_are_spread_over_the_clip(decoder, format):
     data = video_bytes(format)
@@ -64,6 +80,14 @@ async def test_more_frames_than_there_are_repeat_the_nearest(decoder):
 async def test_fps_samples_by_time(decoder, format):
     medium = await decoder.decode(video_bytes(format, num_frames=12, rate=10), kind=None, num_frames=None, fps=2.5)
     assert levels(medium.frames) == [0, 4, 8]
+
+
+async def test_fps_reaches_every_frame_of_an_uneven_clip(decoder):
+    times = (0, 40, 50, 60, 400, 410, 1950, 2010)  # milliseconds
+    medium = await decoder.decode(video_bytes("mp4", times=times), kind=None, num_frames=None, fps=1000.0)
+    assert levels(medium.frames) == list(range(8))
+    medium = await decoder.decode(video_bytes("mp4", times=times), kind=None, num_frames=None, fps=1.0)
+    assert levels(medium.frames) == [0, 5, 6]
 
 
 async def test_neither_takes_the_models_default(decoder):
