@@ -1,4 +1,4 @@
-"""What a container's own header says about size and completeness, read without decoding anything.
+"""What a container's own header says about size, completeness and mirroring, read without decoding anything.
 
 Just enough of MP4, Matroska/WebM, AVI, GIF and WebP to refuse frames that are too large before a decoder allocates
 them, and files that end before they should. A header that lies gets past here; the child's limits and the check on
@@ -23,6 +23,24 @@ def video_size(data: bytes, format: Format) -> Size | None:
     """The largest frame size announced, or None when no header says. Raises Truncated."""
     sizes = {"MP4": _mp4_sizes, "WEBM": _webm_sizes, "AVI": _avi_sizes, "GIF": _gif_sizes}[format](data)
     return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+
+def mirrored_axis(data: bytes, format: Format) -> int | None:
+    """The axis of (height, width) along which a frame is still to be flipped when it has been turned as the container
+    says; None where it is not mirrored. Cameras that face their owner write such files. Raises Truncated."""
+    if format != "MP4":
+        return None
+    a = b = c = d = 0  # of the display matrix: (x, y) is shown at (a x + c y, b x + d y); of no track so far
+    for name, start, end in _mp4_boxes(data, 0, len(data)):
+        if name == b"tkhd" and end > start:
+            # version and flags 4, times and duration 20 or, in version 1, 32, layer and the like 16, then the matrix
+            at = start + (52 if data[start] == 1 else 40)
+            a, b, _, c, d = struct.unpack_from(">5i", data, at) if at + 20 <= end else (0,) * 5
+        elif name == b"stsd" and _is_visual(data[start + 12 : start + 16]):
+            break
+    if b == c == 0 and a * d < 0:
+        return 0
+    return 1 if a == d == 0 and b * c > 0 else None  # what was turned on its side is flipped across
 
 
 def webp_size(data: bytes) -> Size | None:

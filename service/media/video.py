@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from model.request import Geometry
-from service.media.container import video_size
+from service.media.container import mirrored_axis, video_size
 from service.media.geometry import check_size, to_geometry
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
@@ -38,6 +38,7 @@ def decode_video(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geomet
 
     if (size := video_size(data, job.format)) is not None:
         check(*size)
+    axis = mirrored_axis(data, job.format)  # decord turns frames as the container says, but does not mirror them
     # Reads the packets' headers, decodes nothing yet.
     reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
     if len(reader) > limits.max_source_frames:
@@ -60,6 +61,8 @@ def decode_video(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geomet
         if index != last_index:
             pixels = rgb(reader[int(index)].asnumpy())
             check(pixels.shape[1], pixels.shape[0])
+            if axis is not None:
+                pixels = np.flip(pixels, axis)
             frame = to_geometry(Image.fromarray(pixels), geometry, "video", len(indices))
         frames.append(frame)
         last_index = index

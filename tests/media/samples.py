@@ -52,7 +52,7 @@ def video_bytes(
     noise: bool = False,
 ) -> bytes:
     """Frame i is a plain grey of level 20 * i (modulo 240), or seeded noise; it is shown after i / rate seconds, or
-    times[i] milliseconds."""
+    after times[i] milliseconds."""
     codec, pixel_format = CODECS[format]
     if size[0] % 2 or size[1] % 2:
         pixel_format = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}[pixel_format]
@@ -72,6 +72,13 @@ def video_bytes(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def shown_by(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """An MP4 whose pixel at (x, y) is to be shown at (a x + c y, b x + d y), from -1 to 1."""
+    at = data.index(b"tkhd") + 4 + 40
+    unit = 1 << 16
+    return data[:at] + struct.pack(">5i", a * unit, b * unit, 0, c * unit, d * unit) + data[at + 20 :]
 
 
 def endless_gif(num_frames: int) -> bytes:

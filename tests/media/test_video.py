@@ -14,7 +14,7 @@ from service.errors import BadRequest
 from service.media.container import Truncated, video_size
 from service.media.geometry import to_geometry
 from service.media.video import at_rate, spread
-from tests.media.samples import VIDEO_FORMATS, encoded, level, levels, video_bytes
+from tests.media.samples import VIDEO_FORMATS, encoded, level, levels, shown_by, video_bytes
 
 pytestmark = pytest.mark.anyio
 
@@ -113,6 +113,26 @@ async def test_widths_at_which_decord_miscounts_channels(decoder, width):
         frames = [frame.to_image() for frame in container.decode(video=0)]
     expected = np.stack([to_geometry(frame, decoder.geometry) for frame in frames])
     assert np.abs(medium.frames.astype(int) - expected).max() <= 8  # two builds of FFmpeg round colours differently
+
+
+TURNED = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
+MIRRORED = [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("matrix", TURNED + MIRRORED, ids=str)
+async def test_frames_are_turned_and_mirrored_as_the_file_says(decoder, matrix):
+    """decord turns them, but shows what is mirrored, as of selfies, turned instead."""
+    data = video_bytes("mp4", (64, 64), num_frames=1, noise=True)
+    container: Any
+    with av.open(io.BytesIO(data)) as container:
+        (frame,) = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+    a, b, c, d = matrix
+    y, x = np.mgrid[-63:64:2, -63:64:2]
+    shown = np.empty_like(frame)
+    shown[(b * x + d * y + 63) // 2, (a * x + c * y + 63) // 2] = frame
+    medium = await decoder.decode(shown_by(data, *matrix), kind="video", num_frames=1, fps=None)
+    expected = to_geometry(Image.fromarray(shown), decoder.geometry)
+    assert np.abs(medium.frames[0].astype(int) - expected).max() <= 8  # two builds of FFmpeg round colours differently
 
 
 async def test_an_animated_gif_may_be_sent_as_a_video(decoder):
