@@ -215,6 +215,10 @@ class Area:
         """Pixels along a side, at most: narrow pictures may be half as narrow again after rounding."""
         return math.isqrt(2 * self.MAX_RATIO * self.most(1)) + 2 * self.multiple
 
+    def largest(self, num_frames: int) -> int:
+        """Pixels of one frame of so many, at most: rounding may lead beyond `most`, but by no more than a strip."""
+        return self.most(num_frames) + self.multiple * self.longest
+
     def holds(self, height: int, width: int, num_frames: int = 1) -> bool:
         """Whether `fitted` may have given this size."""
         unit = self.multiple
@@ -243,6 +247,13 @@ class Geometry:
 
     def area(self, kind: Literal["image", "video"]) -> Area | None:
         return self.image if kind == "image" else self.video
+
+    def largest(self, kind: Literal["image", "video"], num_frames: int) -> int | None:
+        """Pixels of one frame of so many, at most; None where that depends on the file alone."""
+        if (size := self.crop or self.exact) is not None:
+            return size[0] * size[1]
+        area = self.area(kind)
+        return None if area is None else area.largest(num_frames)
 
     def fits(self, kind: Literal["image", "video"], num_frames: int, height: int, width: int) -> bool:
         """Whether frames of this size may have been brought to it."""

@@ -142,7 +142,7 @@ class MediaDecoder:
                 child = await self._ready_child(slot)
                 try:
                     async with asyncio.timeout(self.limits.decode_seconds):
-                        reply, payload = await child.run(job, data, max_reply=self._max_reply())
+                        reply, payload = await child.run(job, data, max_reply=self._max_reply(job))
                     medium = self._medium(job.kind, reply, payload)
                 except TimeoutError:
                     raise client_error("out_of_time", {}) from None
@@ -165,11 +165,10 @@ class MediaDecoder:
             # No await here: this also runs when the client left, and must not be cancelled half-way.
             self._give_back(slot, keep=keep and self._open)
 
-    def _max_reply(self) -> int:
+    def _max_reply(self, job: wire.Job) -> int:
         """Bytes of pixels at most; a sane child never sends more."""
-        side = self.geometry.crop or self.geometry.exact
-        pixels = side[0] * side[1] if side is not None else self.limits.max_pixels
-        return pixels * 3 * self.limits.max_frames
+        num_frames = 1 if job.kind == "image" else job.num_frames or self.limits.max_frames
+        return 3 * num_frames * (self.geometry.largest(job.kind, num_frames) or self.limits.max_pixels)
 
     def _medium(self, kind: Kind, reply: wire.Reply, payload: np.ndarray) -> Medium:
         """Raises Refusal, and ChildGone when the answer does not fit together: nothing a child says is believed."""

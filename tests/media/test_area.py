@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -14,6 +15,7 @@ from service.media import MediaDecoder, MediaLimits, wire
 from service.media.geometry import check_size, to_geometry
 from service.media.process import ChildGone
 from service.media.refusal import Refusal
+from service.media.sniff import Kind
 from tests.media.samples import encoded, endless_gif, image_bytes, levels, picture, video_bytes
 
 UNIT = 16
@@ -133,3 +135,24 @@ def test_nothing_that_a_child_says_is_believed(kind, shape, seconds):
         decoder._medium(kind, wire.Decoded(shape, seconds), payload)
     sane = decoder._medium("video", wire.Decoded((2, 48, 48, 3), 0.5), np.zeros(2 * 48 * 48 * 3, np.uint8))
     assert sane.seconds_per_frame == 0.5
+
+
+def test_a_child_cannot_have_more_memory_taken_than_frames_may_have():
+    """Its answer's length is believed before anything of it has come: fifty million pixels each would be gigabytes."""
+    unit = 28**2
+    image, video = Area(28, 4 * unit, 16384 * unit), Area(28, 128 * unit, 768 * unit, all_frames=6635 * unit)  # Qwen's
+    geometry = dataclasses.replace(BY_AREA, image=image, video=video)
+    decoder = MediaDecoder(MediaLimits(max_frames=32), geometry, workers=1)
+
+    def most(kind: Kind, num_frames: int | None = None, fps: float | None = None) -> int:
+        return decoder._max_reply(wire.Job(kind, "PNG" if kind == "image" else "MP4", num_frames, fps))
+
+    assert max(most("image"), most("video", fps=1.0)) < 64 << 20
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        short, ratio = rng.integers(8, 9000), np.exp(rng.uniform(0, np.log(Area.MAX_RATIO)))
+        height, width = rng.permutation([int(short), int(short * ratio)])
+        count = int(rng.integers(1, 33))
+        assert 3 * np.prod(image.fitted(height, width)) <= most("image")
+        sent = 3 * count * np.prod(video.fitted(height, width, count))
+        assert sent <= most("video", count) <= most("video", fps=1.0)
