@@ -1,7 +1,8 @@
 """Every knob of the service: one frozen object, read once at start from the command line and `FLASH_*` variables.
 
-A field here is an option of `flashserve serve` and an environment variable by the same name; its description is
-the help text. Nothing here knows what the values are used for, and nothing reads the environment later.
+A field here is an option of `flashserve serve` and an environment variable by the same name (an empty one is as good as
+none); its description is the help text. Nothing here knows what the values are used for, and nothing reads the
+environment later.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ def option(panel: str, default: Any, description: str, *, hidden: bool = False, 
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="FLASH_", frozen=True, extra="forbid", protected_namespaces=())
+    model_config = SettingsConfigDict(
+        env_prefix="FLASH_",
+        env_ignore_empty=True,  # what `${X:-}` leaves in a compose file or a chart
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+    )
 
     # The model and where it runs
     model: str = option(

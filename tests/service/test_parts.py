@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from model.request import EngineStats, Medium, Message, RequestOutput, RequestStats, SamplingParams, Token
 from service.admission import Admission
@@ -134,6 +135,15 @@ def test_bad_values_stop_the_start_and_name_the_setting(name: str, value: str, s
     assert variable in done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_variable_that_is_empty_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files and charts pass `${FLASH_DRAFT:-}` on; an option that is empty was meant."""
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"FLASH_{name.upper()}", "")
+    assert Settings() == Settings.model_construct()
+    with pytest.raises(ValidationError, match="threads"):
+        Settings.model_validate({"threads": ""})
 
 
 def test_every_setting_is_an_option_with_a_description() -> None:
