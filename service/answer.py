@@ -97,6 +97,11 @@ class Answer:
         """Whether every choice has said its last."""
         return all(choice.finish_reason is not None for choice in self.choices)
 
+    @property
+    def stats(self) -> list[RequestStats]:
+        """Of every choice: at its end, or so far."""
+        return [choice.stats for choice in self.choices]
+
     def take_slots(self, number: int) -> None:
         self._slots.take(number)
 

@@ -18,7 +18,7 @@ import model
 from service.commands.bench import bench
 from service.commands.generate import generate
 from service.commands.train import train
-from service.settings import Settings
+from service.settings import Settings, complaints
 
 app = typer.Typer(
     name="flashserve",
@@ -77,21 +77,12 @@ def serve(**given: Any) -> None:
     try:
         settings = Settings(**given)
     except ValidationError as error:
-        for problem in error.errors():
-            typer.echo(f"flashserve: {_complaint(problem)}", err=True)
+        for complaint in complaints(error):
+            typer.echo(f"flashserve: {complaint}", err=True)
         raise typer.Exit(2) from None
     from service.server import run
 
     sys.exit(run(settings))
-
-
-def _complaint(problem: Any) -> str:
-    """One line that names the setting, as an option and as a variable."""
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not problem["loc"]:
-        return message
-    name = str(problem["loc"][0])
-    return f"--{name.replace('_', '-')} (FLASH_{name.upper()}): {message}"
 
 
 @app.command()

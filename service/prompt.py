@@ -44,7 +44,7 @@ async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
     media = await _all(loads)
     for (index, number), medium in zip(places, media, strict=True):
         contents[index][number] = medium
-    _check_sampling_used(ask, media)
+    check_sampling_used(ask, media)
     messages = (Message(_role(m), tuple(parts)) for m, parts in zip(ask.messages, contents, strict=True))
     return Prompt(tuple(messages), len(media), time.monotonic() - started)
 
@@ -52,9 +52,16 @@ async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
 async def from_form(service: Service, ask: GenerateRequest, files: Sequence[bytes]) -> Prompt:
     started = time.monotonic()
     media = await _all([_from_file(service, ask, file) for file in files])
-    _check_sampling_used(ask, media)
+    check_sampling_used(ask, media)
     text = (ask.prompt,) if ask.prompt else ()
     return Prompt((Message("user", (*media, *text)),), len(media), time.monotonic() - started)
+
+
+def check_sampling_used(ask: SamplingFields, media: Sequence[Medium]) -> None:
+    """Whether there is a video to take frames of, where it is said which; BadRequest."""
+    for name in ("num_frames", "fps"):
+        if getattr(ask, name) is not None and all(medium.kind != "video" for medium in media):
+            raise BadRequest(f"{name} is for videos, and there is none", param=name)
 
 
 async def _from_url(service: Service, ask: ChatRequest, part: ImagePart | VideoPart, param: str) -> Medium:
@@ -100,12 +107,6 @@ async def _all(loads: Sequence[Awaitable[Medium]]) -> list[Medium]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _check_sampling_used(ask: SamplingFields, media: Sequence[Medium]) -> None:
-    for name in ("num_frames", "fps"):
-        if getattr(ask, name) is not None and all(medium.kind != "video" for medium in media):
-            raise BadRequest(f"{name} is for videos, and there is none", param=name)
 
 
 def _role(message: ChatMessage) -> Literal["system", "user", "assistant"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model.config import DrafterName
@@ -188,3 +188,16 @@ class Settings(BaseSettings):
         shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         options = [{**shared, "device": device, "threads": threads} for device in devices]
         return [{name: value for name, value in each.items() if value is not None} for each in options]
+
+
+def complaints(error: ValidationError) -> list[str]:
+    """What is wrong with settings: a line each, which names it as an option and as a variable."""
+    return [_complaint(problem) for problem in error.errors()]
+
+
+def _complaint(problem: Any) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    return f"--{name.replace('_', '-')} (FLASH_{name.upper()}): {message}"

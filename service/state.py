@@ -30,7 +30,7 @@ class Service:
         """`on_fatal`: called once, with the reason, where the model cannot be loaded at all."""
         self.settings = settings
         self.metrics = Metrics(settings.model_name)
-        self.media_limits = _media_limits(settings)
+        self.media_limits = media_limits(settings)
         self.decoder: MediaDecoder | None = None  # from the moment the target's geometry is known
         self.draining = False
         self._watch: Watch | None = None
@@ -168,7 +168,8 @@ def _plans(settings: Settings, arena: Arena | None) -> list[WorkerPlan]:
     ]
 
 
-def _media_limits(settings: Settings) -> MediaLimits:
+def media_limits(settings: Settings) -> MediaLimits:
+    """Under which the media of a request are fetched and decoded."""
     return MediaLimits(
         max_bytes=settings.max_media_bytes,
         max_pixels=settings.max_pixels,

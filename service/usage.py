@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from service.answer import Answer, Choice
+from model.request import RequestStats
 
 
-def usage(answer: Answer) -> dict[str, Any]:
-    """The prompt is counted once, however many choices were made of it, and of which one has been heard."""
-    stats = [choice.stats for choice in answer.choices]
+def usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
+    """Of all choices. The prompt is counted once, however many were made of it, and of which one has been heard."""
     prompt = max(one.prompt_tokens for one in stats)
     completion = sum(one.completion_tokens for one in stats)
     accepted = sum(one.accepted_tokens for one in stats)
@@ -25,9 +25,8 @@ def usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def speculation(choice: Choice) -> dict[str, Any]:
+def speculation(stats: RequestStats) -> dict[str, Any]:
     """`acceptance_length`: tokens a verify step gave on average, the bonus token included; 1 without drafts."""
-    stats = choice.stats
     return {
         "acceptance_length": 1.0 + stats.accepted_tokens / stats.drafts if stats.drafts else 1.0,
         "drafts": stats.drafts,
@@ -36,13 +35,14 @@ def speculation(choice: Choice) -> dict[str, Any]:
     }
 
 
-def timings(answer: Answer, choice: Choice) -> dict[str, float]:
+def timings(
+    *, queue: float, media: float, time_to_first_token: float, decode: float, seconds_per_token: float | None
+) -> dict[str, float]:
     """Seconds; `tokens_per_second` is that of decoding, after the first output."""
-    per_token = choice.seconds_per_token
     return {
-        "queue": choice.stats.queue,
-        "media": answer.media_seconds,
-        "time_to_first_token": answer.time_to_first_token(choice),
-        "decode": choice.decode_seconds,
-        "tokens_per_second": 1.0 / per_token if per_token else 0.0,
+        "queue": queue,
+        "media": media,
+        "time_to_first_token": time_to_first_token,
+        "decode": decode,
+        "tokens_per_second": 1.0 / seconds_per_token if seconds_per_token else 0.0,
     }

@@ -7,6 +7,8 @@ import shlex
 import typer
 from pydantic import ValidationError
 
+from service.settings import complaints
+
 
 def bench(context: typer.Context) -> None:
     """Compare transformers' generate, the engine without speculation and with FLASH; or, --service, HTTP's cost."""
@@ -42,5 +44,6 @@ def bench(context: typer.Context) -> None:
 
             run(asked, command)
     except (ConfigError, OSError, ValidationError) as error:
-        typer.echo(f"flashserve: {error}", err=True)
+        for complaint in complaints(error) if isinstance(error, ValidationError) else (error,):
+            typer.echo(f"flashserve: {complaint}", err=True)
         raise typer.Exit(1) from None

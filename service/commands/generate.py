@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +14,15 @@ import typer
 from pydantic import ValidationError
 
 from model.config import DRAFTERS, ConfigError, EngineConfig
-from model.request import Geometry, Medium, Message, Request, RequestError, RequestOutput, RequestStats, SamplingParams
+from model.request import Geometry, Medium, Message, Request, RequestError, RequestOutput, RequestStats
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
-from service.settings import Settings
+from service.settings import Settings, complaints
+from service.usage import speculation, timings, usage
 
 if TYPE_CHECKING:
     from model.engine import Engine
+    from service.schemas.sampling import SamplingFields
 
 ENGINE, SAMPLING, VIDEO = "Model", "Sampling", "Video"
 
@@ -33,7 +34,9 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with text, usage, speculation and timings.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", rich_help_panel=SAMPLING)] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, tokens; by default 256, or what fits.", rich_help_panel=SAMPLING)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
     top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
     top_k: Annotated[int, typer.Option(help="0: no limit.", rich_help_panel=SAMPLING)] = 0,
@@ -42,6 +45,14 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Ends the answer; repeatable.", rich_help_panel=SAMPLING)
     ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on where the model would end.", rich_help_panel=SAMPLING)
+    ] = False,
+    min_tokens: Annotated[int, typer.Option(help="Shortest answer, tokens.", rich_help_panel=SAMPLING)] = 0,
+    presence_penalty: Annotated[float, typer.Option(help="-2 to 2.", rich_help_panel=SAMPLING)] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="-2 to 2.", rich_help_panel=SAMPLING)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: none.", rich_help_panel=SAMPLING)] = 1.0,
+    speculation: Annotated[str, typer.Option(help="auto, off.", rich_help_panel=SAMPLING)] = "auto",
     num_frames: Annotated[int | None, typer.Option(help="Frames taken of a video.", rich_help_panel=VIDEO)] = None,
     fps: Annotated[float | None, typer.Option(help="Or: frames taken a second.", rich_help_panel=VIDEO)] = None,
     model: Annotated[str, typer.Option(help="Path or id of the target.", rich_help_panel=ENGINE)] = "demo",
@@ -53,26 +64,48 @@ def generate(
     """Answer one prompt about images and videos, here, without HTTP.
 
     The text is printed as it arrives. Media come before the prompt: images first, then videos, each in the order given.
+    What may be asked for, FLASH_* variables say, as of serve.
     """
     files: list[tuple[Path, Kind]] = [(path, "image") for path in image or ()]
     files += [(path, "video") for path in video or ()]
-    try:
-        params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, seed=seed, stop=tuple(stop or ()))
-        options = {"model": model, "draft": draft, "drafter": drafter, "device": device, "dtype": dtype}
-        settings = Settings(**options)  # type: ignore[arg-type]
-        from model.engine import Engine
+    asked = {
+        **{"prompt": prompt, "max_tokens": max_tokens, "min_tokens": min_tokens, "ignore_eos": ignore_eos},
+        **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
+        **{"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty},
+        **{"repetition_penalty": repetition_penalty, "speculation": speculation},
+        **{"num_frames": num_frames, "fps": fps},
+    }
+    options = {"model": model, "draft": draft, "drafter": drafter, "device": device, "dtype": dtype}
+    from model.engine import Engine
+    from service.body import Form
+    from service.prompt import check_sampling_used
+    from service.schemas import generate as schema
+    from service.schemas.sampling import sampling_params
+    from service.state import media_limits
 
+    try:
+        settings = Settings(**options)  # type: ignore[arg-type]
+        # The form that a client of POST /v1/generate would send: what it may say and means is said there.
+        fields = [(name, str(value)) for name, value in asked.items() if value is not None]
+        fields += [("stop", text) for text in stop or ()]
+        form = Form(fields, [("media", path.read_bytes()) for path, _ in files])
+        ask, contents = schema.read(form, settings)
+        params = sampling_params(ask, settings, default_temperature=temperature)
         quiet_loading()
         engine = Engine(EngineConfig(**{**settings.engine_options()[0], "max_num_seqs": 1}))
         begun = time.perf_counter()
-        media = asyncio.run(read_media(files, engine.info.geometry, num_frames, fps)) if files else []
+        kinds = [kind for _, kind in files]
+        media = asyncio.run(decoded(contents, kinds, ask, media_limits(settings), engine.info.geometry))
+        check_sampling_used(ask, media)
         media_seconds = time.perf_counter() - begun
-        request = Request("generate", (Message("user", (*media, prompt)),), params)
+        message = Message("user", (*media, prompt) if prompt else tuple(media))
+        fit, speculates = ask.asked_max_tokens() is None, ask.speculation != "off"
+        request = Request("generate", (message,), params, speculates, fit=fit)
         text, last = answer(engine, request, (lambda _: None) if as_json else show)
     except (ConfigError, RequestError, ServiceError, OSError) as error:
         fail(str(error))
     except ValidationError as error:
-        fail("; ".join(str(problem["msg"]).removeprefix("Value error, ") for problem in error.errors()))
+        fail("; ".join(complaints(error)))
     if last.finish_reason == "error":
         fail(last.error or "the engine could not answer")
     if as_json:
@@ -93,16 +126,18 @@ def quiet_loading() -> None:
     logging.disable_progress_bar()
 
 
-async def read_media(
-    files: list[tuple[Path, Kind]], geometry: Geometry, num_frames: int | None, fps: float | None
+async def decoded(
+    contents: list[bytes], kinds: list[Kind], ask: SamplingFields, limits: MediaLimits, geometry: Geometry
 ) -> list[Medium]:
-    """The same decoding, in the same confined child, as a file gets that comes over HTTP."""
-    decoder = MediaDecoder(MediaLimits(), geometry, workers=1)
+    """The same decoding, in the same confined child, as files get that come over HTTP."""
+    if not contents:
+        return []
+    decoder = MediaDecoder(limits, geometry, workers=1)
     await decoder.start()
     try:
         return [
-            await decoder.decode(await asyncio.to_thread(path.read_bytes), kind=kind, num_frames=num_frames, fps=fps)
-            for path, kind in files
+            await decoder.decode(data, kind=kind, num_frames=ask.num_frames, fps=ask.fps)
+            for data, kind in zip(contents, kinds, strict=True)
         ]
     finally:
         await decoder.close()
@@ -132,24 +167,13 @@ def result(text: str, last: RequestOutput, media_seconds: float) -> dict[str, An
     return {
         "text": text,
         "finish_reason": last.finish_reason,
-        "usage": {
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.completion_tokens,
-            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-            "completion_tokens_details": {
-                "accepted_prediction_tokens": stats.accepted_tokens,
-                "rejected_prediction_tokens": stats.draft_tokens - stats.accepted_tokens,
-            },
-        },
-        "speculation": {
-            "acceptance_length": 1.0 + stats.accepted_tokens / stats.drafts if stats.drafts else 1.0,
-            **{name: asdict(stats)[name] for name in ("drafts", "draft_tokens", "accepted_tokens")},
-        },
-        "timings": {
-            "queue": stats.queue,
-            "media": media_seconds,
-            "time_to_first_token": media_seconds + stats.time_to_first_token,
-            "decode": stats.decode,
-            "tokens_per_second": later / stats.decode if later > 0 and stats.decode > 0 else 0.0,
-        },
+        "usage": usage([stats]),
+        "speculation": speculation(stats),
+        "timings": timings(
+            queue=stats.queue,
+            media=media_seconds,
+            time_to_first_token=media_seconds + stats.time_to_first_token,
+            decode=stats.decode,
+            seconds_per_token=stats.decode / later if later > 0 else None,
+        ),
     }

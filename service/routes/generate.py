@@ -56,9 +56,15 @@ def _result(answer: Answer) -> dict[str, Any]:
         "text": choice.text,
         "finish_reason": choice.finish_reason,
         **_logprobs(choice.logprobs),
-        "usage": usage(answer),
-        "speculation": speculation(choice),
-        "timings": timings(answer, choice),
+        "usage": usage(answer.stats),
+        "speculation": speculation(choice.stats),
+        "timings": timings(
+            queue=choice.stats.queue,
+            media=answer.media_seconds,
+            time_to_first_token=answer.time_to_first_token(choice),
+            decode=choice.decode_seconds,
+            seconds_per_token=choice.seconds_per_token,
+        ),
     }
 
 

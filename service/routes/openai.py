@@ -80,7 +80,7 @@ def _completion(answer: Answer) -> dict[str, Any]:
             }
             for index, choice in enumerate(answer.choices)
         ],
-        "usage": usage(answer),
+        "usage": usage(answer.stats),
     }
 
 
@@ -93,7 +93,7 @@ async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGe
         index: int, delta: dict[str, str], finish_reason: str | None = None, said: Seq[Likelihoods] | None = None
     ) -> bytes:
         if running and answer.choices[index].num_tokens:
-            head["usage"] = usage(answer)
+            head["usage"] = usage(answer.stats)
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(said), "finish_reason": finish_reason}
         return event({**head, "choices": [choice]})
 
@@ -112,7 +112,7 @@ async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGe
             elif said:
                 yield said
         if with_usage:
-            last += event({**head, "choices": [], "usage": usage(answer)})
+            last += event({**head, "choices": [], "usage": usage(answer.stats)})
         yield Last(last + DONE)
     except ServiceError as error:
         yield Last(event(error.envelope()) + DONE)

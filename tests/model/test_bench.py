@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -29,6 +30,8 @@ from model.native.step import DraftStep
 from model.request import Message, SamplingParams
 from model.round import TorchRound
 from service.cli import app
+from service.commands.generate import generate
+from service.schemas.sampling import SamplingFields
 from tests.model import tiny
 
 
@@ -275,7 +278,10 @@ def test_generate_says_what_the_engine_says(
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["--temperature", "-1"], "temperature is out of range"),
+        (["--temperature", "5"], "temperature: Expected `float` <= 2.0"),
+        (["--min-tokens", "9", "--max-tokens", "8"], "min_tokens must be at most max_tokens"),
+        (["--speculation", "maybe"], "speculation: Invalid enum value"),
+        (["--num-frames", "33", "--fps", "1"], "give num_frames or fps, not both"),
         (["--drafter", "eagle"], "one for --drafter flash"),
         (["--model", "/nowhere"], "cannot be loaded"),
     ],
@@ -285,6 +291,48 @@ def test_generate_explains_what_it_cannot_do(more: list[str], complaint: str) ->
     assert done.exit_code == 1
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_generate_takes_what_the_route_takes(
+    tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
+) -> None:
+    """Its fields were once listed, and their ranges given, a second time: what was built later was missing."""
+    options = set(inspect.signature(generate).parameters)
+    not_for_one_answer = {"n", "stream", "logprobs", "top_logprobs", "logit_bias"}
+    assert set(SamplingFields.__struct_fields__) - not_for_one_answer <= options
+    params: dict[str, Any] = {
+        "ignore_eos": True,
+        "repetition_penalty": 3.0,
+        "presence_penalty": 2.0,
+        "frequency_penalty": -1.0,
+    }
+    request = tiny.ask("a", tiny.image(0), "Describe the image.", max_tokens=12, min_tokens=4, **params)
+    expected = tiny.text_of(tiny.drain(plain_engine, [request])["a"])
+    asked = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "12", "--json"]
+    asked += ["--min-tokens", "4", "--ignore-eos", "--repetition-penalty", "3", "--presence-penalty", "2"]
+    asked += ["--frequency-penalty", "-1", "--top-k", "-1", "--speculation", "off"]
+    told = json.loads(CliRunner().invoke(app, [*asked, *models(tiny_checkpoint, tiny_draft)]).stdout)
+    assert (told["text"], told["speculation"]["drafts"]) == (expected, 0)
+    assert told["usage"]["completion_tokens"] == 12
+
+
+def test_generate_has_the_limits_of_the_service(
+    tiny_checkpoint: Path, tiny_draft: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["generate", "--prompt", "hello", "--image", str(picture), *models(tiny_checkpoint, tiny_draft)]
+
+    def complaint(*more: str) -> str:
+        done = CliRunner().invoke(app, [*asked, *more])
+        assert done.exit_code == 1
+        return done.stderr
+
+    assert "num_frames is for videos, and there is none" in complaint("--num-frames", "2")
+    monkeypatch.setenv("FLASH_MAX_FRAMES", "3")
+    assert "num_frames must be at most 3" in complaint("--num-frames", "4")
+    monkeypatch.setenv("FLASH_MAX_PIXELS", "64")
+    assert "pixels" in complaint()
+    monkeypatch.setenv("FLASH_PORT", "abc")
+    assert "--port (FLASH_PORT): Input should be a valid integer" in complaint()
 
 
 @pytest.mark.slow
