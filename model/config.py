@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ DRAFTERS: tuple[str, ...] = get_args(DrafterName)
 TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # a folder holds what they have learnt
 MAX_NODES, PAPER_NODES = 15, 25  # draft nodes per sequence and step; of flash-paper's fixed tree
 DEFAULT_MAX_MODEL_LEN = 4096
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name": what reads otherwise can only be a path
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -93,6 +95,8 @@ class EngineConfig:
             model = str(DEMO_WEIGHTS / target_folder)
             if draft is None and (DEMO_WEIGHTS / draft_folder / "config.json").exists():
                 draft = str(DEMO_WEIGHTS / draft_folder)
+        if not (Path(model).exists() or HUB_ID.fullmatch(model)):
+            raise ConfigError(f"model {model!r} cannot be loaded: there is no such folder")
         graphs = device.startswith("cuda") if self.graphs is None else self.graphs
         drafter = self._drafter(draft)
         aware = self.load_aware and drafter != "flash-paper"

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from model.config import ConfigError
 from model.request import EngineStats, Request, RequestError, RequestOutput
 from service import cores
 from service.pool import incoming
@@ -217,6 +218,10 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(load, m.Load):
             raise TypeError(f"the first message must be Load, not {load}")
         engine = _factory(arguments.engine)(load.options)
+    except ConfigError as error:  # a setting's: it says all that there is to say
+        log.error("loading failed: %s", error)
+        link.send(m.LoadFailed(str(error)))
+        return EXIT_LOAD_FAILED
     except Exception as error:
         log.exception("loading failed")
         link.send(m.LoadFailed(f"{type(error).__name__}: {error}"))

@@ -283,7 +283,8 @@ def test_generate_says_what_the_engine_says(
         (["--speculation", "maybe"], "speculation: Invalid enum value"),
         (["--num-frames", "33", "--fps", "1"], "give num_frames or fps, not both"),
         (["--drafter", "eagle"], "one for --drafter flash"),
-        (["--model", "/nowhere"], "cannot be loaded"),
+        (["--model", "/nowhere"], "model '/nowhere' cannot be loaded: there is no such folder"),
+        (["--model", "./nowhere"], "there is no such folder"),
     ],
 )
 def test_generate_explains_what_it_cannot_do(more: list[str], complaint: str) -> None:

@@ -3,7 +3,8 @@
 Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th token of that request, but only where no
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
 taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
-text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD, FAKE_CRASH_DIR.
+text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting or
+the model), FAKE_CRASH_DIR.
 
 A draft's config.json may say {"refused": "why"}, {"refused_by_one": true} or {"load": seconds}. Files loaded-PID and
 used-PID beside the crash markers tell which draft a process has.
@@ -41,8 +42,8 @@ BLOCK = 4  # tokens of a step with speculation: three from the draft, one from t
 
 def load(options: dict[str, Any]) -> FakeEngine:
     time.sleep(float(os.environ.get("FAKE_LOAD_DELAY", "0")))
-    if os.environ.get("FAKE_FAIL_LOAD"):
-        raise ValueError("model: there is no checkpoint at this path")
+    if kind := os.environ.get("FAKE_FAIL_LOAD"):
+        raise {"setting": ConfigError, "model": ValueError}[kind]("there is no checkpoint at this path")
     return FakeEngine(options)
 
 

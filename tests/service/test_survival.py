@@ -140,9 +140,17 @@ def test_a_worker_beyond_hope_is_given_up_and_livez_says_so(start_server: StartS
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(start_server: StartServer, workers: int) -> None:
-    server = start_server({"fail_load": 1, "load_delay": 1}, wait=False, workers=workers)
+    server = start_server({"fail_load": "model", "load_delay": 1}, wait=False, workers=workers)
     assert server.process.wait(15) == 1
-    assert "cannot serve: ValueError: model: there is no checkpoint at this path" in server.log_text()
+    assert "cannot serve: ValueError: there is no checkpoint at this path" in server.log_text()
+    assert server.log_text().count("Traceback") == workers, "it may be a bug"
+
+
+def test_a_setting_that_cannot_be_used_is_told_without_tracebacks(start_server: StartServer) -> None:
+    server = start_server({"fail_load": "setting", "load_delay": 1}, wait=False)
+    assert server.process.wait(15) == 1
+    assert "cannot serve: there is no checkpoint at this path" in server.log_text()
+    assert "Traceback" not in server.log_text()
 
 
 def test_workers_end_when_the_server_is_killed(start_server: StartServer) -> None:
