@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 
 from model.bench import options
 
@@ -23,4 +22,4 @@ def main(argv: list[str], prog: str = "python -m model.bench") -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    options.program(main)

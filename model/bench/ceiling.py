@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers.utils import logging
 
 from model.bench import figures, report, untrained
 from model.bench.arms import Arm, EngineArm, ReplayArm, Run, in_turn
-from model.bench.options import numbers
+from model.bench.options import numbers, program
 from model.bench.untrained import SIZES, TEMPLATE
 from model.config import DTYPES, EngineConfig
 from model.draft.presets import Sizes
@@ -183,4 +182,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(main)

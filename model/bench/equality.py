@@ -31,6 +31,7 @@ from transformers.utils import logging
 from model.bench import report
 from model.bench.differences import EPSILON, Comparison, Difference, differences, summary
 from model.bench.jobs import GREEDY, SETTINGS, Job, Setting, alone, crowd_of, mixed, task_of
+from model.bench.options import program
 from model.bench.reference import Conversation, Reference
 from model.config import DRAFTERS, DTYPES, EngineConfig
 from model.demo import prompts
@@ -145,8 +146,7 @@ def show(result: dict[str, Any]) -> str:
     return f"{text}\n\n{'passed' if result['passed'] else 'FAILED: something differs without excuse'}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "model.bench.equality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -181,4 +181,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(main))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from transformers.utils import logging
 
 from model.attention import Rows, Sight
 from model.bench import report, untrained
+from model.bench.options import program
 from model.bench.untrained import SIZES, TEMPLATE, limits, make_draft, make_target, seconds
 from model.config import DTYPES, EngineConfig
 from model.drafters.flash import FlashDrafter
@@ -263,4 +263,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,7 +22,7 @@ from transformers.utils import logging
 
 from model.bench import report
 from model.bench.arms import EngineArm, in_turn
-from model.bench.options import numbers
+from model.bench.options import numbers, program
 from model.config import EngineConfig
 from model.demo import prompts
 from model.engine import Engine
@@ -130,4 +129,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(main)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
-from model.config import DRAFTERS, DTYPES, DrafterName, EngineConfig, drafter_of
+from model.config import DRAFTERS, DTYPES, ConfigError, DrafterName, EngineConfig, drafter_of
 from model.request import SamplingParams
 
 ARMS = ("generate", "off", *(name for name in DRAFTERS if name not in ("auto", "off")))
 REPLAY = "replay:"
+T = TypeVar("T")
 DESCRIPTION = """\
 Compares, on the same prompts in one run: transformers' own generate (batched, left-padded), the engine without
 speculation (off) and the engine with FLASH (flash); or with other drafters: flash-paper, eagle, medusa (each needs its
@@ -145,6 +148,14 @@ def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
         output=given.output,
         profile=given.profile,
     )
+
+
+def program(main: Callable[[list[str]], T]) -> T:
+    """Runs a benchmark with the options of its command line; ends it with one line where these cannot be used."""
+    try:
+        return main(sys.argv[1:])
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def _is_replay(arm: str) -> bool:

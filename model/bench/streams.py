@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from model.bench import report
+from model.bench.options import program
 from model.config import DTYPES, EngineConfig
 from model.demo import prompts, scenes
 from model.engine import Engine
@@ -164,4 +164,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(main)

@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 from transformers.utils import logging
 
+from model.bench.options import program
 from model.bench.report import aligned, machine
 from model.config import EngineConfig
 from model.demo.prompts import KINDS, LONG_FRAMES, ROOM, TASKS, Scenes
@@ -257,4 +258,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(main)

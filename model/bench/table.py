@@ -194,4 +194,4 @@ def _plot(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    asked.program(main)

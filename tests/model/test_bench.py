@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,27 @@ def test_a_close_call_of_top_p_itself_is_seen() -> None:
 
 
 # -- the command line
+
+
+@pytest.mark.parametrize(
+    ("module", "asked"),
+    [
+        *(
+            (module, "--device cuda")
+            for module in ("__main__", "ceiling", "equality", "gpu", "load", "streams", "table")
+        ),
+        *((module, "--model /nowhere") for module in ("__main__", "equality", "load", "streams")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_a_benchmark_explains_in_one_line_what_it_cannot_do(
+    module: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", [module, *asked.split()])
+    with pytest.raises(SystemExit, match="error: (device|model) '(cuda|/nowhere)' .*") as ended:
+        runpy.run_module(f"model.bench.{module}", run_name="__main__")
+    assert "\n" not in str(ended.value)
 
 
 @pytest.fixture
