@@ -7,7 +7,7 @@ A manifest is JSONL, one conversation a line; paths are relative to the manifest
     {"messages": [{"role": "user", "content": [                        a conversation of any length
         {"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]}]}
 
-Answers at the end of "messages" are dropped: the target writes its own.
+Answers at the end of "messages" are dropped: the target writes its own. A line with any other key cannot be used.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from model.train.data import Unusable
 
 Kind = Literal["image", "video"]
 Decode = Callable[[Path, Kind | None], Medium]  # None: whatever it is; raises Unusable, which names no path
+KINDS: dict[str, Kind | None] = {"image": "image", "video": "video", "media": None}  # by a manifest's key
 SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"), "image"),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), "video"),
@@ -124,6 +125,9 @@ def _turns(row: Any, folder: Path) -> tuple[Turn, ...]:
     """Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
+    known = {"messages"} if "messages" in row else {"prompt", *KINDS}
+    if unknown := sorted(row.keys() - known):  # a misspelt "image" would teach to answer without it
+        raise ValueError(f"unknown key {unknown[0]!r}; known here: {', '.join(sorted(known))}")
     if "messages" in row:
         turns = [_turn(message, folder) for message in row["messages"]]
         while turns and turns[-1].role == "assistant":
@@ -132,8 +136,7 @@ def _turns(row: Any, folder: Path) -> tuple[Turn, ...]:
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise ValueError('no "prompt"')
-        kinds: tuple[tuple[str, Kind | None], ...] = (("image", "image"), ("video", "video"), ("media", None))
-        files = [File(folder / path, kind) for name, kind in kinds for path in _paths(row.get(name, ()))]
+        files = [File(folder / path, kind) for name, kind in KINDS.items() for path in _paths(row.get(name, ()))]
         turns = [Turn("user", (*files, prompt))]
     if not turns or turns[-1].role != "user":
         raise ValueError("nothing for the target to answer: the last message must be the user's")

@@ -69,9 +69,13 @@ def test_a_bad_line_is_named_and_the_others_are_used(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
         {"messages": [{"role": "assistant", "content": "Nobody asked."}]},
         {"image": 3, "prompt": "What?"},
+        {"imagee": "a.png", "prompt": "What?"},
+        {"image": "a.png", "prompt": "What?", "promt": "Where?"},
+        {"messages": [{"role": "user", "content": "What?"}], "image": "a.png"},
     )
     assert len(data.items) == 1
-    assert [problem.split(":")[1] for problem in data.problems] == ["1", "3", "4", "5", "6", "7", "8"]
+    assert [problem.split(":")[1] for problem in data.problems] == [*"13456789", "10", "11"]
+    assert "unknown key 'imagee'; known here: image, media, prompt, video" in data.problems[-3]
     assert "gone.png" in data.problems[1]
 
 
