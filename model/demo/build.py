@@ -50,12 +50,16 @@ def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
         ["model.demo.vision", "--folder", folder, *learn],
         ["model.demo.target", "--folder", folder, *learn],
         ["model.demo.draft", "--folder", folder, *draft],
-        ["model.demo.evaluate", f"{folder}/target", *look],
+        _evaluation(f"{folder}/target", look),
         ["model.demo.qwen_vision", "--folder", folder, *first, *learn],
         ["model.demo.qwen_target", "--folder", folder, *first, *learn],
-        ["model.demo.evaluate", f"{folder}/qwen-target", *look],
+        _evaluation(f"{folder}/qwen-target", look),
         ["model.demo.draft", *qwen, *draft, "--frames", "64"],
     ]
+
+
+def _evaluation(checkpoint: str, look: list[str]) -> list[str]:
+    return ["model.demo.evaluate", checkpoint, *look, "--output", f"{checkpoint}/evaluation.json"]
 
 
 def main() -> None:

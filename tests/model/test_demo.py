@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from model.config import DEMO_WEIGHTS
-from model.demo import captions, motion, prompts, scenes, vision
+from model.demo import build, captions, evaluate, motion, prompts, scenes, vision
 from model.demo.captions import Claim
 from model.demo.scenes import Scene, Thing
 from model.demo.target import LlavaConversations
@@ -327,3 +329,25 @@ def test_a_conversation_asks_nothing_of_questions_and_media() -> None:
         if "motions" in batch:
             assert batch["motions"].shape == (frames, GRID * GRID, len(motion.MOTION_QUESTIONS))
     assert kinds == {"image", "video"}
+
+
+def test_an_evaluation_writes_only_where_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A look at a handful of scenes once replaced the figures that lie beside the weights; a build writes those."""
+    monkeypatch.setattr(evaluate, "image_scores", lambda *_, **__: {"recall": 1.0})
+    monkeypatch.setattr(evaluate, "video_scores", lambda *_, **__: {"motions": 1.0})
+
+    def run(*asked: str) -> str:
+        monkeypatch.setattr("sys.argv", ["evaluate", *asked])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    told = run(str(tmp_path))
+    assert json.loads(told) == {"image": {"recall": 1.0}, "video": {"motions": 1.0}}
+    assert not list(tmp_path.iterdir())
+    stages = [stage for stage in build.stages(str(tmp_path), rehearse=True) if stage[0] == "model.demo.evaluate"]
+    assert [stage[1] for stage in stages] == [f"{tmp_path}/target", f"{tmp_path}/qwen-target"]
+    for _, *asked in stages:
+        Path(asked[0]).mkdir()
+        assert run(*asked) == told == (Path(asked[0]) / "evaluation.json").read_text()
