@@ -107,6 +107,7 @@ class Settings(BaseSettings):
     # What one request may ask for
     max_header_bytes: int = option("Limits", 32 * 1024, "Bytes of request line and headers.", ge=1024)
     max_body_bytes: int = option("Limits", 64 * MIB, "Bytes of a request's body.", ge=1024)
+    max_text_bytes: int = option("Limits", 512 * 1024, "Bytes of a request's body beside its media.", ge=1024)
     max_media: int = option("Limits", 8, "Images and videos per request.", ge=0)
     max_media_bytes: int = option("Limits", 32 * MIB, "Bytes of one image or video, encoded.", ge=1)
     max_pixels: int = option("Limits", 50_000_000, "Pixels of one image, as sent.", ge=1)
@@ -115,6 +116,7 @@ class Settings(BaseSettings):
     max_frames: int = option("Limits", 32, "Frames sampled from one video.", ge=1)
     max_prompt_chars: int = option("Limits", 32_768, "Characters of text per request.", ge=1)
     max_messages: int = option("Limits", 64, "Chat messages per request.", ge=1)
+    max_parts: int = option("Limits", 1024, "Texts, images and videos of all chat messages.", ge=1)
     max_new_tokens: int = option("Limits", 2048, "The largest max_tokens a request may ask for.", ge=1)
     default_max_tokens: int = option("Limits", 256, "max_tokens where a request does not say.", ge=1)
     max_n: int = option("Limits", 8, "Choices per request.", ge=1)
@@ -172,6 +174,8 @@ class Settings(BaseSettings):
             raise ValueError("watch_draft: there is no folder to look at; give --draft")
         if self.default_max_tokens > self.max_new_tokens:
             raise ValueError("default_max_tokens: must not exceed max_new_tokens")
+        if self.max_prompt_chars > self.max_text_bytes:
+            raise ValueError("max_prompt_chars: must not exceed max_text_bytes")
         return self
 
     @property

@@ -8,12 +8,17 @@ import msgspec
 
 from service.errors import BadRequest
 
+ENDS = 256  # characters of a complaint's either end; what is between can only be a value that it quotes
+
 
 def as_bad_request(error: Exception) -> BadRequest:
     """msgspec writes `Expected `int`, got `str` - at `$.messages[0].content``; the path becomes `param`."""
     if not isinstance(error, msgspec.ValidationError):
         return BadRequest("the body is not valid JSON", code="invalid_json")
-    complaint, _, place = str(error).partition(" - at ")
+    said = str(error)
+    if len(said) > 2 * ENDS:
+        said = f"{said[:ENDS]}...{said[-ENDS:]}"
+    complaint, _, place = said.partition(" - at ")
     found = re.search(r"`\$\.?([^`]*)`", place)  # of a key it says: `key` in `$.logit_bias`
     path = found[1] if found else ""
     field = re.search(r"(unknown|required) field `(.*)`$", complaint, re.DOTALL)

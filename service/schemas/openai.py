@@ -122,6 +122,8 @@ def check(ask: ChatRequest, settings: Settings) -> None:
         raise BadRequest(f"n must be at most {settings.max_n}", param="n")
     if not 1 <= len(ask.messages) <= settings.max_messages:
         raise BadRequest(f"there must be 1 to {settings.max_messages} messages", param="messages")
+    if sum(len(message.parts()) for message in ask.messages) > settings.max_parts:
+        raise BadRequest(f"at most {settings.max_parts} texts, images and videos are allowed", param="messages")
     num_chars = num_media = 0
     for index, message in enumerate(ask.messages):
         for part in message.parts():

@@ -146,6 +146,12 @@ def test_a_variable_that_is_empty_is_one_that_is_not_set(monkeypatch: pytest.Mon
         Settings.model_validate({"threads": ""})
 
 
+def test_a_prompt_that_is_allowed_fits_into_a_body() -> None:
+    with pytest.raises(ValueError, match="max_prompt_chars: must not exceed max_text_bytes"):
+        Settings(max_prompt_chars=10**6)
+    assert Settings(max_prompt_chars=10**6, max_text_bytes=4 * 10**6).max_prompt_chars == 10**6
+
+
 def test_every_setting_is_an_option_with_a_description() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "service.cli", "serve", "--help"],
