@@ -89,8 +89,9 @@ async def read_form(request: Request, settings: Settings, *, max_files: int, max
         raise _too_slow() from None
     except UnicodeDecodeError:
         raise BadRequest("a field is not valid UTF-8", code="invalid_text") from None
-    except (MultipartError, ValueError) as error:
-        raise BadRequest(f"the form cannot be read: {error}", code="invalid_form") from None
+    except (MultipartError, ValueError):  # what they say is a library's
+        message = f"the form is malformed, or has more than {max_files + max_fields} parts"
+        raise BadRequest(message, code="invalid_form") from None
     raise BadRequest("send multipart/form-data", param="content-type", code="invalid_content_type")
 
 

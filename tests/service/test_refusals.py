@@ -40,6 +40,7 @@ def png(width: int = 60, height: int = 40) -> bytes:
 
 USER = {"role": "user", "content": "hi"}
 URLENCODED = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data; boundary=x"
 
 
 @pytest.mark.parametrize(
@@ -197,8 +198,16 @@ def test_wrong_form_fields_are_named(server: Server, data: dict[str, Any], param
 
 def test_the_native_route_wants_a_form(server: Server) -> None:
     assert refusal(server.http.post("/v1/generate", json={"prompt": "x"}), 400)["param"] == "content-type"
-    for body, kind in ((b"--x\r\nnonsense", "multipart/form-data; boundary=x"), (b"", "multipart/form-data")):
+    for body, kind in ((b"--x\r\nnonsense", MULTIPART), (b"", "multipart/form-data")):
         refusal(server.http.post("/v1/generate", content=body, headers={"content-type": kind}), 400)
+
+
+def test_no_librarys_words_are_in_a_refusal(server: Server) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="media"; filename="gr\xfc\xdfe.png"\r\n\r\nx\r\n--x--\r\n'
+    for sent in (body, b"--x\r\nnonsense"):
+        response = server.http.post("/v1/generate", content=sent, headers={"content-type": MULTIPART})
+        error = refusal(response, 400)
+        assert (error["code"], error["message"]) == ("invalid_form", "the form is malformed, or has more than 72 parts")
 
 
 @pytest.mark.parametrize("parts", [10, 1000])
@@ -206,7 +215,7 @@ def test_forms_of_many_parts_or_long_texts_are_refused(server: Server, parts: in
     head = b'--x\r\nContent-Disposition: form-data; name="media"; filename="f"\r\n\r\nx\r\n'
     prompt = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nhi\r\n'
     body = prompt + head * parts + b"--x--\r\n"
-    kind = {"content-type": "multipart/form-data; boundary=x"}
+    kind = {"content-type": MULTIPART}
     code = refusal(server.http.post("/v1/generate", content=body, headers=kind), 400)["code"]
     assert code in ("too_many_media", "invalid_form")
     text = head.replace(b'; filename="f"', b"") + b"y" * 5_000_000 + b"\r\n--x--\r\n"
@@ -227,7 +236,7 @@ def test_text_alone_may_come_as_any_form_says_it(server: Server) -> None:
 
 def test_text_that_is_no_unicode_is_refused_and_leaves_nothing_behind(server: Server) -> None:
     body = b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xed\xa0\x80\r\n--x--\r\n'
-    for text, kind in ((body, "multipart/form-data; boundary=x"), (b"prompt=%ED%A0%80", URLENCODED)):
+    for text, kind in ((body, MULTIPART), (b"prompt=%ED%A0%80", URLENCODED)):
         response = server.http.post("/v1/generate", content=text, headers={"content-type": kind})
         assert refusal(response, 400)["code"] == "invalid_text"
     assert server.health()["workers"][0]["requests"] == 0
@@ -253,7 +262,7 @@ def test_a_body_over_the_limit_is_a_413_declared_or_not(start_server: StartServe
     big = b"x" * 8_000_000
     for path, kind in (
         ("/v1/chat/completions", "application/json"),
-        ("/v1/generate", "multipart/form-data; boundary=x"),
+        ("/v1/generate", MULTIPART),
     ):
         headers = {"content-type": kind}
         assert refusal(server.http.post(path, content=big, headers=headers), 413)["code"] == "body_too_large"
