@@ -15,7 +15,7 @@ from service.settings import Settings
 
 
 class GenerateRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    prompt: str
+    prompt: str = ""
 
 
 def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
@@ -24,11 +24,13 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
     for name, value in form.fields:
         if name == "media":
             raise _misplaced(name, "text")
-        if name == "stop" and value:
+        if not value:
+            continue
+        if name == "stop":
             fields["stop"] = [*fields.get("stop", ()), value]
         elif name in fields:
             raise BadRequest(f"{name[:64]} was sent twice", param=name[:64])
-        elif value or name == "prompt":
+        else:
             fields[name] = value
     for name, _ in form.files:
         if name != "media":

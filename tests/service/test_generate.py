@@ -149,3 +149,15 @@ def test_an_error_within_a_stream_is_an_event_followed_by_done(server: Server) -
 def test_an_error_before_the_first_token_of_a_stream_has_its_own_status(server: Server) -> None:
     response = server.http.post("/v1/generate", data={"prompt": "FAIL AT 0", "stream": "1"})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failure")
+
+
+@pytest.mark.parametrize("name", ["stop", "temperature", "prompt"])
+def test_a_field_left_empty_is_a_field_left_out(server: Server, name: str) -> None:
+    """Before or after one of the same name that is filled: it was called sent twice."""
+    given = {"prompt": "x", "max_tokens": "8", "temperature": "0.5", "seed": "1", "stop": "w"}
+    told = [
+        server.http.post("/v1/generate", data=given | {name: twice})
+        for twice in (given[name], [given[name], ""], ["", given[name]])
+    ]
+    assert [answer.status_code for answer in told] == [200, 200, 200], told[1].text
+    assert len({answer.json()["text"] for answer in told}) == 1
