@@ -151,6 +151,16 @@ class Settings(BaseSettings):
     def split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("api_key", "admin_key")
+    @classmethod
+    def keys_can_be_sent(cls, value: Any) -> Any:
+        """In a header, by any client: what is not ASCII is encoded by each in its own way, if at all."""
+        for key in value if isinstance(value, tuple) else [value] if value else []:
+            text = key.get_secret_value()
+            if not (text.isascii() and text.isprintable() and text == text.strip()):
+                raise ValueError("a key must be of printable ASCII characters, with no space around it")
+        return value
+
     @field_validator("device")
     @classmethod
     def device_is_known(cls, value: str) -> str:

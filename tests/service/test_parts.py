@@ -122,6 +122,8 @@ def test_slots_are_counted_for_all_and_for_each_key() -> None:
         ("device", "tpu", "none of auto, cpu, cuda"),
         ("max_waiting", "many", "valid integer"),
         ("dtype", "int4", "Input should be"),
+        ("api_key", "first,schlüssel", "printable ASCII"),
+        ("admin_key", " padded", "printable ASCII"),
     ],
 )
 @pytest.mark.parametrize("way", ["option", "variable"])
@@ -135,6 +137,8 @@ def test_bad_values_stop_the_start_and_name_the_setting(name: str, value: str, s
     assert variable in done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "key" not in name or value not in done.stderr
 
 
 def test_a_variable_that_is_empty_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
