@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
@@ -72,9 +71,9 @@ class Choice:
 class Answer:
     """A context: on leaving it, whatever still runs is aborted, the slots are free and the request is on record."""
 
-    def __init__(self, service: Service, prefix: str, *, key: str | None) -> None:
+    def __init__(self, service: Service, request_id: str, *, key: str | None) -> None:
         """Takes the first slot, or raises NoCapacity or KeyLimit: before body, media and work."""
-        self.id = prefix + secrets.token_hex(12)
+        self.id = request_id
         self.created = int(time.time())
         self.model = service.settings.model_name
         self.choices: list[Choice] = []

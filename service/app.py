@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 import model
-from service.deps import service_of
+from service.deps import REQUEST_ID, service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
 from service.routes import admin, generate, openai, ops, playground
 from service.settings import Settings
@@ -54,6 +54,8 @@ def _map_errors(app: FastAPI) -> None:
             service_of(request).metrics.rejected(error.code or error.type)
         response = json_response(error.envelope(), error.headers())
         response.status_code = error.status
+        if (request_id := getattr(request.state, "id", None)) is not None:
+            response.headers[REQUEST_ID] = request_id
         # What the client is still sending need not arrive; and a server that ends is not where it should ask again.
         if error.status == 413 or error.code == "draining":
             response.headers["Connection"] = "close"
@@ -62,11 +64,14 @@ def _map_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path[:128]
+        told: ServiceError = BadRequest("the request is not valid")
         if error.status_code == 404:
-            return await refused(request, NotFound(f"there is nothing at {path}"))
+            told = NotFound(f"there is nothing at {path}")
         if error.status_code == 405:
-            return await refused(request, MethodNotAllowed(f"{path} does not take {request.method}"))
-        return await refused(request, BadRequest("the request is not valid"))
+            told = MethodNotAllowed(f"{path} does not take {request.method}")
+        response = await refused(request, told)
+        response.headers.update(error.headers or {})  # which methods it does take
+        return response
 
     @app.exception_handler(ClientDisconnect)
     async def client_gone(_: Request, __: ClientDisconnect) -> Response:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
 from functools import wraps
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.deps import service_of
+from service.deps import Handler, service_of
 from service.errors import NotFound, Unauthorized
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def keyed(handler: Handler) -> Handler:

@@ -70,9 +70,8 @@ class EventStream(Response):
         resources: ExitStack,
         *,
         deadline: float,
-        headers: dict[str, str],
     ) -> None:
-        super().__init__(headers=headers | {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         del self.headers["content-length"]
         self._events = events

@@ -19,7 +19,7 @@ from service import logprobs, prompt
 from service.answer import Answer
 from service.auth import keyed
 from service.body import read_form
-from service.deps import service_of
+from service.deps import identified, service_of
 from service.errors import ServiceError
 from service.schemas import generate as schema
 from service.schemas.sampling import sampling_params
@@ -30,22 +30,22 @@ DEFAULT_TEMPERATURE = 0.0
 MAX_FIELDS = 64
 
 
+@identified("gen-")
 @keyed
 async def generate(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
-        answer = resources.enter_context(Answer(service, "gen-", key=request.state.key))
+        answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
         form = await read_form(request, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
         ask, files = schema.read(form, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         preparing = prompt.from_form(service, ask, files)
         resources.enter_context(UnlessGone(request.receive))
         await answer.begin(preparing, params, n=1, speculation=ask.speculation, fit=ask.asked_max_tokens() is None)
-        headers = {"X-Request-Id": answer.id}
         if ask.stream:
-            return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline, headers=headers)
+            return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline)
         await answer.finish()
-        return json_response(_result(answer), headers)
+        return json_response(_result(answer))
 
 
 def _result(answer: Answer) -> dict[str, Any]:

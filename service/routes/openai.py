@@ -20,7 +20,7 @@ from service import logprobs, prompt
 from service.answer import Answer
 from service.auth import keyed
 from service.body import read_json
-from service.deps import service_of
+from service.deps import identified, service_of
 from service.errors import ServiceError, UnknownModel
 from service.schemas import openai
 from service.schemas.sampling import sampling_params
@@ -30,11 +30,12 @@ from service.usage import usage
 DEFAULT_TEMPERATURE = 1.0
 
 
+@identified("chatcmpl-")
 @keyed
 async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
-        answer = resources.enter_context(Answer(service, "chatcmpl-", key=request.state.key))
+        answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
         ask = await read_json(request, openai.ChatRequest, service.settings)
         openai.check(ask, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
@@ -47,12 +48,11 @@ async def chat_completions(request: Request) -> Response:
         running = with_usage and bool(options.continuous_usage_stats)
         fit = ask.asked_max_tokens() is None
         await answer.begin(preparing, params, n=n, speculation=ask.speculation, running_stats=running, fit=fit)
-        headers = {"X-Request-Id": answer.id}
         if ask.stream:
             events = _events(answer, with_usage=with_usage, running=running)
-            return EventStream(events, resources.pop_all(), deadline=answer.deadline, headers=headers)
+            return EventStream(events, resources.pop_all(), deadline=answer.deadline)
         await answer.finish()
-        return json_response(_completion(answer), headers)
+        return json_response(_completion(answer))
 
 
 @keyed

@@ -252,7 +252,10 @@ def test_files_that_are_no_good_are_refused(server: Server, data: bytes, status:
 
 def test_unknown_routes_and_methods_have_the_envelope_too(server: Server) -> None:
     assert refusal(server.http.get("/v1/nothing"), 404)["code"] == "not_found"
-    assert refusal(server.http.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
+    for path, method, allowed in (("/v1/chat/completions", "GET", {"POST"}), ("/v1/models", "POST", {"GET", "HEAD"})):
+        response = server.http.request(method, path)
+        assert refusal(response, 405)["code"] == "method_not_allowed"
+        assert set(response.headers["allow"].split(", ")) == allowed
     assert refusal(server.http.get("/static/../settings.py"), 404)["code"] == "not_found"
     assert refusal(server.http.get("/static/%2e%2e%2fsettings.py"), 404)["code"] == "not_found"
 
@@ -365,6 +368,33 @@ def test_a_giant_head_is_cut_off(server: Server, head: bytes) -> None:
         except (BrokenPipeError, ConnectionResetError):
             pass  # it did not even wait for the end
     assert server.http.get("/livez").status_code == 200
+
+
+def test_every_answer_of_a_post_route_has_an_id_that_the_log_has_too(start_server: StartServer) -> None:
+    server = start_server(api_key="key", max_num_seqs=1, max_waiting=0)
+    key = {"Authorization": "Bearer key"}
+    chat, form = {"messages": [USER], "max_tokens": 1}, {"prompt": "hi", "max_tokens": "1"}
+    logged: list[str] = []
+    for path, good, bad in (
+        ("/v1/chat/completions", {"json": chat}, {"json": {"messages": []}}),
+        ("/v1/chat/completions", {"json": chat | {"stream": True}}, {"content": b"{"}),
+        ("/v1/generate", {"data": form}, {"data": {"prompt": ""}}),
+        ("/v1/generate", {"data": form | {"stream": "true"}}, {"content": b""}),
+    ):
+        for fields, headers, status in ((good, key, 200), (bad, key, 400), (good, {}, 401)):
+            response = server.http.post(path, headers=headers, **fields)
+            assert response.status_code == status, response.text
+            assert response.headers["x-request-id"].startswith("chatcmpl-" if "chat" in path else "gen-")
+            if status != 401:
+                logged.append(f"id={response.headers['x-request-id']} ")
+    server.wait(lambda: all(line in server.log_text() for line in logged))
+    long = chat_body(stream=True, max_tokens=2000, ignore_eos=True)
+    with server.http.stream("POST", "/v1/chat/completions", json=long, headers=key) as running:
+        lines = running.iter_lines()
+        next(lines)
+        full = server.http.post("/v1/chat/completions", json=chat, headers=key)
+        assert refusal(full, 503)["code"] == "queue_full"
+        assert full.headers["x-request-id"] != running.headers["x-request-id"]
 
 
 def test_refusals_are_counted_by_reason(server: Server) -> None:
