@@ -71,6 +71,15 @@ class Service:
         decoded_at_once = sum(worker.info.max_num_seqs for worker in self.pool.ready_workers if worker.info)
         return decoded_at_once + self.settings.max_waiting
 
+    @property
+    def most_choices(self) -> int:
+        """That one request may ask for: places for more are never free, however long it waits."""
+        settings = self.settings
+        workers = [worker.info or self.pool.info for worker in self.pool.workers if worker.state != "given_up"]
+        places = sum(info.max_num_seqs for info in workers if info) + settings.max_waiting
+        per_key = settings.max_requests_per_key if settings.api_key else None
+        return min(settings.max_n, places, per_key or places)
+
     def _num_unassigned(self) -> int:
         return max(0, self.admission.in_use - self.pool.num_generations + self.pool.num_parked)
 

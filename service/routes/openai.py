@@ -21,7 +21,7 @@ from service.answer import Answer
 from service.auth import keyed
 from service.body import read_json
 from service.deps import identified, service_of
-from service.errors import ServiceError, UnknownModel
+from service.errors import BadRequest, ServiceError, UnknownModel
 from service.schemas import openai
 from service.schemas.sampling import sampling_params
 from service.stream import DONE, EventStream, Last, UnlessGone, event, json_response
@@ -40,6 +40,8 @@ async def chat_completions(request: Request) -> Response:
         openai.check(ask, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         n = ask.n or 1
+        if n > service.most_choices:
+            raise BadRequest(f"n must be at most {service.most_choices}", param="n")
         answer.take_slots(n - 1)
         preparing = prompt.from_chat(service, ask)
         resources.enter_context(UnlessGone(request.receive))

@@ -118,8 +118,6 @@ def check(ask: ChatRequest, settings: Settings) -> None:
             raise BadRequest("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
     if ask.stream_options is not None and not ask.stream:
         raise BadRequest("stream_options is for streams; set stream", param="stream_options")
-    if (ask.n or 1) > settings.max_n:
-        raise BadRequest(f"n must be at most {settings.max_n}", param="n")
     if not 1 <= len(ask.messages) <= settings.max_messages:
         raise BadRequest(f"there must be 1 to {settings.max_messages} messages", param="messages")
     if sum(len(message.parts()) for message in ask.messages) > settings.max_parts:

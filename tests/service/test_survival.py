@@ -228,10 +228,33 @@ def test_a_full_queue_says_so_at_once_and_empties_again(start_server: StartServe
 
 
 def test_choices_count_and_no_slot_is_lost_when_they_do_not_fit(start_server: StartServer) -> None:
-    server = start_server(max_num_seqs=1, max_waiting=2)
-    assert server.chat(n=4, max_tokens=1).status_code == 503
+    server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=2)
     assert server.chat(n=3, max_tokens=1).status_code == 200
-    assert server.health()["requests"] == 0
+    with streaming(server, **LONG) as stream:
+        next(stream)
+        assert server.chat(n=3, max_tokens=1).status_code == 503
+        assert server.health()["requests"] == 1
+    server.wait(lambda: server.health()["requests"] == 0)
+
+
+def test_more_choices_than_there_are_places_are_not_asked_for_again(start_server: StartServer) -> None:
+    """They were told to try again soon, for ever. A worker that comes back brings its places with it."""
+    server = start_server({"load_delay": 1}, workers=2, max_num_seqs=2, max_waiting=1, max_n=16)
+    refused = server.chat(n=6, max_tokens=1)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "at most 5" in refused.json()["error"]["message"]
+    assert server.chat(n=5, max_tokens=1).status_code == 200
+    kill_worker(server)
+    server.wait(lambda: server.metric("flash_worker_up") == 1)
+    assert server.chat(n=5, max_tokens=1).json()["error"]["code"] == "queue_full"
+
+
+def test_more_choices_than_a_key_may_have_are_not_asked_for_again(start_server: StartServer) -> None:
+    server = start_server(api_key="key", max_requests_per_key=3)
+    server.http.headers["Authorization"] = "Bearer key"
+    refused = server.chat(n=4, max_tokens=1)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert server.chat(n=3, max_tokens=1).status_code == 200
 
 
 def test_the_slot_comes_before_the_body(start_server: StartServer) -> None:
