@@ -13,11 +13,13 @@ from types import FrameType
 from typing import Any
 
 import httptools
+import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import log as logs
 from service.app import create_app
+from service.errors import BadRequest
 from service.settings import Settings
 
 log = logging.getLogger("flashserve")
@@ -56,7 +58,7 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # nobody here asks where a request came from
-                timeout_keep_alive=30,
+                timeout_keep_alive=settings.head_timeout,
                 timeout_graceful_shutdown=round(LAST_WORDS),
             )
         )
@@ -90,21 +92,30 @@ class DrainingServer(uvicorn.Server):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """httptools itself takes heads of any size, and collects them in memory."""
+    """uvicorn's, but for heads: they have a size and a time, other protocols that they offer are passed over, and what
+    cannot be read is refused in the words of any other error."""
 
     max_head_bytes = 32 * 1024
 
-    _in_head = True
+    _in_head = False
     _head_bytes = 0
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        # uvicorn has a timer for connections that are idle. Here it also runs before the first request, and on until a
+        # head is complete: else one that never ends would keep its connection for ever.
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
     def data_received(self, data: bytes) -> None:
-        was_in_head = self._in_head
-        super().data_received(data)
-        # A header without an end is not reported while it grows: count what came of it.
-        if was_in_head and self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > self.max_head_bytes:
-                self.send_400_response("The head is too large.")
+        """Replaces uvicorn's."""
+        headers = self.headers  # others for each request
+        try:
+            self._feed(data)
+            # A header without an end is not reported while it grows: count what came of it.
+            if self._in_head and self.headers is headers:
+                self._count(len(data))
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._refuse()
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
@@ -120,9 +131,44 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._unset_keepalive_if_required()
         super().on_headers_complete()
+
+    def _should_upgrade(self) -> bool:
+        return True  # to uvicorn: such a head begins no request, `_feed` sees to it
+
+    def _feed(self, data: bytes) -> None:
+        """An offer of another protocol, as Java's client makes to any server, stops the parser: it leaves the body out,
+        and would take it for the next request. So it starts over, and never sees the offer."""
+        rest = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+                lines = [
+                    b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+                ]
+                lines += [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+                self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))  # CONNECT remains one, and is refused
 
     def _count(self, num_bytes: int) -> None:
         self._head_bytes += num_bytes
         if self._head_bytes > self.max_head_bytes:
-            raise httptools.HttpParserError("the head is too large")
+            raise httptools.HttpParserError
+
+    def _refuse(self) -> None:
+        error = BadRequest("this is not a request of HTTP/1.1", code="invalid_http")
+        if self._head_bytes > self.max_head_bytes:
+            error = BadRequest(f"the head is larger than {self.max_head_bytes} bytes", code="head_too_large")
+        last = self.cycle
+        asked = last is not None and not last.response_complete
+        # An answer that is under way, or due, is not to be mixed with this one.
+        if not asked or (last.more_body and not last.response_started and not self.pipeline):
+            body = msgspec.json.encode(error.envelope())
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
+        self.transport.close()

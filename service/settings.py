@@ -106,6 +106,9 @@ class Settings(BaseSettings):
 
     # What one request may ask for
     max_header_bytes: int = option("Limits", 32 * 1024, "Bytes of request line and headers.", ge=1024)
+    head_timeout: int = option(
+        "Limits", 30, "Seconds for request line and headers to arrive, since the connection or the last answer.", ge=1
+    )
     max_body_bytes: int = option("Limits", 64 * MIB, "Bytes of a request's body.", ge=1024)
     max_text_bytes: int = option("Limits", 512 * 1024, "Bytes of a request's body beside its media.", ge=1024)
     max_media: int = option("Limits", 8, "Images and videos per request.", ge=0)

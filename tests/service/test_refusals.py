@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import random
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -36,6 +39,11 @@ def png(width: int = 60, height: int = 40) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), "green").save(file, "PNG")
     return file.getvalue()
+
+
+def connected(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=5)
 
 
 USER = {"role": "user", "content": "hi"}
@@ -342,8 +350,7 @@ def test_the_parts_of_all_messages_are_counted(server: Server) -> None:
 
 def test_a_body_that_never_ends_gives_its_slot_back(start_server: StartServer) -> None:
     server = start_server(body_timeout=0.5)
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as slow:
+    with connected(server) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         server.wait(lambda: server.health()["requests"] == 1)
         assert b"400 Bad Request" in slow.recv(4096)
@@ -360,14 +367,109 @@ def test_a_body_that_never_ends_gives_its_slot_back(start_server: StartServer) -
     ids=["one header", "url", "many headers"],
 )
 def test_a_giant_head_is_cut_off(server: Server, head: bytes) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as sock:
+    with connected(server) as sock:
         try:
             sock.sendall(head)
-            assert b" 400 " in sock.recv(4096)
+            said = sock.recv(4096)
+            assert said.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+            assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_too_large"
         except (BrokenPipeError, ConnectionResetError):
             pass  # it did not even wait for the end
     assert server.http.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /livez HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+    ],
+    ids=["large head", "nonsense", "TLS", "CONNECT", "two lengths", "no chunk"],
+)
+def test_what_is_no_http_has_the_envelope_too(server: Server, sent: bytes) -> None:
+    with connected(server) as sock:
+        sock.sendall(sent)
+        response = http.client.HTTPResponse(sock)
+        response.begin()
+        error = json.loads(response.read())["error"]
+        assert (response.status, response.headers["content-type"]) == (400, "application/json")
+        assert error["code"] == ("head_too_large" if len(sent) > 10_000 else "invalid_http")
+        assert sock.recv(1) == b""
+
+
+def test_nothing_is_said_into_an_answer_that_is_under_way(server: Server) -> None:
+    body = json.dumps(chat_body(stream=True, max_tokens=2000, ignore_eos=True)).encode()
+    with connected(server) as sock:
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        said = sock.recv(100)
+        sock.sendall(b"nonsense\r\n\r\n")
+        while more := sock.recv(1 << 16):
+            said += more
+    assert b"invalid_http" not in said
+    assert said.count(b"HTTP/1.1") == 1
+
+
+def test_a_head_that_never_ends_does_not_keep_its_connection(start_server: StartServer) -> None:
+    """Thousands of them took every file descriptor that the process may have."""
+    server = start_server({"delay": 0.02}, head_timeout=1)
+    request = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    for begun in (b"", b"GET /livez HTTP/1.1\r\nX: ", request, request + b"\r\n"):
+        with connected(server) as sock:
+            sock.sendall(begun)
+            since = time.monotonic()
+            with suppress(BrokenPipeError, ConnectionResetError):
+                while time.monotonic() < since + 5:
+                    if begun and begun != request:
+                        sock.sendall(b"\r\n" if begun.startswith(request) else b"a")
+                    sock.settimeout(0.1)
+                    with suppress(TimeoutError):
+                        if not sock.recv(4096):
+                            break
+            assert 0.5 < time.monotonic() - since < 3, begun
+    # A request that takes longer than its head may is nobody's concern.
+    assert server.chat(max_tokens=100, speculation="off", ignore_eos=True).elapsed.total_seconds() > 1.5
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("pause", [False, True])
+def test_an_offer_of_another_protocol_is_passed_over(server: Server, chunked: bool, pause: bool) -> None:
+    """Java's HTTP client makes one to every server. The body was lost, or read as the next request."""
+    body = json.dumps(chat_body("GET /version HTTP/1.1\r\n\r\n", max_tokens=3)).encode()
+    length = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: %d\r\n" % len(body)
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    with connected(server) as sock:
+        for _ in range(2):  # the connection stays
+            sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + OFFER + length + b"\r\n")
+            if pause:
+                time.sleep(0.1)
+            sock.sendall(sent)
+            response = http.client.HTTPResponse(sock)
+            response.begin()
+            assert response.status == 200, response.read()
+            assert json.loads(response.read())["usage"]["completion_tokens"] == 3
+        sock.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+
+
+def test_many_offers_at_once_are_each_passed_over(server: Server) -> None:
+    """And though it is more than one head may be."""
+    count = 2000
+    with connected(server) as sock:
+        sock.sendall((b"GET /version HTTP/1.1\r\nHost: x\r\n" + OFFER + b"\r\n") * count)
+        sock.sendall(b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        said = b""
+        while more := sock.recv(1 << 16):
+            said += more
+    assert said.count(b"HTTP/1.1 200 OK\r\n") == count
+    assert said.count(b"HTTP/1.1 404 Not Found\r\n") == 1
 
 
 def test_every_answer_of_a_post_route_has_an_id_that_the_log_has_too(start_server: StartServer) -> None:
