@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from starlette.requests import ClientDisconnect
 
@@ -88,8 +88,11 @@ class Answer:
         self._waiter: asyncio.Future[None] | None = None  # for more, while there is none
         self._num_media = 0
         self._error: BaseException | None = None
+        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._cut: ServiceError | None = None  # the task was cancelled for this
         # One alarm for all events: a timeout around each would cost more than the event.
         self._alarm = self._loop.call_at(self.deadline, self._ring)
+        service.answers.add(self)
 
     @property
     def ended(self) -> bool:
@@ -144,6 +147,14 @@ class Answer:
         async for _ in self.outputs():
             pass
 
+    def end(self, error: ServiceError) -> None:
+        """From outside: whatever it waits for, the client's body, media or the engine, it gets this error instead."""
+        if self.choices:
+            self._deliver(0, error)
+        else:
+            self._error = self._cut = error
+            self._task.cancel()
+
     def time_to_first_token(self, choice: Choice) -> float:
         return 0.0 if choice.first_at is None else choice.first_at - self._arrived
 
@@ -183,11 +194,15 @@ class Answer:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self._alarm.cancel()
+        self._service.answers.discard(self)
         for choice in self.choices:
             if choice.finish_reason is None:
                 self._service.pool.abort(choice.generation)
         self._slots.release()
         self._record(_outcome(self._error or error))
+        # As in UnlessGone: of the cancellation nothing is left, unless somebody else asked for one too.
+        if self._cut is not None and isinstance(error, asyncio.CancelledError) and not self._task.uncancel():
+            raise self._cut from None
 
     def _record(self, outcome: str) -> None:
         """`outcome` is that of the choices which did not end by themselves."""

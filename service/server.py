@@ -1,7 +1,7 @@
 """The HTTP server's process: uvicorn with a bound on request heads, and an orderly end.
 
 On SIGTERM or SIGINT it drains: /readyz and new requests get 503 while running answers go on, up to the drain timeout;
-then it stops listening, ends workers and media children, and the exit code is 0. A second signal cuts that short.
+then it stops listening, ends workers and media children, and the exit code is 0. A second signal ends the drain.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class DrainingServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,  # nobody here asks where a request came from
                 timeout_keep_alive=settings.head_timeout,
-                timeout_graceful_shutdown=round(LAST_WORDS),
+                timeout_graceful_shutdown=round(LAST_WORDS) + 1,
             )
         )
 
@@ -67,6 +67,15 @@ class DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         gc.freeze()  # what is here stays: the collector need not walk through it again and again, on the loop
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        asyncio.get_running_loop().call_later(LAST_WORDS, self._hang_up)
+        await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        """On who does not read what it is told: its request then ends like any whose client left."""
+        for connection in tuple(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Replaces uvicorn's, which would stop listening at once and end with the signal's exit code."""
@@ -79,12 +88,13 @@ class DrainingServer(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
         else:
-            self._draining.cancel()
-            self.should_exit = self.force_exit = True
+            asyncio.get_running_loop().call_soon(self._draining.cancel)  # when it has begun, else nobody were told
 
     async def _drain(self) -> None:
-        await self.app.state.service.drain()
-        self.should_exit = True
+        try:
+            await self.app.state.service.drain()
+        finally:
+            self.should_exit = True
 
     def _fail(self, reason: str) -> None:
         self.fatal = reason

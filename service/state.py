@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from service import cores
 from service.admission import Admission
@@ -22,6 +23,9 @@ from service.pool.supervisor import WorkerPlan
 from service.settings import Settings
 from service.watch import Watch
 
+if TYPE_CHECKING:
+    from service.answer import Answer
+
 log = logging.getLogger("flashserve")
 
 
@@ -33,6 +37,7 @@ class Service:
         self.media_limits = media_limits(settings)
         self.decoder: MediaDecoder | None = None  # from the moment the target's geometry is known
         self.draining = False
+        self.answers: set[Answer] = set()  # under way, from their slot on
         self._watch: Watch | None = None
         if settings.watch_draft is not None and settings.draft is not None:
             self._watch = Watch(settings.draft, settings.watch_draft, self.change_draft)
@@ -55,7 +60,7 @@ class Service:
     def closed_because(self) -> NoCapacity | None:
         """Why no request can be taken now; None where it can."""
         if self.draining:
-            return NoCapacity("the server is shutting down", code="draining", retry_after=5.0)
+            return _shutting_down()
         if self.pool.info is None or self.decoder is None:
             return NoCapacity("the model is loading", code="loading", retry_after=5.0)
         if not self.pool.ready_workers:
@@ -99,7 +104,7 @@ class Service:
         self._opening = asyncio.create_task(self._open())
 
     async def drain(self) -> None:
-        """Take nothing new, and let what runs finish, for as long as settings allow."""
+        """Take nothing new, and let what runs finish, for as long as settings allow, or until this is cancelled."""
         self.draining = True
         log.info("draining: %d requests are running", self.admission.in_use)
         try:
@@ -107,7 +112,9 @@ class Service:
                 await self.admission.emptied()
         except TimeoutError:
             log.warning("%d requests did not end in time", self.admission.in_use)
-            self.pool.fail_all(NoCapacity("the server is shutting down", code="draining", retry_after=5.0))
+        finally:
+            for answer in tuple(self.answers):
+                answer.end(_shutting_down())
 
     async def stop(self) -> None:
         self.draining = True
@@ -150,6 +157,10 @@ class Service:
                 max_num_seqs=info.max_num_seqs,
             ),
         )
+
+
+def _shutting_down() -> NoCapacity:
+    return NoCapacity("the server is shutting down", code="draining", retry_after=5.0)
 
 
 def _arena(num_bytes: int) -> Arena | None:

@@ -298,6 +298,50 @@ def test_what_outlasts_the_drain_is_told(start_server: StartServer) -> None:
     assert server.process.wait(10) == 0
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_second_signal_ends_the_drain_and_everybody_is_told(start_server: StartServer, pause: float) -> None:
+    """Whatever a request waits for: clients got a bare 499 or 500, streams just stopped, and the log had tracebacks."""
+    server = start_server({"delay": 0.05}, drain_timeout=60)
+    host, port = server.url.removeprefix("http://").split(":")
+    with ThreadPoolExecutor(1) as pool, socket.create_connection((host, int(port)), timeout=5) as sending:
+        sending.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        whole = pool.submit(server.chat, **LONG)
+        body = chat_body(stream=True, **LONG)
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.wait(lambda: server.health()["requests"] == 3)
+            server.terminate()
+            time.sleep(pause)
+            server.terminate(signal.SIGINT)
+            *_, error, _, done, _ = lines
+        assert done == "data: [DONE]"
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "draining")
+        said = b""
+        while more := sending.recv(4096):
+            said += more
+        assert said.startswith(b"HTTP/1.1 503 ")
+        assert b'"draining"' in said
+    assert server.process.wait(10) == 0
+    assert "Traceback" not in server.log_text()
+
+
+def test_a_client_that_does_not_read_does_not_hold_up_the_end(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.0}, drain_timeout=0.5, max_new_tokens=10**5)
+    body = json.dumps(chat_body(stream=True, n=8, max_tokens=40_000, ignore_eos=True)).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, int(port)))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        server.wait(lambda: server.metric("flash_generation_tokens_total") > 100_000)
+        server.terminate()
+        assert server.process.wait(10) == 0
+    assert "Traceback" not in server.log_text()
+
+
 def test_it_can_be_stopped_while_it_loads(start_server: StartServer) -> None:
     server = start_server({"load_delay": 60}, wait=False)
     server.wait(lambda: server.http.get("/livez").status_code == 200)
