@@ -47,7 +47,8 @@ class Drafts:
         self._copies: tempfile.TemporaryDirectory[str] | None = None
         self._one_at_a_time = asyncio.Lock()
         self._numbers = 0  # given to changes, refused ones included
-        self._holds: dict[Worker, int] = {}  # the number of the draft that each works with, or loads
+        self._holds: dict[Worker, int | None] = {}  # the number of the draft that each works with, or loads
+        self._replaced: dict[int, Path] = {}  # copies of drafts served before, which a worker that loads may still read
         self._asked: dict[Worker, tuple[int, asyncio.Future[m.DraftAnswer | None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -82,13 +83,14 @@ class Drafts:
                 shutil.rmtree(copy, ignore_errors=True)
                 raise
             old, self.served = self.served, Served(number, folder, copy, time.time(), self.served.changes + 1)
+            if old.copy is not None:
+                self._replaced[old.number] = old.copy
             answers = await asyncio.gather(*(self._ask(worker, m.UseDraft(number)) for worker in workers))
             changed = [w for w, answer in zip(workers, answers, strict=True) if isinstance(answer, m.DraftUsed)]
-            self._holds |= dict.fromkeys(changed, number)
+            for worker in changed:
+                self._hold(worker, number)
             for worker in ready_workers():  # one that was loading the old draft in the meantime
                 self.on_ready(worker)
-            if old.copy is not None:
-                shutil.rmtree(old.copy, ignore_errors=True)
         log.info("draft changed %s", fields(folder=folder, workers=len(changed)))
         return len(changed)
 
@@ -106,7 +108,7 @@ class Drafts:
     def options_for(self, worker: Worker) -> dict[str, Any]:
         """For a worker that starts now: what its plan does not know of."""
         served = self.served
-        self._holds[worker] = served.number
+        self._hold(worker, served.number)
         if served.copy is None:
             return {}
         # Someone may have tidied up.
@@ -127,8 +129,14 @@ class Drafts:
 
     def on_death(self, worker: Worker) -> None:
         self._answer(worker, None)
+        self._hold(worker, None)
 
     # Its own
+
+    def _hold(self, worker: Worker, number: int | None) -> None:
+        self._holds[worker] = number
+        for unread in self._replaced.keys() - self._holds.values():
+            shutil.rmtree(self._replaced.pop(unread), ignore_errors=True)
 
     async def _catch_up(self, worker: Worker) -> None:
         """For a worker that loaded the draft of before while all others changed."""
@@ -140,7 +148,7 @@ class Drafts:
             if isinstance(answer, m.DraftReady):
                 answer = await self._ask(worker, m.UseDraft(number))
             if isinstance(answer, m.DraftUsed):
-                self._holds[worker] = number
+                self._hold(worker, number)
             elif isinstance(answer, m.DraftRefused):
                 log.error("worker %d does not take the draft that is served: %s", worker.index, answer.reason)
                 worker.kill()  # its streams go on elsewhere, and it starts with that draft

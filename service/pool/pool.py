@@ -42,7 +42,7 @@ class Pool:
     ) -> None:
         self.workers = [Worker(index, plan, self) for index, plan in enumerate(plans)]
         self.drafts = drafts or Drafts()
-        self.has_news = asyncio.Event()  # set when a worker became ready or was given up
+        self.has_news = asyncio.Event()  # set when a worker became ready or died
         self._max_attempts = 1 + max_request_retries
         self._observer = observer
         self._generations: dict[Worker, dict[str, Generation]] = {worker: {} for worker in self.workers}
@@ -57,7 +57,10 @@ class Pool:
 
     @property
     def beyond_hope(self) -> bool:
-        return all(worker.state == "given_up" for worker in self.workers)
+        """All are given up; or each said why it cannot load, and none ever could: then settings are wrong, and trying
+        again is no cure."""
+        given_up = all(worker.state == "given_up" for worker in self.workers)
+        return given_up or (self.info is None and all(worker.load_error for worker in self.workers))
 
     @property
     def info(self) -> EngineInfo | None:
@@ -155,9 +158,8 @@ class Pool:
     def on_death(self, worker: Worker) -> None:
         self.drafts.on_death(worker)
         self._observer.worker_up(worker.index, False)
-        if worker.state == "given_up":
-            self.has_news.set()
-        else:
+        self.has_news.set()
+        if worker.state != "given_up":
             self._observer.worker_restarting(worker.index)
         orphans, self._generations[worker] = self._generations[worker], {}
         for generation in orphans.values():

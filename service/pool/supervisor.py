@@ -113,7 +113,7 @@ class Worker:
             if self._stopping.is_set():
                 break
             self._deaths_in_a_row = 1 if seconds_up >= STEADY_AFTER else self._deaths_in_a_row + 1
-            beyond_hope = self._deaths_in_a_row > self._plan.max_restarts or self._never_loads()
+            beyond_hope = self._deaths_in_a_row > self._plan.max_restarts
             self.state = "given_up" if beyond_hope else "dead"
             log.error("worker %d (pid %s) died: exit code %s", self.index, self.pid, code)
             self._events.on_death(self)
@@ -148,10 +148,6 @@ class Worker:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.kill()
-
-    def _never_loads(self) -> bool:
-        """It said why it cannot load and never could: settings are wrong, trying again is no cure."""
-        return self.load_error is not None and self.info is None
 
     async def _run_once(self) -> tuple[int | None, float]:
         """One life of the process: its exit code and how many seconds it was ready."""

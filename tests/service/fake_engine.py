@@ -3,8 +3,8 @@
 Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th token of that request, but only where no
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
 taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
-text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting or
-the model), FAKE_CRASH_DIR.
+text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting, by
+the model, or once: the first process alone), FAKE_CRASH_DIR.
 
 A draft's config.json may say {"refused": "why"}, {"refused_by_one": true} or {"load": seconds}. Files loaded-PID and
 used-PID beside the crash markers tell which draft a process has.
@@ -42,8 +42,10 @@ BLOCK = 4  # tokens of a step with speculation: three from the draft, one from t
 
 def load(options: dict[str, Any]) -> FakeEngine:
     time.sleep(float(os.environ.get("FAKE_LOAD_DELAY", "0")))
-    if kind := os.environ.get("FAKE_FAIL_LOAD"):
-        raise {"setting": ConfigError, "model": ValueError}[kind]("there is no checkpoint at this path")
+    if (kind := os.environ.get("FAKE_FAIL_LOAD")) and (kind != "once" or _first("failed")):
+        raise (ConfigError if kind == "setting" else ValueError)("there is no checkpoint at this path")
+    if (draft := options.get("draft")) and not Path(draft).exists():
+        raise ConfigError(f"draft {draft!r} is not there")
     return FakeEngine(options)
 
 
@@ -65,6 +67,19 @@ def answer_words(request: Request) -> list[str]:
     return words
 
 
+def _crash_dir() -> Path:
+    return Path(os.environ.get("FAKE_CRASH_DIR", "/nonexistent"))
+
+
+def _first(what: str) -> bool:
+    """Whether this is the first process that asks."""
+    try:
+        (_crash_dir() / what).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 @dataclass
 class Sequence:
     request: Request
@@ -83,7 +98,7 @@ class FakeEngine:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.delay = float(os.environ.get("FAKE_DELAY", "0.002"))
-        self.crash_dir = Path(os.environ.get("FAKE_CRASH_DIR", "/nonexistent"))
+        self.crash_dir = _crash_dir()
         self.info = EngineInfo(
             model="fake",
             device=str(options["device"]),
@@ -106,11 +121,8 @@ class FakeEngine:
         if "refused" in told:
             raise ConfigError(f"draft {folder!r} {told['refused']}")
         if "refused_by_one" in told:
-            try:
-                (self.crash_dir / "refused").touch(exist_ok=False)
-            except FileExistsError:
-                return folder
-            raise ConfigError(f"draft {folder!r} is not to one worker's taste")
+            if _first("refused"):
+                raise ConfigError(f"draft {folder!r} is not to one worker's taste")
         return folder
 
     def pack_draft(self, draft: str) -> str:

@@ -16,6 +16,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import BadRequest, NoCapacity
+from service.pool import messages as m
+from service.pool.drafts import Drafts
 from service.settings import Settings
 from service.watch import Watch
 from tests.service.conftest import StartServer
@@ -151,6 +153,41 @@ def test_a_worker_that_was_loading_the_old_draft_follows(start_server: StartServ
     assert change(server, new).json()["workers"] == 1
     (late,) = set(server.worker_pids()) - set(pids)
     server.wait(lambda: notes(server, "used").get(late) == "new")
+
+
+def test_a_copy_lives_as_long_as_a_worker_may_read_it(tmp_path: Path) -> None:
+    """One that loads reads it late: while the target is read, others change, and it would find nothing there."""
+
+    class Obedient:
+        index = 0
+
+        def __init__(self, drafts: Drafts, state: str) -> None:
+            self.drafts, self.state = drafts, state
+
+        def send(self, message: m.ToWorker) -> None:
+            if isinstance(message, m.ReadDraft):
+                self.drafts.on_answer(self, m.DraftReady(message.number))  # type: ignore[arg-type]
+            if isinstance(message, m.UseDraft):
+                self.drafts.on_answer(self, m.DraftUsed(message.number, None))  # type: ignore[arg-type]
+
+    def weights_in(copy: Path) -> str | None:
+        return (copy / "model.safetensors").read_text() if copy.exists() else None
+
+    async def scenario() -> None:
+        drafts = Drafts(str(write(tmp_path / "first", "first")), keep=True)
+        drafts.start()
+        up: Any = Obedient(drafts, "ready")
+        loading: Any = Obedient(drafts, "loading")
+        first = Path(drafts.options_for(up)["draft"])
+        assert Path(drafts.options_for(loading)["draft"]) == first
+        assert await drafts.change(str(write(tmp_path / "second", "second")), lambda: [up]) == 1
+        assert weights_in(first) == "first"
+        drafts.on_death(loading)
+        assert weights_in(first) is None
+        assert weights_in(Path(drafts.options_for(loading)["draft"])) == "second"
+        await drafts.stop()
+
+    asyncio.run(scenario())
 
 
 def test_a_worker_that_dies_while_it_reads_does_not_hold_up_the_others(

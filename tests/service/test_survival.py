@@ -153,6 +153,13 @@ def test_a_setting_that_cannot_be_used_is_told_without_tracebacks(start_server: 
     assert "Traceback" not in server.log_text()
 
 
+def test_one_load_that_fails_costs_no_worker_where_others_load(start_server: StartServer) -> None:
+    """What another could load is no matter of settings: it is tried again."""
+    server = start_server({"fail_load": "once"}, workers=2)
+    server.wait(lambda: server.metric("flash_worker_up") == 2)
+    assert server.metric("flash_worker_restarts_total") == 1
+
+
 def test_workers_end_when_the_server_is_killed(start_server: StartServer) -> None:
     server = start_server(workers=2)
     children = psutil.Process(server.process.pid).children(recursive=True)
