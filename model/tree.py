@@ -131,16 +131,18 @@ def fill(shape: FixedTree, logits: Tensor, offered: Tensor | None = None) -> Ten
 
 
 def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np.ndarray) -> Trees:
-    """Trees of the first budgets[b] nodes of `fill`. newest: (batch,); found: (batch, 3, nodes) int32."""
+    """Trees of the first budgets[b] nodes of `fill`, as far as their scores are finite. newest: (batch,); found:
+    (batch, 3, nodes) int32."""
     most = min(int(budgets.max(initial=0)), len(shape.ranks))
     trees = roots(newest, 1 + most)
     trees.tokens[:, 1:], trees.parents[:, 1:] = found[:, 0, :most], found[:, 1, :most]
     trees.depths[:, 1:] = shape.depths[:most]
     trees.scores[:, 1:] = np.ascontiguousarray(found[:, 2, :most]).view(np.float32)
-    trees.sizes[:] = 1 + np.minimum(budgets, most)
+    trees.sizes[:] = 1 + np.minimum(budgets, np.isfinite(trees.scores[:, 1:]).cumprod(1).sum(1))
     beyond = np.arange(1 + most) >= trees.sizes[:, None]
     trees.parents[beyond] = -1
     trees.depths[beyond] = 0
+    trees.scores[beyond] = 0.0
     return trees
 
 

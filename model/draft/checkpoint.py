@@ -82,7 +82,8 @@ def described(folder: Path) -> Described:
 
 
 def load(folder: Path, target: Target) -> Network:
-    """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target."""
+    """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target, or if
+    its weights are no finite numbers there."""
     told = described(folder)
     _, network_type = KINDS[told.drafter]
     try:
@@ -110,6 +111,12 @@ def load(folder: Path, target: Target) -> Network:
     if offered is not None and (offered.min() < 0 or offered.max() >= target.vocab_size):
         raise _unreadable(folder, ValueError("it proposes tokens that the target has not"))
     network.to(target.device, target.dtype).eval().requires_grad_(False)
+    for name, weight in network.state_dict().items():
+        if not weight.isfinite().all():
+            raise ConfigError(
+                f"draft {str(folder)!r} cannot be used: its {name} holds what is no finite number in {target.dtype}; "
+                "train it again"
+            )
     return network
 
 

@@ -62,7 +62,7 @@ struct Best {
 
   float least() const { return num < width ? -1e30f : held[num - 1].score; }
   void offer(const Candidate& one) {
-    if (one.score <= least()) return;
+    if (!(one.score > least())) return;  // nor is what is no number
     int at = num < width ? num++ : num - 1;
     for (; at > 0 && held[at - 1].score < one.score; at--) held[at] = held[at - 1];
     held[at] = one;
@@ -228,7 +228,7 @@ const T* logits_of(const Draft& draft, int b, int depth) {
   return (const T*)draft.logits + (b * (long)draft.block + depth) * draft.vocab;
 }
 
-// Tree b of the first nodes of the fixed tree, as many as its budget has.
+// Tree b of the first nodes of the fixed tree, as many as its budget has and the draft has said something of.
 template <class T>
 void fill(const Draft& draft, const Trees& trees, int b) {
   Found* found = (Found*)__builtin_alloca(draft.block * sizeof(Found));  // at each depth
@@ -236,13 +236,18 @@ void fill(const Draft& draft, const Trees& trees, int b) {
     continuations<T>(draft, logits_of<T>(draft, b, depth), (const T*)nullptr, 1, found + depth);
   const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
   const long at = b * (long)trees.rows;
-  for (int row = 1; row <= num; row++) {
+  int row = 1;
+  for (; row <= num; row++) {
     const int32_t parent = draft.fixed[3 * row - 3], rank = draft.fixed[3 * row - 2], depth = draft.fixed[3 * row - 1];
-    const Candidate& one = found[depth - 1].best.held[rank];
-    trees.tokens[at + row] = one.token, trees.scores[at + row] = trees.scores[at + parent] + one.score - found[depth - 1].whole;
+    const Found& behind = found[depth - 1];
+    if (rank >= behind.best.num) break;
+    const Candidate& one = behind.best.held[rank];
+    const double score = (parent ? trees.scores[at + parent] : 0.0) + one.score - behind.whole;
+    if (!__builtin_isfinite(score)) break;
+    trees.tokens[at + row] = one.token, trees.scores[at + row] = score;
     trees.parents[at + row] = parent, trees.depths[at + row] = depth;
   }
-  trees.sizes[b] = 1 + num;
+  trees.sizes[b] = row;
 }
 
 // The nodes from which a tree goes on.

@@ -375,7 +375,8 @@ def test_a_draft_fits_its_target_in_every_dtype(tiny_checkpoint: Path, tiny_draf
 
 
 @pytest.mark.parametrize(
-    "broken", ["no folder", "json", "field", "fingerprint", "no weights", "weights", "shape", "names", "offered"]
+    "broken",
+    ["no folder", "json", "field", "fingerprint", "no weights", "weights", "shape", "names", "offered", "not finite"],
 )
 def test_a_broken_draft_is_a_clear_error(tiny_target: Target, tmp_path: Path, broken: str) -> None:
     """Whoever starts the service reads one line that names the folder, not a traceback from inside a library."""
@@ -406,6 +407,10 @@ def test_a_broken_draft_is_a_clear_error(tiny_target: Target, tmp_path: Path, br
         case "offered":
             held = safetensors.torch.load_file(weights)
             held["offered"][-1] = tiny_target.vocab_size
+            safetensors.torch.save_file(held, weights)
+        case "not finite":
+            held = safetensors.torch.load_file(weights)
+            held["out.weight"][0, 0] = torch.nan
             safetensors.torch.save_file(held, weights)
     with pytest.raises(ConfigError, match=str(folder)):
         checkpoint.load(folder, tiny_target)

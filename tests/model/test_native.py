@@ -346,6 +346,29 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
             assert grown.depths[b, row] == grown.depths[b, grown.parents[b, row]] + 1
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("fixed", [False, True], ids=["best-first", "fixed"])
+def test_where_a_draft_says_no_number_a_tree_ends(dtype: torch.dtype, wrong: float, fixed: bool) -> None:
+    """Tokens and scores are looked up by: what was never written there, or is no number, ends the process."""
+    shape = tree.FixedTree.of({(): 2, (0,): 2, (0, 0): 2}, 3)
+    candidates = Candidates(2, (), fixed=shape if fixed else None)
+    newest, budgets = np.array([3, 4, 5]), np.array([6, 6, 6])
+    logits = normal(3, 3, 101, seed=1).to(dtype)
+    hidden = normal(3, 3, 32, seed=3).to(dtype)
+    whole = candidates.grow(hidden, logits, newest, budgets)
+    logits[0], logits[1, 1] = wrong, wrong
+    logits[2, 2, 40:] = wrong
+    cut = candidates.grow(hidden, logits, newest, budgets)
+    if fixed or wrong != torch.inf:
+        assert cut.sizes[0] == 1
+        assert set(cut.depths[1, 1 : cut.sizes[1]]) == {1}, "what was said before stands"
+    for b in range(3):
+        real = slice(0, int(cut.sizes[b]))
+        assert np.isfinite(cut.scores[b, real]).all()
+        assert ((cut.tokens[b, real] >= 0) & (cut.tokens[b, real] < 101)).all()
+    assert whole.sizes.tolist() == [7, 7, 7]
+
+
 class Rounding(SequentialHead):
     """In double, but states and contexts are kept in `dtype`."""
 

@@ -14,6 +14,7 @@ from model.attention import Rows, Sight
 from model.config import PAPER_NODES
 from model.drafters.flash import PAPER_TREE
 from model.kv_cache import KVCache
+from model.load import Load
 from model.tree import Along, FixedTree, Trees, best_first, fill, planted, roots
 
 VOCAB = 12
@@ -235,3 +236,16 @@ def test_a_fixed_tree_is_filled_by_rank_whatever_the_probabilities() -> None:
             wanted = trees.scores[b, parent] + logs[b, depth - 1, token].item()
             assert trees.scores[b, row] == pytest.approx(wanted, abs=1e-4)
     assert (trees.parents[1, 7:] == -1).all()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_of_a_fixed_tree_nothing_is_kept_where_the_draft_says_no_number(wrong: float) -> None:
+    """Its scores would be no bins of what drafts have brought, and the engine would fall."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 30)
+    logits[1] = wrong
+    shape = FixedTree.of(PAPER_TREE, 5)
+    trees = planted(np.array([7, 9]), fill(shape, logits).numpy(), shape, np.array([25, 25]))
+    assert trees.sizes.tolist() == [26, 1]
+    assert np.isfinite(trees.scores).all()
+    Load(2, 25).saw(trees, [[0, 1], [0]])
