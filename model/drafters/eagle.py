@@ -25,11 +25,10 @@ from model import attention, tree
 from model.attention import Rows, Sight, prompt_rows
 from model.draft.eagle import EagleNetwork
 from model.drafters.base import Room
-from model.drafters.layers import indexed, native_layers, take_last, token_table
+from model.drafters.layers import indexed, native_layers, steps_natively, take_last, token_table
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
-from model.native import library
-from model.native.candidates import MAX_WIDTH, Candidates
+from model.native.candidates import Candidates
 from model.native.eagle import EagleStep
 from model.native.step import DraftStep
 from model.targets.base import Prompt, Target
@@ -72,8 +71,7 @@ class EagleDrafter:
     def _native_step(self) -> EagleStep | None:
         """All of a step in two native calls, where everything it takes is there. Its weights are then packed."""
         network, target, config = self.network, self.target, self.network.config
-        native = library.supports(target.dtype, target.device) and self.width <= MAX_WIDTH
-        if self._entries is None or not native:
+        if self._entries is None or not steps_natively(target, self.width):
             return None
         self._norm1: Any = network.layers[0].attention_norm
         layers = native_layers(network.layers, network.norm, config, self.cache.stride)

@@ -19,7 +19,7 @@ from model import attention, tree
 from model.attention import Plan, Rows, Sight
 from model.draft.network import DraftNetwork
 from model.drafters.base import Room
-from model.drafters.layers import indexed, native_layers, take_last, token_table
+from model.drafters.layers import indexed, native_layers, steps_natively, take_last, token_table
 from model.graphs import MAX_ROWS, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
@@ -105,7 +105,8 @@ class FlashDrafter:
     def _native_step(self) -> DraftStep | None:
         """What a native round needs of the draft, where all of it is native."""
         head, fuse = self._head.matrix, self.network.fuse
-        if self._layers is None or self._candidates is None or head is None:
+        fits = steps_natively(self.target, self.width)
+        if self._layers is None or self._candidates is None or head is None or not fits:
             return None
         entries = token_table(self.target, self.network.config.hidden_size, self.network.embed)
         if entries is None:

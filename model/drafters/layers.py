@@ -1,5 +1,5 @@
-"""What drafters with layers of their own share: their layers in the native stack, what tokens put into them, paths as
-an index, and the last of what was kept."""
+"""What trained drafters share: whether and how they run in the native library, what tokens put into their layers, paths
+as an index, and the last of what was kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from model.draft.layers import LayerConfig, rotary_table
 from model.native import library
+from model.native.candidates import MAX_WIDTH
+from model.native.library import K_STEP
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.targets.base import Target
 
 MAX_TABLE = 1 << 24  # numbers in a table made at load
+
+
+def steps_natively(target: Target, width: int) -> bool:
+    """Whether steps that read the target's hidden states can be native here, with trees of so many nodes a depth."""
+    whole = target.hidden_size % K_STEP == 0  # states lie one behind the other, and are read in such steps
+    return library.supports(target.dtype, target.device) and whole and width <= MAX_WIDTH
 
 
 def native_layers(layers: nn.ModuleList, norm: nn.RMSNorm, config: LayerConfig, positions: int) -> Stack | None:

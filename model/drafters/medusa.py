@@ -12,10 +12,9 @@ from torch import Tensor
 from model import tree
 from model.draft.medusa import MedusaNetwork
 from model.drafters.base import Room
+from model.drafters.layers import steps_natively
 from model.linear import Packed, held_by, pack
-from model.native import library
-from model.native.candidates import MAX_WIDTH, Candidates
-from model.native.library import K_STEP
+from model.native.candidates import Candidates
 from model.native.medusa import MedusaStep
 from model.targets.base import Prompt, Target
 from model.transfer import upload
@@ -41,8 +40,7 @@ class MedusaDrafter:
 
     def _native_step(self) -> MedusaStep | None:
         target, heads, head = self.target, self.network.heads, self._head.matrix
-        fits = library.supports(target.dtype, target.device) and target.hidden_size % K_STEP == 0
-        if head is None or not fits or self.width > MAX_WIDTH:
+        if head is None or not steps_natively(target, self.width):
             return None
         assert isinstance(heads, Packed)
         candidates = Candidates(self.width, target.eos_ids, offered=self.network.offered)

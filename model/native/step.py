@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.native.candidates import Candidates
-from model.native.library import Matrix, functions, pointer
+from model.native.library import K_STEP, Matrix, functions, pointer
 from model.native.stack import Stack
 
 
@@ -20,6 +20,8 @@ class Linear(ctypes.Structure):
 
 
 def linear(matrix: Matrix) -> Linear:
+    """Whose rows lie one behind the other."""
+    assert matrix.inputs % K_STEP == 0, "rows that are not of whole steps would be read into the next"
     return Linear(pointer(matrix.packed), pointer(matrix.bias), matrix.inputs, matrix.outputs)
 
 

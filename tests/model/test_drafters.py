@@ -126,19 +126,41 @@ def test_the_native_step_proposes_what_torch_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same trees, node by node, wherever rounding does not decide which node is the last to get in."""
-    requests = mixed(10)
     engine = engine_of(name, tiny_checkpoint, drafts)
     if engine.drafter is None or not engine.drafter.native:
         pytest.skip("no native library here")
-    ours = guided(engine, expected)
-    tiny.answers(engine, requests, every=1)
+    ours = trees_of(engine, expected)
     monkeypatch.setattr(library, "load", lambda: None)
-    engine = engine_of(name, tiny_checkpoint, drafts)
-    theirs = guided(engine, expected)
-    tiny.answers(engine, requests, every=1)
-    common = ours.trees.keys() & theirs.trees.keys()
+    assert_alike(ours, trees_of(engine_of(name, tiny_checkpoint, drafts), expected))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_targets_states_may_be_of_any_width(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native steps read states of whole steps of a product's; of others they read each as if it went on in the next."""
+    model = tiny.save_checkpoint(tmp_path / "target", width=40)
+    folder = {name: tiny.save_network(tmp_path / "draft", name, model)}
+    expected = tiny.answers(Engine(tiny.config(model, drafter="off", max_num_seqs=1)), mixed(10))
+    engine = engine_of(name, model, folder)
+    assert tiny.answers(engine, mixed(10)) == expected
+    ours = trees_of(engine, expected)
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert_alike(ours, trees_of(engine_of(name, model, folder), expected))
+
+
+ProposedTrees = dict[tuple[str, int], set[tuple[int, ...]]]
+
+
+def trees_of(engine: Engine, expected: dict[str, list[int]]) -> ProposedTrees:
+    """What its drafter proposes, see `Guided`."""
+    watched = guided(engine, expected)
+    tiny.answers(engine, mixed(10), every=1)
+    return watched.trees
+
+
+def assert_alike(ours: ProposedTrees, theirs: ProposedTrees) -> None:
+    common = ours.keys() & theirs.keys()
     assert len(common) > 20
-    same = [ours.trees[key] == theirs.trees[key] for key in common]
+    same = [ours[key] == theirs[key] for key in common]
     assert sum(same) >= 0.95 * len(same)
 
 

@@ -38,7 +38,9 @@ CORPUS = (
 )
 
 
-def save_checkpoint(folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: int = 4, positions: int = 512) -> Path:
+def save_checkpoint(
+    folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: int = 4, positions: int = 512, width: int = 64
+) -> Path:
     """Four layers of width 64, two heads; a tower that makes 16 tokens of a 32 x 32 picture."""
     tokenizer = demo.train_tokenizer(CORPUS, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
@@ -56,7 +58,7 @@ def save_checkpoint(folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: i
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
+            hidden_size=width,
             intermediate_size=96,
             num_hidden_layers=layers,
             num_attention_heads=2,
