@@ -57,6 +57,7 @@ class KVCache:
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])
         self.lengths = array("i", [0] * num_slots)  # native code reads and writes them too
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
+        self._by_torch = False  # whether torch writes here, and reads
         # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors
         heads = torch.arange(num_slots * num_heads, device=device) * self.stride
         self._base = heads.view(num_slots, num_heads, 1)
@@ -100,6 +101,8 @@ class KVCache:
 
     def free(self, slot: int) -> None:
         assert slot not in self._free, f"slot {slot} freed twice"
+        if self._by_torch:
+            self.clear(slot, self.lengths[slot])
         self.lengths[slot] = 0
         self._free.append(slot)
         self._free.sort()
@@ -122,6 +125,11 @@ class KVCache:
         """The first `held` positions of one slot to another."""
         self.data[:, :, target, :, :held] = self.data[:, :, source, :, :held]
 
+    def clear(self, slot: int, held: int) -> None:
+        """Nought in place of `held` positions of a slot and of its scratch. What is not to be seen torch reads all the
+        same, and adds -inf: where one sequence overflowed, the next in its slot would see what is no number."""
+        self.data[:, :, slot, :, : held + self.stride - self.capacity] = 0
+
     def locations(self, first_slot: int, positions: Tensor) -> Tensor:
         """Where rows at `positions` (batch, rows) of slots first_slot.. go: flat indices (batch * heads * rows,)."""
         batch = positions.shape[0]
@@ -129,6 +137,7 @@ class KVCache:
 
     def write(self, layer: int, locations: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values, each (batch, heads, rows, head_dim), at `locations`."""
+        self._by_torch = True
         width = keys.shape[-1]
         for which, rows in ((0, keys), (1, values)):
             self.data[layer, which].view(-1, width).index_copy_(0, locations, rows.reshape(-1, width))

@@ -128,6 +128,10 @@ class _LeadingCache(KVCache):
         self._group.tell("copy", source, target, held)
         super().copy(source, target, held)
 
+    def clear(self, slot: int, held: int) -> None:
+        self._group.tell("clear", slot, held)
+        super().clear(slot, held)
+
     def rearrange(self, moves: Sequence[Move]) -> None:
         self._group.tell("rearrange", moves)
         super().rearrange(moves)
@@ -171,6 +175,9 @@ class Follower:
 
     def _copy(self, source: int, target: int, held: int) -> None:
         self._cache_of().copy(source, target, held)
+
+    def _clear(self, slot: int, held: int) -> None:
+        self._cache_of().clear(slot, held)
 
     def _rearrange(self, moves: Sequence[Move]) -> None:
         self._cache_of().rearrange(moves)

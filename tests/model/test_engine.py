@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ConfigError
+from model.drafters.flash import FlashDrafter
 from model.encoder_cache import EncoderCache
 from model.engine import Engine
 from model.request import EngineStats, Medium, Request, RequestError, RequestOutput
@@ -203,6 +204,29 @@ def test_an_abort_at_any_moment_frees_everything(crowd: Engine, known: dict[str,
                 outputs += late
             for i in (0, 2, 3):
                 assert [t.id for o in outputs if o.request_id == f"r{i}" for t in o.tokens] == known["r"]
+
+
+@pytest.mark.parametrize("drafter", ["off", "flash"])
+def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot(
+    tiny_checkpoint: Path, tiny_draft: Path, drafter: str
+) -> None:
+    """By torch, which adds -inf to what is not to be seen: what is no number stays none."""
+    draft = None if drafter == "off" else str(tiny_draft)
+    engine = Engine(tiny.config(tiny_checkpoint, drafter=drafter, draft=draft, dtype="float64", max_num_seqs=1))
+    short, bad = tiny.ask("short", "How many?", max_tokens=8), tiny.ask("bad", "The fox jumps; where?", max_tokens=20)
+    expected = tiny.answers(engine, [short])
+    outlier = engine.target.tokenizer("jumps").input_ids[-1]
+    target: Any = engine.target
+    with torch.no_grad():
+        target.model.get_input_embeddings().weight[outlier] = torch.inf
+    engine.add(bad)
+    engine.step()
+    assert not engine.cache.data.isfinite().all()
+    engine.abort("bad")
+    assert tiny.answers(engine, [bad])["bad"]
+    assert tiny.answers(engine, [short]) == expected
+    caches = [engine.cache.data, *([engine.drafter.cache.data] if isinstance(engine.drafter, FlashDrafter) else [])]
+    assert all(data.isfinite().all() for data in caches)
 
 
 def test_an_abort_while_waiting_leaves_the_queue(tiny_checkpoint: Path) -> None:
