@@ -135,7 +135,7 @@ def tree_attention(
         (1.0 / math.sqrt(dim) if scale is None else scale) * math.log2(math.e),
         *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3], starts.stride(0),
         sees.stride(0) if len(sees) > 1 else 0,
-        rows, m, dim, kv_heads, SPAN, block_m, BLOCK_N, block_d,
+        rows, m, dim, kv_heads, SPAN, block_m, BLOCK_N, block_d, num_stages=NUM_STAGES,
     )  # fmt: skip
     _join_spans[(batch * kv_heads, m)](
         parts,

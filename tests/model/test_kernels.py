@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -111,9 +112,22 @@ def test_an_engine_says_the_same_with_it(
     assert tiny.replays(engine).shapes == ahead, "something was recorded while somebody waited"
 
 
+class Started:
+    """In place of a kernel: the options that it is started with."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, int] = {}
+
+    def __getitem__(self, _grid: tuple[int, ...]) -> Self:
+        return self
+
+    def __call__(self, *_given: object, **options: int) -> None:
+        self.options = options
+
+
 @pytest.mark.parametrize(("dtype", "number"), [("bf16", "*bf16"), ("fp32", "*fp32")])
-def test_it_compiles_for_an_h100_that_is_not_here(dtype: str, number: str) -> None:
-    """To the very machine code, within the shared memory of a block: the compiler needs no GPU."""
+def test_it_compiles_for_an_h100_that_is_not_here(dtype: str, number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the very machine code, as it is started, within the shared memory of a block: the compiler needs no GPU."""
     triton = pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("what is interpreted is not compiled")
@@ -126,14 +140,20 @@ def test_it_compiles_for_an_h100_that_is_not_here(dtype: str, number: str) -> No
     types = {**dict.fromkeys(("q", "k", "v", "out"), number), **floats, "starts": "*i64", "visible": "*u8"}
     types["scale"] = "fp32"
     constants = {"KV_HEADS": 4, "SPAN": own.SPAN, "BLOCK_M": 64, "BLOCK_N": own.BLOCK_N, "BLOCK_D": 128}
-    for function in (own._attend_to_span, own._join_spans):
+    functions = {own._attend_to_span: Started(), own._join_spans: Started()}
+    with monkeypatch.context() as patched:
+        for function, started in functions.items():
+            patched.setattr(own, function.__name__, started)
+        some = torch.zeros(1, 4, 5, 128)
+        own.tree_attention(some, some, some, torch.zeros(1, dtype=torch.int64), torch.ones(1, 5, 5, dtype=torch.bool))
+    for function, started in functions.items():
         names = function.arg_names
         known = {name: constants[name] for name in names if name in constants}
         signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
         made = triton.compile(
             ASTSource(function, signature, known),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_stages": own.NUM_STAGES},
+            options=started.options,
         )
         assert made.asm["cubin"]
         assert made.metadata.shared <= 160 << 10, "an A100 has 163 KiB"
