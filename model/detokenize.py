@@ -5,12 +5,14 @@ Both classes are fed in order and flushed once at the end.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence as Seq
 
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 REPLACEMENT = "\ufffd"
+UTF8 = codecs.getincrementaldecoder("utf-8")
 LONGEST_CHARACTER = 8  # tokens
 CONTEXT = 12  # tokens that are looked at again for the sake of the next; more take longer
 BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's name of a token for one byte
@@ -38,7 +40,7 @@ class Vocabulary:
         # Bytes side by side, so that what a token says does not depend on what came before it. Others may, say, drop a
         # leading space at the start of a text.
         self.context_free = self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
-        self._known: dict[int, str] = {}
+        self._known: dict[int, bytes] = {}
         self._added = frozenset(tokenizer.added_tokens_decoder)
 
     def text(self, ids: list[int]) -> str:
@@ -46,12 +48,13 @@ class Vocabulary:
             return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def text_of(self, token: int) -> str:
-        """Of a token of its own, where the vocabulary is context-free."""
-        text = self._known.get(token)
-        if text is None:
-            self._known[token] = text = self.text([token])
-        return text
+    def said_by(self, token: int) -> bytes:
+        """What a token adds to any text in UTF-8, maybe a part of a character, where the vocabulary is context-free."""
+        said = self._known.get(token)
+        if said is None:
+            text = self.text([token])
+            self._known[token] = said = self.bytes_of(token) if REPLACEMENT in text else text.encode()
+        return said
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for, a special one its name: of most vocabularies the very bytes, maybe of a part of a
@@ -73,33 +76,36 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary, skip: frozenset[int]) -> None:
         self._vocabulary, self._skip = vocabulary, skip
-        # The latest tokens: those whose text is still to come and, where that depends on them, some before those.
+        self._bytes = UTF8("replace")  # of a context-free vocabulary
+        # Of others the latest tokens: those whose text is still to come, and some before those, on which it depends.
         self._ids: list[int] = []
         self._shown = 0  # of these; what they say is known
         self._said = ""
 
     def decode(self, token: int) -> str:
-        vocabulary, ids = self._vocabulary, self._ids
         if token in self._skip:
             return ""
-        if not ids and vocabulary.context_free and not (text := vocabulary.text_of(token)).endswith(REPLACEMENT):
-            return text
+        if self._vocabulary.context_free:
+            return self._bytes.decode(self._vocabulary.said_by(token))
+        return self._in_context(token)
+
+    def _in_context(self, token: int) -> str:
+        vocabulary, ids = self._vocabulary, self._ids
         ids.append(token)
         text = vocabulary.text(ids)
         piece = text[len(self._said) :]
         if piece.endswith(REPLACEMENT) and len(ids) - self._shown < LONGEST_CHARACTER:
             return ""  # an unfinished character; one that never ends is let through
-        if vocabulary.context_free:
-            ids.clear()
-        else:
-            if len(ids) > CONTEXT:
-                del ids[: self._shown]
-                text = vocabulary.text(ids)
-            self._shown, self._said = len(ids), text
+        # What says nothing would not stand between the start of a text and what comes next.
+        if len(ids) > CONTEXT and (latest := vocabulary.text(ids[self._shown :])):
+            del ids[: self._shown]
+            text = latest
+        self._shown, self._said = len(ids), text
         return piece
 
     def flush(self) -> str:
-        return self._vocabulary.text(self._ids)[len(self._said) :] if self._ids else ""
+        held = self._vocabulary.text(self._ids)[len(self._said) :] if self._ids else ""
+        return self._bytes.decode(b"", final=True) + held
 
 
 class StopStrings:

@@ -89,6 +89,15 @@ def test_bytes_that_never_become_a_character_hold_nothing_up(tokenizer: PreTrain
         assert any(shown[:8]) or count < 8
 
 
+def test_a_character_right_behind_broken_bytes_is_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What is let through since it never becomes a character does not take the beginning of the next one along."""
+    lone = tokenizer("\u4f60", add_special_tokens=False).input_ids[-1]
+    rocket = tokenizer("\U0001f680", add_special_tokens=False).input_ids
+    for count in range(1, 20):
+        ids = [lone] * count + rocket
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
 def test_random_tokens_show_what_the_whole_decode_shows(tokenizer: PreTrainedTokenizerBase) -> None:
     """Sampled at a high temperature, a byte-level vocabulary yields broken UTF-8 often."""
     rng = random.Random(1)
@@ -170,3 +179,17 @@ def test_where_a_token_says_something_else_at_the_start_of_a_text_it_is_read_in_
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
         assert len(set(pieces(tokenizer, ids))) > 2, "piece by piece, not all at the end"
+
+
+def test_a_space_behind_a_special_token_is_no_leading_one() -> None:
+    """LLaMA's way, of one space at the start of a text. Behind many tokens the earlier ones are let go, and a special
+    one says nothing: the next would be at the start."""
+    names = ["<unk>", "<s>", "</s>", "<image>", "\u2581", "\u2581on", "\u2581and", "a"]
+    made = Tokenizer(models.BPE(vocab={name: at for at, name in enumerate(names)}, merges=[], unk_token="<unk>"))
+    strip = decoders.Strip(" ", 1, 0)
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", additional_special_tokens=["<image>"])
+    rng = random.Random(0)
+    for _ in range(100):
+        ids = [rng.choice([3, 4, 5, 6, 7]) for _ in range(60)]
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
