@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,7 @@ def save(target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokeni
     shipped = new_target(target.config)
     shipped.load_state_dict(target.state_dict())
     shipped.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
     tokenizer.save_pretrained(folder)
     images = image_processor()
     images.save_pretrained(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,6 +186,7 @@ def save_target(target: LlavaForConditionalGeneration, tokenizer: PreTrainedToke
     shipped = new_target(target.config)
     shipped.load_state_dict(target.state_dict())
     shipped.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
     processor(tokenizer).save_pretrained(folder)
 
 

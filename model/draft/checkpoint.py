@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def save(folder: Path, network: Network, target: Target, *, drafter: str | None 
         **notes,
     }
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
 
 
 def described(folder: Path) -> Described:

@@ -353,6 +353,8 @@ def test_a_saved_draft_comes_back_as_it_was(tiny_target: Target, tmp_path: Path)
     assert network.offered is not None
     assert loaded.offered.equal(network.offered), "ids are whole numbers, which bfloat16 has few of"
     assert not any(p.requires_grad for p in loaded.parameters())
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "whoever may read the one file, may read the other"
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["command"] == "train it"
     assert described["acceptance_length"] == {"caption": 4.5}

@@ -60,6 +60,7 @@ def test_the_folder_loads_by_the_auto_classes(folder: Path, tokenizer: PreTraine
     loaded = AutoModelForImageTextToText.from_pretrained(folder)
     assert isinstance(loaded, Qwen2_5_VLForConditionalGeneration)
     assert loaded.dtype == torch.bfloat16
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "whoever may read one file, may read all"
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
     assert (folder / "model.safetensors").stat().st_size <= LARGEST
