@@ -33,12 +33,14 @@ class EngineConfig:
     dtype: str = "auto"
     drafter: DrafterName = "auto"  # "auto": what the draft's folder says
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
-    max_model_len: int | None = None  # prompt + answer; None: what the model allows, up to DEFAULT_MAX_MODEL_LEN
+    max_model_len: int | None = None  # prompt + answer; None: what the model has, up to DEFAULT_MAX_MODEL_LEN
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
     load_aware: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
-    max_rows: int = 512  # rows (tokens and draft nodes) verified in one step, over all sequences
+    max_rows: int = (
+        512  # of a step over all sequences, within which draft nodes stay; each one's token always has its row
+    )
     max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
@@ -55,6 +57,7 @@ class EngineConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
         at_least = {
             "max_num_seqs": 1,
+            "max_model_len": 16,
             "prefill_chunk": 16,
             "prefill_stretch": 1.5,
             "max_rows": 1,
@@ -62,6 +65,7 @@ class EngineConfig:
             "tree_width": 1,
             "encoder_cache_bytes": 0,
             "tensor_parallel": 1,
+            "threads": 1,
         }
         for name, least in at_least.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -122,8 +126,16 @@ class EngineConfig:
         return held
 
     def context(self, max_positions: int) -> int:
-        """Tokens of prompt and answer together, for a model that knows so many positions."""
-        return min(self.max_model_len or DEFAULT_MAX_MODEL_LEN, max_positions)
+        """Tokens of prompt and answer together, for a model that knows so many positions. ConfigError where more are
+        asked for."""
+        if self.max_model_len is None:
+            return min(DEFAULT_MAX_MODEL_LEN, max_positions)
+        if self.max_model_len > max_positions:
+            raise ConfigError(
+                f"max_model_len must be at most {max_positions}, the positions that the model has; "
+                f"got {self.max_model_len}"
+            )
+        return self.max_model_len
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

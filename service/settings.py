@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from model.config import DrafterName
+from model.config import DEFAULT_MAX_MODEL_LEN, DrafterName
 from service import cores
 
 MIB = 1024 * 1024
@@ -73,7 +73,10 @@ class Settings(BaseSettings):
     threads: int | None = option("Model", None, "CPU threads per worker; by default cores / workers.", ge=1)
     max_num_seqs: int = option("Model", 16, "Sequences that a worker decodes in one batch.", ge=1, le=1024)
     max_model_len: int | None = option(
-        "Model", None, "Prompt and answer together, tokens; by default the model's.", ge=16
+        "Model",
+        None,
+        f"Prompt and answer together, tokens; by default what the model has, up to {DEFAULT_MAX_MODEL_LEN}.",
+        ge=16,
     )
     kv_cache_bytes: int | None = option(
         "Model", None, "KV memory per worker, bytes; by default the engine's choice.", ge=1
@@ -86,7 +89,9 @@ class Settings(BaseSettings):
     )
     load_aware: bool = option("Model", True, "Draft only as much as pays at the present load, or not at all.")
     max_nodes: int | None = option("Model", None, "Draft tokens verified per sequence and step.", ge=0)
-    max_rows: int | None = option("Model", None, "Tokens and draft tokens verified in one step, all sequences.", ge=1)
+    max_rows: int | None = option(
+        "Model", None, "Rows of one step, of all sequences: draft tokens stay within them.", ge=1
+    )
     encoder_cache_bytes: int | None = option("Model", None, "Memory for features of media seen before, bytes.", ge=0)
     prefix_cache: bool = option("Model", True, "What prompts begin with in common is computed once.")
 

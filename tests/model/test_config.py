@@ -22,6 +22,9 @@ from tests.model import tiny
         ("drafter", "eagles"),
         ("dtype", "int8"),
         ("max_num_seqs", 0),
+        ("max_model_len", 0),
+        ("max_model_len", 15),
+        ("threads", 0),
         ("prefill_chunk", 15),
         ("max_rows", 0),
         ("max_nodes", -1),
@@ -71,8 +74,9 @@ def test_the_models_own_limit_on_length_holds(tiny_checkpoint: Path) -> None:
     """Positions beyond it were never trained; a setting cannot stretch them."""
     engine = Engine(EngineConfig(model=str(tiny_checkpoint), device="cpu", max_num_seqs=1))
     assert engine.max_model_len == 512
-    engine = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1, max_model_len=4096))
-    assert engine.max_model_len == 512
+    assert Engine(tiny.config(tiny_checkpoint, max_num_seqs=1, max_model_len=512)).max_model_len == 512
+    with pytest.raises(ConfigError, match="max_model_len must be at most 512"):
+        Engine(tiny.config(tiny_checkpoint, max_num_seqs=1, max_model_len=513))
 
 
 @pytest.mark.parametrize("layers", range(1, 60))
