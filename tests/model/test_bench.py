@@ -377,11 +377,11 @@ def test_over_http_the_same_tokens_come_as_in_process(tiny_checkpoint: Path, tin
 
 
 def test_drafting_by_load_is_measured_beside_every_fixed_way(
-    tiny_checkpoint: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    tiny_draft: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    file = tmp_path / "load.json"
+    file, model = tmp_path / "load.json", tiny.save_checkpoint(tmp_path / "target", positions=load.LONGEST)
     asked = ["--batches", "1,3", "--nodes", "2,5", "--repeats", "1", "--max-tokens", "6", "--output", str(file)]
-    load.main(["--model", str(tiny_checkpoint), "--draft", str(tiny_draft), "--dtype", "float32", *asked])
+    load.main(["--model", str(model), "--draft", str(tiny_draft), "--dtype", "float32", *asked])
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(printed[-1])
     assert result == json.loads(file.read_text())
