@@ -37,7 +37,8 @@ def distribution(logits: Tensor, params: SamplingParams | Seq[SamplingParams]) -
     """The distributions that requests draw from: (rows, vocab) any float -> (rows, vocab) float64.
 
     `params`: those of all rows, or one for each. Temperature, then top-k, top-p and min-p, each on what the one before
-    left, as transformers orders them. A row's result does not depend on the rows beside it.
+    left, as transformers orders them. On a CPU a row's bits do not depend on the rows beside it, nor on the threads; on
+    a GPU, where sums are divided by how many rows there are, the last ones may.
     """
     each = (params,) if isinstance(params, SamplingParams) else params
     vocab = logits.shape[-1]
@@ -56,12 +57,13 @@ def distribution(logits: Tensor, params: SamplingParams | Seq[SamplingParams]) -
         probs = probs.masked_fill((probs < least) & (top_k < vocab), 0.0)
     if any(p.top_p < 1.0 for p in each):
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # a token stays while what comes before it is less than top_p
-        dropped = (before >= top_p * ordered.sum(-1, keepdim=True)) & (top_p < 1.0)
+        upto = ordered.cumsum(-1)
+        before = upto - ordered  # a token stays while what comes before it is less than top_p
+        dropped = (before >= top_p * upto[:, -1:]) & (top_p < 1.0)
         probs = probs.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), 0.0)
     if any(p.min_p > 0.0 for p in each):
         probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
-    return probs / probs.sum(-1, keepdim=True)
+    return probs / probs.cumsum(-1)[:, -1:]  # one after the other: torch's sum of one long row is shared among threads
 
 
 def _columns(settings: list[tuple[float, int, float, float]], rows: int, device: torch.device) -> Tensor:

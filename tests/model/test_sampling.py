@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -167,9 +169,13 @@ MIXED = (
 )
 
 
-@pytest.mark.parametrize("vocab", [97, 5000])
-def test_a_row_among_others_has_the_very_bits_that_it_has_alone(vocab: int) -> None:
+@pytest.mark.parametrize(("vocab", "threads"), [(97, 1), (5000, 1), (152_064, 2)])
+def test_a_row_among_others_has_the_very_bits_that_it_has_alone(
+    vocab: int, threads: int, request: pytest.FixtureRequest
+) -> None:
     """Else a seeded answer would depend on who else is being served."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     rows = [MIXED[i % len(MIXED)] for i in range(37)]
     logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(5)) * 4
     logits[::5] = logits[::5].round()  # ties, at the limits too
