@@ -21,10 +21,6 @@ class Verdict:
     path: list[int]
     tokens: list[int]
 
-    @property
-    def num_accepted(self) -> int:
-        return len(self.path) - 1
-
 
 IDLE = Verdict([], [])  # of a slot that does not decode
 

@@ -71,7 +71,7 @@ def supports(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def use_threads(number: int) -> None:
-    """So many threads from now on, the caller's included."""
+    """At least so many threads from now on, the caller's included: those that are there stay."""
     library = load()
     if library is not None:
         library.functions.flash_begin(number)

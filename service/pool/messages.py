@@ -8,7 +8,7 @@ Pixels lie in memory that both share (arena.py), where there is room.
      |<--------------- Refused   |   cannot be served as asked; or else:
      |<--------------- Outputs   |   any number of times; the one with a finish_reason is the last
      |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
-     |<--------------- Stats     |   unasked, at most ten times a second
+     |<--------------- Stats     |   unasked: ten times a second while it works, and when it falls idle
      |-- ReadDraft ------------->|   another draft, which is not used yet
      |<-- DraftReady | DraftRefused
      |-- UseDraft | DropDraft -->|   from the next step on; or never
