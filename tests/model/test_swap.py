@@ -8,6 +8,8 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from model.config import ConfigError
 from model.draft.network import DraftNetwork
@@ -191,6 +193,11 @@ def test_what_is_no_draft_is_refused(engine: Engine, drafts: dict[str, str], tmp
     refused(engine, tmp_path, "cannot be read")
     (tmp_path / "model.safetensors").write_bytes((Path(drafts["flash"]) / "model.safetensors").read_bytes())
     refused(engine, tmp_path, "trained again")  # weights of another shape, as of an earlier version
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    broken = load_file(tmp_path / "model.safetensors")
+    broken["out.weight"][0, 0] = torch.inf
+    save_file(broken, tmp_path / "model.safetensors")
+    refused(engine, tmp_path, "out.weight holds what is no finite number")
     (tmp_path / "model.safetensors").write_bytes(weights)
     assert isinstance(engine.read_draft(str(tmp_path)).network, DraftNetwork)
 
