@@ -90,6 +90,9 @@ class Mixture:
             sampling |= {"temperature": rng.choice((0.3, 0.7, 1.0)), "seed": rng.randrange(2**31)}
             sampling |= rng.choice(({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}))
         if rng.random() < 0.2:
+            penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.2, "min_tokens": 1}
+            sampling |= dict([rng.choice(list(penalties.items()))])
+        if rng.random() < 0.2:
             sampling["stop"] = rng.choice(("the", ["ring", "blue"], "e"))
         files: tuple[File, ...] = ()
         if kind in ("image", "images"):
@@ -115,7 +118,7 @@ class Mixture:
         wrong: tuple[Callable[[], tuple[Question, set[int]]], ...] = (
             lambda: (Question(prompt, (), short | {"temperature": 3}), {400}),
             lambda: (Question(prompt, (), short | {"model": "another"}), {404}),
-            lambda: (Question(prompt, (), short | {"logprobs": True}), {400}),
+            lambda: (Question(prompt, (), short | {"repetition_penalty": 0}), {400}),
             lambda: (Question(prompt, (), {"max_tokens": 10**6}), {400}),
             lambda: (Question("word " * 6000, (), short), {400}),
             lambda: (Question(prompt, (image,) * 30, short), {400}),

@@ -528,7 +528,7 @@ class Engine:
             if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:
                 break
             self.cache.move(sequence.slot, lowest)
-            self.prefixes.forget(lowest)
+            self.prefixes.move(sequence.slot, lowest)
             if self.drafter and sequence.speculates:
                 self.drafter.move(sequence.slot, lowest)
             sequence.slot = lowest

@@ -80,6 +80,11 @@ class PrefixCache:
     def forget(self, slot: int) -> None:
         self._held.pop(slot, None)
 
+    def move(self, source: int, target: int) -> None:
+        """What lay in slot `source` is in `target` from now on."""
+        if (held := self._held.pop(source, None)) is not None:
+            self._held[target] = held
+
     def clear(self) -> None:
         self._held.clear()
 

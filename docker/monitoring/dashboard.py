@@ -310,11 +310,13 @@ ROWS: dict[str, list[Panel]] = {
             most=1,
         ),
         Panel(
-            "Encoder cache hits",
+            "Cache hits",
             SHARE,
-            "Part of images and videos whose features were still there from an earlier request.",
+            "Part of media whose features, and of prompt tokens whose keys and values, an earlier request has left.",
             {
-                "{{model}}": f"{rate('flash_encoder_cache_hits_total')} / {rate('flash_encoder_cache_queries_total')}",
+                f"{{{{model}}}} {what}": f"{rate(f'flash_{cache}_cache_hits_total')} / "
+                f"{rate(f'flash_{cache}_cache_queries_total')}"
+                for what, cache in (("media", "encoder"), ("prompt tokens", "prefix"))
             },
             most=1,
         ),

@@ -98,7 +98,10 @@ def test_the_longest_is_found_and_the_stalest_given_up() -> None:
     cache.hold(0, contents("a" * 40), 17, drafted=False)
     cache.forget(1)
     assert cache.best(contents("a" * 50), 49, drafted=False) == (0, 17)
+    cache.move(0, 3)
+    assert cache.best(contents("a" * 50), 49, drafted=False) == (3, 17)
     cache.clear()
+    cache.move(0, 3)
     assert cache.best(contents("a" * 50), 49, drafted=False)[1] == 0
 
 
@@ -175,6 +178,26 @@ def test_beside_each_other(
     assert tiny.answers(engine, conversation(), every=every) == expected
     if name in SHARING:
         assert engine.pop_stats().prefix_cache_hits > 0
+
+
+def test_a_sequence_that_moves_takes_what_is_known_of_its_slot_along(
+    tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch computes, sequences move to low slots, and the slots they leave are written over."""
+    monkeypatch.setattr(library, "load", lambda: None)
+    engine = engine_of("flash", tiny_checkpoint, drafts)
+    asked = {r.request_id: r for r in conversation()}
+    for name in ("two", "first"):
+        engine.add(asked[name])
+    while len(engine.scheduler.running) < 2 or any(s.prefilling for s in engine.scheduler.running):
+        engine.step()
+    engine.abort("two")
+    engine.step()
+    assert [s.slot for s in engine.scheduler.running] == [0], "it has moved"
+    engine.step()
+    told = tiny.answers(engine, [asked["other"], asked["again"]])
+    assert all(told[name] == expected[name] for name in ("other", "again"))
+    assert engine.pop_stats().prefix_cache_hits > 0
 
 
 def test_after_an_abort_what_was_computed_is_still_good(
