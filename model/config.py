@@ -38,9 +38,7 @@ class EngineConfig:
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
     load_aware: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
-    max_rows: int = (
-        512  # of a step over all sequences, within which draft nodes stay; each one's token always has its row
-    )
+    max_rows: int = 512  # of a step, all sequences together: draft nodes stay within them, newest tokens need not
     max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.config import TRAINED
 from model.engine import Engine
 from model.targets.base import Target
 from tests.model import tiny, tiny_qwen
@@ -40,6 +41,13 @@ def tiny_draft(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def tiny_gqa_draft(tiny_gqa_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_draft(tmp_path_factory.mktemp("tiny_gqa") / "draft", tiny_gqa_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def drafts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with an untrained draft of every kind, for `tiny_checkpoint`."""
+    folder = tmp_path_factory.mktemp("drafts")
+    return {name: tiny.save_network(folder / name, name, tiny_checkpoint) for name in TRAINED}
 
 
 @pytest.fixture(scope="session")

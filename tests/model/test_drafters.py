@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,27 +35,14 @@ FEW = 60  # tokens, where not all are offered
 
 
 @pytest.fixture(scope="module")
-def drafts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with an untrained draft of every kind."""
-    folder = tmp_path_factory.mktemp("drafts")
-    return {name: tiny.save_network(folder / name, name, tiny_checkpoint) for name in TRAINED}
-
-
-@pytest.fixture(scope="module")
 def expected(plain_engine: Engine) -> dict[str, list[int]]:
     """Each answer alone and without a draft."""
     return {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in mixed()}
 
 
-def engine_of(name: str, model: Path, drafts: dict[str, Path], **settings: Any) -> Engine:
-    draft = str(drafts[name]) if name in drafts else None
-    given = {"max_num_seqs": 8, "prefill_chunk": 16, **settings}
-    return Engine(tiny.config(model, drafter=name, draft=draft, **given))
-
-
 @pytest.fixture(params=NAMES)
 def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, drafts: dict[str, Path]) -> Engine:
-    return engine_of(request.param, tiny_checkpoint, drafts)
+    return tiny.engine_of(request.param, tiny_checkpoint, drafts)
 
 
 # -- the answer stays the same
@@ -111,7 +97,7 @@ def test_paths_of_every_length_enter_its_context(
     """An untrained draft's own trees are refused; an oracle's are not, and it has to follow. Slots move in torch."""
     if not native:
         monkeypatch.setattr(library, "load", lambda: None)
-    engine = engine_of(name, tiny_checkpoint, drafts)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts)
     watched = guided(engine, expected)
     assert tiny.answers(engine, mixed(), every=1) == expected
     assert len(watched.trees) > 30 or name == "ngram"
@@ -126,12 +112,12 @@ def test_the_native_step_proposes_what_torch_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same trees, node by node, wherever rounding does not decide which node is the last to get in."""
-    engine = engine_of(name, tiny_checkpoint, drafts)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts)
     if engine.drafter is None or not engine.drafter.native:
         pytest.skip("no native library here")
     ours = trees_of(engine, expected)
     monkeypatch.setattr(library, "load", lambda: None)
-    assert_alike(ours, trees_of(engine_of(name, tiny_checkpoint, drafts), expected))
+    assert_alike(ours, trees_of(tiny.engine_of(name, tiny_checkpoint, drafts), expected))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -140,11 +126,11 @@ def test_a_targets_states_may_be_of_any_width(name: str, tmp_path: Path, monkeyp
     model = tiny.save_checkpoint(tmp_path / "target", width=40)
     folder = {name: tiny.save_network(tmp_path / "draft", name, model)}
     expected = tiny.answers(Engine(tiny.config(model, drafter="off", max_num_seqs=1)), mixed(10))
-    engine = engine_of(name, model, folder)
+    engine = tiny.engine_of(name, model, folder)
     assert tiny.answers(engine, mixed(10)) == expected
     ours = trees_of(engine, expected)
     monkeypatch.setattr(library, "load", lambda: None)
-    assert_alike(ours, trees_of(engine_of(name, model, folder), expected))
+    assert_alike(ours, trees_of(tiny.engine_of(name, model, folder), expected))
 
 
 ProposedTrees = dict[tuple[str, int], set[tuple[int, ...]]]
@@ -177,7 +163,7 @@ def test_sequences_that_it_does_not_know(
     """Requests without speculation never begin with it: alone, and in a batch with others."""
     if not native:
         monkeypatch.setattr(library, "load", lambda: None)
-    engine = engine_of(name, tiny_checkpoint, drafts)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts)
     silent = [replace(request, speculation=False) for request in mixed(4)]
     assert tiny.answers(engine, silent) == {f"r{i}": expected[f"r{i}"] for i in range(4)}
     assert engine.pop_stats().drafts == 0
@@ -190,7 +176,7 @@ def test_where_the_load_decides_how_much_is_drafted(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
     """As it is served: trees are cut, sequences pause, some never begin."""
-    engine = engine_of(name, tiny_checkpoint, drafts, load_aware=True)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts, load_aware=True)
     for every in (0, 1, 2):
         assert tiny.answers(engine, mixed(), every=every) == expected
 
@@ -202,7 +188,7 @@ def test_where_the_load_decides_how_much_is_drafted(
 def test_within_any_budget(
     name: str, settings: dict[str, int], tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
-    engine = engine_of(name, tiny_checkpoint, drafts, **settings)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts, **settings)
     assert tiny.answers(engine, mixed(10), every=1) == {f"r{i}": expected[f"r{i}"] for i in range(10)}
 
 
@@ -211,7 +197,7 @@ def test_bfloat16_with_a_draft_says_what_it_says_without(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path]
 ) -> None:
     """Where rows keep their bits whatever stands beside them; elsewhere rounding turns a token now and then."""
-    engine = engine_of(name, tiny_checkpoint, drafts, dtype="bfloat16")
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts, dtype="bfloat16")
     with_draft = tiny.answers(engine, mixed(8), every=1)
     plain = Engine(tiny.config(tiny_checkpoint, drafter="off", dtype="bfloat16", max_num_seqs=1))
     without = {r.request_id: tiny.answers(plain, [r])[r.request_id] for r in mixed(8)}
@@ -245,14 +231,14 @@ def test_only_tokens_that_are_offered_are_proposed(
     for native, graphs in ((True, False), (False, False), (False, True)):
         if not native:
             monkeypatch.setattr(library, "load", lambda: None)
-        engine = engine_of(name, tiny_checkpoint, narrow, graphs=graphs)
+        engine = tiny.engine_of(name, tiny_checkpoint, narrow, graphs=graphs)
         watched = guided(engine, expected)
         tiny.answers(engine, requests, every=1)
         trees.append(watched.trees)
         proposed = {token for paths in watched.trees.values() for path in paths for token in path[1:]}
         assert proposed <= offered
         assert len(proposed) > 5
-        engine = engine_of(name, tiny_checkpoint, narrow, graphs=graphs)
+        engine = tiny.engine_of(name, tiny_checkpoint, narrow, graphs=graphs)
         assert tiny.answers(engine, requests, every=1) == {r.request_id: expected[r.request_id] for r in requests}
     for others in trees[1:]:
         common = trees[0].keys() & others.keys()
@@ -267,7 +253,7 @@ def test_the_published_tree_is_the_same_at_every_step(
     tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
     """25 nodes, whatever the draft says."""
-    engine = engine_of("flash-paper", tiny_checkpoint, drafts, max_num_seqs=2)
+    engine = tiny.engine_of("flash-paper", tiny_checkpoint, drafts, max_num_seqs=2)
     watched = guided(engine, expected)
     tiny.answers(engine, mixed(6))
     lengths = {tuple(sorted(map(len, paths))) for paths in watched.trees.values()}
@@ -278,7 +264,7 @@ def test_the_published_tree_on_recorded_passes(
     tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library, "load", lambda: None)
-    engine = engine_of("flash-paper", tiny_checkpoint, drafts, graphs=True)
+    engine = tiny.engine_of("flash-paper", tiny_checkpoint, drafts, graphs=True)
     assert tiny.answers(engine, mixed(8), every=1) == {f"r{i}": expected[f"r{i}"] for i in range(8)}
 
 
@@ -319,7 +305,7 @@ def test_its_context_is_what_recomputing_from_scratch_gives(
     Medusa: the hidden state of the last kept position. Off by one, a trained draft is served on what it never saw."""
     if not native:
         monkeypatch.setattr(library, "load", lambda: None)
-    engine = engine_of(name, tiny_checkpoint, drafts)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts)
     seen = Contexts(guided(engine, expected)).seen
     requests = mixed(10)
     tiny.answers(engine, requests, every=1)
@@ -350,7 +336,7 @@ def test_eagles_passes_are_those_it_was_trained_with(
 ) -> None:
     """Depth by depth over its own features, behind a true continuation: the logits in serving are the trainer's."""
     monkeypatch.setattr(library, "load", lambda: None)
-    engine = engine_of("eagle", tiny_checkpoint, drafts)
+    engine = tiny.engine_of("eagle", tiny_checkpoint, drafts)
     drafter, target, requests = engine.drafter, engine.target, mixed(5)[::2]  # those with long answers
     assert isinstance(drafter, EagleDrafter)
     for request in requests:
@@ -415,7 +401,7 @@ def test_ngram_is_what_a_search_through_the_text_finds() -> None:
 
 def test_ngram_does_not_look_at_placeholders_of_media(tiny_checkpoint: Path, expected: dict[str, list[int]]) -> None:
     """They are all the same token: hundreds of matches that say nothing."""
-    engine = engine_of("ngram", tiny_checkpoint, {})
+    engine = tiny.engine_of("ngram", tiny_checkpoint, {})
     engine.add(tiny.ask("r", tiny.video(1, 3), "What?", tiny.image(2), "And?", max_tokens=9))
     while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
         engine.step()
@@ -432,7 +418,7 @@ def test_ngram_gains_where_an_answer_repeats_itself(tiny_checkpoint: Path, plain
     known = tiny.answers(plain_engine, [tiny.ask("r", "Hi", max_tokens=100)])["r"]
     told = " ".join(plain_engine.target.tokenizer.convert_ids_to_tokens(known[:4]))
     assert told
-    engine = engine_of("ngram", tiny_checkpoint, {})
+    engine = tiny.engine_of("ngram", tiny_checkpoint, {})
     prompt = engine.target.prompt(tiny.ask("r", "Hi").messages)
     engine.add(tiny.ask("r", "Hi", max_tokens=100))
     while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
@@ -511,12 +497,12 @@ def test_a_draft_of_any_kind_is_bound_to_its_target(
     name: str, tiny_gqa_checkpoint: Path, drafts: dict[str, Path]
 ) -> None:
     with pytest.raises(ConfigError, match="another target"):
-        engine_of(name, tiny_gqa_checkpoint, drafts)
+        tiny.engine_of(name, tiny_gqa_checkpoint, drafts)
 
 
 def test_the_target_offers_the_layers_that_its_draft_reads(tiny_checkpoint: Path, drafts: dict[str, Path]) -> None:
     for name, layers in {"flash": (3,), "flash-paper": (1, 2, 3), "eagle": (1, 2, 3), "medusa": (3,)}.items():
-        assert engine_of(name, tiny_checkpoint, drafts).target.tap_layers == layers
+        assert tiny.engine_of(name, tiny_checkpoint, drafts).target.tap_layers == layers
     with pytest.raises(ConfigError, match="reads layers"):
         checkpoint.load(drafts["medusa"], tiny.target_for("eagle", tiny_checkpoint))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -108,18 +108,7 @@ def test_the_longest_is_found_and_the_stalest_given_up() -> None:
 # -- in the engine
 
 
-@pytest.fixture(scope="module")
-def drafts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("prefix")
-    return {name: tiny.save_network(folder / name, name, tiny_checkpoint) for name in TRAINED}
-
-
-def engine_of(name: str, model: Path, drafts: dict[str, Path], **settings: Any) -> Engine:
-    draft = str(drafts[name]) if name in drafts else None
-    given = {"max_num_seqs": 4, "prefill_chunk": 16, **settings}
-    return Engine(tiny.config(model, drafter=name, draft=draft, **given))
-
-
+engine_of = partial(tiny.engine_of, max_num_seqs=4)
 QUESTION = "Which is larger, the star or the ring, and what is to the left of it?"
 
 

@@ -6,7 +6,7 @@ would go unnoticed) and its best tokens nearly tie (rounding would decide). Here
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,13 @@ def config(model: Path, **settings: Any) -> EngineConfig:
         "load_aware": False,
     }
     return EngineConfig(model=str(model), **{**given, **settings})
+
+
+def engine_of(name: str, model: Path, drafts: Mapping[str, Path], **settings: Any) -> Engine:
+    """With this drafter, and its draft where it is one that was trained; prompts in chunks of 16."""
+    draft = str(drafts[name]) if name in drafts else None
+    given = {"max_num_seqs": 8, "prefill_chunk": 16, **settings}
+    return Engine(config(model, drafter=name, draft=draft, **given))
 
 
 # -- requests

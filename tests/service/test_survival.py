@@ -193,8 +193,9 @@ def test_a_client_that_leaves_ends_its_generation(start_server: StartServer, str
     assert "Traceback" not in server.log_text()
 
 
-def test_a_client_that_does_not_read_is_cut_off_in_the_end(start_server: StartServer) -> None:
-    server = start_server({"delay": 0.0}, request_timeout=2, max_new_tokens=10**5)
+@contextmanager
+def unread(server: Server) -> Iterator[None]:
+    """A client asks for more than its connection holds, and reads nothing of it."""
     body = json.dumps(chat_body(stream=True, n=8, max_tokens=40_000, ignore_eos=True)).encode()
     host, port = server.url.removeprefix("http://").split(":")
     with socket.socket() as client:
@@ -202,6 +203,12 @@ def test_a_client_that_does_not_read_is_cut_off_in_the_end(start_server: StartSe
         client.connect((host, int(port)))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(head.encode() + body)
+        yield
+
+
+def test_a_client_that_does_not_read_is_cut_off_in_the_end(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.0}, request_timeout=2, max_new_tokens=10**5)
+    with unread(server):
         server.wait(lambda: server.metric("flash_requests_total", outcome="timeout"))
         server.wait(lambda: engine_is_idle(server))
     assert "Traceback" not in server.log_text()
@@ -336,13 +343,7 @@ def test_a_second_signal_ends_the_drain_and_everybody_is_told(start_server: Star
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_end(start_server: StartServer) -> None:
     server = start_server({"delay": 0.0}, drain_timeout=0.5, max_new_tokens=10**5)
-    body = json.dumps(chat_body(stream=True, n=8, max_tokens=40_000, ignore_eos=True)).encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect((host, int(port)))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        client.sendall(head.encode() + body)
+    with unread(server):
         server.wait(lambda: server.metric("flash_generation_tokens_total") > 100_000)
         server.terminate()
         assert server.process.wait(10) == 0
