@@ -8,9 +8,12 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def configure(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format=FORMAT)
+    """Log our own lines, and the server's, from `level` on. Libraries may only warn: in detail they tell whole URLs,
+    headers with cookies and keys, and pieces of what a stranger sent."""
+    logging.basicConfig(level=max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]), format=FORMAT)
+    for own in ("flashserve", "uvicorn"):
+        logging.getLogger(own).setLevel(level.upper())
     logging.getLogger("uvicorn.access").disabled = True  # our own line per request says more
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs
 
 
 def fields(**values: object) -> str:

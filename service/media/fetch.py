@@ -24,7 +24,41 @@ MAX_URL = 8192  # characters of an http(s) URL
 SLICE = 1024 * 1024  # characters of base64 decoded at a time; a multiple of 4
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # an IPv4 address, possibly a private one, in IPv6's clothes
+
+# What is not of the open internet, by IANA's registries of special-purpose addresses (www.iana.org/assignments/
+# iana-ipv4-special-registry and iana-ipv6-special-registry, as of 2025). A table of our own: `ipaddress.is_global`
+# differs between versions of Python, and knows neither site-local addresses nor those of clouds.
+NOT_PUBLIC_V4 = (
+    "0.0.0.0/8",  # this network (RFC 791)
+    "10.0.0.0/8",  # private (RFC 1918)
+    "100.64.0.0/10",  # shared by a carrier's customers (RFC 6598); Alibaba's metadata: 100.100.100.200
+    "127.0.0.0/8",  # loopback (RFC 1122)
+    "168.63.129.16/32",  # public by number, but Azure's own platform: metadata, DNS, agents
+    "169.254.0.0/16",  # link-local (RFC 3927); most clouds' metadata: 169.254.169.254
+    "172.16.0.0/12",  # private (RFC 1918)
+    "192.0.0.0/24",  # IETF protocol assignments (RFC 6890); Oracle's metadata: 192.0.0.192
+    "192.0.2.0/24",  # documentation (RFC 5737)
+    "192.88.99.0/24",  # 6to4 relays, deprecated (RFC 7526)
+    "192.168.0.0/16",  # private (RFC 1918)
+    "198.18.0.0/15",  # benchmarking (RFC 2544)
+    "198.51.100.0/24",  # documentation (RFC 5737)
+    "203.0.113.0/24",  # documentation (RFC 5737)
+    "224.0.0.0/4",  # multicast (RFC 5771)
+    "240.0.0.0/4",  # reserved (RFC 1112), broadcast (RFC 919)
+)
+# Of IPv6 only 2000::/3 is given out as global unicast (RFC 4291). Outside of it lie loopback, unique local (with the
+# metadata of AWS, fd00:ec2::254, and Google, fd20:ce::254), link-local, site-local, multicast, discard, SRv6, and IPv4
+# addresses in other clothes: compatible (::/96), translated (::ffff:0:0:0/96) and NAT64 (64:ff9b::/96, 64:ff9b:1::/48).
+PUBLIC_V6 = "2000::/3"
+NOT_PUBLIC_V6 = (
+    "2001::/23",  # IETF protocol assignments (RFC 2928): Teredo, benchmarking, ORCHID, AS112, drones
+    "2001:db8::/32",  # documentation (RFC 3849)
+    "2002::/16",  # 6to4, an IPv4 address in it (RFC 3056)
+    "3fff::/20",  # documentation (RFC 9637)
+)
+_GLOBAL_V6 = ipaddress.IPv6Network(PUBLIC_V6)
+_SPECIAL_V4 = tuple(map(ipaddress.IPv4Network, NOT_PUBLIC_V4))
+_SPECIAL_V6 = tuple(map(ipaddress.IPv6Network, NOT_PUBLIC_V6))
 
 
 async def resolve(
@@ -134,14 +168,16 @@ async def _public_address(url: httpx.URL, allow_private: bool) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet, however it is dressed up."""
+    """Say whether an IP address is one of the open internet. One that only wraps an IPv4 address is not, but for an
+    IPv4-mapped one, which is the IPv4 address itself to a socket."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        elif ip.sixtofour is not None or ip.teredo is not None or ip in NAT64 or ip.scope_id is not None:
+        if ip.scope_id is not None:
             return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+        if ip.ipv4_mapped is None:
+            return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
+        ip = ip.ipv4_mapped
+    return not any(ip in network for network in _SPECIAL_V4)
 
 
 async def _get(url: httpx.URL, address: str, limits: MediaLimits) -> bytes | str:

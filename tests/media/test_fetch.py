@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service import log
 from service.errors import BadRequest, ServiceError, TooLarge
 from service.media import MediaLimits, fetch
 from service.media.fetch import is_public, resolve
@@ -47,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_response(302)
                 self.send_header("Location", redirects[self.path])
                 self.end_headers()
-            elif self.path == "/ok":
+            elif self.path.partition("?")[0] == "/ok":
                 self.answer(BODY)
             elif self.path == "/claims-much":
                 self.answer(b"", length=10**12)
@@ -72,6 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bytes, *, length: int | None = None, encoding: str | None = None) -> None:
         self.send_response(200)
+        self.send_header("Set-Cookie", "session=secret-cookie")
         self.send_header("Content-Length", str(len(body) if length is None else length))
         if encoding:
             self.send_header("Content-Encoding", encoding)
@@ -227,35 +232,82 @@ async def test_which_urls_a_domain_allows(monkeypatch, url, allowed, expected):
         assert asked == []
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("93.184.216.34", True),
-        ("2606:2800:220:1:248:1893:25c8:1946", True),
-        ("127.0.0.1", False),
-        ("10.0.0.1", False),
-        ("172.16.0.1", False),
-        ("192.168.1.1", False),
-        ("169.254.169.254", False),
-        ("100.64.0.1", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("255.255.255.255", False),
-        ("::1", False),
-        ("::", False),
-        ("fe80::1", False),
-        ("fe80::1%lo", False),
-        ("fd00::1", False),
-        ("ff02::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("::ffff:93.184.216.34", True),
-        ("64:ff9b::7f00:1", False),
-        ("2002:7f00:1::", False),
-        ("2001:0:4136:e378:8000:63bf:3fff:fdd2", False),
-    ],
+# By what they are: addresses that no media may be fetched from. First, last and inner ones of each network.
+NOT_PUBLIC = {
+    "this network": ("0.0.0.0", "0.0.0.1", "0.255.255.255"),
+    "private": ("10.0.0.1", "10.255.255.255", "172.16.0.1", "172.31.255.255", "192.168.0.1", "192.168.255.255"),
+    "shared by a carrier's customers": ("100.64.0.0", "100.100.100.200", "100.127.255.255"),
+    "loopback": ("127.0.0.1", "127.255.255.254", "::1"),
+    "link-local": ("169.254.0.23", "169.254.169.254", "169.254.170.2", "fe80::1", "fe80::1%lo", "febf::1"),
+    "protocol assignments": (
+        "192.0.0.0",
+        "192.0.0.8",
+        "192.0.0.9",
+        "192.0.0.192",
+        "192.0.0.255",
+        "2001::1",
+        "2001:1ff::",
+    ),
+    "documentation": ("192.0.2.1", "198.51.100.7", "203.0.113.255", "2001:db8::1", "3fff::1", "3fff:fff::1"),
+    "6to4 relays": ("192.88.99.0", "192.88.99.1", "192.88.99.255"),
+    "benchmarking": ("198.18.0.1", "198.19.255.255", "2001:2::1"),
+    "multicast": ("224.0.0.1", "239.255.255.250", "ff02::1", "ff0e::1"),
+    "reserved": ("240.0.0.1", "255.255.255.254", "255.255.255.255", "4000::1", "a000::1", "1fff::1"),
+    "clouds' own": (
+        "168.63.129.16",
+        "169.254.169.254",
+        "192.0.0.192",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "fe80::a9fe:a9fe",
+    ),
+    "site-local": ("fec0::", "fec0::1", "feff:ffff::1"),
+    "unique local": ("fc00::1", "fd00::1", "fdff::1"),
+    "unspecified, discard, segment routing": ("::", "100::1", "100:0:0:1::1", "5f00::1"),
+    "IPv4-mapped": (
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "::ffff:192.0.0.192",
+        "::ffff:168.63.129.16",
+        "::ffff:a9fe:a9fe",
+    ),
+    "IPv4-compatible and -translated": ("::127.0.0.1", "::93.184.216.34", "::ffff:0:10.0.0.1"),
+    "NAT64": ("64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b::5db8:d822", "64:ff9b:1::1"),
+    "6to4": ("2002:7f00:1::", "2002:a9fe:a9fe::1", "2002:5db8:d822::1"),
+    "Teredo": ("2001:0:4136:e378:8000:63bf:3fff:fdd2", "2001:0:a9fe:a9fe::1", "2001:0:ffff::1"),
+    "ORCHID": ("2001:10::1", "2001:1f:ffff::1", "2001:20::1", "2001:2f::1"),
+    "with a zone": ("2606:4700::1111%eth0", "::ffff:93.184.216.34%1"),
+}
+PUBLIC = (
+    *("1.1.1.1", "8.8.8.8", "9.255.255.255", "11.0.0.0", "93.184.216.34", "100.63.255.255", "100.128.0.0", "126.0.0.1"),
+    *("128.0.0.1", "168.63.129.15", "168.63.129.17", "169.253.255.255", "169.255.0.0", "172.15.255.255", "172.32.0.0"),
+    *("192.0.1.0", "192.0.3.0", "192.88.98.255", "192.88.100.0", "192.167.255.255", "192.169.0.0", "198.17.255.255"),
+    *("198.20.0.0", "198.51.99.255", "203.0.112.255", "203.0.114.0", "223.255.255.254", "1.0.0.0"),
+    *("2606:2800:220:1:248:1893:25c8:1946", "2001:4860:4860::8888", "2001:200::1", "2001:db9::1", "2003::1"),
+    *("2a00:1450:4001:80b::200e", "2400:cb00::1", "3ffe::1", "3fff:1000::1", "::ffff:93.184.216.34", "::ffff:8.8.8.8"),
 )
-async def test_which_addresses_are_public(address, expected):
-    assert is_public(address) is expected
+
+
+@pytest.mark.parametrize("kind", NOT_PUBLIC)
+async def test_addresses_that_are_not_of_the_open_internet(kind):
+    """Whatever this Python's `ipaddress` thinks of them: it called four of these public."""
+    assert [address for address in NOT_PUBLIC[kind] if is_public(address)] == []
+
+
+async def test_ordinary_addresses_are_public():
+    assert [address for address in PUBLIC if not is_public(address)] == []
+
+
+async def test_where_a_name_leads_decides_not_the_name(monkeypatch):
+    monkeypatch.setattr(fetch, "_get", lambda *args: pytest.fail("connected"))
+    for address in ("192.0.0.192", "168.63.129.16", "fec0::1", "3fff::1"):
+
+        async def getaddrinfo(host, port, address=address, **options):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+        error = await refused("http://cdn.example.com/", allowed_domains=("*.example.com",))
+        assert error.code == "fetch_failed"
 
 
 async def test_one_private_address_among_public_ones_spoils_them(monkeypatch):
@@ -334,3 +386,41 @@ async def test_proxies_of_the_environment_are_not_used(server, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     options: dict[str, Any] = {"allowed_domains": (server,), "allow_private": True}
     assert await resolve(f"http://{server}/ok", limits=LIMITS, **options) == BODY
+
+
+FETCH_LOUDLY = """
+import asyncio, sys
+from service import log
+from service.media import MediaLimits, fetch
+log.configure(sys.argv[1])
+host = sys.argv[2].partition("//")[2].partition("/")[0]
+asyncio.run(fetch.resolve(sys.argv[2], limits=MediaLimits(), allowed_domains=(host,), allow_private=True))
+log.logging.getLogger("flashserve").warning("fetched")
+"""
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning"])
+async def test_no_level_of_logging_tells_what_a_media_host_answers_or_is_asked(server, level):
+    """httpcore's debug lines have every header, cookies too, and httpx's have whole URLs."""
+    command = [sys.executable, "-c", FETCH_LOUDLY, level, f"http://{server}/ok?signature=of-a-client"]
+    run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+    assert "fetched" in run.stderr
+    for word in ("secret-cookie", "of-a-client", "Set-Cookie", "httpcore", "httpx"):
+        assert word not in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpcore", "h11", "openai", "PIL", "multipart", "asyncio"])
+async def test_libraries_may_only_warn(library, monkeypatch):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    for own in ("flashserve", "uvicorn", "uvicorn.access"):
+        monkeypatch.setattr(logging.getLogger(own), "level", logging.NOTSET)
+        monkeypatch.setattr(logging.getLogger(own), "disabled", False)
+    for level in ("debug", "info"):
+        log.configure(level)
+        assert not logging.getLogger(f"{library}.inner").isEnabledFor(logging.INFO)
+        assert logging.getLogger(f"{library}.inner").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("flashserve.pool").getEffectiveLevel() == logging.getLevelNamesMapping()[level.upper()]
+        root.handlers.clear()
