@@ -212,6 +212,12 @@ class Settings(BaseSettings):
         return [{name: value for name, value in each.items() if value is not None} for each in options]
 
 
+def holds_keys(variable: str) -> bool:
+    """Say whether an environment variable is a setting with keys in it: nobody but the API process needs those."""
+    field = Settings.model_fields.get(variable.lower().removeprefix("flash_"))
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
 def complaints(error: ValidationError) -> list[str]:
     """What is wrong with settings: a line each, which names it as an option and as a variable."""
     return [_complaint(problem) for problem in error.errors()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any, Literal, Protocol, cast
 from model.request import EngineInfo
 from service.pool import messages as m
 from service.pool.arena import Arena
+from service.settings import holds_keys
 
 log = logging.getLogger("flashserve.pool")
 
@@ -158,8 +160,12 @@ class Worker:
             command += ["--pixels", str(self._plan.arena.fd)]
             given.append(self._plan.arena.fd)
         try:
+            # The kernel kills it with the thread that starts it here, the loop's, which lives as long as the service.
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, pass_fds=given, stdin=asyncio.subprocess.DEVNULL
+                *(sys.executable, *command),
+                pass_fds=given,
+                stdin=asyncio.subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if not holds_keys(name)},
             )
         except OSError:
             log.exception("worker %d cannot be started", self.index)

@@ -3,7 +3,7 @@
     python -m service.pool.worker --fd N [--pixels N] [--engine module:callable]
 
 Between two steps it takes in what has arrived and never waits; it waits only when the engine has nothing to do. It
-knows nothing of HTTP. When the API process is gone it exits at once, whatever the engine is doing.
+knows nothing of HTTP. When the API process is gone it ends at once, whatever the engine is doing, even while stopped.
 
 Exit codes: 0 told to stop; 1 the engine broke; 2 the model could not be loaded; 3 the API process vanished.
 """
@@ -11,6 +11,8 @@ Exit codes: 0 told to stop; 1 the engine broke; 2 the model could not be loaded;
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import importlib
 import logging
@@ -35,6 +37,7 @@ from service.pool.arena import Shared
 from service.pool.incoming import DraftRead, IncomingDraft
 
 STATS_INTERVAL = 0.1
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 EXIT_ENGINE_BROKE, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
 
 log = logging.getLogger("flashserve.worker")
@@ -205,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pixels", type=int, help="file descriptor of the memory in which media lie")
     parser.add_argument("--engine", default="service.pool.worker:load_engine")
     arguments = parser.parse_args(argv)
+    end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # A signal to the whole process group must not break running answers: the API process decides when to stop us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -235,6 +239,12 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("the engine broke")
         return EXIT_ENGINE_BROKE
     return 0
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the API process ends: one that is stopped cannot see its socket close."""
+    with contextlib.suppress(AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _factory(dotted: str) -> Callable[[dict[str, Any]], Engine]:
