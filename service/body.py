@@ -9,6 +9,7 @@ Knows nothing of what the body says, but for parsing off the event loop what is 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,11 +22,12 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from service.errors import BadRequest, TooLarge
+from service.media.data_uri import START_IN_JSON
 from service.schemas.invalid import as_bad_request
 from service.settings import Settings
 
 PARSED_ON_THE_LOOP = 64 * 1024  # bytes; longer ones take milliseconds
-DATA_URI = b'"data:'  # as it begins in JSON
+WIDE = re.compile(rb"\\u(?!00[0-7])")  # an escaped character that is not ASCII
 
 Schema = TypeVar("Schema", bound=msgspec.Struct)
 Parsed = TypeVar("Parsed")
@@ -122,13 +124,13 @@ def _pairs(body: bytearray, max_fields: int) -> list[tuple[str, str]]:
 
 
 def _num_text_bytes(body: bytearray, enough: int) -> int:
-    """How many bytes of a JSON body are not in its data URIs; some number above `enough` where they are more.
+    """Count the bytes of a JSON body that are not in its data: URIs, at least until they are more than `enough`.
 
     A URI is one string, and has ASCII only: however long it is, it becomes one object of its own size."""
     number = at = 0
-    while number <= enough and (begin := body.find(DATA_URI, at)) >= 0:
-        begin += len(DATA_URI)
-        if (end := body.find(b'"', begin)) < 0 or not body[begin:end].isascii():
+    while number <= enough and (start := START_IN_JSON.search(body, at)):
+        begin = start.end()
+        if (end := body.find(b'"', begin)) < 0 or not body[begin:end].isascii() or WIDE.search(body, begin, end):
             break
         number, at = number + begin - at, end
     return number + len(body) - at

@@ -69,7 +69,7 @@ def warm_up(setup: wire.Setup) -> None:
     sys.modules["nvidia"] = None  # type: ignore[assignment]  # so that an import of it fails
     from PIL import Image
 
-    from service.media import image, video
+    from service.media import image, stills, video  # noqa: F401
 
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # ours is checked before load(), and refuses instead of warning
@@ -123,12 +123,15 @@ def give_memory_back() -> None:
 def decode(setup: wire.Setup, job: wire.Job, data: bytes) -> tuple[wire.Reply, np.ndarray | None]:
     """The answer to one job, and pixels (frames, height, width, 3) uint8 where there are any."""
     from service.media.image import decode_image
+    from service.media.stills import decode_frame_list
     from service.media.video import decode_video
 
     seconds: float | None = None
     try:
         if job.kind == "image":
             pixels = decode_image(data, job.format, limits=setup.limits, geometry=setup.geometry)
+        elif job.format == "FRAME LIST":
+            pixels, seconds = decode_frame_list(data, job, limits=setup.limits, geometry=setup.geometry)
         else:
             pixels, seconds = decode_video(data, job, limits=setup.limits, geometry=setup.geometry)
     except Refusal as refusal:

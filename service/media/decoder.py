@@ -100,7 +100,7 @@ class MediaDecoder:
         format = self._check_file(data, kind)
         kind = kind or KIND_OF[format]
         if kind == "video":
-            num_frames, fps = self._check_sampling(num_frames, fps)
+            num_frames, fps = self._check_sampling(format, num_frames, fps)
         return await self._run(wire.Job(kind, format, num_frames, fps), data)
 
     def _check_file(self, data: bytes, kind: Kind | None) -> Format:
@@ -117,14 +117,18 @@ class MediaDecoder:
             raise UnsupportedMedia(f"the medium was sent as {kind} but is a {format} {KIND_OF[format]}")
         return format
 
-    def _check_sampling(self, num_frames: int | None, fps: float | None) -> tuple[int | None, float | None]:
-        """Exactly one of the two, within its limits."""
+    def _check_sampling(
+        self, format: Format, num_frames: int | None, fps: float | None
+    ) -> tuple[int | None, float | None]:
+        """One of the two at most, within its limits; of a list of frames neither means all."""
         if num_frames is not None and fps is not None:
             raise BadRequest("give num_frames or fps, not both", param="fps")
         if fps is not None:
             if not (math.isfinite(fps) and fps > 0):
                 raise BadRequest("fps must be a positive number", param="fps")
             return None, float(fps)
+        if num_frames is None and format == "FRAME LIST":
+            return None, None
         if num_frames is None:
             return min(self.geometry.default_num_frames, self.limits.max_frames), None
         if not 1 <= num_frames <= self.limits.max_frames:

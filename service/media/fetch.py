@@ -9,7 +9,6 @@ starts over; bytes and time are capped while they are spent; and errors say noth
 from __future__ import annotations
 
 import asyncio
-import binascii
 import functools
 import ipaddress
 import socket
@@ -18,10 +17,11 @@ import ssl
 import httpx
 
 from service.errors import BadRequest, ServiceError, TooLarge
+from service.media import data_uri, frame_list
 from service.media.limits import MediaLimits
+from service.media.sniff import sniff
 
 MAX_URL = 8192  # characters of an http(s) URL
-SLICE = 1024 * 1024  # characters of base64 decoded at a time; a multiple of 4
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -71,42 +71,23 @@ async def resolve(
 
     Raises BadRequest (malformed, not allowed, not there, too slow) and TooLarge.
     """
-    scheme = url[:8].partition(":")[0].lower()
-    if scheme == "data":
-        return await _decode_data_uri(url, limits.max_bytes)
-    if scheme in DEFAULT_PORTS:
+    if data_uri.START.match(url):
+        short = len(url) <= data_uri.SLICE
+        return _from_data_uri(url, limits) if short else await asyncio.to_thread(_from_data_uri, url, limits)
+    if url[:8].partition(":")[0].lower() in DEFAULT_PORTS:
         return await _fetch(url, limits, allowed_domains, allow_private)
     raise BadRequest("a media URL must be a data: URI, or http(s) where allowed", code="unsupported_url")
 
 
-async def _decode_data_uri(url: str, max_bytes: int) -> bytes:
-    """`data:[type];base64,...`. The type is not looked at: the bytes tell."""
-    comma = url.find(",", 0, 1024)
-    if comma < 0 or not url[:comma].lower().endswith(";base64"):
-        raise BadRequest("a data: URI must look like data:image/png;base64,...", code="invalid_data_uri")
-    num_chars = len(url) - comma - 1
-    if num_chars // 4 * 3 - 2 > max_bytes:  # so many bytes at least
-        raise _too_large(max_bytes)
-    if num_chars <= SLICE:
-        data = _decode_base64(url, comma + 1)
-    else:
-        data = await asyncio.to_thread(_decode_base64, url, comma + 1)
-    if len(data) > max_bytes:
-        raise _too_large(max_bytes)
+def _from_data_uri(url: str, limits: MediaLimits) -> bytes:
+    """Decode a data: URI, or join its list of frames. Its type says nothing else: the bytes tell what they are."""
+    uri = data_uri.parse(url)
+    if uri.media_type == frame_list.MEDIA_TYPE and uri.is_base64:
+        return frame_list.from_uri(uri, limits)
+    data = uri.decode(limits.max_bytes)
+    if not uri.is_base64 and sniff(data) is None:
+        raise data_uri.malformed("has no ;base64 before its comma, and its content as it stands is no image or video")
     return data
-
-
-def _decode_base64(text: str, start: int) -> bytes:
-    """Strict base64 from `start` on. In slices: each call holds Python's lock, and the loop wants it back soon."""
-    decoded = bytearray()
-    try:
-        for at in range(start, len(text), SLICE):
-            if len(decoded) % 3:
-                raise ValueError("padding before the end")
-            decoded += binascii.a2b_base64(text[at : at + SLICE], strict_mode=True)
-    except ValueError:
-        raise BadRequest("the data: URI's content is not valid base64", code="invalid_data_uri") from None
-    return bytes(decoded)
 
 
 async def _fetch(url: str, limits: MediaLimits, allowed_domains: tuple[str, ...], allow_private: bool) -> bytes:

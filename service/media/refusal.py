@@ -39,6 +39,12 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
         TooLarge,
         "the video lasts {seconds} seconds; at most {max_video_seconds} are allowed",
     ),
+    "not_an_image": (BadRequest, "it is none of the picture formats that are read here; send JPEG"),
+    "no_frame_times": (
+        BadRequest,
+        "fps needs the frames' times, and the list has none: leave fps out, or say how many frames a second there are: "
+        "data:video/jpeg;fps=2;base64,...",
+    ),
     "out_of_memory": (TooLarge, "the medium needs more memory to decode than is allowed"),
     "out_of_time": (BadRequest, "the medium takes longer to decode than is allowed"),
     "decoder_crashed": (
@@ -48,7 +54,12 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
 }
 
 # Refusals of sound files: the child's decoders are in order, and it can go on as it is.
-HARMLESS = frozenset({"too_small", "too_many_pixels", "too_narrow", "too_many_source_frames", "too_long"})
+HARMLESS = frozenset(
+    {
+        *("too_small", "too_many_pixels", "too_narrow", "too_many_source_frames", "too_long"),
+        *("not_an_image", "no_frame_times"),
+    }
+)
 
 
 class Refusal(Exception):
@@ -64,6 +75,7 @@ def client_error(name: str, numbers: Mapping[str, int]) -> ServiceError:
     """The error a client sees. Unknown names and wrong numbers (a child gone mad) give the most general one."""
     try:
         error, sentence = _SENTENCES[name]
-        return error(sentence.format(**numbers), code=name)
+        place = f"frame {numbers['frame']}: " if "frame" in numbers else ""  # of a list of frames
+        return error(place + sentence.format(**numbers), code=name)
     except (KeyError, ValueError):
         return client_error("decoder_crashed", {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal["image", "video"]
-Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "MP4", "WEBM", "AVI"]
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "MP4", "WEBM", "AVI", "FRAME LIST"]
 
 KIND_OF: dict[Format, Kind] = {
     "JPEG": "image",
@@ -16,7 +16,10 @@ KIND_OF: dict[Format, Kind] = {
     "MP4": "video",
     "WEBM": "video",
     "AVI": "video",
+    "FRAME LIST": "video",
 }
+
+FRAME_LIST_MAGIC = b"\x8bFRM\r\n\x1a\n"  # our own, see frame_list.py
 
 # ISO media brands that are still pictures (HEIF, AVIF): same container as MP4, but nothing here reads them.
 _STILL_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
@@ -41,4 +44,6 @@ def sniff(data: bytes) -> Format | None:
     # "BM" alone is too short to tell: the size of the header that follows must be a known one too.
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADER_SIZES:
         return "BMP"
+    if data.startswith(FRAME_LIST_MAGIC):
+        return "FRAME LIST"
     return None

@@ -35,7 +35,8 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True, tag="job"):
-    """`kind` is what the file is decoded to: a GIF may be either. Exactly one of the last two is set for a video."""
+    """`kind` is what the file is decoded to: a GIF may be either. Exactly one of the last two is set for a
+    video, but neither for a list of frames of which all are taken."""
 
     kind: Kind
     format: Format

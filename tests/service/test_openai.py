@@ -97,6 +97,27 @@ def test_images_reach_the_engine_and_change_the_answer(client: openai.OpenAI) ->
     assert len(answers) == 5, "order and content of media must arrive as sent"
 
 
+def test_a_video_may_come_as_a_list_of_frames(client: openai.OpenAI) -> None:
+    """As vLLM's clients send it; each frame counts, and so does their order."""
+
+    def shown(*colours: str, parameters: str = "", **fields: Any) -> str:
+        urls = [image_part(colour, "JPEG")["image_url"]["url"].partition(",")[2] for colour in colours]
+        part = {"type": "video_url", "video_url": {"url": f"data:video/jpeg{parameters};base64,{','.join(urls)}"}}
+        answer = ask(client, [part, {"type": "text", "text": "what is it?"}], extra_body=fields)
+        return str(answer.choices[0].message.content)
+
+    lists = [("red",), ("red", "red"), ("red", "blue"), ("blue", "red"), ("red", "blue", "red")]
+    assert len({shown(*colours) for colours in lists}) == len(lists)
+    assert shown("red", "blue", "red", num_frames=1) == shown("red")
+    assert shown("red", "blue", "red", "red", parameters=";fps=2", fps=1) == shown("red", "red", parameters=";fps=1")
+    with pytest.raises(openai.BadRequestError, match=r"data:video/jpeg;fps=2;base64") as untimed:
+        shown("red", "blue", fps=1)
+    assert (untimed.value.code, untimed.value.param) == ("no_frame_times", "messages[0].content[0]")
+    with pytest.raises(openai.BadRequestError, match="frame 2: the data: URI has '!' at offset 0") as broken:
+        ask(client, [{"type": "video_url", "video_url": {"url": "data:video/jpeg;base64,/9j/,!"}}])
+    assert broken.value.param == "messages[0].content[0]"
+
+
 def test_choices_differ_from_each_other_and_the_first_is_that_of_a_single_one(client: openai.OpenAI) -> None:
     alone = ask(client, temperature=1.0, seed=7)
     three = ask(client, temperature=1.0, seed=7, n=3)

@@ -314,6 +314,18 @@ def test_text_that_would_fill_the_memory_is_not_parsed(server: Server, path: str
     assert most - before < 3 * len(body)
 
 
+@pytest.mark.parametrize(
+    ("start", "escaped"),
+    [("data:", "data:"), ("DATA:", "DATA:"), (" Data:", "\\u0020Data:"), ("data:", "\\u0064at\\u0061\\u003A")],
+)
+def test_media_are_no_text_however_a_uri_begins(server: Server, start: str, escaped: str) -> None:
+    """One reading for limits and content: in upper case it was text to the one, and a medium to the other."""
+    file = png() + bytes(1_000_000)
+    body = json.dumps(image(f"{start}image/png;base64," + base64.b64encode(file).decode()) | {"max_tokens": 1})
+    body = body.replace(start, escaped).replace("/", "\\/")  # as PHP writes it
+    assert server.http.post("/v1/chat/completions", content=body).status_code == 200
+
+
 def test_media_are_no_text_whatever_a_prompt_says_of_them(server: Server) -> None:
     noise = Image.frombytes("RGB", (600, 600), random.Random(0).randbytes(3 * 600 * 600))
     file = io.BytesIO()

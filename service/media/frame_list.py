@@ -1,0 +1,79 @@
+"""The format of a video that comes as a list of pictures: `data:video/jpeg;base64,FRAME,FRAME,...`, vLLM's.
+
+Joined to one byte string on the way to the decoding child, which splits it again:
+
+    MAGIC | frames a second (8 bytes; 0: not known) | for each frame: its length (4 bytes), its file
+
+Knows nothing of how pictures are decoded: that is in stills.py.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from service.errors import BadRequest, ServiceError
+from service.media.data_uri import DataUri, decode_base64, malformed
+from service.media.limits import MediaLimits
+from service.media.refusal import client_error
+from service.media.sniff import FRAME_LIST_MAGIC
+
+MEDIA_TYPE = "video/jpeg"
+MAX_RATE = 1000.0  # frames a second
+
+_RATE, _LENGTH = struct.Struct("!d"), struct.Struct("!I")
+
+
+def from_uri(uri: DataUri, limits: MediaLimits) -> bytes:
+    """Decode the frames of a URI and join them. Raises BadRequest, which names the frame, and TooLarge."""
+    contents = uri.content.replace("%2C", ",").replace("%2c", ",").split(",", limits.max_source_frames)
+    if len(contents) > limits.max_source_frames:
+        numbers = {"frames": uri.content.count(",") + 1, "max_source_frames": limits.max_source_frames}
+        raise client_error("too_many_source_frames", numbers)
+    room, frames = limits.max_bytes, list[bytes]()
+    for number, content in enumerate(contents, start=1):
+        try:
+            frame = decode_base64(content, room)
+            if not frame:
+                raise malformed("has nothing there")
+        except ServiceError as error:
+            raise type(error)(f"frame {number}: {error.message}", code=error.code) from None
+        room -= len(frame)
+        frames.append(frame)
+    return join(frames, _rate(uri))
+
+
+def join(frames: list[bytes], rate: float | None) -> bytes:
+    pieces = [FRAME_LIST_MAGIC, _RATE.pack(rate or 0.0)]
+    for frame in frames:
+        pieces += _LENGTH.pack(len(frame)), frame
+    return b"".join(pieces)
+
+
+def split(data: bytes) -> tuple[list[bytes], float | None]:
+    """Return the frames and their rate, None where it is not known. Raises ValueError where lengths do not add up."""
+    (rate,) = _RATE.unpack_from(data, at := len(FRAME_LIST_MAGIC))
+    at += _RATE.size
+    frames = []
+    while at < len(data):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        frames.append(data[at : at + length])
+        at += length
+    if at != len(data) or not frames or not 0 <= rate <= MAX_RATE:
+        raise ValueError("not a list of frames")
+    return frames, rate or None
+
+
+def _rate(uri: DataUri) -> float | None:
+    if (text := uri.parameters.get("fps")) is None:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= MAX_RATE:
+        raise BadRequest(
+            f"the data: URI's fps is {text[:32]!r}; it must be a number above 0, at most {MAX_RATE:g}",
+            code="invalid_data_uri",
+        )
+    return rate
