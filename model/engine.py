@@ -196,8 +196,9 @@ class Engine:
             request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=fewest))
         if length + wanted > self.max_model_len:
             raise RequestError(
-                f"the prompt takes {length} tokens and max_tokens is {wanted}, together more than "
-                f"the {self.max_model_len} that fit; send fewer or shorter media, a shorter prompt, "
+                # Clients know the case by these words, up to "is".
+                f"the prompt is too long: this model's maximum context length is {self.max_model_len} tokens, the "
+                f"prompt takes {length} and max_tokens is {wanted}; send fewer or shorter media, a shorter prompt, "
                 "or a smaller max_tokens",
                 param="max_tokens" if length < self.max_model_len else "messages",
                 code="context_length_exceeded",

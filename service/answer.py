@@ -134,6 +134,12 @@ class Answer:
             submit = Submit(name, prompt.messages, own, speculates, running_stats, self._salt, fit)
             self.choices.append(Choice(self._service.pool.submit(submit, partial(self._deliver, index))))
         await self._has_news()
+        index, output = self._outputs[0]
+        if output.stats is not None:  # from now on the prompt's length is known, of every choice
+            opening = replace(NO_STATS, prompt_tokens=output.stats.prompt_tokens)
+            for choice in self.choices:
+                choice.stats = opening
+            self.choices[index].stats = replace(opening, cached_tokens=output.stats.cached_tokens)
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """What the engine says, choice by choice as it comes, to the end of all; raises where one cannot be ended."""

@@ -110,4 +110,6 @@ async def _all(loads: Sequence[Awaitable[Medium]]) -> list[Medium]:
 
 
 def _role(message: ChatMessage) -> Literal["system", "user", "assistant"]:
-    return "system" if message.role == "developer" else message.role
+    if message.role in ("system", "developer"):
+        return "system"
+    return "assistant" if message.role == "assistant" else "user"

@@ -116,8 +116,8 @@ class Qwen25VLTarget(LanguageModel):
         reach = int(self.positions(prompt).max()) if media else 0
         if max(self.max_positions, len(prompt.ids)) <= reach:
             raise RequestError(
-                f"the videos span so much time that positions reach {reach}, and the model knows "
-                f"{self.max_positions}; send shorter ones",
+                f"the prompt is too long: its videos span so much time that positions reach {reach}, and the model "
+                f"knows {self.max_positions}; send shorter ones",
                 param="messages",
                 code="context_length_exceeded",
             )

@@ -21,9 +21,9 @@ from service.answer import Answer
 from service.auth import keyed
 from service.body import read_json
 from service.deps import identified, service_of
-from service.errors import BadRequest, ServiceError, UnknownModel
+from service.errors import BadRequest, ServiceError
 from service.schemas import openai
-from service.schemas.sampling import sampling_params
+from service.schemas.sampling import sampling_params, unknown_model
 from service.stream import DONE, EventStream, Last, UnlessGone, event, json_response
 from service.usage import usage
 
@@ -65,8 +65,9 @@ async def models(request: Request) -> Response:
 @keyed
 async def model(request: Request) -> Response:
     name = request.path_params["name"]
-    if name != service_of(request).settings.model_name:
-        raise UnknownModel(f"the model {name[:128]!r} is not served here", param="model")
+    settings = service_of(request).settings
+    if name != settings.model_name:
+        raise unknown_model(name, settings)
     return json_response(_model(request))
 
 
@@ -88,13 +89,13 @@ def _completion(answer: Answer) -> dict[str, Any]:
 
 async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGenerator[bytes, None]:
     """A chunk that opens each choice, one per output, one that closes each choice; then usage, where asked for.
-    running: usage so far in every chunk from the first output on."""
+    running: usage so far in every chunk, the opening ones included."""
     head = _head(answer, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
 
     def chunk(
         index: int, delta: dict[str, str], finish_reason: str | None = None, said: Seq[Likelihoods] | None = None
     ) -> bytes:
-        if running and answer.choices[index].num_tokens:
+        if running:
             head["usage"] = usage(answer.stats)
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(said), "finish_reason": finish_reason}
         return event({**head, "choices": [choice]})
@@ -136,6 +137,9 @@ def _model(request: Request) -> dict[str, Any]:
         "object": "model",
         "created": int(request.app.state.started),
         "owned_by": "flashserve",
+        "root": service.settings.model_name,  # this, the next and the last but one as vLLM tells them
+        "parent": None,
+        "permission": [],
         "max_model_len": info.max_model_len if info else None,
     }
 

@@ -24,31 +24,46 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
+    "reasoning_effort": ("none",),
     "verbosity": (),
     "web_search_options": (),
+    "moderation": (),
+}
+# The same of a message: what conversations with tools, sound or refusals have.
+NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "refusal": (),
 }
 # Labels and routing hints of OpenAI's platform: they do not change an answer, so they may be there.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
-    *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
 )
 
 
 class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # the target has one size; every value means it
+    detail: str | None = None  # the target has one size; every value means it
 
 
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="type"):
+class Hints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """What any part may carry, without effect."""
+
+    prompt_cache_breakpoint: Any = None
+
+
+class TextPart(Hints, frozen=True, tag="text"):
     text: str
 
 
-class ImagePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="image_url", tag_field="type"):
+class ImagePart(Hints, frozen=True, tag="image_url"):
     image_url: Url
 
 
-class VideoPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="video_url", tag_field="type"):
+class VideoPart(Hints, frozen=True, tag="video_url"):
     video_url: Url
 
 
@@ -56,18 +71,19 @@ Part = TextPart | ImagePart | VideoPart
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]  # the last two: not built
+    content: str | list[Part] | msgspec.UnsetType | None = msgspec.UNSET
     name: str | None = None
     # An answer of ours may be sent back as it came: these are in it, and empty.
-    refusal: None = None
-    tool_calls: None = None
-    function_call: None = None
-    audio: None = None
+    refusal: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    function_call: Any = None
+    audio: Any = None
     annotations: list[Any] | None = None
 
     def parts(self) -> list[Part]:
-        return [TextPart(self.content)] if isinstance(self.content, str) else self.content
+        return [TextPart(self.content)] if isinstance(self.content, str) else self.content or []
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +108,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+    moderation: Any = None
 
     user: Any = None
     metadata: Any = None
@@ -100,6 +117,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     parallel_tool_calls: Any = None
 
     def asked_max_tokens(self) -> int | None:
@@ -109,7 +127,7 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
 def check(ask: ChatRequest, settings: Settings) -> None:
     """Every limit that can be checked without looking at media or tokens, each with its own error."""
     sampling.check_model(ask.model, settings)
-    _refuse_not_built(ask)
+    _refuse_not_built(ask, NOT_BUILT)
     sampling.check_video_sampling(ask, settings)
     if ask.max_completion_tokens is not None:
         if ask.max_completion_tokens < 1:
@@ -120,6 +138,8 @@ def check(ask: ChatRequest, settings: Settings) -> None:
         raise BadRequest("stream_options is for streams; set stream", param="stream_options")
     if not 1 <= len(ask.messages) <= settings.max_messages:
         raise BadRequest(f"there must be 1 to {settings.max_messages} messages", param="messages")
+    for index, message in enumerate(ask.messages):
+        _check_message(message, f"messages[{index}]")
     if sum(len(message.parts()) for message in ask.messages) > settings.max_parts:
         raise BadRequest(f"at most {settings.max_parts} texts, images and videos are allowed", param="messages")
     num_chars = num_media = 0
@@ -140,8 +160,23 @@ def check(ask: ChatRequest, settings: Settings) -> None:
         )
 
 
-def _refuse_not_built(ask: ChatRequest) -> None:
-    for name, harmless in NOT_BUILT.items():
-        value = getattr(ask, name)
+def _refuse_not_built(asked: ChatRequest | ChatMessage, fields: dict[str, tuple[Any, ...]], place: str = "") -> None:
+    for name, harmless in fields.items():
+        value = getattr(asked, name)
         if value is not None and value not in harmless:
-            raise BadRequest(f"{name} is not built yet; leave it out", param=name, code="not_built")
+            raise _not_built(f"{place}{name}", "leave it out")
+
+
+def _check_message(message: ChatMessage, place: str) -> None:
+    """Whether it is of a kind that is built, and has a content."""
+    if message.role in ("tool", "function"):
+        raise _not_built(f"{place}.role", "send what the tool answered as a user's text", value=f" {message.role!r}")
+    _refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{place}.")
+    if message.content is None:
+        raise _not_built(f"{place}.content", 'send "" for an empty message', value=" null")
+    if message.content is msgspec.UNSET:
+        raise BadRequest(f"{place}.content is missing", param=f"{place}.content", code="missing_field")
+
+
+def _not_built(param: str, instead: str, value: str = "") -> BadRequest:
+    return BadRequest(f"{param}{value} is not built yet; {instead}", param=param, code="not_built")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -15,7 +16,9 @@ from service.settings import Settings
 SEED_MASK = 2**63 - 1  # engines get seeds that fit a signed 64-bit integer and are not negative
 
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
-Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
+MAX_BIAS = 100.0
+NAMED = 8  # wrong keys that an error names
+TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
 
 
 class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +36,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
-    logit_bias: dict[int, Bias] | None = None
+    logit_bias: dict[str, Any] | None = None  # checked below, so that errors name the key
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool | None = None
@@ -47,13 +50,19 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 
 def check_model(asked: str | None, settings: Settings) -> None:
     if asked is not None and asked != settings.model_name:
-        raise UnknownModel(f"the model {asked[:128]!r} is not served here; GET /v1/models lists what is", param="model")
+        raise unknown_model(asked, settings)
+
+
+def unknown_model(name: str, settings: Settings) -> UnknownModel:
+    return UnknownModel(
+        f"the model {name[:128]!r} is not served here; send {settings.model_name!r} or leave model out", param="model"
+    )
 
 
 def check_prompt_chars(number: int, settings: Settings, *, param: str) -> None:
     if number > settings.max_prompt_chars:
         raise BadRequest(
-            f"the prompt has {number} characters; at most {settings.max_prompt_chars} are allowed",
+            f"the prompt is too long: it has {number} characters; at most {settings.max_prompt_chars} are allowed",
             param=param,
             code="prompt_too_long",
         )
@@ -111,10 +120,29 @@ def _stop_strings(stop: str | list[str] | None, settings: Settings) -> tuple[str
     return strings
 
 
-def _logit_bias(bias: dict[int, float], settings: Settings) -> tuple[tuple[int, float], ...]:
+def _logit_bias(bias: dict[str, Any], settings: Settings) -> tuple[tuple[int, float], ...]:
     if len(bias) > settings.max_logit_bias:
         raise BadRequest(f"logit_bias may name at most {settings.max_logit_bias} tokens", param="logit_bias")
-    return tuple(bias.items())
+    if unknown := [key for key in bias if not TOKEN_ID.match(key)]:
+        is_none = "is not a token id" if len(unknown) == 1 else "are not token ids"
+        raise BadRequest(f"logit_bias: {_named(unknown)} {is_none}; keys are numbers such as '15'", param="logit_bias")
+    wrong = [key for key, value in bias.items() if not (_is_number(value) and abs(value) <= MAX_BIAS)]
+    if wrong:
+        most = f"{-MAX_BIAS:g} to {MAX_BIAS:g}"
+        raise BadRequest(
+            f"logit_bias: a bias is a number from {most}; that of {_named(wrong)} is not", param="logit_bias"
+        )
+    return tuple((int(key), float(value)) for key, value in bias.items())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _named(keys: list[str]) -> str:
+    """Keys as they were sent, the first few of many."""
+    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+    return ", ".join(repr(key[:64]) for key in keys[:NAMED]) + more
 
 
 def _logprobs(ask: SamplingFields, settings: Settings) -> int | None:

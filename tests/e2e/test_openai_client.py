@@ -141,6 +141,8 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_stream_begins(client: op
     with pytest.raises(openai.BadRequestError) as wide:
         ask(client, "Describe it.", *[CLIP] * 8, stream=stream)
     assert wide.value.code == "context_length_exceeded"
+    for error in (long.value, wide.value):
+        assert "prompt is too long: this model's maximum context length is 512 tokens" in str(error)
 
 
 @pytest.mark.parametrize(

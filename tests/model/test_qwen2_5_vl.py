@@ -317,8 +317,8 @@ def test_special_tokens_in_a_users_text_are_plain_text(target: Qwen25VLTarget, t
         (Medium("video", tiny_qwen.picture(0, 32, 32)[:0]), "no frames"),
         (Medium("image", tiny_qwen.picture(0, 32, 32, 2)), "2 frames"),
         (Medium("image", np.zeros((1, 2, 402, 3), np.uint8)), "differ too much"),
-        (video(1, 8, seconds=60.0), "so much time"),
-        (video(1, 8, seconds=1e30), "so much time"),
+        (video(1, 8, seconds=60.0), "prompt is too long: its videos span so much time"),
+        (video(1, 8, seconds=1e30), "prompt is too long: its videos span so much time"),
     ],
     ids=["empty", "two frames", "narrow", "long", "endless"],
 )

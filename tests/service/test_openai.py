@@ -63,17 +63,30 @@ def test_a_stream_says_the_same_as_the_answer_in_one_piece(client: openai.OpenAI
 
 def test_usage_so_far_comes_with_every_chunk_where_vllms_option_asks_for_it(client: openai.OpenAI) -> None:
     options: Any = {"include_usage": True, "continuous_usage_stats": True}
-    opening, *chunks, last = ask(client, stream=True, stream_options=options, temperature=1.0, seed=7, n=2)
+    prompt = "how many words are these?"
+    *chunks, last = ask(client, prompt, stream=True, stream_options=options, temperature=1.0, seed=7, n=2)
+    assert [chunk.choices[0].delta.role for chunk in chunks[:3]] == ["assistant", "assistant", None]
     said = 0
-    for chunk in chunks[1:]:  # each choice is opened before either has said anything
-        assert chunk.usage.prompt_tokens == 1
+    for chunk in chunks:  # those that open the choices included
+        assert chunk.usage.prompt_tokens == 5
         assert chunk.usage.completion_tokens - said == len((chunk.choices[0].delta.content or "").split())
+        assert chunk.usage.total_tokens == 5 + chunk.usage.completion_tokens
         said = chunk.usage.completion_tokens
-    assert opening.usage is None
     assert last.choices == []
     assert last.usage.completion_tokens == said == 24
     silent = ask(client, stream=True, stream_options={"continuous_usage_stats": True})
     assert not any(chunk.usage for chunk in silent), "as with vLLM, it says how usage is told, not whether"
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 1}, {"n": 3}, {"stop": "e"}, {"temperature": 1, "seed": 3}], ids=str)
+def test_each_chunks_usage_can_be_read_without_a_look(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    """vLLM's own tests read `chunk.usage.prompt_tokens` of every chunk."""
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    for content in ("hello", [image_part(), {"type": "text", "text": "what is it?"}]):
+        whole = ask(client, content, **fields).usage
+        chunks = list(ask(client, content, stream=True, stream_options=options, **fields))
+        assert {chunk.usage.prompt_tokens for chunk in chunks} == {whole.prompt_tokens}
+        assert (chunks[0].usage.completion_tokens, chunks[-1].usage) == (0, whole)
 
 
 def test_a_stream_on_the_wire_ends_with_done_and_has_no_usage_unless_asked(server: Server) -> None:
@@ -185,10 +198,50 @@ def test_harmless_fields_of_openais_are_accepted(client: openai.OpenAI) -> None:
     assert ask(client, **fields).choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("detail", ["auto", "low", "high", "original", "whatever comes next"])
+def test_every_detail_is_accepted_and_without_effect(client: openai.OpenAI, detail: str) -> None:
+    part = image_part()
+    answer = ask(client, [part]).choices[0].message.content
+    part["image_url"]["detail"] = detail
+    assert ask(client, [part]).choices[0].message.content == answer
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"prompt_cache_options": {}},
+        {"prompt_cache_options": {"mode": "explicit", "ttl": "1h"}},
+        {"prompt_cache_key": "a", "prompt_cache_retention": "24h"},
+        {"reasoning_effort": "none"},
+        {"tool_choice": "none", "tools": []},
+    ],
+    ids=str,
+)
+def test_hints_of_openais_present_client_are_without_effect(client: openai.OpenAI, hint: dict[str, Any]) -> None:
+    answer = ask(client).choices[0].message.content
+    assert ask(client, extra_body=hint).choices[0].message.content == answer
+
+
+def test_every_part_may_carry_a_cache_breakpoint(client: openai.OpenAI) -> None:
+    parts: list[dict[str, Any]] = [
+        image_part(),
+        {"type": "text", "text": "what is it?"},
+        {"type": "video_url", "video_url": image_part(format="GIF")["image_url"]},
+    ]
+    answer = ask(client, parts).choices[0].message.content
+    for mode in ({"mode": "explicit"}, {}, None):
+        marked = [part | {"prompt_cache_breakpoint": mode} for part in parts]
+        assert ask(client, marked).choices[0].message.content == answer
+
+
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["demo"]
-    assert client.models.retrieve("demo").owned_by == "flashserve"
-    with pytest.raises(openai.NotFoundError):
+    model = client.models.retrieve("demo")
+    assert model.owned_by == "flashserve"
+    more: Any = model.model_extra  # what vLLM has beside OpenAI's fields, and its clients read
+    assert (more["root"], more["parent"], more["permission"]) == ("demo", None, [])
+    assert more["max_model_len"] > 0
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here; send 'demo'"):
         client.models.retrieve("gpt-4")
 
 
@@ -196,6 +249,7 @@ def test_errors_arrive_as_the_clients_typed_exceptions(client: openai.OpenAI) ->
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "hi"}])
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+    assert "'gpt-4' is not served here; send 'demo'" in unknown.value.message
     with pytest.raises(openai.BadRequestError) as bad:
         ask(client, temperature=3)
     assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")

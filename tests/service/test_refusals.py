@@ -100,12 +100,85 @@ def test_wrong_fields_are_named(server: Server, fields: dict[str, Any], param: s
         {"response_format": {"type": "json_object"}},
         {"modalities": ["audio"]},
         {"reasoning_effort": "low"},
+        {"reasoning_effort": "minimal"},
+        {"moderation": {}},
+        {"moderation": {"model": "omni-moderation-latest"}},
     ],
 )
 def test_what_is_not_built_yet_is_refused_and_not_ignored(server: Server, field: dict[str, Any]) -> None:
     (name,) = field
     error = refusal(server.chat(**field), 400)
     assert (error["param"], error["code"]) == (name, "not_built")
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"role": "assistant", "content": None}, "content"),
+        ({"role": "user", "content": None}, "content"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "content"),
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "assistant", "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+        ({"role": "assistant", "content": None, "audio": {"id": "a"}}, "audio"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "refusal"),
+        ({"role": "tool", "content": "x"}, "role"),
+        ({"role": "tool", "tool_call_id": "call_1", "content": "x"}, "role"),
+        ({"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "x"}]}, "role"),
+        ({"role": "function", "name": "f", "content": "x"}, "role"),
+        ({"role": "user", "tool_call_id": "call_1", "content": "x"}, "tool_call_id"),
+    ],
+    ids=str,
+)
+def test_messages_of_conversations_with_tools_are_refused_by_name(
+    server: Server, message: dict[str, Any], field: str
+) -> None:
+    """As not built, which a client can act on, and not as a mistake in a type."""
+    error = refusal(server.chat(messages=[USER, message, USER]), 400)
+    assert (error["code"], error["param"]) == ("not_built", f"messages[1].{field}")
+    assert error["message"].startswith(f"messages[1].{field} ")
+    assert "is not built yet; " in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "named"),
+    [
+        ({"not_a_token_id": 50}, "'not_a_token_id' is not a token id"),
+        ({"5": 1, "a": 1, "": 1}, "'a', '' are not token ids"),
+        ({"1.5": 1}, "'1.5' is not"),
+        ({"-1": 1}, "'-1' is not"),
+        ({"05": 1}, "'05' is not"),
+        ({"٣": 1}, "'٣' is not"),
+        ({"9" * 5000: 1}, "'" + "9" * 64 + "' is not"),
+        ({f"t{i}": 1 for i in range(20)}, "'t6', 't7' and 12 more are not"),
+        ({"5": 101}, "a bias is a number from -100 to 100; that of '5' is not"),
+        ({"5": 1, "6": -100.5, "7": 1e300}, "that of '6', '7' is not"),
+        ({"5": "much"}, "that of '5' is not"),
+        ({"5": None, "6": True, "7": [1]}, "that of '5', '6', '7' is not"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_wrong_bias_is_named_by_its_key(server: Server, bias: dict[str, Any], named: str) -> None:
+    form = {"prompt": "x", "logit_bias": json.dumps(bias)}
+    for response in (server.chat(logit_bias=bias), server.http.post("/v1/generate", data=form)):
+        error = refusal(response, 400)
+        assert error["param"] == "logit_bias"
+        assert error["message"].startswith("logit_bias: ")
+        assert named in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content", ["x" * 40_000, "word " * 3000, [{"type": "text", "text": "x" * 20_000}] * 2], ids=len
+)
+def test_a_prompt_that_is_too_long_says_so_in_the_words_that_clients_know(server: Server, content: object) -> None:
+    """litellm and LangChain look for "prompt is too long" in the message, and fall back to another model."""
+    error = refusal(server.chat(messages=[{"role": "user", "content": content}]), 400)
+    assert "prompt is too long" in error["message"]
+    assert error["code"] in ("prompt_too_long", "context_length_exceeded")
 
 
 @pytest.mark.parametrize(
