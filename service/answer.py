@@ -1,4 +1,4 @@
-"""One client request from its slot to its last token: deadline, choices, times, and the account at the end.
+"""One client request from the door to its last token: deadline, choices, times, and the account at the end.
 
 Knows nothing of how answers are written down: routes turn its outputs into JSON or events.
 """
@@ -72,7 +72,7 @@ class Answer:
     """A context: on leaving it, whatever still runs is aborted, the slots are free and the request is on record."""
 
     def __init__(self, service: Service, request_id: str, *, key: str | None) -> None:
-        """Takes the first slot, or raises NoCapacity or KeyLimit: before body, media and work."""
+        """Asks for admission before body, media and work; raises NoCapacity or ClientLimit. Its slots come later."""
         self.id = request_id
         self.created = int(time.time())
         self.model = service.settings.model_name
@@ -105,6 +105,7 @@ class Answer:
         return [choice.stats for choice in self.choices]
 
     def take_slots(self, number: int) -> None:
+        """Before any media; raises NoCapacity or ClientLimit."""
         self._slots.take(number)
 
     async def begin(
@@ -204,7 +205,7 @@ class Answer:
         for choice in self.choices:
             if choice.finish_reason is None:
                 self._service.pool.abort(choice.generation)
-        self._slots.release()
+        self._slots.leave()
         self._record(_outcome(self._error or error))
         # As in UnlessGone: of the cancellation nothing is left, unless somebody else asked for one too.
         if self._cut is not None and isinstance(error, asyncio.CancelledError) and not self._task.uncancel():

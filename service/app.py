@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,9 +20,11 @@ from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound
 from service.routes import admin, generate, openai, ops, playground
 from service.settings import Settings
 from service.state import Service
-from service.stream import json_response
+from service.stream import LastResponse
 
 log = logging.getLogger("flashserve")
+
+SHORT_BODY = 64 * 1024  # bytes; so many may follow a refusal on a connection that stays open
 
 
 def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
@@ -52,12 +55,12 @@ def _map_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: ServiceError) -> Response:
         if not isinstance(error, EngineFailure | TimedOut):  # those had been taken, and are counted as such
             service_of(request).metrics.rejected(error.code or error.type)
-        response = json_response(error.envelope(), error.headers())
-        response.status_code = error.status
+        headers = error.headers() | {"Content-Type": "application/json"}
+        kind = LastResponse if _is_still_sent(request) else Response
+        response = kind(msgspec.json.encode(error.envelope()), error.status, headers)
         if (request_id := getattr(request.state, "id", None)) is not None:
             response.headers[REQUEST_ID] = request_id
-        # What the client is still sending need not arrive; and a server that ends is not where it should ask again.
-        if error.status == 413 or error.code == "draining":
+        if error.code == "draining":  # a server that ends is not where it should ask again
             response.headers["Connection"] = "close"
         return response
 
@@ -81,3 +84,12 @@ def _map_errors(app: FastAPI) -> None:
     async def bug(request: Request, _: Exception) -> Response:
         """Ours; Starlette logs it with its traceback. The client learns nothing about it."""
         return await refused(request, EngineFailure("internal error", code="internal_error"))
+
+
+def _is_still_sent(request: Request) -> bool:
+    """Whether more of the body is on its way than is worth waiting for."""
+    complete = getattr(request.state, "body_complete", None)
+    if complete is not None:  # it was read, to its end or not
+        return not complete
+    length = request.headers.get("content-length", "0")
+    return "transfer-encoding" in request.headers or not length.isdecimal() or int(length) > SHORT_BODY

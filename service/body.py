@@ -1,4 +1,4 @@
-"""Reading a body under limits: bytes are counted while they arrive, and the time they take.
+"""From a body's bytes to what a request says, under limits; how bytes and time are counted is in `uploads`.
 
 What is no medium has a limit of its own, far below the body's: a parser makes objects of it, fifty times its size where
 the values are small, and holds the interpreter meanwhile. So it is counted before it is parsed.
@@ -18,13 +18,12 @@ from urllib.parse import parse_qsl
 
 import msgspec
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
-from starlette.requests import Request
-from starlette.types import Message
 
 from service.errors import BadRequest, TooLarge
 from service.media.data_uri import START_IN_JSON
 from service.schemas.invalid import as_bad_request
 from service.settings import Settings
+from service.uploads import Upload
 
 PARSED_ON_THE_LOOP = 64 * 1024  # bytes; longer ones take milliseconds
 WIDE = re.compile(rb"\\u(?!00[0-7])")  # an escaped character that is not ASCII
@@ -36,26 +35,9 @@ Parsed = TypeVar("Parsed")
 _parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
 
 
-def limited(request: Request, limit: int) -> Request:
-    """The same request, which raises TooLarge as soon as its body is known to have more bytes than that."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise _too_large(limit)
-    received = 0
-
-    async def receive() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _too_large(limit)
-        return message
-
-    return Request(request.scope, receive)
-
-
-async def read_json(request: Request, schema: type[Schema], settings: Settings) -> Schema:
-    body = await _whole(request, settings, settings.max_body_bytes)
+async def read_json(upload: Upload, schema: type[Schema], settings: Settings) -> Schema:
+    body = bytearray()
+    await upload.read(settings.max_body_bytes, body.extend)
 
     def decoded(body: bytearray) -> Schema:
         if _num_text_bytes(body, settings.max_text_bytes) > settings.max_text_bytes:
@@ -76,19 +58,19 @@ class Form:
     files: list[tuple[str, bytes]] = field(default_factory=list)
 
 
-async def read_form(request: Request, settings: Settings, *, max_files: int, max_fields: int) -> Form:
+async def read_form(upload: Upload, content_type: str, settings: Settings, *, max_files: int, max_fields: int) -> Form:
     """One part more than allowed is left to the checks that name the limit."""
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    kind, options = parse_options_header(content_type)
     try:
         if kind == "multipart/form-data":
-            parser = PushMultipartParser(options.get("boundary", ""), max_segment_count=max_files + max_fields + 1)
-            async with asyncio.timeout(settings.body_timeout):
-                return await _read_parts(limited(request, settings.max_body_bytes), parser, settings)
+            reader = _FormReader(options.get("boundary", ""), max_files + max_fields + 1, settings)
+            with reader.parser:
+                await upload.read(settings.max_body_bytes, reader.feed)
+            return reader.form
         if kind == "application/x-www-form-urlencoded":
-            body = await _whole(request, settings, settings.max_text_bytes)
+            body = bytearray()
+            await upload.read(settings.max_text_bytes, body.extend)
             return Form(fields=await _parse(lambda text: _pairs(text, max_fields + 1), body))
-    except TimeoutError:
-        raise _too_slow() from None
     except UnicodeDecodeError:
         raise BadRequest("a field is not valid UTF-8", code="invalid_text") from None
     except (MultipartError, ValueError):  # what they say is a library's
@@ -97,26 +79,31 @@ async def read_form(request: Request, settings: Settings, *, max_files: int, max
     raise BadRequest("send multipart/form-data", param="content-type", code="invalid_content_type")
 
 
-async def _read_parts(request: Request, parser: PushMultipartParser, settings: Settings) -> Form:
-    form, pieces, num_text_bytes = Form(), list[bytes](), 0
-    part: MultipartSegment | None = None
-    with parser:
-        async for chunk in request.stream():
-            for event in parser.parse(chunk) if chunk else ():
-                if isinstance(event, MultipartSegment):
-                    part, pieces = event, []
-                elif part is None:
-                    continue
-                elif event is not None:
-                    pieces.append(event)
-                    num_text_bytes += len(event) if part.filename is None else 0
-                    if num_text_bytes > settings.max_text_bytes:
-                        raise _too_much_text(settings)
-                elif part.filename is None:
-                    form.fields.append((part.name or "", b"".join(pieces).decode()))
-                else:
-                    form.files.append((part.name or "", b"".join(pieces)))
-    return form
+class _FormReader:
+    def __init__(self, boundary: str, max_parts: int, settings: Settings) -> None:
+        self.form = Form()
+        self.parser = PushMultipartParser(boundary, max_segment_count=max_parts)
+        self._settings = settings
+        self._part: MultipartSegment | None = None
+        self._content = bytearray()  # of that part, so far
+        self._num_text_bytes = 0
+
+    def feed(self, chunk: bytes) -> None:
+        for event in self.parser.parse(chunk) if chunk else ():
+            if isinstance(event, MultipartSegment):
+                self._part, self._content = event, bytearray()
+            elif self._part is None:
+                continue
+            elif event is not None:
+                self._content += event
+                self._num_text_bytes += len(event) if self._part.filename is None else 0
+                if self._num_text_bytes > self._settings.max_text_bytes:
+                    raise _too_much_text(self._settings)
+            elif self._part.filename is None:
+                self.form.fields.append((self._part.name or "", self._content.decode()))
+            else:
+                self.form.files.append((self._part.name or "", bytes(self._content)))
+                self._content = bytearray()
 
 
 def _pairs(body: bytearray, max_fields: int) -> list[tuple[str, str]]:
@@ -136,30 +123,11 @@ def _num_text_bytes(body: bytearray, enough: int) -> int:
     return number + len(body) - at
 
 
-async def _whole(request: Request, settings: Settings, limit: int) -> bytearray:
-    body = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            async for chunk in limited(request, limit).stream():
-                body += chunk
-    except TimeoutError:
-        raise _too_slow() from None
-    return body
-
-
 async def _parse(parser: Callable[[bytearray], Parsed], body: bytearray) -> Parsed:
     if len(body) <= PARSED_ON_THE_LOOP:
         return parser(body)
     return await asyncio.get_running_loop().run_in_executor(_parser, parser, body)
 
 
-def _too_large(limit: int) -> TooLarge:
-    return TooLarge(f"the body is larger than {limit} bytes", code="body_too_large")
-
-
 def _too_much_text(settings: Settings) -> TooLarge:
     return TooLarge(f"the body has more than {settings.max_text_bytes} bytes beside its media", code="too_much_text")
-
-
-def _too_slow() -> BadRequest:
-    return BadRequest("the body did not arrive in time", code="body_timeout")

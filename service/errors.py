@@ -6,9 +6,10 @@
     ├── UnknownModel          404  a model that is not served here
     ├── NotFound              404  a route that does not exist
     ├── MethodNotAllowed      405  a route that exists, asked the wrong way
+    ├── TooSlow               408  the body did not come fast enough
     ├── TooLarge              413  over one of the limits in bytes
     ├── UnsupportedMedia      415  not a media type that we read
-    ├── KeyLimit              429  one key's own limit
+    ├── ClientLimit           429  one key's own limit, or one address's
     ├── EngineFailure         500  this one request failed inside; others go on
     ├── NoCapacity            503  full, loading, draining or without a worker; carries Retry-After
     └── TimedOut              504  longer than the request timeout
@@ -85,6 +86,12 @@ class MethodNotAllowed(ServiceError):
     default_code = "method_not_allowed"
 
 
+class TooSlow(ServiceError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "body_timeout"
+
+
 class TooLarge(ServiceError):
     status = 413
     type = "invalid_request_error"
@@ -97,7 +104,7 @@ class UnsupportedMedia(ServiceError):
     default_code = "unsupported_media"
 
 
-class KeyLimit(ServiceError):
+class ClientLimit(ServiceError):
     status = 429
     type = "rate_limit_error"
     default_code = "key_limit"

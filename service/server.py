@@ -7,6 +7,7 @@ then it stops listening, ends workers and media children, and the exit code is 0
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 from types import FrameType
@@ -24,18 +25,27 @@ from service.settings import Settings
 
 log = logging.getLogger("flashserve")
 
+M_MMAP_THRESHOLD = -3  # <malloc.h>
 LAST_WORDS = 5.0  # seconds for connections to close after the drain
 
 
 def run(settings: Settings) -> int:
     """Serve until told to stop; the exit code."""
     logs.configure(settings.log_level)
+    give_large_blocks_back()
     server = DrainingServer(settings)
     server.run()
     if server.fatal is not None:
         log.critical("cannot serve: %s", server.fatal)
         return 1
     return 0 if server.started else 1
+
+
+def give_large_blocks_back() -> None:
+    """Map every block of a megabyte by itself, so that it goes back to the system when it is freed. glibc would learn
+    from the first large body that such blocks come often, and keep them: for ever, where a small one lies behind."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
 
 
 class DrainingServer(uvicorn.Server):
@@ -57,7 +67,8 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # nobody here asks where a request came from
+                proxy_headers=bool(settings.trusted_proxies),
+                forwarded_allow_ips=list(settings.trusted_proxies),
                 timeout_keep_alive=settings.head_timeout,
                 timeout_graceful_shutdown=round(LAST_WORDS) + 1,
             )

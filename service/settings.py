@@ -104,6 +104,12 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = option(
         "HTTP", None, "Key for POST /admin/draft, which changes the draft; without one nobody may."
     )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = option(
+        "HTTP",
+        (),
+        "Addresses or networks of proxies (comma-separated) whose X-Forwarded-For says which client it is; none: it is "
+        "who connects.",
+    )
     allowed_media_domains: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP", (), "Domains from which http(s) media may be fetched (comma-separated); none: no fetching."
     )
@@ -135,6 +141,23 @@ class Settings(BaseSettings):
     max_waiting: int = option("Limits", 64, "Requests that may wait beyond those decoded; then 503.", ge=0)
     max_requests_per_key: int | None = option("Limits", None, "Requests that one API key may have inside.", ge=1)
     body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive.", gt=0)
+    min_upload_rate: float = option("Limits", 1024, "Bytes a second at which a body must arrive.", gt=0)
+    upload_grace: float = option(
+        "Limits", 10.0, "Seconds that a body may fall behind --min-upload-rate; then 408.", ge=0
+    )
+    max_uploads: int = option(
+        "Limits", 256, "Bodies that may be arriving for more than a second; then 503 to the slowest of them.", ge=1
+    )
+    max_uploads_per_client: int = option(
+        "Limits",
+        64,
+        "The same of one API key; without keys, of one address (IPv6: a /64); then 429 to the slowest of them. Behind "
+        "a proxy all clients have its address, unless --trusted-proxies names it.",
+        ge=1,
+    )
+    max_bodies_bytes: int = option(
+        "Limits", 512 * MIB, "Bytes of all bodies from their arrival until their media are decoded; then 503.", ge=1024
+    )
     request_timeout: float = option("Limits", 300.0, "Seconds for a whole request.", gt=0)
 
     # Keeping it up
@@ -154,7 +177,7 @@ class Settings(BaseSettings):
         "Processes", "service.pool.worker:load_engine", "Engine factory, as module:callable.", hidden=True
     )
 
-    @field_validator("api_key", "allowed_media_domains", mode="before")
+    @field_validator("api_key", "allowed_media_domains", "trusted_proxies", mode="before")
     @classmethod
     def split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -192,6 +215,8 @@ class Settings(BaseSettings):
             raise ValueError("watch_draft: there is no folder to look at; give --draft")
         if self.default_max_tokens > self.max_new_tokens:
             raise ValueError("default_max_tokens: must not exceed max_new_tokens")
+        if self.max_body_bytes > self.max_bodies_bytes:
+            raise ValueError("max_body_bytes: must not exceed max_bodies_bytes")
         if self.max_prompt_chars > self.max_text_bytes:
             raise ValueError("max_prompt_chars: must not exceed max_text_bytes")
         return self

@@ -21,6 +21,7 @@ from service.pool.drafts import Drafts
 from service.pool.pool import Pool
 from service.pool.supervisor import WorkerPlan
 from service.settings import Settings
+from service.uploads import Uploads
 from service.watch import Watch
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Service:
         self.media_limits = media_limits(settings)
         self.decoder: MediaDecoder | None = None  # from the moment the target's geometry is known
         self.draining = False
-        self.answers: set[Answer] = set()  # under way, from their slot on
+        self.answers: set[Answer] = set()  # under way, from the door on
         self._watch: Watch | None = None
         if settings.watch_draft is not None and settings.draft is not None:
             self._watch = Watch(settings.draft, settings.watch_draft, self.change_draft)
@@ -50,6 +51,7 @@ class Service:
             drafts=Drafts(settings.draft, keep=changes, timeout=settings.load_timeout),
         )
         self.admission = Admission(self._capacity, self.closed_because, settings.max_requests_per_key)
+        self.uploads = Uploads(settings)
         self.metrics.watch_unassigned(self._num_unassigned)
         self._on_fatal = on_fatal
         self._opening: asyncio.Task[None] | None = None

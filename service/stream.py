@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+LINGER = 2.0  # seconds in which a client that is refused may go on sending
 SLOW_READER_GRACE = 2.0  # seconds past the deadline that a client gets to take the last event
 
 DONE = b"data: [DONE]\n\n"
@@ -31,6 +32,21 @@ def event(value: Any) -> bytes:
 
 def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
+
+
+class LastResponse(Response):
+    """Answers at once a request whose body is still being sent, and then ends the connection: what comes in the
+    meantime is read and thrown away for a moment, else the client might lose the answer with its connection."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        self.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class UnlessGone:

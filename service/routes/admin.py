@@ -18,7 +18,8 @@ from service.stream import json_response
 @admin
 async def draft(request: Request) -> Response:
     service = service_of(request)
-    wanted = await read_json(request, DraftChange, service.settings)
+    with service.uploads.open(request, None) as upload:
+        wanted = await read_json(upload, DraftChange, service.settings)
     begun = time.monotonic()
     workers = await service.change_draft(wanted.draft)
     info = service.pool.info

@@ -36,10 +36,14 @@ async def generate(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
         answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
-        form = await read_form(request, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
+        upload = resources.enter_context(service.uploads.open(request, request.state.key))
+        content_type, max_files = request.headers.get("content-type", ""), service.settings.max_media
+        form = await read_form(upload, content_type, service.settings, max_files=max_files, max_fields=MAX_FIELDS)
         ask, files = schema.read(form, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
-        preparing = prompt.from_form(service, ask, files)
+        answer.take_slots(1)
+        preparing = upload.used_by(prompt.from_form(service, ask, files))
+        del form, files  # the media in them
         resources.enter_context(UnlessGone(request.receive))
         await answer.begin(preparing, params, n=1, speculation=ask.speculation, fit=ask.asked_max_tokens() is None)
         if ask.stream:

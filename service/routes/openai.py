@@ -36,21 +36,24 @@ async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
         answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
-        ask = await read_json(request, openai.ChatRequest, service.settings)
+        upload = resources.enter_context(service.uploads.open(request, request.state.key))
+        ask = await read_json(upload, openai.ChatRequest, service.settings)
         openai.check(ask, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         n = ask.n or 1
         if n > service.most_choices:
             raise BadRequest(f"n must be at most {service.most_choices}", param="n")
-        answer.take_slots(n - 1)
-        preparing = prompt.from_chat(service, ask)
+        answer.take_slots(n)
+        preparing = upload.used_by(prompt.from_chat(service, ask))
         resources.enter_context(UnlessGone(request.receive))
         options = ask.stream_options or openai.StreamOptions()
         with_usage = bool(options.include_usage)
         running = with_usage and bool(options.continuous_usage_stats)
         fit = ask.asked_max_tokens() is None
-        await answer.begin(preparing, params, n=n, speculation=ask.speculation, running_stats=running, fit=fit)
-        if ask.stream:
+        stream, speculation = ask.stream, ask.speculation
+        del ask  # the media in it
+        await answer.begin(preparing, params, n=n, speculation=speculation, running_stats=running, fit=fit)
+        if stream:
             events = _events(answer, with_usage=with_usage, running=running)
             return EventStream(events, resources.pop_all(), deadline=answer.deadline)
         await answer.finish()

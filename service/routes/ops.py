@@ -56,6 +56,7 @@ async def health(request: Request) -> Response:
         "status": "ready" if closed is None else closed.code,
         "model": service.settings.model_name,
         "requests": service.admission.in_use,
+        "uploads": len(service.uploads),
         "workers": workers,
         "engine": engine,
         "draft": _draft(service) if info and info.drafter in TRAINED else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import subprocess
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from model.request import EngineStats, Medium, Message, RequestOutput, RequestStats, SamplingParams, Token
 from service.admission import Admission
-from service.errors import EngineFailure, KeyLimit, NoCapacity, ServiceError
+from service.errors import ClientLimit, EngineFailure, NoCapacity, ServiceError
 from service.metrics import Metrics
 from service.pool import messages as m
 from service.pool.arena import Arena, Shared
@@ -93,21 +94,42 @@ def test_slots_are_counted_for_all_and_for_each_key() -> None:
     closed: list[NoCapacity] = []
     admission = Admission(lambda: 4, lambda: closed[0] if closed else None, per_key=2)
     first = admission.enter("a")
-    first.take(1)
-    with pytest.raises(KeyLimit):
+    first.take(2)
+    with pytest.raises(ClientLimit):
         admission.enter("a")
-    others = [admission.enter(None), admission.enter("b")]
+    others = [admission.enter(None), admission.enter("b"), admission.enter(None)]
+    assert admission.in_use == 2, "at the door nothing is taken"
+    for other in others[:2]:
+        other.take(1)
     with pytest.raises(NoCapacity) as full:
-        others[0].take(1)
+        admission.enter("c")
+    with pytest.raises(NoCapacity):
+        others[2].take(1)
     assert (full.value.code, admission.in_use) == ("queue_full", 4)
     first.give_back(1)
-    first.release()
-    first.release()
+    first.leave()
+    first.leave()
     assert admission.in_use == 2
     closed.append(NoCapacity("draining", retry_after=7))
     with pytest.raises(NoCapacity) as draining:
         admission.enter("a")
     assert draining.value.headers() == {"Retry-After": "7"}
+    others[2].take(1)  # it was inside before: it may stay
+
+
+def test_the_house_is_empty_when_nobody_uploads_either() -> None:
+    async def test() -> None:
+        admission = Admission(lambda: 4, lambda: None, per_key=None)
+        await admission.emptied()
+        uploading, running = admission.enter(None), admission.enter(None)
+        running.take(1)
+        running.leave()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(admission.emptied(), 0.01)
+        uploading.leave()
+        await admission.emptied()
+
+    asyncio.run(test())
 
 
 # -- settings and the command line

@@ -433,15 +433,6 @@ def test_the_parts_of_all_messages_are_counted(server: Server) -> None:
     assert "1024" in error["message"]
 
 
-def test_a_body_that_never_ends_gives_its_slot_back(start_server: StartServer) -> None:
-    server = start_server(body_timeout=0.5)
-    with connected(server) as slow:
-        slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        server.wait(lambda: server.health()["requests"] == 1)
-        assert b"400 Bad Request" in slow.recv(4096)
-    server.wait(lambda: server.health()["requests"] == 0)
-
-
 @pytest.mark.parametrize(
     "head",
     [

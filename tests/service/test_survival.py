@@ -381,7 +381,7 @@ def test_a_second_signal_ends_the_drain_and_everybody_is_told(start_server: Star
         with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            server.wait(lambda: server.health()["requests"] == 3)
+            server.wait(lambda: (server.health()["requests"], server.health()["uploads"]) == (2, 1))
             server.terminate()
             time.sleep(pause)
             server.terminate(signal.SIGINT)
