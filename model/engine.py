@@ -297,7 +297,7 @@ class Engine:
         logits = target.logits(hidden[:, -1:])
         process = self._processing([sequence], lambda _: [[]])
         first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
-        return [self._emit(sequence, first, 0, 0, self._likelihoods(sequence, logits[0], first))]
+        return [self._emit(sequence, first, 0, self._likelihoods(sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> int:
         """Give it a slot, what of its prompt has been computed for others, and its prompt's embeddings, with gaps where
@@ -396,7 +396,7 @@ class Engine:
                 path = verify.walk(trees, sequence.slot, chosen[sequence.slot]).path
                 with self._torch():
                     likelihoods = self._likelihoods(sequence, logits[sequence.slot, path], tokens)
-            outputs.append(self._emit(sequence, tokens, len(tokens) - 1, size - 1, likelihoods))
+            outputs.append(self._emit(sequence, tokens, size - 1, likelihoods))
         return outputs
 
     def _chosen(
@@ -453,11 +453,11 @@ class Engine:
         self,
         sequence: Sequence,
         tokens: list[int],
-        accepted: int,
         proposed: int,
         likelihoods: list[Likelihoods] | None = None,
     ) -> RequestOutput:
-        """Append tokens, of which the first `accepted` came from the draft, as far as the request wants them."""
+        """Append tokens, as far as the request wants them. The draft brought all but the last: that one is what the
+        target says after them, also where the answer ends before the step does."""
         params, eos = sequence.request.params, self.target.eos_ids
         sequence.last_token = self.counters.now()
         sequence.first_token = sequence.first_token or sequence.last_token
@@ -467,22 +467,22 @@ class Engine:
         finish: FinishReason | None = None
         for index, token in enumerate(tokens[: sequence.remaining]):
             piece = decode(token)
-            emitted.append(Token(token, piece, "draft" if index < accepted else "target"))
+            emitted.append(Token(token, piece, "draft"))
             searched = params.stop and len(sequence.tokens) + index >= params.min_tokens
             text += stops.decode(piece) if searched else piece
             if stops.stopped or (token in eos and not params.ignore_eos):
                 finish = "stop"
                 break
+        emitted[-1].source = "target"
         sequence.tokens += tokens[: len(emitted)]
         if finish is None and sequence.remaining == 0:
             finish = "length"
         self.counters.generation_tokens += len(emitted)
         if proposed:
-            used = min(accepted, len(emitted))
-            self.counters.drafted(proposed, used, len(emitted))
+            self.counters.drafted(proposed, len(emitted))
             sequence.drafts += 1
             sequence.draft_tokens += proposed
-            sequence.accepted_tokens += used
+            sequence.accepted_tokens += len(emitted) - 1
         output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
         if likelihoods is not None:
             output.logprobs = tuple(likelihoods[: len(emitted)])

@@ -47,9 +47,11 @@ class Counters:
     def timed(self, phase: Phase) -> Timed:
         return Timed(self, phase)
 
-    def drafted(self, proposed: int, accepted: int, emitted: int) -> None:
-        """One verify step of one sequence: `proposed` nodes, of which `accepted` (one per position, none after the
-        first miss) were emitted; `emitted` counts the bonus token too."""
+    def drafted(self, proposed: int, emitted: int) -> None:
+        """Count one verify step of one sequence: `proposed` draft tokens, and `emitted` tokens, its acceptance length.
+        All but the last are accepted draft tokens, one per position and none after the first miss. So the sum of
+        acceptance lengths is drafts + accepted tokens, also where an answer ends in the middle of a step."""
+        accepted = emitted - 1
         self.drafts += 1
         self.draft_tokens += proposed
         self.accepted_tokens += accepted

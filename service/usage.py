@@ -26,7 +26,8 @@ def usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
 
 
 def speculation(stats: RequestStats) -> dict[str, Any]:
-    """`acceptance_length`: tokens a verify step gave on average, the bonus token included; 1 without drafts."""
+    """`acceptance_length`: tokens that a verify step with a draft emitted on average; 1 without drafts. The mean of
+    what the histogram `flash_acceptance_length` has of this answer."""
     return {
         "acceptance_length": 1.0 + stats.accepted_tokens / stats.drafts if stats.drafts else 1.0,
         "drafts": stats.drafts,
