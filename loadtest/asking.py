@@ -169,7 +169,7 @@ async def _streamed(response: httpx.Response, way: Way, max_events: int | None) 
     done: dict[str, Any] = {}
     closed, seen = False, 0
     async for line in response.aiter_lines():
-        if not line:
+        if not line or (line.startswith(":") and not closed):  # between events; comments keep connections open
             continue
         if closed or not line.startswith("data: "):
             raise ValueError(f"a stream may not hold this line, or not there: {line[:80]!r}")

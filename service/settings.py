@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     allowed_media_domains: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP", (), "Domains from which http(s) media may be fetched (comma-separated); none: no fetching."
     )
+    sse_keepalive_seconds: float = option(
+        "HTTP", 10.0, "Seconds of silence after which a stream gets a comment, so that nobody hangs up; 0: none.", ge=0
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option("HTTP", "info", "How much is logged.")
 
     # What one request may ask for

@@ -20,6 +20,7 @@ LINGER = 2.0  # seconds in which a client that is refused may go on sending
 SLOW_READER_GRACE = 2.0  # seconds past the deadline that a client gets to take the last event
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients pass over it, proxies see that the connection lives
 
 
 class Last(bytes):
@@ -77,8 +78,8 @@ async def _cancel_when_gone(receive: Receive, task: asyncio.Task[Any]) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come, `Last` at the end; `resources`, an UnlessGone among them, are let go then, however it
-    comes."""
+    """Sends events as they come, `Last` at the end, and a comment whenever there was none for so long; `resources`, an
+    UnlessGone among them, are let go at the end, however it comes."""
 
     def __init__(
         self,
@@ -86,22 +87,47 @@ class EventStream(Response):
         resources: ExitStack,
         *,
         deadline: float,
+        keep_alive: float,
     ) -> None:
+        """keep_alive: seconds of silence after which a comment is sent; 0: none is."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         del self.headers["content-length"]
         self._events = events
         self._resources = resources
         self._deadline = deadline
+        self._keep_alive = keep_alive
+        self._sending = asyncio.Lock()
+        self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         # A client that left, or that does not read, is not told anything more: the connection just ends.
         with suppress(ClientDisconnect, TimeoutError), self._resources:
             async with asyncio.timeout_at(self._deadline + SLOW_READER_GRACE):
-                await self._send_all(send)
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                # One task for the whole stream: a timeout around each event would cost more than the event.
+                commenting = asyncio.create_task(self._comment(send)) if self._keep_alive else None
+                try:
+                    await self._send_all(send)
+                finally:
+                    if commenting is not None:
+                        commenting.cancel()
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        loop = asyncio.get_running_loop()
         async with aclosing(self._events) as events:
             async for chunk in events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": not isinstance(chunk, Last)})
+                async with self._sending:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": not isinstance(chunk, Last)})
+                    self._sent_at = loop.time()
+
+    async def _comment(self, send: Send) -> None:
+        """Break every silence. A client that does not read what was sent before gets no comment either."""
+        loop = asyncio.get_running_loop()
+        self._sent_at = loop.time()
+        while True:
+            await asyncio.sleep(self._sent_at + self._keep_alive - loop.time())
+            async with self._sending:
+                if loop.time() >= self._sent_at + self._keep_alive:
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    self._sent_at = loop.time()

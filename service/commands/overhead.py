@@ -273,7 +273,7 @@ def _token_ids(answer: bytearray) -> list[int]:
     ids: list[int] = []
     done = False
     for line in filter(None, events):
-        if line == b"data: [DONE]":
+        if line == b"data: [DONE]" or line.startswith(b":"):  # comments keep connections open
             continue
         event = _decode(line.removeprefix(b"data: "))
         if event.error is not None:

@@ -47,7 +47,12 @@ async def generate(request: Request) -> Response:
         resources.enter_context(UnlessGone(request.receive))
         await answer.begin(preparing, params, n=1, speculation=ask.speculation, fit=ask.asked_max_tokens() is None)
         if ask.stream:
-            return EventStream(_events(answer), resources.pop_all(), deadline=answer.deadline)
+            return EventStream(
+                _events(answer),
+                resources.pop_all(),
+                deadline=answer.deadline,
+                keep_alive=service.settings.sse_keepalive_seconds,
+            )
         await answer.finish()
         return json_response(_result(answer))
 

@@ -55,7 +55,12 @@ async def chat_completions(request: Request) -> Response:
         await answer.begin(preparing, params, n=n, speculation=speculation, running_stats=running, fit=fit)
         if stream:
             events = _events(answer, with_usage=with_usage, running=running)
-            return EventStream(events, resources.pop_all(), deadline=answer.deadline)
+            return EventStream(
+                events,
+                resources.pop_all(),
+                deadline=answer.deadline,
+                keep_alive=service.settings.sse_keepalive_seconds,
+            )
         await answer.finish()
         return json_response(_completion(answer))
 

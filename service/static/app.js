@@ -62,7 +62,7 @@ function readForm() {
   return form;
 }
 
-/** The JSON values of a stream of server-sent events. */
+/** The JSON values of a stream of server-sent events; comments, which keep the connection open, are passed over. */
 async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -72,6 +72,7 @@ async function* readEvents(body) {
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
+      if (block.startsWith(":")) continue;
       const data = block.replace(/^data: /, "");
       if (data !== "[DONE]") yield JSON.parse(data);
     }

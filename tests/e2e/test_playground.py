@@ -11,6 +11,7 @@ from loadtest import media
 from model.config import DEMO_WEIGHTS
 from tests.e2e import browser
 from tests.e2e.server import EngineServer
+from tests.service.server import Server
 
 IMAGE = Path(__file__).parents[2] / "model/demo/media/scene.png"
 
@@ -69,3 +70,21 @@ def test_a_user_uploads_types_presses_and_reads(request: pytest.FixtureRequest, 
         page.click("#go")
         page.wait("document.querySelector('#answer .error')")
         assert "temperature" in page.text("#answer .error"), "a refusal is shown in the service's own words"
+
+
+def test_the_page_passes_over_comments_that_keep_its_stream_open(tmp_path: Path) -> None:
+    """It took each block of a stream for JSON."""
+    server = Server(tmp_path, {"delay": 0.2}, {"sse_keepalive_seconds": 0.05})
+    try:
+        with browser.browser_page(tmp_path / "profile") as page:
+            page.open(server.url)
+            page.wait("document.querySelector('#status').innerText === 'ready'")
+            page.type_over("#prompt", "go on")
+            page.type_over("#max_tokens", "9")
+            page.click("#go")
+            page.wait("document.querySelector('#runs tbody').rows.length === 1")
+            whole = server.chat("go on", max_tokens=9).json()["choices"][0]["message"]["content"]
+            assert page.text("#answer").split() == whole.split()
+            assert page.complaints == []
+    finally:
+        assert server.close() == 0
