@@ -113,11 +113,14 @@ def _pairs(body: bytearray, max_fields: int) -> list[tuple[str, str]]:
 def _num_text_bytes(body: bytearray, enough: int) -> int:
     """Count the bytes of a JSON body that are not in its data: URIs, at least until they are more than `enough`.
 
-    A URI is one string, and has ASCII only: however long it is, it becomes one object of its own size."""
+    A URI is one string, and has ASCII only: however long it is, it becomes one object of its own size. No more text is
+    searched than is enough: the search holds the interpreter."""
     number = at = 0
-    while number <= enough and (start := START_IN_JSON.search(body, at)):
+    while number <= enough and (start := START_IN_JSON.search(body, at, at + enough - number + 1)):
         begin = start.end()
-        if (end := body.find(b'"', begin)) < 0 or not body[begin:end].isascii() or WIDE.search(body, begin, end):
+        end = body.find(b'"', begin)
+        rest = body[begin:end]
+        if end < 0 or not rest.isascii() or (b"\\u" in rest and WIDE.search(rest)):
             break
         number, at = number + begin - at, end
     return number + len(body) - at

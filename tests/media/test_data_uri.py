@@ -132,6 +132,60 @@ def test_malformed_headers_are_refused_with_the_reason(uri, complaint):
     assert refused.value.code == "invalid_data_uri"
 
 
+def forgiving(content: str) -> bytes | None:
+    """WHATWG's "forgiving-base64 decode", with the URL-safe alphabet and half of a padding; None: failure."""
+    text = re.sub("[\t\n\f\r ]", "", unquote_to_bytes(content).decode("latin-1"))
+    text = re.sub("={1,2}\\Z", "", text).translate(str.maketrans("-_", "+/"))
+    if len(text) % 4 == 1 or re.search("[^A-Za-z0-9+/]", text):
+        return None
+    return base64.b64decode(text + "=" * (-len(text) % 4))
+
+
+@pytest.mark.parametrize("slice", [None, 4, 5, 9])
+def test_any_content_is_read_as_the_standard_has_it(monkeypatch, slice):
+    if slice is not None:
+        monkeypatch.setattr(data_uri, "SLICE", slice)
+    rng, read, refused = random.Random(3), 0, 0
+    pieces = [
+        "A",
+        "z",
+        "9",
+        "+",
+        "/",
+        "-",
+        "_",
+        "AAAA",
+        "BC",
+        "\n",
+        " ",
+        "%2B",
+        "%41",
+        "%0a",
+        "%3D",
+        "=",
+        "==",
+        "%",
+        "%4",
+        "!",
+    ]
+    weights = [4] * 15 + [1] * 5
+    for _ in range(3000):
+        content = "".join(rng.choices(pieces, weights, k=rng.randrange(12))) + rng.choice(["", "", "=", "==", "\n"])
+        expected = forgiving(content)
+        if expected is not None:
+            assert data_uri.decode_base64(content, 1000) == expected, content
+            read += 1
+            continue
+        refused += 1
+        with pytest.raises(BadRequest) as error:
+            data_uri.decode_base64(content, 1000)
+        if found := re.search("at offset (\\d+)", error.value.message):  # all before it is sound, and it is not
+            sound, wrong = unquote_to_bytes(content[: int(found[1])]), content[int(found[1]) :]
+            assert re.fullmatch(rb"[A-Za-z0-9+/_\-\t\n\f\r ]*", sound), content
+            assert re.match("[^A-Za-z0-9+/_\\-\t\n\f\r ]", wrong), content
+    assert min(read, refused) > 300
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_decoding_stops_at_the_limit(monkeypatch, form):
     monkeypatch.setattr(data_uri, "SLICE", 100)
@@ -176,6 +230,27 @@ def test_a_string_that_would_take_more_memory_than_its_bytes_is_text(wide):
     assert _num_text_bytes(body, 10**6) > 1000
     body = bytearray(b'{"url": "data:' + b"A" * 1000 + b"\\u002f\\u007e\\/" + b'"}')
     assert _num_text_bytes(body, 10**6) < 30
+
+
+def test_counting_ends_with_what_is_enough_and_not_before():
+    rng = random.Random(4)
+    pieces = [
+        '"data:AAAA",',
+        r'"\u0020\u0064ata:AAAAAAAA",',
+        '"text",',
+        "[0,0],",
+        '"',
+        r"\u00",
+        '"data:ä",',
+        '"dat"',
+        "\\",
+    ]
+    for _ in range(200):
+        body = bytearray("".join(rng.choices(pieces, k=rng.randrange(1, 30))).encode())
+        exact = _num_text_bytes(body, 10**9)
+        assert 0 < exact <= len(body)
+        for enough in range(len(body) + 2):
+            assert (_num_text_bytes(body, enough) > enough) == (exact > enough), body
 
 
 def test_quotes_within_a_uri_end_it():
