@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     max_logit_bias: int = option("Limits", 300, "Tokens that a request's logit_bias may name.", ge=0)
     max_top_logprobs: int = option("Limits", 20, "The largest top_logprobs a request may ask for.", ge=0)
     max_waiting: int = option("Limits", 64, "Requests that may wait beyond those decoded; then 503.", ge=0)
+    max_waiting_media: int = option("Limits", 256, "Images and videos that may wait to be decoded; then 503.", ge=0)
     max_requests_per_key: int | None = option("Limits", None, "Requests that one API key may have inside.", ge=1)
     body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive.", gt=0)
     min_upload_rate: float = option("Limits", 1024, "Bytes a second at which a body must arrive.", gt=0)
@@ -164,8 +165,29 @@ class Settings(BaseSettings):
     request_timeout: float = option("Limits", 300.0, "Seconds for a whole request.", gt=0)
 
     # Keeping it up
-    media_workers: int = option("Processes", 2, "Child processes that decode media.", ge=1, le=64)
+    media_workers: int = option(
+        "Processes",
+        3,
+        "Child processes that decode images. The last takes small ones only (with three or more: the last two).",
+        ge=1,
+        le=64,
+    )
+    video_workers: int = option(
+        "Processes", 1, "Child processes that decode videos; 0: videos share those of images.", ge=0, le=64
+    )
+    spare_media_workers: int = option(
+        "Processes", 1, "Warm child processes beside those, in place of any that died.", ge=0, le=64
+    )
     media_timeout: float = option("Processes", 20.0, "Seconds for decoding one image or video.", gt=0)
+    image_timeout: float = option(
+        "Processes",
+        8.0,
+        "Seconds of processor time for the largest image allowed; smaller ones have less, down to an eighth.",
+        gt=0,
+    )
+    media_queue_timeout: float = option(
+        "Processes", 60.0, "Seconds that an image or video may wait to be decoded; then 503.", gt=0
+    )
     fetch_timeout: float = option("Processes", 10.0, "Seconds for fetching one image or video by URL.", gt=0)
     media_memory_bytes: int = option("Processes", 1536 * MIB, "Address space of one decoding child.", ge=384 * MIB)
     shared_media_bytes: int = option(

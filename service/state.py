@@ -139,7 +139,14 @@ class Service:
         info = self.pool.info
         if info.device == "cpu":
             cores.give_way()  # and so do the decoding children, which inherit it
-        decoder = MediaDecoder(self.media_limits, info.geometry, self.settings.media_workers, self._arena)
+        decoder = MediaDecoder(
+            self.media_limits,
+            info.geometry,
+            self.settings.media_workers,
+            self._arena,
+            video_workers=self.settings.video_workers,
+            spares=self.settings.spare_media_workers,
+        )
         try:
             await decoder.start()
         except RuntimeError as error:
@@ -200,6 +207,9 @@ def media_limits(settings: Settings) -> MediaLimits:
         max_frames=settings.max_frames,
         decode_seconds=settings.media_timeout,
         cpu_seconds=max(1, round(settings.media_timeout)),
+        image_seconds=settings.image_timeout,
+        queue_seconds=settings.media_queue_timeout,
+        max_queued=settings.max_waiting_media,
         memory_bytes=settings.media_memory_bytes,
         fetch_seconds=settings.fetch_timeout,
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import math
 import os
 import resource
 import signal
@@ -60,7 +59,8 @@ def confine(limits: MediaLimits) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     lifetime = START_CPU_SECONDS + limits.cpu_seconds * limits.decodes_per_child
-    resource.setrlimit(resource.RLIMIT_CPU, (START_CPU_SECONDS, lifetime))
+    resource.setrlimit(resource.RLIMIT_CPU, (lifetime, lifetime))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
 def warm_up(setup: wire.Setup) -> None:
@@ -98,19 +98,18 @@ def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
     while prefix := source.read(wire.PREFIX.size):
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=setup.limits.max_bytes)
         job, data = wire.unpack_job(source.read(num_message)), source.read(num_payload)
-        begun = allow_cpu(setup.limits)
+        begun = time.process_time()
+        allow_cpu(job.cpu_seconds)
         send(*decode(setup, job, data))
+        allow_cpu(0)
         del data
         if time.process_time() - begun > QUICK_SECONDS:
             give_memory_back()
 
 
-def allow_cpu(limits: MediaLimits) -> float:
-    """Start the clock of one decode: RLIMIT_CPU counts from the start of the process, in whole seconds."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    now = time.process_time()
-    resource.setrlimit(resource.RLIMIT_CPU, (min(math.ceil(now) + limits.cpu_seconds, hard), hard))
-    return now
+def allow_cpu(seconds: float) -> None:
+    """Start the clock of one decode: SIGPROF ends this process when so much processor time has been used; 0: never."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def give_memory_back() -> None:

@@ -25,6 +25,9 @@ class MediaLimits:
 
     decode_seconds: float = 20.0  # wall clock: handing over, decoding and handing back
     cpu_seconds: int = 20  # processor time of one decode
+    image_seconds: float = 8.0  # processor time of the largest image; smaller ones get less. 50 million pixels take 3
+    queue_seconds: float = 60.0  # wall clock: waiting for a place
+    max_queued: int = 256  # files that wait for a place
     memory_bytes: int = 1536 * 1024 * 1024  # RLIMIT_AS of a child; 50 million pixels of WebP take 1.1 GiB
     start_seconds: float = 60.0  # wall clock until a new child is ready
     decodes_per_child: int = 1000  # then it is replaced, so that nothing can pile up in it
@@ -34,7 +37,7 @@ class MediaLimits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) > 0 and field.name != "max_redirects":
+            if not getattr(self, field.name) > 0 and field.name not in ("max_redirects", "max_queued"):
                 raise ValueError(f"{field.name} must be positive, not {getattr(self, field.name)!r}")
         if self.min_side > self.max_side:
             raise ValueError("min_side must not be above max_side")

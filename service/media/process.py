@@ -100,7 +100,8 @@ class Child:
     async def run(self, job: wire.Job, data: bytes, *, max_reply: int) -> tuple[wire.Reply, np.ndarray]:
         """Hand over one job and wait for its answer: the message, and the payload as (bytes,) uint8.
 
-        Raises ChildGone. When it raises anything, cancellation included, the child is of no further use: kill it.
+        Raises ChildGone, and TimeoutError where the processor time was used up. When it raises anything, cancellation
+        included, the child is of no further use: kill it.
         """
         self.num_jobs += 1
         try:
@@ -109,7 +110,10 @@ class Child:
         except wire.WireError as error:
             raise ChildGone(by_itself=True) from error
         except (OSError, EOFError) as error:
-            raise ChildGone(by_itself=await self._process.wait() != -signal.SIGKILL) from error
+            code = await self._process.wait()
+            if code in (-signal.SIGPROF, -signal.SIGXCPU):
+                raise TimeoutError("out of processor time") from error
+            raise ChildGone(by_itself=code != -signal.SIGKILL) from error
 
     def kill(self) -> None:
         """At once, and for good; `reap()` must follow."""

@@ -53,13 +53,14 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
     ),
 }
 
-# Refusals of sound files: the child's decoders are in order, and it can go on as it is.
-HARMLESS = frozenset(
-    {
-        *("too_small", "too_many_pixels", "too_narrow", "too_many_source_frames", "too_long"),
-        *("not_an_image", "no_frame_times"),
-    }
-)
+# Refusals after which the child is replaced: it is stuck, or out of memory somewhere inside a library.
+#
+# All others are ordinary control flow, `*_not_decodable` included: a decoder saw that the file is broken, and raised.
+# A file that is made to corrupt a decoder's memory may as well end as a picture without any error, so to kill the child
+# of a broken one protects nobody from that, and costs a start of a process for a few bytes. What bounds the harm is the
+# child's confinement, that each answer is checked by the parent, and that every child is replaced after
+# `decodes_per_child` files, sound or not.
+HARMFUL = frozenset({"out_of_memory", "out_of_time"})
 
 
 class Refusal(Exception):

@@ -35,13 +35,14 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct, frozen=True, tag="job"):
-    """`kind` is what the file is decoded to: a GIF may be either. Exactly one of the last two is set for a
-    video, but neither for a list of frames of which all are taken."""
+    """`kind` is what the file is decoded to: a GIF may be either. Exactly one of `num_frames` and `fps` is set
+    for a video, but neither for a list of frames of which all are taken."""
 
     kind: Kind
     format: Format
     num_frames: int | None = None
     fps: float | None = None
+    cpu_seconds: float = 0.0  # processor time that it may use; 0: no limit
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

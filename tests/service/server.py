@@ -26,7 +26,8 @@ class Server:
         self.log = folder / "server.log"
         env = {key: value for key, value in os.environ.items() if not key.startswith("FLASH_")}
         env |= {"PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "FLASH_ENGINE": "fake_engine:load", "FLASH_PORT": "0"}
-        env |= {"FLASH_MEDIA_WORKERS": "1", "FAKE_CRASH_DIR": str(folder)}
+        env |= {"FLASH_MEDIA_WORKERS": "1", "FLASH_VIDEO_WORKERS": "0", "FLASH_SPARE_MEDIA_WORKERS": "0"}
+        env |= {"FAKE_CRASH_DIR": str(folder)}
         env |= {f"FLASH_{name.upper()}": str(value) for name, value in settings.items()}
         env |= {f"FAKE_{name.upper()}": str(value) for name, value in fake.items()}
         with self.log.open("wb") as log:

@@ -1,0 +1,162 @@
+"""Keeps a number of decoding children warm, so that whoever needs one finds it ready.
+
+A child that is not given back in order is killed, and another starts in the background: with more children than are
+lent at a time, nobody waits for that. Knows nothing of jobs, nor of their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any
+
+from service.errors import NoCapacity
+from service.media import wire
+from service.media.process import Child, ChildGone, Memory
+
+
+class Children:
+    """`await start()`, then any number of `await borrow()`, each with its `give_back()`; `await close()`."""
+
+    def __init__(self, setup: wire.Setup, memory: Memory | None, size: int) -> None:
+        self.num_started = 0  # that became warm
+        self._setup, self._memory, self._size = setup, memory, size
+        self._all: set[Child] = set()  # that have a process: starting, idle, lent or about to be reaped
+        self._idle: list[Child] = []
+        self._lent: set[Child] = set()
+        self._borrowers: deque[asyncio.Future[Child]] = deque()
+        self._num_starting = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # that start or reap a child
+        self._all_back = asyncio.Event()
+        self._open = False
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(child.pid for child in self._all if child.alive)
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    async def start(self) -> None:
+        """Start all and wait until they are warm. Raises RuntimeError where one cannot be started."""
+        self._open = True
+        self._start_missing()
+        await asyncio.gather(*self._tasks)
+        if self.num_started < self._size:
+            await self.close()
+            raise RuntimeError("media decoding children do not start; see standard error")
+
+    async def borrow(self) -> Child:
+        """A warm child. Waits for one that starts where none is idle. Raises NoCapacity where none can be had."""
+        if not self._open:
+            raise closed()
+        while self._idle:
+            child = self._idle.pop()
+            if child.alive:
+                self._lent.add(child)
+                self._start_missing()  # where an earlier start failed
+                return child
+            self._replace(child)
+        borrower: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+        self._borrowers.append(borrower)
+        self._start_missing()
+        try:
+            return await borrower
+        except asyncio.CancelledError:
+            if borrower.done() and not borrower.cancelled() and borrower.exception() is None:
+                self.give_back(borrower.result(), keep=True)
+            raise
+
+    def give_back(self, child: Child, *, keep: bool) -> None:
+        """keep: the child can go on. Never awaits: also for clients that leave, whose tasks may await no more."""
+        self._lent.discard(child)
+        if keep and self._open:
+            self._hand_out(child)
+        else:
+            self._replace(child)
+        if not self._lent:
+            self._all_back.set()
+
+    async def close(self) -> None:
+        """Kill every child, those at work included, and wait until all are gone."""
+        if not self._open:
+            return
+        self._open = False
+        for child in self._all:
+            child.kill()
+        self._fail_borrowers(closed())
+        while self._idle:
+            self._replace(self._idle.pop())
+        while self._lent:  # each is reaped when its borrower has seen the end of it
+            self._all_back.clear()
+            await self._all_back.wait()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _hand_out(self, child: Child) -> None:
+        """Give a warm child to the first who waits for one."""
+        while self._borrowers:
+            borrower = self._borrowers.popleft()
+            if not borrower.done():
+                self._lent.add(child)
+                borrower.set_result(child)
+                return
+        self._idle.append(child)
+
+    def _replace(self, child: Child) -> None:
+        child.kill()
+        self._run(self._end(child))
+        self._start_missing()
+
+    async def _end(self, child: Child) -> None:
+        await child.reap()
+        self._all.discard(child)
+
+    def _start_missing(self) -> None:
+        while self._open and len(self._idle) + len(self._lent) + self._num_starting < self._size:
+            self._num_starting += 1
+            self._run(self._start())
+
+    async def _start(self) -> None:
+        """One more child. Where it does not start, nobody tries again until the next `borrow()`."""
+        child = await self._warm_child()
+        self._num_starting -= 1
+        if child is not None:
+            self.num_started += 1
+            self._lent.add(child)
+            self.give_back(child, keep=True)
+        elif not self._num_starting:
+            self._fail_borrowers(NoCapacity("media cannot be decoded at the moment"))
+
+    async def _warm_child(self) -> Child | None:
+        child: Child | None = None
+        try:
+            child = await Child.spawn(self._setup, self._memory)
+            self._all.add(child)
+            if not self._open:  # closed meanwhile
+                child.kill()
+            async with asyncio.timeout(self._setup.limits.start_seconds):
+                await child.ready()
+            return child
+        except (OSError, ChildGone):
+            if child is not None:
+                child.kill()
+                await self._end(child)
+            return None
+
+    def _fail_borrowers(self, error: NoCapacity) -> None:
+        while self._borrowers:
+            borrower = self._borrowers.popleft()
+            if not borrower.done():
+                borrower.set_exception(NoCapacity(error.message))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def closed() -> NoCapacity:
+    return NoCapacity("the service is shutting down")

@@ -1,0 +1,79 @@
+"""How large a share of the largest allowed file one is, told from a few bytes of its header.
+
+For the order in which files are decoded, not for any limit: a header that lies gets its file decoded sooner than it
+should be, and stopped sooner too. This runs outside the confined children, so it reads a bounded number of fields and
+decodes nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from service.media.container import webp_size
+from service.media.limits import MediaLimits
+from service.media.sniff import Format, Kind
+
+MAX_SEGMENTS = 1024  # of a JPEG before its size; phones write some dozens
+MAX_ITEMS = 256  # of an ISO media file that have a size
+ITEM_BYTES = 64 * 1024  # in which they are
+JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
+
+
+def share_of(data: bytes, kind: Kind, format: Format, limits: MediaLimits) -> float:
+    """From 0 to 1: of the pixels or of the bytes that are allowed, whichever is more. A picture whose header does not
+    say its size counts as one of the largest; of a video only the bytes are known."""
+    share = len(data) / limits.max_bytes
+    if kind == "image":
+        size = picture_size(data, format)
+        share = max(share, 1.0 if size is None else size[0] * size[1] / limits.max_pixels)
+    return min(share, 1.0)
+
+
+def picture_size(data: bytes, format: Format) -> tuple[int, int] | None:
+    """(width, height) that the header claims."""
+    try:
+        match format:
+            case "JPEG":
+                return _jpeg_size(data)
+            case "PNG":
+                return struct.unpack_from(">II", data, 16)
+            case "WEBP":
+                return webp_size(data)
+            case "GIF":
+                return struct.unpack_from("<HH", data, 6)
+            case "BMP":
+                return _bmp_size(data)
+            case _:
+                return _iso_size(data)
+    except struct.error:  # shorter than its header
+        return None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Segments are FF, marker, length of the rest (2 bytes); the size is in the start of frame."""
+    at = 2
+    for _ in range(MAX_SEGMENTS):
+        marker, length = struct.unpack_from(">xBH", data, at)
+        if data[at] != 0xFF:
+            return None
+        if marker in JPEG_SIZES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return width, height
+        at += 1 if marker == 0xFF else 2 + length  # FF may be repeated before a marker
+    return None
+
+
+def _bmp_size(data: bytes) -> tuple[int, int]:
+    (num_header,) = struct.unpack_from("<I", data, 14)
+    width, height = struct.unpack_from("<HH" if num_header == 12 else "<ii", data, 18)
+    return abs(width), abs(height)  # a negative height: from the top down
+
+
+def _iso_size(data: bytes) -> tuple[int, int] | None:
+    """The largest "ispe" (size of an item) of AVIF and HEIC: of the picture, its tiles and its thumbnails."""
+    sizes: list[tuple[int, int]] = []
+    at = 0
+    while (at := data.find(b"ispe", at, ITEM_BYTES)) >= 0 and len(sizes) < MAX_ITEMS:
+        sizes.append(struct.unpack_from(">II", data, at + 8))
+        at += 4
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
