@@ -26,11 +26,11 @@ from service.media.children import Children, closed
 from service.media.limits import MediaLimits
 from service.media.process import ChildGone, Memory
 from service.media.refusal import HARMFUL, Refusal, client_error
-from service.media.sniff import KIND_OF, Format, Kind, sniff
+from service.media.sniff import KIND_OF, Format, Kind, sniff, unread_format
 from service.media.turns import Turns, places
 from service.media.work import share_of
 
-READABLE = "JPEG, PNG, WebP, GIF or BMP images, and MP4, WebM or AVI videos"
+READABLE = "JPEG, PNG, WebP, GIF, BMP, AVIF or HEIC images, and MP4, WebM or AVI videos"
 
 
 SMALLEST_TIME = 1 / 8  # of the processor time for the largest picture: what every picture may use
@@ -134,7 +134,9 @@ class MediaDecoder:
             )
         format = sniff(data)
         if format is None:
-            raise UnsupportedMedia(f"the medium is of no type that is read here; send {READABLE}")
+            name = unread_format(data)
+            problem = "the medium is of no type that is read here" if name is None else f"{name} is not supported"
+            raise UnsupportedMedia(f"{problem}; send {READABLE}")
         if kind is not None and KIND_OF[format] != kind and (format, kind) != ("GIF", "video"):
             raise UnsupportedMedia(f"the medium was sent as {kind} but is a {format} {KIND_OF[format]}")
         return format

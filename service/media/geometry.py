@@ -29,11 +29,14 @@ def check_size(
         raise Refusal("too_many_pixels", width=width, height=height, max_pixels=max_pixels, max_side=limits.max_side)
     if geometry.exact is not None:
         return
-    area = geometry.area(kind)
-    narrow = area is not None and max(width, height) > area.MAX_RATIO * min(width, height)
-    new_width, new_height = resized(width, height, geometry, kind)
-    if narrow or new_width * new_height > max(limits.max_pixels, width * height):
-        raise Refusal("too_narrow", width=width, height=height)
+    if (area := geometry.area(kind)) is not None:
+        max_ratio = area.MAX_RATIO
+    elif geometry.shortest_edge is not None:
+        max_ratio = max(1, limits.max_pixels // geometry.shortest_edge**2)
+    else:
+        return
+    if max(width, height) > max_ratio * min(width, height):
+        raise Refusal("too_narrow", width=width, height=height, max_ratio=max_ratio)
 
 
 def resized(width: int, height: int, geometry: Geometry, kind: Kind = "image", num_frames: int = 1) -> tuple[int, int]:

@@ -1,50 +1,172 @@
-"""One image file to one frame. Runs in a decoding child; knows nothing of processes or HTTP."""
+"""One picture file to one frame. Runs in a decoding child; knows nothing of processes or HTTP."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import reduce
 from importlib import import_module
 
 import numpy as np
-from PIL import Image, ImageOps
+import pi_heif
+from PIL import AvifImagePlugin, Image, ImageChops, ImageCms
 
 from model.request import Geometry
+from service.media.colour import to_srgb
 from service.media.container import webp_size
 from service.media.geometry import check_size, to_geometry
 from service.media.limits import MediaLimits
+from service.media.metadata import Picture, exif_orientation, split_metadata
+from service.media.refusal import Refusal
 from service.media.sniff import Format
 
 WHITE = (255, 255, 255)
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# What stands in for the data that a JPEG lacks: never 255, which begins a marker, but with the markers of restarts.
+NOISE = b"".join(
+    np.random.default_rng(index).integers(0, 255, 512, dtype=np.uint8).tobytes() + b"\xff" + bytes([0xD0 + index])
+    for index in range(8)
+)
+
+Check = Callable[[int, int], None]  # of width and height; raises Refusal
 
 
 def decode_image(data: bytes, format: Format, *, limits: MediaLimits, geometry: Geometry) -> np.ndarray:
-    """Returns (1, height, width, 3) uint8 RGB: upright (EXIF), first frame, transparency laid on white.
+    """Returns (1, height, width, 3) uint8 RGB: upright (EXIF), sRGB (ICC), first frame, transparency laid on white.
 
-    Raises Refusal, and whatever Pillow raises on files that are broken.
+    Raises Refusal, and whatever the decoders raise on files that are broken.
     """
 
     def check(width: int, height: int) -> None:
         check_size(width, height, max_pixels=limits.max_pixels, limits=limits, geometry=geometry)
 
-    if format == "WEBP" and (size := webp_size(data)) is not None:
+    picture = split_metadata(data, format, limits)
+    del data
+    if picture.canvas is not None:
+        check(*picture.canvas)
+    decode = _decode_heic if format == "HEIC" else _decode_by_pillow
+    rgb = decode(picture, format, check, limits)
+    return to_geometry(rgb, geometry)[None]
+
+
+def _decode_by_pillow(picture: Picture, format: Format, check: Check, limits: MediaLimits) -> Image.Image:
+    if format == "WEBP" and (size := webp_size(picture.data)) is not None:
         check(*size)  # Pillow allocates WebP's whole canvas in open() already
-    with Image.open(io.BytesIO(data), formats=[format]) as image:  # reads the header only
+    with Image.open(io.BytesIO(picture.data), formats=[format]) as image:  # reads the header only
         check(*image.size)
+        opaque = _opaque(picture, image) if picture.transparent is not None else None
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_geometry(to_rgb(image), geometry)[None]
+        if format == "JPEG":
+            _check_decoded(picture, image, limits)
+        profile, orientation = picture.profile, picture.orientation
+        if format == "AVIF":  # has them as properties of the picture, not as metadata
+            profile, orientation = image.info.get("icc_profile", b""), exif_orientation(image.info.get("exif", b""))
+        return _finished(image, opaque, profile, orientation, picture, limits)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency on white, 16-bit grey scaled (Pillow alone would clip it to white)."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+def _decode_heic(picture: Picture, _: Format, check: Check, limits: MediaLimits) -> Image.Image:
+    file = pi_heif.open_heif(picture.data)  # reads boxes only
+    still = file[file.primary_index]
+    check(*still.size)
+    pixels = still.data  # upright: turning belongs to decoding
+    check(*still.size)
+    image = Image.frombytes(still.mode, still.size, pixels, "raw", still.mode, still.stride)
+    return _finished(image, None, still.info.get("icc_profile", b""), 1, picture, limits)
+
+
+def _finished(
+    image: Image.Image,
+    opaque: Image.Image | None,
+    profile: bytes,
+    orientation: int,
+    picture: Picture,
+    limits: MediaLimits,
+) -> Image.Image:
+    """Decoded pixels of any mode as RGB: in sRGB, on white and upright. opaque: L, 0 where nothing is seen."""
+    colours, alpha = _layers(image)
+    rgb = to_srgb(colours, profile if len(profile) <= limits.max_profile_bytes else b"")
+    if (opaque := opaque or alpha) is not None and opaque.getextrema() != (255, 255):
+        rgb.paste(WHITE, mask=ImageChops.invert(opaque))
+    if picture.canvas is not None and picture.canvas != rgb.size:
+        x, y = picture.offset
+        if x + rgb.width > picture.canvas[0] or y + rgb.height > picture.canvas[1]:
+            raise ValueError("a frame beyond its canvas")
+        whole = Image.new("RGB", picture.canvas, WHITE)
+        whole.paste(rgb, picture.offset)
+        rgb = whole
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _layers(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours as L, RGB or CMYK; and as L how opaque they are, None where they are so everywhere."""
+    if image.mode.startswith("I;16"):  # Pillow alone would clip it to white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), None
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A")
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        canvas = Image.new("RGB", rgba.size, WHITE)
-        canvas.paste(rgba, mask=rgba.getchannel("A"))
-        return canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return rgba.convert("RGB"), rgba.getchannel("A")
+    if image.mode in ("L", "RGB", "CMYK"):
+        return image, None
+    return image.convert("L" if image.mode == "1" else "RGB"), None
+
+
+def _opaque(picture: Picture, image: Image.Image) -> Image.Image:
+    """Where a PNG's samples are not those of the transparent colour, at full depth, as L: 255 there, else 0.
+
+    image: not yet loaded. Pillow compares what it has made of the samples, which is less than they were.
+    """
+    colour = picture.transparent or ()
+    if image.mode == "I;16":
+        return Image.fromarray((np.asarray(image) != colour[0]).astype(np.uint8) * 255)
+    bands = list(image.convert("L").split() if image.mode == "1" else image.copy().split())
+    if image.mode == "RGB" and picture.depth == 16:  # the lower bytes are read as well, as if they were the higher
+        with Image.open(io.BytesIO(picture.data), formats=["PNG"]) as lower:
+            lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+            bands += lower.split()
+        colour = (*(value >> 8 for value in colour), *(value & 255 for value in colour))
+    differs = (
+        band.point([255 * (value != level) for level in range(256)]) for band, value in zip(bands, colour, strict=True)
+    )
+    return reduce(ImageChops.lighter, differs)
+
+
+def _check_decoded(picture: Picture, image: Image.Image, limits: MediaLimits) -> None:
+    """Refuse a JPEG whose data end long before its pixels do. image: what was decoded of it.
+
+    Where data end, libjpeg goes on in grey without a word. So such a file, or one whose last pixels are grey, is
+    decoded once more with noise behind its data: the first pixel that differs is where they end.
+    """
+    width, height = image.size
+    corner = image.crop((max(0, width - 8), max(0, height - 8), width, height))
+    if picture.ended and any(low < 127 or high > 128 for low, high in _extrema(corner)):
+        return
+    with Image.open(io.BytesIO(picture.data[:-2] + NOISE + picture.data[-2:]), formats=["JPEG"]) as other:
+        difference = ImageChops.difference(image, other)
+    if (box := difference.getbbox()) is None:
+        return
+    # Upsampling spreads a difference by a pixel; it begins with a unit.
+    unit_width, unit_height = picture.unit
+    top = (box[1] + 1) // unit_height * unit_height
+    box = difference.crop((0, top, width, min(height, top + unit_height))).getbbox() or box
+    left = (box[0] + 1) // unit_width * unit_width
+    if top * width + unit_height * left < limits.min_decoded * width * height:
+        raise Refusal("image_truncated", percent=round(100 * limits.min_decoded))
+
+
+def _extrema(image: Image.Image) -> list[tuple[int, int]]:
+    """(least, largest) of every band."""
+    return [band.getextrema() for band in image.split()]  # type: ignore[misc]  # of 8-bit bands, pairs of integers
 
 
 def warm_up(geometry: Geometry) -> None:
@@ -54,10 +176,14 @@ def warm_up(geometry: Geometry) -> None:
     """
     for plugin in ("ImageColor", "ImagePalette", "MpoImagePlugin", "TiffImagePlugin"):
         import_module(f"PIL.{plugin}")
+    # One thread each: a child has few, and address space for as many.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = pi_heif.options.DECODE_THREADS = 1
+    pi_heif.options.THUMBNAILS = pi_heif.options.DEPTH_IMAGES = pi_heif.options.AUX_IMAGES = False
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees
-    formats: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    formats: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
     for format in formats:
         file = io.BytesIO()
-        Image.new("RGB", (16, 16)).save(file, format, exif=exif.tobytes())
+        Image.new("RGB", (16, 16)).save(file, format, exif=exif.tobytes(), icc_profile=profile)
         decode_image(file.getvalue(), format, limits=MediaLimits(), geometry=geometry)

@@ -17,7 +17,11 @@ class MediaLimits:
     max_pixels: int = 50_000_000  # of an image, width * height
     max_video_pixels: int = 4096 * 2304  # of one frame of a video
     max_side: int = 16_384  # of images and frames
-    min_side: int = 8
+    min_side: int = 1
+    max_parts: int = 100_000  # of one picture file: segments, chunks, blocks or boxes
+    max_scans: int = 64  # of a JPEG: mozjpeg, which searches for the best script, tries as many; usual are 1 to 12
+    min_decoded: float = 0.9  # share of a JPEG's pixels that its data must give: browsers show what there is
+    max_profile_bytes: int = 4 * 1024 * 1024  # of an ICC profile; larger ones are passed over
 
     max_frames: int = 64  # that one video may give to the model
     max_source_frames: int = 36_000  # that a video file may hold

@@ -29,7 +29,20 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
     ),
     "too_narrow": (
         BadRequest,
-        "the medium is {width}x{height} pixels: its sides differ too much for the model's picture size",
+        "the medium is {width}x{height} pixels: its sides differ too much for the model, "
+        "which takes pictures whose longer side is at most {max_ratio} times the shorter",
+    ),
+    "too_many_scans": (
+        TooLarge,
+        "the JPEG has more than {max_scans} scans; save it as a baseline JPEG",
+    ),
+    "too_many_parts": (
+        TooLarge,
+        "the image file has more than {max_parts} segments, chunks or boxes; save it anew without metadata",
+    ),
+    "image_truncated": (
+        BadRequest,
+        "the JPEG ends too early: its data give less than {percent} % of the pixels that its header announces",
     ),
     "too_many_source_frames": (
         TooLarge,

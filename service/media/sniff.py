@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Kind = Literal["image", "video"]
-Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "MP4", "WEBM", "AVI", "FRAME LIST"]
+Format = Literal["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "HEIC", "MP4", "WEBM", "AVI", "FRAME LIST"]
 
 KIND_OF: dict[Format, Kind] = {
     "JPEG": "image",
@@ -13,6 +13,8 @@ KIND_OF: dict[Format, Kind] = {
     "WEBP": "image",
     "GIF": "image",
     "BMP": "image",
+    "AVIF": "image",
+    "HEIC": "image",
     "MP4": "video",
     "WEBM": "video",
     "AVI": "video",
@@ -21,8 +23,11 @@ KIND_OF: dict[Format, Kind] = {
 
 FRAME_LIST_MAGIC = b"\x8bFRM\r\n\x1a\n"  # our own, see frame_list.py
 
-# ISO media brands that are still pictures (HEIF, AVIF): same container as MP4, but nothing here reads them.
-_STILL_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
+# ISO media brands of still pictures: same container as MP4. The first two kinds name the codec; of a file of the third
+# the compatible brands, which follow, may do so.
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_STILL_BRANDS = (b"mif1", b"mif2", b"msf1", b"miaf", b"MiHA", b"MiHB", b"MiHE", b"MiAB", b"MA1A", b"MA1B")
 _RIFF_FORMATS: dict[bytes, Format] = {b"WEBP": "WEBP", b"AVI ": "AVI"}
 _BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
 
@@ -40,10 +45,50 @@ def sniff(data: bytes) -> Format | None:
     if data.startswith(b"\x1a\x45\xdf\xa3"):
         return "WEBM"  # Matroska has the same magic
     if data[4:8] == b"ftyp":
-        return None if data[8:12] in _STILL_BRANDS else "MP4"
+        return _iso_format(data)
     # "BM" alone is too short to tell: the size of the header that follows must be a known one too.
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADER_SIZES:
         return "BMP"
     if data.startswith(FRAME_LIST_MAGIC):
         return "FRAME LIST"
     return None
+
+
+def _iso_format(data: bytes) -> Format:
+    """The format of a file that begins with an ftyp box: length, name, major brand, version, compatible brands."""
+    end = min(int.from_bytes(data[:4], "big"), len(data), 1024)
+    major, compatible = data[8:12], [data[at : at + 4] for at in range(16, end - 3, 4)]
+    for brand in (major, *(compatible if major in _STILL_BRANDS else ())):
+        if brand in _AVIF_BRANDS:
+            return "AVIF"
+        if brand in _HEIC_BRANDS:
+            return "HEIC"
+    return "HEIC" if major in _STILL_BRANDS else "MP4"
+
+
+# Formats that are not read, by their first bytes, so that a refusal can name them.
+_UNREAD: tuple[tuple[bytes, str], ...] = (
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (b"%PDF-", "PDF"),
+    (b"8BPS", "Photoshop"),
+    (b"\0\0\x01\0", "ICO"),
+    (b"qoif", "QOI"),
+)
+
+
+def unread_format(data: bytes) -> str | None:
+    """The name of a picture format that is known and not read."""
+    for magic, name in _UNREAD:
+        if data.startswith(magic):
+            return name
+    text = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in text:
+        return "SVG"
+    return "HTML" if text.startswith((b"<!doctype html", b"<html")) else None

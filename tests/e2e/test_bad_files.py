@@ -10,7 +10,7 @@ from loadtest import media
 from loadtest.asking import Answer, Question, Way
 from loadtest.media import File
 from tests.e2e.server import EngineServer
-from tests.media.samples import audio_only_mp4, png_header
+from tests.media.samples import audio_only_mp4, encoded, picture, png_header
 
 IMAGES = {format: media.image(6, 200, 160, format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP")}
 VIDEOS = {format: media.video(6, 160, 120, format) for format in ("mp4", "webm", "avi")}
@@ -33,7 +33,7 @@ def bad_files() -> dict[str, tuple[File, set[int]]]:
     bad["svg"] = File("image", png, b"<svg xmlns='http://www.w3.org/2000/svg'/>"), {415}
     bad["video as an image"] = File("image", png, VIDEOS["mp4"].data), {415}
     bad["image as a video"] = File("video", mp4, IMAGES["PNG"].data), {415}
-    bad["1x1"] = media.image(0, 1, 1), {400}
+    bad["tiff"] = File("image", png, encoded(picture(16, 16), "TIFF")), {415}
     bad["20,000 x 20,000"] = File("image", png, png_header(20_000, 20_000)), {413}
     bad["no frames"] = File("video", mp4, audio_only_mp4()), {400}
     return bad

@@ -34,7 +34,11 @@ async def decoder() -> AsyncIterator[MediaDecoder]:
     await decoder.close()
 
 
-@pytest.mark.parametrize("size", [(8, 8), (31, 57), (97, 96), (224, 224), (333, 500), (641, 9), (96, 96)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (1, 2), (200, 1), (5, 900), (8, 8), (31, 57), (97, 96), (224, 224), (333, 500), (641, 9), (96, 96)],
+    ids=str,
+)
 def test_pixels_equal_those_of_transformers(size):
     image = picture(*size)
     processor = Qwen2VLImageProcessorPil(
@@ -56,9 +60,14 @@ def test_pixels_equal_those_of_transformers(size):
 
 def test_narrow_pictures_are_refused():
     limits = MediaLimits()
-    check_size(1600, 8, max_pixels=limits.max_pixels, limits=limits, geometry=BY_AREA)
-    with pytest.raises(Refusal, match="too_narrow"):
-        check_size(1601, 8, max_pixels=limits.max_pixels, limits=limits, geometry=BY_AREA)
+    for size in ((1600, 8), (1, 200), (200, 1)):
+        check_size(*size, max_pixels=limits.max_pixels, limits=limits, geometry=BY_AREA)
+    for size in ((1601, 8), (1, 201), (201, 1)):  # transformers refuses these as well
+        with pytest.raises(Refusal, match="too_narrow") as refusal:
+            check_size(*size, max_pixels=limits.max_pixels, limits=limits, geometry=BY_AREA)
+        assert refusal.value.numbers["max_ratio"] == 200
+        with pytest.raises(ValueError, match="aspect ratio"):
+            Qwen2VLImageProcessorPil(patch_size=UNIT, merge_size=1)(images=[picture(*size)])
 
 
 @pytest.mark.anyio

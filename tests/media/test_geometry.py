@@ -15,6 +15,8 @@ from tests.media.samples import encoded, picture
 
 SIZES = [
     (1, 1),
+    (7, 1),
+    (2, 300),
     (8, 8),
     (31, 57),
     (57, 31),
@@ -85,5 +87,11 @@ def test_a_strip_that_would_grow_beyond_all_limits_is_refused():
     geometry = Geometry(exact=None, shortest_edge=896, crop=(896, 896), resample=3, default_num_frames=4)
     limits = MediaLimits()
     check_size(1600, 900, max_pixels=limits.max_pixels, limits=limits, geometry=geometry)
-    with pytest.raises(Refusal, match="too_narrow"):
-        check_size(8, 16_384, max_pixels=limits.max_pixels, limits=limits, geometry=geometry)
+    for narrow in ((8, 16_384), (16_384, 8), (1, 63)):
+        with pytest.raises(Refusal, match="too_narrow") as refusal:
+            check_size(*narrow, max_pixels=limits.max_pixels, limits=limits, geometry=geometry)
+        assert refusal.value.numbers["max_ratio"] == 62
+    for ordinary in ((1, 62), (1, 1), (16_384, 265), (7000, 7000)):
+        check_size(*ordinary, max_pixels=limits.max_pixels, limits=limits, geometry=geometry)
+        width, height = resized(*ordinary, geometry)
+        assert width * height <= limits.max_pixels

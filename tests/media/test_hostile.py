@@ -45,8 +45,15 @@ async def refusal(decoder: MediaDecoder, data: bytes, kind=None, **options) -> S
     return error.value
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize("format", IMAGE_FORMATS)
+@pytest.mark.parametrize(
+    ("format", "share"),
+    [
+        (format, share)
+        for format in IMAGE_FORMATS
+        for share in (0.02, 0.1, 0.5, 0.8, 0.95)
+        if (format, share) != ("JPEG", 0.95)  # which lacks little enough to be read
+    ],
+)
 async def test_truncated_images(decoder, format, share):
     data = image_bytes(format, (64, 48))
     error = await refusal(decoder, data[: max(4, int(len(data) * share))], "image" if share > 0.02 else None)
@@ -86,7 +93,6 @@ async def test_empty_files(decoder):
         b"P6 2 2 255 " + bytes(12),
         b"BM" + bytes(60),
         b"RIFF\x04\0\0\0WAVE",
-        b"\0\0\0\x18ftypheic" + bytes(40),
         b"\0" * 1000,
         encoded(picture(16, 16), "TIFF"),
         encoded(picture(16, 16), "ICO"),
@@ -110,14 +116,19 @@ async def test_a_kind_that_the_bytes_belie(decoder):
 
 
 async def test_the_smallest_side(decoder):
-    for size in ((1, 1), (7, 100), (100, 7)):
-        error = await refusal(decoder, image_bytes("PNG", size))
-        assert type(error) is BadRequest
-        assert f"{size[0]}x{size[1]}" in error.message
-        assert "at least 8 pixels" in error.message
-    assert (await decode(decoder, image_bytes("PNG", (8, 8)))).frames.shape == (1, 32, 32, 3)
-    error = await refusal(decoder, video_bytes("avi", (4, 4)))
-    assert "at least 8 pixels" in error.message
+    """Any by default, as the model's own processor has it."""
+    for data in (image_bytes("PNG", (1, 1)), image_bytes("JPEG", (2, 100)), image_bytes("GIF", (100, 1))):
+        assert (await decode(decoder, data)).frames.shape == (1, 32, 32, 3)
+    assert (await decode(decoder, video_bytes("avi", (4, 4)))).frames.shape == (4, 32, 32, 3)
+    strict = MediaDecoder(MediaLimits(min_side=8), SQUARE, workers=1)
+    await strict.start()
+    try:
+        for data in (image_bytes("PNG", (7, 100)), video_bytes("avi", (4, 4))):
+            error = await refusal(strict, data)
+            assert type(error) is BadRequest
+            assert "at least 8 pixels" in error.message
+    finally:
+        await strict.close()
 
 
 async def test_images_too_large_are_refused_unopened(decoder):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
+import pi_heif
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
@@ -15,6 +17,26 @@ from service.media.image import decode_image
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
 from service.media.sniff import sniff
+from tests.media.parts import (
+    GREY,
+    GREY_ALPHA,
+    PALETTE,
+    RGB,
+    RGB_ALPHA,
+    SAMPLES,
+    chunk,
+    cmyk_profile,
+    grey_profile,
+    heic,
+    orientation,
+    png,
+    segment,
+    srgb_profile,
+    swapped_profile,
+    tiff,
+    with_chunks,
+    with_segments,
+)
 from tests.media.samples import IMAGE_FORMATS, encoded, picture
 
 AS_IS = Geometry(exact=None, shortest_edge=None, crop=None, resample=3, default_num_frames=4)
@@ -109,6 +131,384 @@ def test_webp_size_is_read_from_its_header(options):
     assert webp_size(b"RIFF\0\0\0\0WEBPVP8X") is None
 
 
+# --- Transparency ---
+
+
+def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """colours: (..., 3), alpha: (...), both 0 to 255. Returns colours, not rounded."""
+    share = alpha[..., None] / 255
+    return colours * share + 255 * (1 - share)
+
+
+def samples(depth: int, colour_type: int) -> np.ndarray:
+    """(16, 24, channels): few levels, so that each colour comes often, and all bytes of deep ones matter."""
+    rng = np.random.default_rng(depth)
+    levels = rng.integers(0, 1 << depth, 3)
+    levels[1] = levels[0] ^ 1  # differs in the lowest bit alone
+    return rng.choice(levels, (16, 24, SAMPLES[colour_type]))
+
+
+def eight_bit(values: np.ndarray, depth: int) -> np.ndarray:
+    return values >> 8 if depth == 16 else values * (255 // ((1 << depth) - 1))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_at_every_depth(depth):
+    grey = samples(depth, GREY)
+    for level in {int(grey[3, 3, 0]), int(grey.max()), 0}:
+        seen = eight_bit(grey, depth)
+        expected = np.where(grey == level, 255, seen).repeat(3, axis=2)
+        data = png(grey, depth, GREY, chunk(b"tRNS", struct.pack(">H", level)))
+        np.testing.assert_array_equal(decode(data, "PNG"), expected)
+        ignored = chunk(b"tRNS", bytes([255 - 255 % (1 << min(8, depth)), 0])[:1])  # of one byte, where two belong
+        np.testing.assert_array_equal(decode(png(grey, depth, GREY, ignored), "PNG"), seen.repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_a_transparent_colour_at_every_depth(depth):
+    """At 16 bits two colours may differ in what 8 bits do not show."""
+    colours = samples(depth, RGB)
+    for colour in (colours[3, 3], colours[3, 3] ^ 1, colours[3, 3] >> 8, np.zeros(3, int)):
+        expected = np.where((colours == colour).all(axis=2, keepdims=True), 255, eight_bit(colours, depth))
+        data = png(colours, depth, RGB, chunk(b"tRNS", struct.pack(">3H", *colour.tolist())))
+        np.testing.assert_array_equal(decode(data, "PNG"), expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("opacity", [[0], [255, 0], [0, 128], [255, 255]], ids=str)
+def test_transparent_entries_of_a_palette(depth, opacity):
+    indices = np.random.default_rng(depth).integers(0, 2, (16, 24, 1))
+    palette = np.random.default_rng(9).integers(0, 256, (1 << depth, 3))
+    data = png(
+        indices, depth, PALETTE, chunk(b"PLTE", palette.astype(np.uint8).tobytes()), chunk(b"tRNS", bytes(opacity))
+    )
+    alpha = np.array([*opacity, 255])[indices[..., 0]]
+    assert np.abs(decode(data, "PNG") - on_white(palette[indices[..., 0]], alpha)).max() <= 1
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("colour_type", [GREY_ALPHA, RGB_ALPHA])
+def test_alpha_at_every_depth(depth, colour_type):
+    values = samples(depth, colour_type)
+    seen = eight_bit(values, depth)
+    colours = seen[..., :-1].repeat(3, axis=2) if colour_type == GREY_ALPHA else seen[..., :-1]
+    assert np.abs(decode(png(values, depth, colour_type), "PNG") - on_white(colours, seen[..., -1])).max() <= 1
+
+
+def test_sixteen_bits_of_grey_stay_as_many_levels_as_eight_have():
+    ramp = (np.arange(256)[None].repeat(8, 0) * 257)[..., None]
+    np.testing.assert_array_equal(decode(png(ramp, 16, GREY), "PNG"), (ramp >> 8).repeat(3, axis=2))
+
+
+# --- Animations ---
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+@pytest.mark.parametrize("place", [(0, 0), (4, 6), (20, 2)], ids=str)
+def test_a_first_frame_that_covers_a_part_lies_on_white(format, place):
+    """Around it nothing has been drawn yet; and the file's own background colour is for nobody to see."""
+    canvas, part = (40, 30), (12, 10)
+    data = bytearray(
+        encoded(Image.new("RGB", part, "blue"), "GIF")
+        if format == "GIF"
+        else encoded(
+            Image.new("RGB", part, "blue"),
+            "WEBP",
+            save_all=True,
+            append_images=[Image.new("RGB", part, "red")],
+            lossless=True,
+            background=(200, 0, 0, 255),
+        )
+    )
+    if format == "GIF":
+        struct.pack_into("<HH", data, 6, *canvas)
+        struct.pack_into("<HH", data, data.index(b",\0\0\0\0") + 1, *place)
+    else:
+        data[24:30] = b"".join((side - 1).to_bytes(3, "little") for side in canvas)
+        at = data.index(b"ANMF") + 8
+        data[at : at + 6] = b"".join((side // 2).to_bytes(3, "little") for side in place)
+    expected = Image.new("RGB", canvas, "white")
+    expected.paste("blue", (*place, place[0] + part[0], place[1] + part[1]))
+    np.testing.assert_array_equal(decode(bytes(data), format), np.asarray(expected))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_a_transparent_first_frame_lies_on_white(format):
+    """Whatever later frames draw there."""
+    first = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    first.paste((0, 0, 255, 255), (0, 0, 8, 16))
+    second = Image.new("RGBA", (16, 16), (255, 0, 0, 255))
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(first, format, save_all=True, append_images=[second], duration=50, **options)
+    pixels = decode(data, format)
+    assert pixels[8, 2].tolist() == [0, 0, 255]
+    assert pixels[8, 12].tolist() == [255, 255, 255]
+
+
+def test_a_frame_beyond_its_canvas():
+    """A GIF's canvas grows, as browsers have it; a WebP is broken."""
+    gif = bytearray(encoded(Image.new("RGB", (12, 10), "blue"), "GIF"))
+    struct.pack_into("<HH", gif, 6, 3, 3)
+    assert decode(bytes(gif), "GIF").shape == (10, 12, 3)
+    webp = bytearray(encoded(Image.new("RGB", (12, 10)), "WEBP", save_all=True, append_images=[picture(12, 10)]))
+    webp[24:30] = b"\2\0\0" * 2
+    with pytest.raises(ValueError, match="canvas"):
+        decode(bytes(webp), "WEBP")
+
+
+# --- Colour profiles ---
+
+
+def test_colour_profiles_are_applied():
+    """By lcms, as ImageCms does it; a profile that calls red green shows which way."""
+    image = Image.new("RGB", (16, 16), (220, 20, 20))
+    swapped = {
+        "PNG": encoded(image, "PNG", icc_profile=swapped_profile()),
+        "JPEG": encoded(image, "JPEG", icc_profile=swapped_profile(), quality=100, subsampling=0),
+        "WEBP": encoded(image, "WEBP", icc_profile=swapped_profile(), lossless=True),
+        "AVIF": encoded(image, "AVIF", icc_profile=swapped_profile(), quality=100, subsampling="4:4:4"),
+        "HEIC": heic(Image.new("RGB", (64, 64), (220, 20, 20)), profile=swapped_profile()),
+    }
+    for format, data in swapped.items():
+        assert sniff(data) == format
+        assert np.abs(decode(data, format)[8, 8].astype(int) - (20, 220, 20)).max() <= 12, format
+
+
+def test_a_large_profile_comes_in_several_segments_of_a_jpeg():
+    profile = swapped_profile()
+    parts = [profile[:100], profile[100:300], profile[300:]]
+    segments = [segment(0xE2, b"ICC_PROFILE\0" + bytes([index + 1, 3]) + part) for index, part in enumerate(parts)]
+    data = encoded(Image.new("RGB", (16, 16), (220, 20, 20)), "JPEG", quality=100, subsampling=0)
+    expected = decode(
+        encoded(Image.new("RGB", (16, 16), (220, 20, 20)), "JPEG", quality=100, subsampling=0, icc_profile=profile),
+        "JPEG",
+    )
+    np.testing.assert_array_equal(decode(with_segments(data, segments[2], segments[0], segments[1]), "JPEG"), expected)
+    np.testing.assert_array_equal(decode(with_segments(data, *segments[:2]), "JPEG"), decode(data, "JPEG"))
+
+
+def test_profiles_of_grey_and_cmyk_pictures():
+    grey = Image.linear_gradient("L").resize((64, 64))
+    linear = decode(encoded(grey, "PNG", icc_profile=grey_profile(1.0)), "PNG")
+    steep = decode(encoded(grey, "PNG", icc_profile=grey_profile(3.0)), "PNG")
+    middle = decode(encoded(grey, "PNG"), "PNG")[32, 0, 0]
+    assert steep[32, 0, 0] < middle - 10 < middle + 30 < linear[32, 0, 0]
+    deep = png(
+        np.asarray(grey, int)[..., None] * 257, 16, GREY, chunk(b"iCCP", b"a\0\0" + zlib.compress(grey_profile(1.0)))
+    )
+    np.testing.assert_array_equal(decode(deep, "PNG"), linear)
+    with_alpha = encoded(
+        Image.merge("LA", (grey, Image.new("L", grey.size, 255))), "PNG", icc_profile=grey_profile(1.0)
+    )
+    np.testing.assert_array_equal(decode(with_alpha, "PNG"), linear)
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    plain = decode(encoded(cyan, "JPEG", quality=100), "JPEG")[8, 8].astype(int)
+    profiled = decode(encoded(cyan, "JPEG", quality=100, icc_profile=cmyk_profile()), "JPEG")[8, 8].astype(int)
+    assert plain[0] < 10 < plain[1]
+    assert profiled[0] > 200 > profiled[1], "what this profile calls cyan is red"
+
+
+@pytest.mark.parametrize(
+    "profile", [b"profile", srgb_profile()[:200], cmyk_profile(), grey_profile(1.0), bytes(5_000_000)], ids=len
+)
+def test_a_profile_of_no_use_is_passed_over(profile):
+    """It is broken, too large or of another kind of picture."""
+    image = picture(24, 16)
+    np.testing.assert_array_equal(decode(encoded(image, "PNG", icc_profile=profile), "PNG"), np.asarray(image))
+
+
+def test_profiles_of_srgb_change_nothing(monkeypatch):
+    image = picture(24, 16)
+    data = encoded(image, "PNG", icc_profile=srgb_profile())
+    np.testing.assert_array_equal(decode(data, "PNG"), np.asarray(image))
+    monkeypatch.setattr(ImageCms, "applyTransform", lambda *_, **__: pytest.fail("converted"))
+    np.testing.assert_array_equal(decode(data, "PNG"), np.asarray(image))
+    with pytest.raises(pytest.fail.Exception):
+        decode(encoded(image, "PNG", icc_profile=swapped_profile()), "PNG")
+
+
+# --- JPEG ---
+
+
+def test_cmyk_and_ycck_with_the_marker_of_adobe():
+    """Its last byte says how colours are stored; without it, RGB would be taken for YCbCr and YCCK for CMYK."""
+    image = Image.new("CMYK", (16, 16), (0, 200, 100, 50))
+    data = encoded(image, "JPEG", quality=100)
+    expected = np.asarray(image.convert("RGB"))[8, 8].astype(int)
+    assert np.abs(decode(data, "JPEG")[8, 8] - expected).max() <= 4
+    assert data.count(b"Adobe") == 1
+    as_ycck = data.replace(b"Adobe\0\x64\0\0\0\0\0", b"Adobe\0\x64\0\0\0\0\2")
+    assert as_ycck != data
+    assert np.abs(decode(as_ycck, "JPEG")[8, 8] - expected).max() > 30
+    for more in (segment(0xEE, b"Adobe"), segment(0xE0, b"JFIF"), segment(0xE1, b"Exif\0\0")):
+        np.testing.assert_array_equal(decode(with_segments(as_ycck, more), "JPEG"), decode(as_ycck, "JPEG"))
+    rgb = encoded(Image.new("RGB", (16, 16), (200, 10, 50)), "JPEG", keep_rgb=True, quality=100)
+    assert np.abs(decode(rgb, "JPEG")[8, 8] - np.array((200, 10, 50))).max() <= 4
+
+
+def test_the_first_picture_of_several_is_taken():
+    first, second = picture(40, 30), picture(40, 30, seed=1)
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(decode(data, "JPEG"), decode(encoded(first, "JPEG"), "JPEG"))
+    turned = first.transpose(Image.Transpose.ROTATE_90)
+    data = encoded(turned, "MPO", save_all=True, append_images=[second], exif=b"Exif\0\0" + tiff(orientation(6)))
+    assert decode(data, "JPEG").shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quality": 95, "subsampling": 0},
+        {"restart_marker_rows": 1},
+        {"optimize": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(160, 160), (33, 200), (500, 48)], ids=str)
+def test_a_jpeg_that_lacks_its_last_bytes_is_read(options, size):
+    """As browsers do; what is there is as in the whole file, and what lacks is grey. A tenth may."""
+    options = dict(options)
+    data = encoded(picture(*size).convert(options.pop("mode", "RGB")), "JPEG", **options)
+    whole = decode(data, "JPEG")
+    np.testing.assert_array_equal(decode(data[:-1], "JPEG"), whole)
+    np.testing.assert_array_equal(decode(data[:-2], "JPEG"), whole)
+    length = len(data) - data.index(b"\xff\xda")
+    partly = decode(data[: len(data) - length // 25], "JPEG")
+    same = (partly == whole).all(axis=2)
+    assert 0.85 < same.mean() < 1
+    for share in (0.15, 0.5, 0.95):
+        with pytest.raises(Refusal, match="image_truncated"):
+            decode(data[: len(data) - int(share * length)], "JPEG")
+
+
+def test_a_progressive_jpeg_must_reach_its_last_scan():
+    data = encoded(picture(160, 160), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert decode(data[:-40], "JPEG").shape == (160, 160, 3)
+    for end in (last + 20, last + (len(data) - last) // 2, last, last // 2):
+        with pytest.raises(Refusal, match="image_truncated"):
+            decode(data[:end], "JPEG")
+
+
+@pytest.mark.parametrize("size", [(7000, 7000), (160, 1600), (1600, 160), (160, 200)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpeg_whose_header_lies_about_its_size_is_refused(options, size):
+    data = bytearray(encoded(picture(160, 160), "JPEG", **options))
+    frame = data.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0")
+    struct.pack_into(">HH", data, frame + 5, size[1], size[0])
+    with pytest.raises(Refusal, match="image_truncated"):
+        decode(bytes(data), "JPEG")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_a_grey_jpeg_is_no_truncated_one(mode, options):
+    """Grey is also what lacks; and pictures of one colour take hardly a bit for each block."""
+    for colour in ("gray", "white", "black"):
+        image = Image.new("RGB", (1000, 800), colour).convert(mode)
+        assert decode(encoded(image, "JPEG", optimize=True, **options), "JPEG").shape == (800, 1000, 3)
+
+
+def test_how_much_a_jpeg_must_give_is_a_setting():
+    data = encoded(picture(160, 160), "JPEG")
+    half = data[: len(data) - (len(data) - data.index(b"\xff\xda")) // 2]
+    assert decode_image(half, "JPEG", limits=MediaLimits(min_decoded=0.3), geometry=AS_IS).shape == (1, 160, 160, 3)
+
+
+# --- AVIF and HEIC ---
+
+
+@pytest.mark.parametrize("brands", [(b"avif", b"mif1"), (b"mif1", b"miaf", b"avif"), (b"avis", b"avif")], ids=str)
+def test_avif_is_read_by_any_of_its_brands(brands):
+    data = bytearray(encoded(picture(40, 30), "AVIF", quality=100))
+    assert int.from_bytes(data[:4], "big") == 32
+    data[8 : 16 + 4 * len(brands[1:])] = brands[0] + bytes(4) + b"".join(brands[1:])
+    assert sniff(bytes(data)) == "AVIF"
+    if brands[0] != b"avis":  # which promises a sequence
+        assert decode(bytes(data), "AVIF").shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_avif_is_turned_upright(value):
+    """Pillow writes the tag as properties of the picture, and those count."""
+    upright = Image.new("RGB", (16, 24), "white")
+    upright.paste((200, 0, 0), (0, 0, 8, 12))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright if value == 1 else upright.transpose(Image.Transpose(undo[value]))
+    exif = Image.Exif()
+    exif[0x0112] = value
+    pixels = decode(encoded(stored, "AVIF", exif=exif.tobytes(), quality=100, subsampling="4:4:4"), "AVIF")
+    assert np.abs(pixels.astype(int) - np.asarray(upright)).max() < 30
+
+
+def test_avif_with_odd_exif_and_with_transparency():
+    image = picture(40, 30)
+    exif = Image.Exif()
+    exif[0x010E] = "description"
+    data = encoded(image, "AVIF", exif=exif.tobytes())
+    plain = decode(encoded(image, "AVIF"), "AVIF")
+    np.testing.assert_array_equal(decode(data, "AVIF"), plain)
+    at = data.index(b"description")
+    start = data.rindex(b"II*\0" if b"II*\0" in data else b"MM\0*", 0, at)
+    for place, odd in ((start, b"\xff" * 4), (start + 4, b"\xff" * 4), (start + 8, b"\xff" * 8)):
+        np.testing.assert_array_equal(decode(data[:place] + odd + data[place + len(odd) :], "AVIF"), plain)
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    assert decode(encoded(clear, "AVIF", quality=100), "AVIF").min() > 250
+
+
+@pytest.mark.parametrize(
+    "brands",
+    [(b"heic", b"mif1", b"heic"), (b"heix", b"heic"), (b"mif1", b"heic"), (b"mif1", b"miaf", b"heic")],
+    ids=str,
+)
+def test_heic_is_read_by_any_of_its_brands(brands):
+    image = picture(96, 64)
+    data = heic(image, brands=brands)
+    assert sniff(data) == "HEIC"
+    assert np.abs(decode(data, "HEIC").astype(int) - np.asarray(image)).mean() < 20
+
+
+def test_heic_is_turned_by_its_properties_once():
+    """A phone writes both, and the tag of EXIF says what the property has done already."""
+    image = picture(96, 64)
+    as_stored = decode(heic(image), "HEIC")
+    exif = struct.pack(">I", 6) + b"Exif\0\0" + tiff(orientation(6))
+    for turns in (1, 2, 3):
+        np.testing.assert_array_equal(decode(heic(image, turns=turns), "HEIC"), np.rot90(as_stored, turns))
+        np.testing.assert_array_equal(decode(heic(image, turns=turns, exif=exif), "HEIC"), np.rot90(as_stored, turns))
+    for axis in (0, 1):
+        np.testing.assert_array_equal(decode(heic(image, mirror=axis), "HEIC"), np.flip(as_stored, axis))
+    for odd in (exif, b"", b"garbage", struct.pack(">I", 1 << 30)):
+        np.testing.assert_array_equal(decode(heic(image, exif=odd), "HEIC"), as_stored)
+
+
+def test_heic_of_tiles():
+    image = picture(192, 128)
+    pixels = decode(heic(image, grid=(2, 3)), "HEIC")
+    assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 20
+    assert decode(heic(image, grid=(2, 3), says=(150, 100)), "HEIC").shape == (100, 150, 3)
+
+
+def test_heic_is_bounded_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(pi_heif.HeifImage, "load", lambda self: pytest.fail("decoded"))
+    for says in ((8000, 8000), (16_385, 8)):
+        with pytest.raises(Refusal, match="too_many_pixels"):
+            decode(heic(picture(64, 64), says=says), "HEIC")
+    monkeypatch.undo()
+    for says in ((60, 60), (4000, 4000)):
+        with pytest.raises((RuntimeError, ValueError)):
+            decode(heic(picture(64, 64), says=says), "HEIC")
+
+
+def test_sizes_of_one_pixel():
+    for format in IMAGE_FORMATS + ("AVIF",):
+        for size in ((1, 1), (1, 300), (300, 1), (2, 3)):
+            assert decode(encoded(picture(*size), format), format).shape == (size[1], size[0], 3)
+
+
 def rare_files() -> dict[str, bytes]:
     """Sound files for which Pillow reaches for modules and codecs that common ones never need."""
     image, exif = picture(40, 30), Image.Exif()
@@ -136,6 +536,18 @@ def rare_files() -> dict[str, bytes]:
         "GIF with a comment": encoded(image.quantize(200), "GIF", comment=b"\xff\xfe", interlace=True),
         "BMP with a palette": encoded(image.quantize(16), "BMP"),
         "BMP of one bit": encoded(image.convert("1"), "BMP"),
+        "AVIF": encoded(image, "AVIF", **everything, xmp=xmp),
+        "animated AVIF": encoded(image, "AVIF", save_all=True, append_images=[picture(40, 30, seed=1)]),
+        "HEIC": heic(picture(64, 48), turns=1, exif=exif.tobytes(), profile=swapped_profile()),
+        "HEIC of tiles": heic(picture(128, 64), grid=(1, 2)),
+        "RGB with another profile": encoded(image, "PNG", icc_profile=swapped_profile()),
+        "grey with a profile": encoded(image.convert("L"), "JPEG", icc_profile=grey_profile(1.8)),
+        "CMYK with a profile": encoded(image.convert("CMYK"), "JPEG", icc_profile=cmyk_profile()),
+        "a broken profile": encoded(image, "PNG", icc_profile=b"profile"),
+        "JPEG without its end": encoded(image, "JPEG")[:-2],
+        "RGB of 16 bits with a transparent colour": with_chunks(
+            png(np.full((30, 40, 3), 0x1234), 16, RGB), chunk(b"tRNS", b"\x12\x34" * 3)
+        ),
     }
 
 

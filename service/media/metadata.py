@@ -1,0 +1,380 @@
+"""Splits a picture file into what its pixels need and the little else that matters: orientation and colour profile.
+
+Files carry text, thumbnails, makers' notes and odd or broken tags, and decoders stumble over them. So each file is
+walked once, here, and written anew with only those parts that decide its pixels. The same walk bounds how many parts
+there are, before any decoder sees the file. What a part means to the pixels, and whether it is sound, is left to the
+decoder. Every walk takes time in proportion to the number of parts, never to their content.
+
+Walked are JPEG, PNG, WebP, GIF, AVIF and HEIC. BMP has nothing to leave out.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from service.media.limits import MediaLimits
+from service.media.refusal import Refusal
+from service.media.sniff import Format
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One still picture. `data` is a file of the same format that holds its pixels and nothing else."""
+
+    data: bytes
+    orientation: int = 1  # EXIF's: 1 is upright
+    profile: bytes = b""  # ICC; empty: none
+    transparent: tuple[int, ...] | None = None  # of a PNG without palette: the colour that is transparent, as decoded
+    depth: int = 8  # of a PNG: bits of a sample
+    canvas: Size | None = None  # of a GIF or WebP: the picture lies at `offset` on a transparent canvas of this size
+    offset: tuple[int, int] = (0, 0)
+    ended: bool = True  # False: a JPEG without its end marker
+    unit: Size = (8, 8)  # of a JPEG: the pixels that are coded together
+
+
+def split_metadata(data: bytes, format: Format, limits: MediaLimits) -> Picture:
+    """Walk a picture file and write it anew without metadata; of an animation, its first frame.
+
+    Raises Refusal for files beyond the limits, ValueError and struct.error for broken ones.
+    """
+    split = _SPLITTERS.get(format)
+    return Picture(data) if split is None else split(data, limits)
+
+
+class _Counter:
+    """Counts the parts of a file, up to the limit."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self._num_parts, self._max_parts = 0, limits.max_parts
+
+    def add(self) -> None:
+        self._num_parts += 1
+        if self._num_parts > self._max_parts:
+            raise Refusal("too_many_parts", max_parts=self._max_parts)
+
+
+def exif_orientation(exif: bytes) -> int:
+    """Read tag 0x0112 of the first directory, and nothing else: 1 to 8, and 1 where it cannot be read."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (num_entries,) = struct.unpack_from(order + "H", exif, start)
+        for at in range(start + 2, start + 2 + 12 * num_entries, 12):
+            tag, kind, count = struct.unpack_from(order + "HHI", exif, at)
+            if tag == 0x0112 and count == 1 and kind in _INTEGERS:
+                (value,) = struct.unpack_from(order + _INTEGERS[kind], exif, at + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # cut short
+    return 1
+
+
+_INTEGERS = {1: "B", 3: "H", 4: "I"}  # EXIF's types BYTE, SHORT and LONG
+
+# --- JPEG: markers, most of them with a segment behind them ---
+
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # no stuffed zero, no fill byte, no restart: those belong to scans
+_SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
+_FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))  # SOF0 to SOF15
+_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
+_JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+_ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # and one byte, the transform of colours
+_COEFFICIENTS = 64  # of a block of 8x8 pixels
+
+
+def _split_jpeg(data: bytes, limits: MediaLimits) -> Picture:
+    """Keep tables, frames and scans; JFIF and Adobe markers are written anew, since they decide about colours.
+
+    Ends at the first end marker, so of several pictures (MPO) the first is taken.
+    """
+    counter = _Counter(limits)
+    view = memoryview(data)
+    jfif, adobe, exif, profiles = b"", b"", b"", list[bytes]()
+    body: list[bytes | memoryview] = []
+    num_scans = num_scan_bytes = 0
+    num_blocks, num_components, unit = 0, 1, (8, 8)
+    finished: set[tuple[int, int]] = set()  # (component, coefficient) whose last bit is in a scan that has begun
+    ended, at = False, 2
+    while (found := _MARKER.search(data, at)) is not None:
+        counter.add()
+        start, at = found.span()
+        marker = data[start + 1]
+        if marker == _EOI:
+            ended = True
+            break
+        if marker in (_SOI, _TEM):
+            continue
+        if at + 2 > len(data) or (stop := at + int.from_bytes(view[at : at + 2], "big")) > len(data):
+            break  # cut short
+        content = data[at + 2 : stop] if marker >= 0xC0 else b""
+        if marker == _SOS:
+            num_scans += 1
+            if num_scans > limits.max_scans:
+                raise Refusal("too_many_scans", max_scans=limits.max_scans)
+            components, (first, last, bits) = content[1 : 1 + 2 * content[0] : 2], content[1 + 2 * content[0] :][:3]
+            if not bits & 15:
+                finished |= {(component, index) for component in components for index in range(first, last + 1)}
+            following = _MARKER.search(data, stop)
+            end = len(data) if following is None else following.start()
+            num_scan_bytes += end - stop
+            body.append(view[start:end])
+            stop = end
+        elif marker in _FRAMES:
+            height, width, num_components = struct.unpack_from(">HHB", content, 1)
+            num_blocks = width * height // _COEFFICIENTS if marker in _HUFFMAN_FRAMES else 0
+            factors = content[7 : 6 + 3 * num_components : 3] if num_components > 1 else b"\x11"
+            unit = (8 * max(factor >> 4 for factor in factors), 8 * max(factor & 15 for factor in factors))
+            body.append(view[start:stop])
+        elif 0xC0 <= marker <= 0xDF:
+            body.append(view[start:stop])
+        elif marker == 0xE0 and content.startswith(b"JFIF\0"):
+            jfif = _JFIF
+        elif marker == 0xE1 and content.startswith(b"Exif\0\0") and not exif:
+            exif = content
+        elif marker == 0xE2 and content.startswith(b"ICC_PROFILE\0"):
+            profiles.append(content[12:])
+        elif marker == 0xEE and content.startswith(b"Adobe") and len(content) >= 12:
+            adobe = _ADOBE + content[11:12]
+        at = max(at, stop)
+    if not num_scans:
+        raise ValueError("a JPEG without a scan")
+    # A block of 8x8 pixels takes a bit, at the least, in a Huffman-coded file.
+    if 8 * num_scan_bytes < limits.min_decoded * num_blocks or (
+        not ended and len(finished) < _COEFFICIENTS * num_components
+    ):
+        raise Refusal("image_truncated", percent=round(100 * limits.min_decoded))
+    if not ended:
+        body[-1] = bytes(body[-1]).rstrip(b"\xff")  # half a marker, or half a stuffed byte
+    return Picture(
+        b"".join([b"\xff\xd8", jfif, adobe, *body, b"\xff\xd9"]),
+        exif_orientation(exif),
+        _joined(profiles),
+        ended=ended,
+        unit=unit,
+    )
+
+
+def _joined(profiles: list[bytes]) -> bytes:
+    """An ICC profile in parts, each behind its number, from 1, and how many there are. Empty where parts lack."""
+    parts = sorted(part for part in profiles if len(part) > 2)
+    complete = [part[0] for part in parts] == list(range(1, len(parts) + 1)) and all(
+        part[1] == len(parts) for part in parts
+    )
+    return b"".join(part[2:] for part in parts) if complete else b""
+
+
+# --- PNG: chunks of length, name, content and checksum ---
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_GREY, _RGB, _PALETTE = 0, 2, 3  # colour types that may have a tRNS chunk
+
+
+def _split_png(data: bytes, limits: MediaLimits) -> Picture:
+    """Keep header, palette and image data: of an APNG, its default image.
+
+    A chunk whose checksum is wrong is passed over, as libpng does with those that are ancillary; image data are read
+    where their own checksum, zlib's, is right.
+    """
+    counter = _Counter(limits)
+    view = memoryview(data)
+    chunks: dict[bytes, bytes] = {}  # the first of each of those that matter, but for image data
+    image_data: list[memoryview] = []
+    intact = True
+    at = len(_PNG)
+    while at + 8 <= len(data):
+        counter.add()
+        length, name = struct.unpack_from(">I4s", data, at)
+        content, stop = view[at + 8 : at + 8 + length], at + 12 + length
+        if name == b"IEND":
+            break
+        if name == b"IDAT" or (name in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"iCCP") and name not in chunks):
+            matches = zlib.crc32(content, zlib.crc32(name)) == int.from_bytes(view[stop - 4 : stop], "big")
+            if name == b"IDAT":
+                image_data.append(content)
+                intact &= matches
+            elif matches:
+                chunks[name] = bytes(content)
+        at = stop
+    if (header := chunks.get(b"IHDR")) is None:
+        raise ValueError("a PNG without a sound header")
+    _, _, depth, colour_type, *_ = struct.unpack(">IIBBBBB", header)
+    pixels = b"".join(image_data)
+    if not intact and at <= len(data) and not _is_whole(pixels):
+        raise ValueError("a PNG with a wrong checksum")
+    palette = [_chunk(b"PLTE", chunks[b"PLTE"])] if colour_type == _PALETTE else []
+    transparency, transparent = chunks.get(b"tRNS", b""), None
+    if palette and 0 < len(transparency) <= min(256, len(chunks[b"PLTE"]) // 3):
+        palette.append(_chunk(b"tRNS", transparency))
+    elif len(transparency) == {_GREY: 2, _RGB: 6}.get(colour_type, 0) > 0:
+        values = struct.unpack(f">{len(transparency) // 2}H", transparency)
+        largest = (1 << depth) - 1
+        transparent = tuple((value & largest) * max(1, 255 // largest) for value in values)
+    return Picture(
+        b"".join([_PNG, _chunk(b"IHDR", header), *palette, _chunk(b"IDAT", pixels), _chunk(b"IEND", b"")]),
+        exif_orientation(chunks.get(b"eXIf", b"")),
+        _inflated(chunks.get(b"iCCP", b""), limits.max_profile_bytes),
+        transparent,
+        depth,
+    )
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(name)))
+
+
+def _is_whole(compressed: bytes) -> bool:
+    """Whether zlib's own checksum holds."""
+    inflater = zlib.decompressobj()
+    try:
+        while not inflater.eof and compressed:
+            inflater.decompress(compressed, 1 << 20)
+            compressed = inflater.unconsumed_tail
+    except zlib.error:
+        return False
+    return inflater.eof
+
+
+def _inflated(content: bytes, max_bytes: int) -> bytes:
+    """The profile of an iCCP chunk: name, 0, method 0, compressed profile. Empty where it cannot be read."""
+    _, _, packed = content.partition(b"\0")
+    inflater = zlib.decompressobj()
+    try:
+        profile = inflater.decompress(packed[1:], max_bytes) if packed[:1] == b"\0" else b""
+    except zlib.error:
+        return b""
+    return profile if inflater.eof else b""
+
+
+# --- WebP: RIFF chunks of name, length, content and, where that is odd, a byte more ---
+
+
+def _split_webp(data: bytes, limits: MediaLimits) -> Picture:
+    """Keep one picture: its colours and its transparency."""
+    counter = _Counter(limits)
+    chunks = dict(reversed(list(_riff_chunks(data, 12, len(data), counter))))  # the first of each name
+    canvas, offset = None, (0, 0)
+    picture = chunks
+    if (extended := chunks.get(b"VP8X")) is not None:
+        canvas = (1 + int.from_bytes(extended[4:7], "little"), 1 + int.from_bytes(extended[7:10], "little"))
+    size = canvas
+    if (frame := chunks.get(b"ANMF")) is not None:
+        x, y, width, height = (int.from_bytes(frame[at : at + 3], "little") for at in (0, 3, 6, 9))
+        offset, size = (2 * x, 2 * y), (1 + width, 1 + height)
+        picture = dict(_riff_chunks(bytes(frame), 16, len(frame), counter))
+    parts: dict[bytes, memoryview] = {name: picture[name] for name in (b"ALPH", b"VP8 ", b"VP8L") if name in picture}
+    if size is not None and b"ALPH" in parts:
+        sides = b"".join((side - 1).to_bytes(3, "little") for side in size)
+        parts = {b"VP8X": memoryview(b"\x10\0\0\0" + sides), **parts}  # 0x10: has transparency
+    body = b"WEBP" + b"".join(
+        name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2) for name, content in parts.items()
+    )
+    profile = bytes(chunks.get(b"ICCP", b""))
+    return Picture(
+        b"RIFF" + len(body).to_bytes(4, "little") + body,
+        exif_orientation(bytes(chunks.get(b"EXIF", b""))),
+        profile,
+        canvas=canvas,
+        offset=offset,
+    )
+
+
+def _riff_chunks(data: bytes, at: int, end: int, counter: _Counter) -> Iterator[tuple[bytes, memoryview]]:
+    view = memoryview(data)
+    while at + 8 <= end:
+        counter.add()
+        name, length = struct.unpack_from("<4sI", data, at)
+        if at + 8 + length > end:
+            raise ValueError("a WebP that is cut short")
+        yield name, view[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+
+
+# --- GIF: blocks ---
+
+_EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
+
+
+def _split_gif(data: bytes, limits: MediaLimits) -> Picture:
+    """Keep the colour table, what is transparent, and the first frame, as a canvas of its own."""
+    counter = _Counter(limits)
+    head = data[:13]
+    screen_width, screen_height, flags = struct.unpack_from("<HHB", head, 6)
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    colours, control = data[13:at], b""
+    while data[at] != _IMAGE:
+        counter.add()
+        if data[at] == _EXTENSION:
+            start, at = at, at + 2
+            while length := data[at]:
+                counter.add()
+                at += 1 + length
+            if data[start + 1] == _GRAPHIC_CONTROL:
+                control = data[start : at + 1]
+        elif data[at] != 0:  # a stray end of blocks does no harm
+            raise ValueError("a GIF with an unknown block")
+        at += 1
+    x, y, width, height = struct.unpack_from("<HHHH", data, at + 1)
+    size = struct.pack("<HH", width, height)
+    return Picture(
+        b"".join([head[:6], size, head[10:], colours, control, b"\x2c\0\0\0\0", size, data[at + 9 :]]),
+        canvas=(max(screen_width, x + width), max(screen_height, y + height)),
+        offset=(x, y),
+    )
+
+
+# --- AVIF and HEIC: boxes of length, name and content ---
+
+
+def _split_heif(data: bytes, limits: MediaLimits) -> Picture:
+    """Rename the items of metadata, so that no decoder looks at them: offsets in the file stay what they are.
+
+    Orientation and colour profile are properties of the picture, which its decoder reads.
+    """
+    counter = _Counter(limits)
+    renamed = bytearray(data)
+    for name, start, end in _boxes(data, 0, len(data), counter):
+        if name != b"meta":
+            continue
+        for inner, inner_start, inner_end in _boxes(data, start + 4, end, counter):
+            if inner != b"iinf":
+                continue
+            entries = inner_start + (6 if data[inner_start] == 0 else 8)  # version and flags, number of entries
+            for entry, entry_start, entry_end in _boxes(data, entries, inner_end, counter):
+                at = entry_start + (10 if data[entry_start] == 3 else 8)  # version and flags, number, protection
+                if entry == b"infe" and at + 4 <= entry_end and data[at : at + 4] in (b"Exif", b"mime"):
+                    renamed[at : at + 4] = b"skip"
+    return Picture(bytes(renamed))
+
+
+def _boxes(data: bytes, start: int, end: int, counter: _Counter) -> Iterator[tuple[bytes, int, int]]:
+    """Boxes that lie in [start, end), as (name, start and end of content)."""
+    while start + 8 <= end:
+        counter.add()
+        length, name = struct.unpack_from(">I4s", data, start)
+        head = 8
+        if length == 1:
+            length, head = int.from_bytes(data[start + 8 : start + 16], "big"), 16
+        stop = end if length == 0 else start + length
+        if not start + head <= stop <= end:
+            return  # the decoder will say whether that matters
+        yield name, start + head, stop
+        start = stop
+
+
+_SPLITTERS: dict[Format, Callable[[bytes, MediaLimits], Picture]] = {
+    "JPEG": _split_jpeg,
+    "PNG": _split_png,
+    "WEBP": _split_webp,
+    "GIF": _split_gif,
+    "AVIF": _split_heif,
+    "HEIC": _split_heif,
+}
