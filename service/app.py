@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute
+from starlette.routing import BaseRoute, Route
 
 import model
 from service.deps import REQUEST_ID, service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
+from service.origin import AllowedHosts, checks_hosts
 from service.routes import admin, generate, openai, ops, playground
 from service.settings import Settings
 from service.state import Service
@@ -44,12 +46,23 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
     # inject or to describe, and its page would load scripts from elsewhere.
     routes: list[BaseRoute] = [*generate.ROUTES, *openai.ROUTES, *ops.ROUTES, *admin.ROUTES, *playground.ROUTES]
     app = FastAPI(title="FlashServe", version=model.__version__, lifespan=life, openapi_url=None, routes=routes)
-    _map_errors(app)
+    app.router.redirect_slashes = False  # it would redirect to whatever host the request names
+    refused = _map_errors(app)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID, "Retry-After"),
+        )
+    if checks_hosts(settings):
+        app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=refused)
     return app
 
 
-def _map_errors(app: FastAPI) -> None:
-    """Every error a client can see passes through `refused`."""
+def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Response]]:
+    """Every error a client can see passes through `refused`, which this returns."""
 
     @app.exception_handler(ServiceError)
     async def refused(request: Request, error: ServiceError) -> Response:
@@ -69,7 +82,11 @@ def _map_errors(app: FastAPI) -> None:
         path = request.url.path[:128]
         told: ServiceError = BadRequest("the request is not valid")
         if error.status_code == 404:
-            told = NotFound(f"there is nothing at {path}")
+            bare = path.rstrip("/")
+            ends = (
+                any(isinstance(route, Route) and route.path_regex.match(bare) for route in app.routes) and bare != path
+            )
+            told = NotFound(f"there is nothing at {path}{f'; there is at {bare}, with no slash at its end' * ends}")
         if error.status_code == 405:
             told = MethodNotAllowed(f"{path} does not take {request.method}")
         response = await refused(request, told)
@@ -84,6 +101,8 @@ def _map_errors(app: FastAPI) -> None:
     async def bug(request: Request, _: Exception) -> Response:
         """Ours; Starlette logs it with its traceback. The client learns nothing about it."""
         return await refused(request, EngineFailure("internal error", code="internal_error"))
+
+    return refused
 
 
 def _is_still_sent(request: Request) -> bool:

@@ -10,14 +10,18 @@ from starlette.responses import Response
 
 from service.deps import Handler, service_of
 from service.errors import NotFound, Unauthorized
+from service.origin import check_origin
 
 
 def keyed(handler: Handler) -> Handler:
-    """Only for who has a key, where keys are set. `request.state.key` says which one, for its own limit; or None."""
+    """Only for who has a key, where keys are set, and else for no page of another site, which could not have sent one.
+    `request.state.key` says which key it is, for its own limit; or None."""
 
     @wraps(handler)
     async def guarded(request: Request) -> Response:
         request.state.key = _key_of(request)
+        if request.state.key is None:
+            check_origin(request, service_of(request).settings.allowed_origins)
         return await handler(request)
 
     return guarded
@@ -40,6 +44,15 @@ def admin(handler: Handler) -> Handler:
         return await handler(request)
 
     return guarded
+
+
+def may_see_details(request: Request) -> bool:
+    """Whether it has a key, or none is needed."""
+    try:
+        _key_of(request)
+    except Unauthorized:
+        return False
+    return True
 
 
 def _key_of(request: Request) -> str | None:

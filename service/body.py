@@ -19,12 +19,14 @@ from urllib.parse import parse_qsl
 import msgspec
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
-from service.errors import BadRequest, TooLarge
+from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media.data_uri import START_IN_JSON
 from service.schemas.invalid import as_bad_request
 from service.settings import Settings
 from service.uploads import Upload
 
+JSON, FORM = "application/json", "multipart/form-data"
+URLENCODED = "application/x-www-form-urlencoded"  # what `curl -d` says of anything
 PARSED_ON_THE_LOOP = 64 * 1024  # bytes; longer ones take milliseconds
 WIDE = re.compile(rb"\\u(?!00[0-7])")  # an escaped character that is not ASCII
 
@@ -36,6 +38,9 @@ _parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
 
 
 async def read_json(upload: Upload, schema: type[Schema], settings: Settings) -> Schema:
+    kind, _ = parse_options_header(upload.content_type)
+    if kind not in ("", JSON, URLENCODED) and not kind.endswith("+json"):
+        raise _wrong_content_type(kind, JSON)
     body = bytearray()
     await upload.read(settings.max_body_bytes, body.extend)
 
@@ -58,16 +63,16 @@ class Form:
     files: list[tuple[str, bytes]] = field(default_factory=list)
 
 
-async def read_form(upload: Upload, content_type: str, settings: Settings, *, max_files: int, max_fields: int) -> Form:
+async def read_form(upload: Upload, settings: Settings, *, max_files: int, max_fields: int) -> Form:
     """One part more than allowed is left to the checks that name the limit."""
-    kind, options = parse_options_header(content_type)
+    kind, options = parse_options_header(upload.content_type)
     try:
-        if kind == "multipart/form-data":
+        if kind == FORM:
             reader = _FormReader(options.get("boundary", ""), max_files + max_fields + 1, settings)
             with reader.parser:
                 await upload.read(settings.max_body_bytes, reader.feed)
             return reader.form
-        if kind == "application/x-www-form-urlencoded":
+        if kind == URLENCODED:
             body = bytearray()
             await upload.read(settings.max_text_bytes, body.extend)
             return Form(fields=await _parse(lambda text: _pairs(text, max_fields + 1), body))
@@ -76,7 +81,7 @@ async def read_form(upload: Upload, content_type: str, settings: Settings, *, ma
     except (MultipartError, ValueError):  # what they say is a library's
         message = f"the form is malformed, or has more than {max_files + max_fields} parts"
         raise BadRequest(message, code="invalid_form") from None
-    raise BadRequest("send multipart/form-data", param="content-type", code="invalid_content_type")
+    raise _wrong_content_type(kind, FORM)
 
 
 class _FormReader:
@@ -130,6 +135,11 @@ async def _parse(parser: Callable[[bytearray], Parsed], body: bytearray) -> Pars
     if len(body) <= PARSED_ON_THE_LOOP:
         return parser(body)
     return await asyncio.get_running_loop().run_in_executor(_parser, parser, body)
+
+
+def _wrong_content_type(kind: str, right: str) -> UnsupportedMedia:
+    was = f"not {kind[:64]}" if kind else "there was none"
+    return UnsupportedMedia(f"send Content-Type: {right}; {was}", param="content-type", code="invalid_content_type")
 
 
 def _too_much_text(settings: Settings) -> TooLarge:

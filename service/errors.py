@@ -3,12 +3,13 @@
     ServiceError
     ├── BadRequest            400  the request is wrong; `param` says where
     ├── Unauthorized          401  no key, or not one of ours
+    ├── Forbidden             403  a web page, or a name, that may not use this service
     ├── UnknownModel          404  a model that is not served here
     ├── NotFound              404  a route that does not exist
     ├── MethodNotAllowed      405  a route that exists, asked the wrong way
     ├── TooSlow               408  the body did not come fast enough
     ├── TooLarge              413  over one of the limits in bytes
-    ├── UnsupportedMedia      415  not a media type that we read
+    ├── UnsupportedMedia      415  not a media type that we read, nor a body's
     ├── ClientLimit           429  one key's own limit, or one address's
     ├── EngineFailure         500  this one request failed inside; others go on
     ├── NoCapacity            503  full, loading, draining or without a worker; carries Retry-After
@@ -66,6 +67,11 @@ class Unauthorized(ServiceError):
 
     def headers(self) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ServiceError):
+    status = 403
+    type = "permission_error"
 
 
 class UnknownModel(ServiceError):

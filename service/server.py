@@ -152,6 +152,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            raise httptools.HttpParserError  # 0.9 among them, in which a request is one line
         self._unset_keepalive_if_required()
         super().on_headers_complete()
 

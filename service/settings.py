@@ -104,6 +104,18 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = option(
         "HTTP", None, "Key for POST /admin/draft, which changes the draft; without one nobody may."
     )
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = option(
+        "HTTP",
+        (),
+        "Origins of web pages elsewhere that may use the service, as https://example.com (comma-separated; * is any); "
+        "none: with keys those that have one and no browser stops, without keys no page.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = option(
+        "HTTP",
+        (),
+        "Names under which it answers, besides localhost, names without a dot and addresses (comma-separated; "
+        "*.example.com too; * is any); none: on a loopback address without keys no other, else any.",
+    )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP",
         (),
@@ -202,7 +214,9 @@ class Settings(BaseSettings):
         "Processes", "service.pool.worker:load_engine", "Engine factory, as module:callable.", hidden=True
     )
 
-    @field_validator("api_key", "allowed_media_domains", "trusted_proxies", mode="before")
+    @field_validator(
+        *("api_key", "allowed_media_domains", "allowed_origins", "allowed_hosts", "trusted_proxies"), mode="before"
+    )
     @classmethod
     def split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -41,6 +41,10 @@ class Upload:
         self._timeout: asyncio.Timeout | None = None
         self._cut: ServiceError | None = None
 
+    @property
+    def content_type(self) -> str:
+        return self._request.headers.get("content-type", "")
+
     async def read(self, limit: int, feed: Callable[[bytes], object]) -> None:
         """Give the body to `feed`, piece by piece as it comes; `request.state.body_complete` says whether it all came.
 

@@ -37,8 +37,7 @@ async def generate(request: Request) -> Response:
     with ExitStack() as resources:
         answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
-        content_type, max_files = request.headers.get("content-type", ""), service.settings.max_media
-        form = await read_form(upload, content_type, service.settings, max_files=max_files, max_fields=MAX_FIELDS)
+        form = await read_form(upload, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
         ask, files = schema.read(form, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         answer.take_slots(1)

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -73,6 +74,8 @@ async def models(request: Request) -> Response:
 @keyed
 async def model(request: Request) -> Response:
     name = request.path_params["name"]
+    if not name:
+        raise HTTPException(404)
     settings = service_of(request).settings
     if name != settings.model_name:
         raise unknown_model(name, settings)

@@ -2,7 +2,7 @@
 
 /livez    503 only where a restart is the cure: every worker was given up
 /readyz   503 while loading, draining or without a live worker
-/health   the same as /readyz, with details for people
+/health   the same as /readyz, with details for people; where keys are set, for who has one
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 import model
 from model.config import TRAINED
+from service.auth import may_see_details
 from service.deps import service_of
 from service.stream import json_response
 
@@ -38,6 +39,8 @@ async def readyz(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
+    if not may_see_details(request):
+        return await readyz(request)
     service = service_of(request)
     closed, info = service.closed_because(), service.pool.info
     workers = [

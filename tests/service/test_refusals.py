@@ -303,7 +303,7 @@ def test_wrong_form_fields_are_named(server: Server, data: dict[str, Any], param
 
 
 def test_the_native_route_wants_a_form(server: Server) -> None:
-    assert refusal(server.http.post("/v1/generate", json={"prompt": "x"}), 400)["param"] == "content-type"
+    assert refusal(server.http.post("/v1/generate", json={"prompt": "x"}), 415)["param"] == "content-type"
     for body, kind in ((b"--x\r\nnonsense", MULTIPART), (b"", "multipart/form-data")):
         refusal(server.http.post("/v1/generate", content=body, headers={"content-type": kind}), 400)
 
@@ -362,6 +362,12 @@ def test_unknown_routes_and_methods_have_the_envelope_too(server: Server) -> Non
         response = server.http.request(method, path)
         assert refusal(response, 405)["code"] == "method_not_allowed"
         assert set(response.headers["allow"].split(", ")) == allowed
+    for path in ("/v1/chat/completions/", "/v1/generate//", "/v1/models/", "/livez/", "/static/app.js/", "/nothing/"):
+        method = "POST" if path[:5] in ("/v1/c", "/v1/g") else "GET"
+        response = server.http.request(method, path, headers={"Host": "elsewhere"})
+        error = refusal(response, 404)
+        assert "location" not in response.headers, "a body, and a key with it, went to whatever host was named"
+        assert (f"there is at {path.rstrip('/')}," in error["message"]) == (path != "/nothing/")
     assert refusal(server.http.get("/static/../settings.py"), 404)["code"] == "not_found"
     assert refusal(server.http.get("/static/%2e%2e%2fsettings.py"), 404)["code"] == "not_found"
 
@@ -484,12 +490,29 @@ def test_a_giant_head_is_cut_off(server: Server, head: bytes) -> None:
     [
         b"GET /livez HTTP/1.1\r\nX: " + b"a" * 40_000 + b"\r\n\r\n",
         b"nonsense\r\n\r\n",
+        b"GET /v1/models\r\n\r\n",
+        b"GET /livez HTTP/0.9\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/0.9\r\nContent-Length: 2\r\n\r\n{}",
+        b"GET /livez HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
     ],
-    ids=["large head", "nonsense", "TLS", "CONNECT", "two lengths", "no chunk"],
+    ids=[
+        "large head",
+        "nonsense",
+        "0.9",
+        "0.9 named",
+        "0.9 with a body",
+        "2.0",
+        "2.0 at once",
+        "TLS",
+        "CONNECT",
+        "two lengths",
+        "no chunk",
+    ],
 )
 def test_what_is_no_http_has_the_envelope_too(server: Server, sent: bytes) -> None:
     with connected(server) as sock:
@@ -582,7 +605,7 @@ def test_every_answer_of_a_post_route_has_an_id_that_the_log_has_too(start_serve
         ("/v1/chat/completions", {"json": chat}, {"json": {"messages": []}}),
         ("/v1/chat/completions", {"json": chat | {"stream": True}}, {"content": b"{"}),
         ("/v1/generate", {"data": form}, {"data": {"prompt": ""}}),
-        ("/v1/generate", {"data": form | {"stream": "true"}}, {"content": b""}),
+        ("/v1/generate", {"data": form | {"stream": "true"}}, {"data": form | {"colour": "red"}}),
     ):
         for fields, headers, status in ((good, key, 200), (bad, key, 400), (good, {}, 401)):
             response = server.http.post(path, headers=headers, **fields)
@@ -623,6 +646,9 @@ def test_with_keys_every_v1_route_wants_one_and_the_others_do_not(start_server: 
         assert server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     for path in ("/livez", "/readyz", "/health", "/metrics", "/version", "/", "/static/app.js"):
         assert server.http.get(path).status_code == 200
+    assert server.http.get("/health").json() == {"status": "ready"}
+    assert server.http.get("/health", headers={"Authorization": "Bearer wrong"}).json() == {"status": "ready"}
+    assert "workers" in server.http.get("/health", headers={"Authorization": "Bearer second"}).json()
     assert "first" not in server.log_text()
 
 
@@ -636,5 +662,6 @@ def test_a_keys_own_limit_is_a_429_and_leaves_other_keys_alone(start_server: Sta
         again = server.http.post("/v1/chat/completions", json=chat_body(max_tokens=1), headers=first)
         assert refusal(again, 429)["type"] == "rate_limit_error"
         assert server.http.post("/v1/chat/completions", json=chat_body(max_tokens=1), headers=second).is_success
+    server.http.headers.update(first)
     server.wait(lambda: server.health()["requests"] == 0)
-    assert server.http.post("/v1/chat/completions", json=chat_body(max_tokens=1), headers=first).is_success
+    assert server.chat(max_tokens=1).is_success
