@@ -27,7 +27,8 @@ class Prompt:
     seconds: float  # spent on media
 
 
-async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
+async def from_chat(service: Service, ask: ChatRequest, client: str) -> Prompt:
+    """Fetch and decode the media of a chat. client: whose they are, for their turn among those of others."""
     started = time.monotonic()
     loads: list[Awaitable[Medium]] = []
     places: list[tuple[int, int]] = []
@@ -40,7 +41,7 @@ async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
             else:
                 contents[index].append("")  # until the medium is there
                 places.append((index, number))
-                loads.append(_from_url(service, ask, part, f"messages[{index}].content[{number}]"))
+                loads.append(_from_url(service, ask, client, part, f"messages[{index}].content[{number}]"))
     media = await _all(loads)
     for (index, number), medium in zip(places, media, strict=True):
         contents[index][number] = medium
@@ -49,9 +50,9 @@ async def from_chat(service: Service, ask: ChatRequest) -> Prompt:
     return Prompt(tuple(messages), len(media), time.monotonic() - started)
 
 
-async def from_form(service: Service, ask: GenerateRequest, files: Sequence[bytes]) -> Prompt:
+async def from_form(service: Service, ask: GenerateRequest, files: Sequence[bytes], client: str) -> Prompt:
     started = time.monotonic()
-    media = await _all([_from_file(service, ask, file) for file in files])
+    media = await _all([_from_file(service, ask, client, file) for file in files])
     check_sampling_used(ask, media)
     text = (ask.prompt,) if ask.prompt else ()
     return Prompt((Message("user", (*media, *text)),), len(media), time.monotonic() - started)
@@ -64,34 +65,39 @@ def check_sampling_used(ask: SamplingFields, media: Sequence[Medium]) -> None:
             raise BadRequest(f"{name} is for videos, and there is none", param=name)
 
 
-async def _from_url(service: Service, ask: ChatRequest, part: ImagePart | VideoPart, param: str) -> Medium:
+async def _from_url(service: Service, ask: ChatRequest, client: str, part: ImagePart | VideoPart, param: str) -> Medium:
     kind: Literal["image", "video"] = "image" if isinstance(part, ImagePart) else "video"
     url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
     started = time.monotonic()
     try:
         domains = service.settings.allowed_media_domains
         data = await fetch.resolve(url, limits=service.media_limits, allowed_domains=domains)
-        return await _decode(service, ask, data, kind, started)
+        return await _decode(service, ask, client, data, kind, started)
     except ServiceError as error:
         error.param = error.param or param
         raise
 
 
-async def _from_file(service: Service, ask: GenerateRequest, file: bytes) -> Medium:
+async def _from_file(service: Service, ask: GenerateRequest, client: str, file: bytes) -> Medium:
     started = time.monotonic()
     try:
-        return await _decode(service, ask, file, None, started)
+        return await _decode(service, ask, client, file, None, started)
     except ServiceError as error:
         error.param = error.param or "media"
         raise
 
 
 async def _decode(
-    service: Service, ask: SamplingFields, data: bytes, kind: Literal["image", "video"] | None, started: float
+    service: Service,
+    ask: SamplingFields,
+    client: str,
+    data: bytes,
+    kind: Literal["image", "video"] | None,
+    started: float,
 ) -> Medium:
     if service.decoder is None:
         raise NoCapacity("media cannot be decoded at the moment")
-    medium = await service.decoder.decode(data, kind=kind, num_frames=ask.num_frames, fps=ask.fps)
+    medium = await service.decoder.decode(data, kind=kind, num_frames=ask.num_frames, fps=ask.fps, client=client)
     service.metrics.media_done(medium.kind, time.monotonic() - started)
     return medium
 

@@ -41,7 +41,7 @@ async def generate(request: Request) -> Response:
         ask, files = schema.read(form, service.settings)
         params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         answer.take_slots(1)
-        preparing = upload.used_by(prompt.from_form(service, ask, files))
+        preparing = upload.used_by(prompt.from_form(service, ask, files, upload.client))
         del form, files  # the media in them
         resources.enter_context(UnlessGone(request.receive))
         await answer.begin(preparing, params, n=1, speculation=ask.speculation, fit=ask.asked_max_tokens() is None)

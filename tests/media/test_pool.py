@@ -251,8 +251,8 @@ async def test_videos_do_not_delay_pictures():
 
 
 def slow_pictures() -> list[bytes]:
-    """Valid ones near the limits: a second of a child's time, more or less."""
-    plain = Image.new("RGB", (6000, 6000), (9, 99, 199))
+    """Valid ones: hundreds of milliseconds of a child each."""
+    plain = Image.new("RGB", (4000, 4000), (9, 99, 199))  # more than a quarter of the pixels allowed
     return [
         encoded(plain, "JPEG", progressive=True, quality=95, subsampling=0),
         encoded(plain, "WEBP", lossless=True, quality=0, method=0),
