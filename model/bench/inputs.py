@@ -27,24 +27,29 @@ class ByProcessor:
         self.tokenizer: PreTrainedTokenizerBase = padded_left(self.processor.tokenizer)
 
     def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
-        texts, images = [], []
-        for conversation in conversations:
-            turns = []
-            for message in conversation:
-                parts: list[dict[str, str]] = []
-                for part in message.content:
-                    if isinstance(part, Medium):
-                        parts += [{"type": "video"}] if part.kind == "video" else []  # a marker; the frames follow it
-                        parts += [{"type": "image"}] * len(part.frames)
-                        images += [Image.fromarray(frame) for frame in part.frames]
-                    else:
-                        parts.append({"type": "text", "text": part})
-                turns.append({"role": message.role, "content": parts})
-            texts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True))
-        made = self.processor(
-            text=texts, images=images or None, return_tensors="pt", padding=True, add_special_tokens=False
+        made = self.processor.apply_chat_template(
+            [self._turns(conversation) for conversation in conversations],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
         )
         return dict(made)
+
+    @staticmethod
+    def _turns(conversation: Conversation) -> list[dict[str, Any]]:
+        turns = []
+        for message in conversation:
+            parts: list[dict[str, Any]] = []
+            for part in message.content:
+                if isinstance(part, Medium):
+                    parts += [{"type": "video"}] if part.kind == "video" else []  # a marker; the frames follow it
+                    parts += [{"type": "image", "image": Image.fromarray(frame)} for frame in part.frames]
+                else:
+                    parts.append({"type": "text", "text": part})
+            turns.append({"role": message.role, "content": parts})
+        return turns
 
 
 class Qwen25VL:
@@ -62,7 +67,9 @@ class Qwen25VL:
     def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
         made: dict[str, list[Any]] = {}
         texts = [self._text(conversation, made) for conversation in conversations]
-        inputs = dict(self.tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt"))
+        bos = self.tokenizer.bos_token  # the tokenizer adds what it adds, but for a template that writes BOS itself
+        adding = bos is None or not texts[0].startswith(bos)
+        inputs = dict(self.tokenizer(texts, add_special_tokens=adding, padding=True, return_tensors="pt"))
         ids = inputs["input_ids"]
         inputs["mm_token_type_ids"] = 1 * (ids == self._pads["image"]) + 2 * (ids == self._pads["video"])
         for name, values in made.items():

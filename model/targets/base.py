@@ -24,7 +24,8 @@ from model.targets.head import Head
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised conversation. `spans[i]` is the half-open range of visual tokens that media[i] takes in `ids`."""
+    """A tokenised conversation. `spans[i]` is the half-open range of `ids` that media[i] takes: visual tokens and
+    nothing else. media are the conversation's; a video with text between its frames is several."""
 
     ids: list[int]
     media: tuple[Medium, ...]

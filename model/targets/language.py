@@ -65,9 +65,7 @@ class LanguageModel:
         reach = self.max_positions + config.nodes
         self.decoder = native.decoder(language, self.tap_layers, reach) if alone else None
         self.group = group
-        rope = getattr(text, "rope_parameters", None) or {}
-        # "dynamic" asks of every pass how long its longest sequence is, and waits for the answer.
-        self.recordable = alone and self.decoder is None and rope.get("rope_type") != "dynamic"
+        self.recordable = alone and self.decoder is None and native.rope_is_fixed(text)
         head = self.model.lm_head
         self.head = Head(local(head.weight), None if head.bias is None else local(head.bias))
         self.verifier = None

@@ -19,11 +19,20 @@ from model.native.library import Matrix
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 
 LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer")
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 
 
 def joined(*parts: Tensor | None) -> Tensor | None:
     return None if parts[0] is None else torch.cat([part.detach() for part in parts if part is not None])
+
+
+def rope_is_fixed(config: Any) -> bool:
+    """Tell whether a position's rotation depends on the position alone. "dynamic" and "longrope" choose frequencies by
+    the largest position of a pass, and wait for it. Some models have parameters for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)
 
 
 def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stack | None:
@@ -40,12 +49,11 @@ def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stac
     )
     weight = first.mlp.gate_proj.weight
     rope_parameters = getattr(config, "rope_parameters", None) or {}
-    rope = rope_parameters.get("rope_type", "default")
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     fits = (
         all(type(layer).__name__ in LLAMA_LIKE for layer in model.layers)
         and config.hidden_act == "silu"
-        and rope in ("default", "linear", "llama3", "yarn")  # tables that do not change with the length
+        and rope_is_fixed(config)
         and not windowed
     )
     if not (fits and shape.fits and library.supports(weight.dtype, weight.device)):

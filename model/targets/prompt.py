@@ -1,14 +1,16 @@
 """From a conversation to token ids, by the checkpoint's own chat template. Knows no model family and no tensors.
 
 What a user types is never more than text: the template is rendered around stand-ins for the texts, and no special token
-may come into being by filling them in.
+may come into being by filling them in. What the tokenizer adds by itself (BOS, for most) stands once around the whole,
+where transformers' `processor.apply_chat_template` has it: unless the template has begun with BOS already.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -42,6 +44,7 @@ class Conversations:
         # User text must not be read as these; whole-string tokenising is only safe where none occurs in it.
         specials = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._before, self._behind = _added_tokens(tokenizer)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids, every medium as its placeholders. Raises RequestError."""
@@ -62,7 +65,10 @@ class Conversations:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return self._tokenised(rendered, texts)
+        ids = self._tokenised(rendered, texts)
+        bos = self._tokenizer.bos_token
+        # `rendered` has no user's text: one that begins with the characters of BOS does not count as it.
+        return ids if bos is not None and rendered.startswith(bos) else [*self._before, *ids, *self._behind]
 
     def _tokenised(self, rendered: str, texts: list[str]) -> list[int]:
         filled = STAND_IN.sub(lambda match: texts[int(match[1])], rendered)
@@ -89,24 +95,37 @@ def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
 def widened(
     ids: list[int], media: tuple[Medium, ...], places: Sequence[Sequence[Place]], placeholders: frozenset[int]
 ) -> Prompt:
-    """Every placeholder as wide as what stands there. `places[i]`: those of media[i], in order; `placeholders`: all
-    tokens that are one. Raises RequestError where the template has not written them so."""
+    """Make every placeholder as wide as what stands there. `places[i]`: those of media[i], in order; `placeholders`:
+    all tokens that are one. A video with text between its frames, as LLaVA-1.5's template writes it, becomes several.
+    Raises RequestError where the template has not written them so."""
     expected = [(index, place) for index, each in enumerate(places) for place in each]
     if [token for token in ids if token in placeholders] != [place.token for _, place in expected]:
         raise RequestError("the model's chat template has no place for these media", param="messages")
     widths = iter(expected)
     wide: list[int] = []
-    starts, ends = [0] * len(media), [0] * len(media)
+    begins: list[list[int]] = [[] for _ in media]  # of each medium's placeholders
     for token in ids:
         if token not in placeholders:
             wide.append(token)
             continue
         index, place = next(widths)
-        if not ends[index]:
-            starts[index] = len(wide)
+        begins[index].append(len(wide))
         wide += [token] * place.width
-        ends[index] = len(wide)
-    return Prompt(wide, media, tuple(zip(starts, ends, strict=True)))
+    parts: list[Medium] = []
+    spans: list[tuple[int, int]] = []
+    for medium, starts, each in zip(media, begins, places, strict=True):
+        ends = [start + place.width for start, place in zip(starts, each, strict=True)]
+        cuts = [0, *(i for i in range(1, len(each)) if ends[i - 1] != starts[i]), len(each)]
+        spans += [(starts[i], ends[j - 1]) for i, j in pairwise(cuts)]
+        parts += [medium] if len(cuts) == 2 else [replace(medium, frames=medium.frames[i:j]) for i, j in pairwise(cuts)]
+    return Prompt(wide, tuple(parts), tuple(spans))
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Find what the tokenizer adds by itself before and behind a text."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=adding).input_ids) for adding in (False, True))
+    begin = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[:begin], whole[begin + len(bare) :]
 
 
 def _checked(text: str) -> str:

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from model.drafters import flash, layers
 from model.engine import Engine
 from model.native import library
-from model.request import Medium, Request
+from model.request import Medium, Message, Request
 from model.scheduler import Chunk, Decoding
 from tests.model import tiny
 from tests.model.oracle import with_oracle
@@ -68,17 +67,7 @@ def generated(folder: Path, content: tuple[str | Medium, ...], max_tokens: int) 
     """transformers' own pipeline from frames and text to tokens, batch 1, its own cache and attention."""
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    parts: list[dict[str, str]] = []
-    images: list[Image.Image] = []
-    for part in content:
-        if isinstance(part, Medium):
-            parts += [{"type": "video"}] if part.kind == "video" else []
-            parts += [{"type": "image"}] * len(part.frames)
-            images += [Image.fromarray(frame) for frame in part.frames]
-        else:
-            parts.append({"type": "text", "text": part})
-    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    inputs = processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False)
+    inputs = tiny.by_processor(processor, (Message("user", content),), return_tensors="pt")
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
     tokens: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()

@@ -5,8 +5,12 @@ Without a GPU nothing is recorded, but all else is the same: the buffers, the sh
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +26,9 @@ from model.graphs import Replays, Shape
 from model.kernels import choice
 from model.kv_cache import KVCache
 from model.native import library
+from model.targets.base import load
 from model.targets.llava import LlavaTarget
+from model.targets.native import rope_is_fixed
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 from tests.model.test_equality import mixed
@@ -282,3 +288,52 @@ def test_cuda_graphs_say_the_same_as_plain_passes(tiny_gqa_checkpoint: Path, tin
     recorded, plain = (Engine(tiny.config(tiny_gqa_checkpoint, graphs=yes, **settings)) for yes in (True, False))
     assert tiny.answers(recorded, mixed(), every=1) == tiny.answers(plain, mixed(), every=1)
     assert tiny.replays(recorded).shapes
+
+
+ROPES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "default": (True, {}),
+    "linear": (True, {"factor": 2.0}),
+    "yarn": (True, {"factor": 2.0, "original_max_position_embeddings": 256}),
+    "llama3": (
+        True,
+        {
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+    "dynamic": (False, {"factor": 2.0}),
+    "longrope": (
+        False,
+        {
+            "factor": 2.0,
+            "short_factor": [1.0] * 16,
+            "long_factor": [2.0] * 16,
+            "original_max_position_embeddings": 256,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_only_rotations_that_depend_on_a_position_alone_are_recorded(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The others look at the largest position of each pass: a recorded one would keep to what it saw first."""
+    fixed, parameters = ROPES[kind]
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, **parameters}
+    (folder / "config.json").write_text(json.dumps(config))
+    if library.load() is not None:
+        assert load(tiny.config(folder).resolved()).native == fixed
+    monkeypatch.setattr(library, "load", lambda: None)
+    assert load(tiny.config(folder).resolved()).recordable == fixed
+
+
+def test_of_parameters_for_each_kind_of_layer_all_must_be_fixed() -> None:
+    """As Gemma 3 and 4 have them."""
+    for kinds, fixed in ((("default", "linear"), True), (("default", "longrope"), False), (("dynamic", "yarn"), False)):
+        parameters = {f"layers_{i}": {"rope_type": kind, "rope_theta": 1e4} for i, kind in enumerate(kinds)}
+        assert rope_is_fixed(SimpleNamespace(rope_parameters=parameters)) == fixed

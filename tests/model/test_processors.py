@@ -29,7 +29,7 @@ from model import tree
 from model.detokenize import Vocabulary
 from model.engine import Engine
 from model.processors import process
-from model.request import Likelihoods, Request, RequestError, RequestOutput, SamplingParams
+from model.request import Likelihoods, Message, Request, RequestError, RequestOutput, SamplingParams
 from model.sampling import likeliest_of
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import with_oracle
@@ -193,12 +193,7 @@ def test_a_penalised_greedy_answer_is_transformers_own(tiny_checkpoint: Path, cr
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     text = "Say what you see, and say it again."
-    parts = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    inputs = processor(
-        text=processor.apply_chat_template(parts, add_generation_prompt=True),
-        return_tensors="pt",
-        add_special_tokens=False,
-    )
+    inputs = tiny.by_processor(processor, (Message("user", (text,)),), return_tensors="pt")
     bias = {(token,): value for token, value in ((20, 4.0), (21, -50.0), (2, 60.0))}
     with torch.inference_mode():
         out = model.generate(
@@ -239,9 +234,7 @@ def test_log_probabilities_are_of_the_targets_own_distribution(tiny_checkpoint: 
     ask = tiny.ask("r", "What is this?", max_tokens=20, logprobs=3, temperature=1.0, seed=3, repetition_penalty=1.5)
     (outputs,) = tiny.drain(crowd, [ask]).values()
     answer = tiny.token_ids(outputs)
-    parts = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
-    text = processor.apply_chat_template(parts, add_generation_prompt=True)
-    prompt = processor(text=text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    prompt = tiny.by_processor(processor, ask.messages, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         all_logits = model(input_ids=torch.cat((prompt, torch.tensor([answer])), 1)).logits[0, prompt.shape[1] - 1 : -1]
     logs = all_logits.double().log_softmax(-1)

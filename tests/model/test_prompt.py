@@ -34,21 +34,9 @@ def specials_in(target: Target, ids: list[int]) -> list[str]:
 
 
 def theirs(target: Target, messages: tuple[Message, ...]) -> list[int]:
-    """What transformers makes of the same conversation; the placeholders widened."""
-    turns = []
-    for message in messages:
-        parts: list[dict[str, str]] = []
-        for part in message.content:
-            if isinstance(part, Medium):
-                parts += [{"type": "video"}] if part.kind == "video" else []
-                parts += [{"type": "image"}] * len(part.frames)
-            else:
-                parts.append({"type": "text", "text": part})
-        turns.append({"role": message.role, "content": parts})
-    rendered = target.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    ids = target.tokenizer(rendered, add_special_tokens=False).input_ids
-    image = ids_of(target, demo.IMAGE)[0]
-    return [i for t in ids for i in ([t] * EACH if t == image else [t])]
+    """What transformers' own processor makes of the same conversation, called as its users do."""
+    assert isinstance(target, LlavaTarget)
+    return tiny.ids_by_processor(target.processor, messages)
 
 
 def check_spans(target: Target, prompt: Prompt) -> None:

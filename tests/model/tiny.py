@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from model.config import EngineConfig
@@ -166,6 +167,32 @@ def engine_of(name: str, model: Path, drafts: Mapping[str, Path], **settings: An
     draft = str(drafts[name]) if name in drafts else None
     given = {"max_num_seqs": 8, "prefill_chunk": 16, **settings}
     return Engine(config(model, drafter=name, draft=draft, **given))
+
+
+# -- transformers' own processor
+
+
+def by_processor(processor: Any, messages: Iterable[Message], *, split: bool = True, **options: Any) -> Any:
+    """What it makes of a conversation where its users leave the tokenizing to it. split: a video is a marker and its
+    frames, as LLaVA has it."""
+    turns = []
+    for message in messages:
+        parts: list[dict[str, Any]] = []
+        for part in message.content:
+            if not isinstance(part, Medium):
+                parts.append({"type": "text", "text": part})
+            elif part.kind == "video" and not split:
+                parts.append({"type": "video", "video": part.frames})
+            else:
+                parts += [{"type": "video"}] if part.kind == "video" else []
+                parts += [{"type": "image", "image": Image.fromarray(frame)} for frame in part.frames]
+        turns.append({"role": message.role, "content": parts})
+    return processor.apply_chat_template(turns, tokenize=True, return_dict=True, add_generation_prompt=True, **options)
+
+
+def ids_by_processor(processor: Any, messages: Iterable[Message], **options: Any) -> list[int]:
+    ids: list[int] = by_processor(processor, messages, **options)["input_ids"][0]
+    return ids
 
 
 # -- requests

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.video_utils import make_batched_videos
 
 from model.request import Medium
 from tests.model import tiny
@@ -134,6 +143,34 @@ def save_checkpoint(
         temporal_patch_size=TOGETHER,
     ).save_pretrained(folder)
     return folder
+
+
+class VideoGrids:
+    """Stands in for transformers' video processor, which needs torchvision: sizes of videos that are at theirs."""
+
+    merge_size, temporal_patch_size = MERGE, TOGETHER
+
+    def __call__(self, videos: Any, **_: Any) -> BatchFeature:
+        shapes = [np.shape(video) for video in make_batched_videos(videos)]
+        grids = [[-(-frames // TOGETHER), height // PATCH, width // PATCH] for frames, height, width, _ in shapes]
+        metadata = [SimpleNamespace(sampled_fps=2.0) for _ in shapes]
+        return BatchFeature({"video_grid_thw": np.array(grids), "video_metadata": metadata})
+
+    def fetch_videos(self, videos: Any, **_: Any) -> Any:
+        return videos
+
+
+class Processor(Qwen2_5_VLProcessor):
+    """transformers' own, all but its videos' pixels."""
+
+    def check_argument_for_proper_class(self, *_: Any) -> None:
+        """Fails without torchvision."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Processor:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        return cls(images, tokenizer, VideoGrids(), chat_template=tokenizer.chat_template)
 
 
 def picture(seed: int, width: int, height: int, num_frames: int = 1) -> np.ndarray:
