@@ -27,6 +27,7 @@ from model.drafters.base import Drafter, Room
 from model.drafters.flash import FlashDrafter
 from model.drafters.incoming import Incoming, Packed
 from model.encoder_cache import EncoderCache
+from model.frames import fitting_frames, most_frames
 from model.kv_cache import KVCache
 from model.load import Load
 from model.native import library
@@ -107,6 +108,7 @@ class Engine:
             max_num_seqs=num_slots,
             tokens_per_image=target.tokens_per_image,
             geometry=target.geometry,
+            max_frames=most_frames(target, self.max_model_len),
             memory=self._memory(),
         )
 
@@ -199,7 +201,7 @@ class Engine:
                 # Clients know the case by these words, up to "is".
                 f"the prompt is too long: this model's maximum context length is {self.max_model_len} tokens, the "
                 f"prompt takes {length} and max_tokens is {wanted}; send fewer or shorter media, a shorter prompt, "
-                "or a smaller max_tokens",
+                f"or a smaller max_tokens{self._frames_hint(request, wanted)}",
                 param="max_tokens" if length < self.max_model_len else "messages",
                 code="context_length_exceeded",
             )
@@ -211,6 +213,12 @@ class Engine:
             _ = medium.digest  # kept there, for when its features are looked up
         detokenizer = Detokenizer(self.vocabulary, self.target.eos_ids)
         return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop))
+
+    def _frames_hint(self, request: Request, max_tokens: int) -> str:
+        """What to ask for where a request with videos does not fit."""
+        answer = min(max_tokens, self.max_model_len // 4) if request.fit else max_tokens
+        fitting = fitting_frames(self.target, request.messages, self.max_model_len - answer)
+        return f"; with num_frames {fitting} it would fit" if fitting else ""
 
     def add(self, request: Request | Sequence) -> None:
         """Take a request in, prepared or not. RequestError, and nothing taken, if it cannot be served."""

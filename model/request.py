@@ -275,6 +275,7 @@ class EngineInfo:
     max_num_seqs: int
     tokens_per_image: int  # at most, where that depends on the image
     geometry: Geometry
+    max_frames: int  # of one video, that the context has room for; fewer where frames are larger than they must be
     memory: dict[str, int] = field(default_factory=dict)  # bytes that it takes at most, by what for
 
 

@@ -16,7 +16,7 @@ from service.errors import BadRequest, NoCapacity, ServiceError
 from service.media import fetch
 from service.schemas.generate import GenerateRequest
 from service.schemas.openai import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
-from service.schemas.sampling import SamplingFields
+from service.schemas.sampling import SamplingFields, check_num_frames
 from service.state import Service
 
 
@@ -30,6 +30,7 @@ class Prompt:
 async def from_chat(service: Service, ask: ChatRequest, client: str) -> Prompt:
     """Fetch and decode the media of a chat. client: whose they are, for their turn among those of others."""
     started = time.monotonic()
+    _check_frames(service, ask)
     loads: list[Awaitable[Medium]] = []
     places: list[tuple[int, int]] = []
     contents: list[list[str | Medium]] = []
@@ -52,10 +53,17 @@ async def from_chat(service: Service, ask: ChatRequest, client: str) -> Prompt:
 
 async def from_form(service: Service, ask: GenerateRequest, files: Sequence[bytes], client: str) -> Prompt:
     started = time.monotonic()
+    _check_frames(service, ask)
     media = await _all([_from_file(service, ask, client, file) for file in files])
     check_sampling_used(ask, media)
     text = (ask.prompt,) if ask.prompt else ()
     return Prompt((Message("user", (*media, *text)),), len(media), time.monotonic() - started)
+
+
+def _check_frames(service: Service, ask: SamplingFields) -> None:
+    """Before anything is fetched or decoded; BadRequest."""
+    if (info := service.pool.info) is not None:
+        check_num_frames(ask, service.settings, info)
 
 
 def check_sampling_used(ask: SamplingFields, media: Sequence[Medium]) -> None:

@@ -142,7 +142,9 @@ class Settings(BaseSettings):
     max_pixels: int = option("Limits", 50_000_000, "Pixels of one image, as sent.", ge=1)
     max_video_pixels: int = option("Limits", 4096 * 2304, "Pixels of one frame of a video, as sent.", ge=1)
     max_video_seconds: float = option("Limits", 600.0, "Seconds that a video may last.", gt=0)
-    max_frames: int = option("Limits", 32, "Frames sampled from one video.", ge=1)
+    max_frames: int = option(
+        "Limits", 32, "Frames sampled from one video; fewer where the model's context holds fewer.", ge=1
+    )
     max_prompt_chars: int = option("Limits", 32_768, "Characters of text per request.", ge=1)
     max_messages: int = option("Limits", 64, "Chat messages per request.", ge=1)
     max_parts: int = option("Limits", 1024, "Texts, images and videos of all chat messages.", ge=1)

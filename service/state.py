@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from model.request import EngineInfo
 from service import cores
 from service.admission import Admission
 from service.errors import NoCapacity
@@ -20,6 +22,7 @@ from service.pool.arena import Arena
 from service.pool.drafts import Drafts
 from service.pool.pool import Pool
 from service.pool.supervisor import WorkerPlan
+from service.schemas.sampling import max_frames
 from service.settings import Settings
 from service.uploads import Uploads
 from service.watch import Watch
@@ -139,6 +142,7 @@ class Service:
         info = self.pool.info
         if info.device == "cpu":
             cores.give_way()  # and so do the decoding children, which inherit it
+        self.media_limits = replace(self.media_limits, max_frames=self._max_frames(info))
         decoder = MediaDecoder(
             self.media_limits,
             info.geometry,
@@ -164,8 +168,18 @@ class Service:
                 drafter=info.drafter,
                 max_model_len=info.max_model_len,
                 max_num_seqs=info.max_num_seqs,
+                max_frames=self.media_limits.max_frames,
             ),
         )
+
+    def _max_frames(self, info: EngineInfo) -> int:
+        wanted, fitting = self.settings.max_frames, max_frames(self.settings, info)
+        if fitting < wanted and "max_frames" in self.settings.model_fields_set:
+            log.warning(
+                "--max-frames %d is more than the %d that fit the model's context of %d tokens; it is %d",
+                *(wanted, fitting, info.max_model_len, fitting),
+            )
+        return fitting
 
 
 def _shutting_down() -> NoCapacity:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +81,7 @@ def generate(
     from service.body import Form
     from service.prompt import check_sampling_used
     from service.schemas import generate as schema
-    from service.schemas.sampling import sampling_params
+    from service.schemas.sampling import check_num_frames, max_frames, sampling_params
     from service.state import media_limits
 
     try:
@@ -95,7 +96,9 @@ def generate(
         engine = Engine(EngineConfig(**{**settings.engine_options()[0], "max_num_seqs": 1}))
         begun = time.perf_counter()
         kinds = [kind for _, kind in files]
-        media = asyncio.run(decoded(contents, kinds, ask, media_limits(settings), engine.info.geometry))
+        check_num_frames(ask, settings, engine.info)
+        limits = replace(media_limits(settings), max_frames=max_frames(settings, engine.info))
+        media = asyncio.run(decoded(contents, kinds, ask, limits, engine.info.geometry))
         check_sampling_used(ask, media)
         media_seconds = time.perf_counter() - begun
         message = Message("user", (*media, prompt) if prompt else tuple(media))

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,6 +149,7 @@ def train(
     heats = _temperatures(temperatures)
 
     from model.draft import presets
+    from model.frames import most_frames
     from model.train import interrupt, manifest
     from model.train import run as training
     from model.train import team as teams
@@ -169,7 +171,10 @@ def train(
             max_model_len=max_model_len,
         ).resolved()
         opened = training.open_target(config, drafter)
-        with _decoding(opened.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
+        limits = MediaLimits()
+        fitting = most_frames(opened, config.context(opened.max_positions))
+        limits = replace(limits, max_frames=min(limits.max_frames, fitting))
+        with _decoding(limits, opened.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
             prompts = manifest.FilePrompts(read, decode, held_out)
             each = batch * accumulate * team.size
             if epochs is not None:
@@ -249,12 +254,12 @@ def _tell(problems: tuple[str, ...], *, strict: bool, aloud: bool) -> None:
 
 @contextmanager
 def _decoding(
-    geometry: Geometry, num_frames: int | None, fps: float | None
+    limits: MediaLimits, geometry: Geometry, num_frames: int | None, fps: float | None
 ) -> Iterator[Callable[[Path, Kind | None], Medium]]:
     """Files to media by the same decoding, in the same confined child, as what comes over HTTP."""
     from model.train.data import Unusable
 
-    decoder = MediaDecoder(MediaLimits(), geometry, workers=1)
+    decoder = MediaDecoder(limits, geometry, workers=1)
     with asyncio.Runner() as runner:
         runner.run(decoder.start())
 

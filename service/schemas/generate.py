@@ -59,7 +59,7 @@ def _misplaced(name: str, kind: str) -> BadRequest:
 
 def _check(ask: GenerateRequest, media: list[bytes], settings: Settings) -> None:
     sampling.check_model(ask.model, settings)
-    sampling.check_video_sampling(ask, settings)
+    sampling.check_video_sampling(ask)
     if (ask.n or 1) != 1:
         raise BadRequest("n is for /v1/chat/completions; here it is always 1", param="n")
     if not ask.prompt and not media:

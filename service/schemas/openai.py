@@ -128,7 +128,7 @@ def check(ask: ChatRequest, settings: Settings) -> None:
     """Every limit that can be checked without looking at media or tokens, each with its own error."""
     sampling.check_model(ask.model, settings)
     _refuse_not_built(ask, NOT_BUILT)
-    sampling.check_video_sampling(ask, settings)
+    sampling.check_video_sampling(ask)
     if ask.max_completion_tokens is not None:
         if ask.max_completion_tokens < 1:
             raise BadRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")

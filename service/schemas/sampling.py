@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from model.request import RequestError, SamplingParams
+from model.request import EngineInfo, RequestError, SamplingParams
 from service.errors import BadRequest, UnknownModel
 from service.settings import Settings
 
@@ -68,11 +68,25 @@ def check_prompt_chars(number: int, settings: Settings, *, param: str) -> None:
         )
 
 
-def check_video_sampling(ask: SamplingFields, settings: Settings) -> None:
+def check_video_sampling(ask: SamplingFields) -> None:
     if ask.num_frames is not None and ask.fps is not None:
         raise BadRequest("give num_frames or fps, not both", param="fps")
-    if ask.num_frames is not None and ask.num_frames > settings.max_frames:
+
+
+def max_frames(settings: Settings, info: EngineInfo) -> int:
+    """Of one video: what is allowed, and what the model's context has room for."""
+    return min(settings.max_frames, info.max_frames)
+
+
+def check_num_frames(ask: SamplingFields, settings: Settings, info: EngineInfo) -> None:
+    if ask.num_frames is None or ask.num_frames <= max_frames(settings, info):
+        return
+    if settings.max_frames <= info.max_frames:
         raise BadRequest(f"num_frames must be at most {settings.max_frames}", param="num_frames")
+    raise BadRequest(
+        f"num_frames: at most {info.max_frames} frames fit this model's context of {info.max_model_len} tokens",
+        param="num_frames",
+    )
 
 
 def sampling_params(ask: SamplingFields, settings: Settings, *, default_temperature: float) -> SamplingParams:

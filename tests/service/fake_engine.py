@@ -108,6 +108,7 @@ class FakeEngine:
             max_num_seqs=int(options["max_num_seqs"]),
             tokens_per_image=16,
             geometry=Geometry(exact=None, shortest_edge=64, crop=(64, 64), resample=3, default_num_frames=4),
+            max_frames=200,
         )
         self.sequences: dict[str, Sequence] = {}
         self._counts: dict[str, int] = {}
