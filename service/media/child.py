@@ -42,9 +42,6 @@ def main() -> None:
     warm_up(setup)
     # Buffered well: most files come with one read, and most pictures go with one write.
     with open(0, "rb", BUFFER_BYTES, closefd=False) as source, open(silence(), "wb", BUFFER_BYTES) as sink:
-        from service.media import video  # which warming up has imported
-
-        video.fail_once()
         gc.freeze()
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
         serve(setup, source, sink)
@@ -64,9 +61,7 @@ def confine(limits: MediaLimits) -> None:
 
 
 def warm_up(setup: wire.Setup) -> None:
-    """All imports, early and late, but for those of a failure."""
-    # decord would load whatever CUDA libraries are installed beside it, 3 GB of address space, to decode on the CPU.
-    sys.modules["nvidia"] = None  # type: ignore[assignment]  # so that an import of it fails
+    """All imports, early and late."""
     from PIL import Image
 
     from service.media import image, stills, video  # noqa: F401

@@ -26,7 +26,7 @@ from service.media.children import Children, closed
 from service.media.limits import MediaLimits
 from service.media.process import ChildGone, Memory
 from service.media.refusal import HARMFUL, Refusal, client_error
-from service.media.sniff import KIND_OF, Format, Kind, sniff, unread_format
+from service.media.sniff import KIND_OF, Format, Kind, may_be, sniff, unread_format
 from service.media.turns import Turns, places
 from service.media.work import share_of
 
@@ -137,7 +137,7 @@ class MediaDecoder:
             name = unread_format(data)
             problem = "the medium is of no type that is read here" if name is None else f"{name} is not supported"
             raise UnsupportedMedia(f"{problem}; send {READABLE}")
-        if kind is not None and KIND_OF[format] != kind and (format, kind) != ("GIF", "video"):
+        if kind is not None and not may_be(format, kind, data):
             raise UnsupportedMedia(f"the medium was sent as {kind} but is a {format} {KIND_OF[format]}")
         return format
 

@@ -26,6 +26,7 @@ class MediaLimits:
     max_frames: int = 64  # that one video may give to the model
     max_source_frames: int = 36_000  # that a video file may hold
     max_video_seconds: float = 600.0
+    max_elements: int = 200_000  # boxes or elements that a video's container may consist of, as far as they are read
 
     decode_seconds: float = 20.0  # wall clock: handing over, decoding and handing back
     cpu_seconds: int = 20  # processor time of one decode

@@ -37,7 +37,6 @@ class ChildGone(Exception):
 def _environment() -> dict[str, str]:
     """What a child may know: no keys, no tokens, no proxies; and one thread and few arenas, for its memory limit."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
-    kept["PATH"] = os.defpath  # decord's import wants one
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     return {**kept, **threads, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 

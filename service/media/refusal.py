@@ -46,7 +46,17 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
     ),
     "too_many_source_frames": (
         TooLarge,
-        "the video holds {frames} frames; at most {max_source_frames} are allowed",
+        "the video holds more frames than the {max_source_frames} that are allowed",
+    ),
+    "too_many_elements": (
+        TooLarge,
+        "the video's container consists of more parts than the {max_elements} that are allowed",
+    ),
+    "no_video": (BadRequest, "the file has no video: none of its tracks is one (cover art does not count)"),
+    "no_frames": (BadRequest, "the video has no frames that are shown"),
+    "unsupported_codec": (
+        BadRequest,
+        "the video's codec is not supported; send H.264, HEVC, VP8, VP9, AV1, MPEG-4, MPEG-2 or MJPEG",
     ),
     "too_long": (
         TooLarge,
@@ -59,6 +69,10 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
         "data:video/jpeg;fps=2;base64,...",
     ),
     "out_of_memory": (TooLarge, "the medium needs more memory to decode than is allowed"),
+    "too_much_work": (
+        BadRequest,
+        "the video takes longer to decode than is allowed; send a shorter one, or one of smaller frames",
+    ),
     "out_of_time": (BadRequest, "the medium takes longer to decode than is allowed"),
     "decoder_crashed": (
         BadRequest,

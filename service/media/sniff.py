@@ -28,6 +28,7 @@ FRAME_LIST_MAGIC = b"\x8bFRM\r\n\x1a\n"  # our own, see frame_list.py
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 _STILL_BRANDS = (b"mif1", b"mif2", b"msf1", b"miaf", b"MiHA", b"MiHB", b"MiHE", b"MiAB", b"MA1A", b"MA1B")
+_QUICKTIME_BOXES = (b"wide", b"free", b"skip", b"moov", b"mdat")  # one of which comes first where there is no ftyp
 _RIFF_FORMATS: dict[bytes, Format] = {b"WEBP": "WEBP", b"AVI ": "AVI"}
 _BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
 
@@ -46,6 +47,8 @@ def sniff(data: bytes) -> Format | None:
         return "WEBM"  # Matroska has the same magic
     if data[4:8] == b"ftyp":
         return _iso_format(data)
+    if data[4:8] in _QUICKTIME_BOXES:
+        return "MP4"
     # "BM" alone is too short to tell: the size of the header that follows must be a known one too.
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADER_SIZES:
         return "BMP"
@@ -92,3 +95,18 @@ def unread_format(data: bytes) -> str | None:
     if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in text:
         return "SVG"
     return "HTML" if text.startswith((b"<!doctype html", b"<html")) else None
+
+
+def may_be(format: Format, kind: Kind, data: bytes) -> bool:
+    """Whether a file can be read as `kind`. A GIF is a picture, and a video when it is called one; so are a WebP and
+    a PNG that say that they are animated."""
+    if KIND_OF[format] == kind or format == "GIF":
+        return True
+    return kind == "video" and format in ("WEBP", "PNG") and is_animated(data)
+
+
+def is_animated(data: bytes) -> bool:
+    """Of a WebP, its header has a flag; of a PNG, a chunk acTL stands before the first of pixels."""
+    if data[12:16] == b"VP8X":
+        return bool(data[20:21] and data[20] & 2)
+    return data.startswith(b"\x89PNG") and 0 < data.find(b"acTL") < data.find(b"IDAT")

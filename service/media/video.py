@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
+from typing import Any
 
-import decord
+import av
 import numpy as np
+from av.video.frame import VideoFrame
 from PIL import Image
 
 from model.request import Geometry
-from service.media.container import mirrored_axis, video_size
+from service.media.animation import Animation
+from service.media.clip import Clip, Deadline, Timeline
+from service.media.container import check_whole
 from service.media.geometry import check_size, to_geometry
+from service.media.image import WHITE
 from service.media.limits import MediaLimits
-from service.media.refusal import Refusal
+from service.media.sniff import Format
 from service.media.wire import Job
 
 
@@ -30,56 +36,68 @@ def decode_video(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geomet
     """Returns (frames, height, width, 3) uint8 RGB, and the seconds from one of them to the next, on average; None
     where the clip has only one.
 
-    Raises Refusal, and whatever decord raises on files that are broken.
+    Raises Refusal, and whatever PyAV and Pillow raise on files that are broken.
     """
+    count = 0
 
     def check(width: int, height: int) -> None:
         check_size(width, height, max_pixels=limits.max_video_pixels, limits=limits, geometry=geometry, kind="video")
 
-    if (size := video_size(data, job.format)) is not None:
-        check(*size)
-    axis = mirrored_axis(data, job.format)  # decord turns frames as the container says, but does not mirror them
-    # Reads the packets' headers, decodes nothing yet.
-    reader = decord.VideoReader(io.BytesIO(data), ctx=decord.cpu(0), num_threads=1)
-    if len(reader) > limits.max_source_frames:
-        raise Refusal("too_many_source_frames", frames=len(reader), max_source_frames=limits.max_source_frames)
-    times = np.asarray(reader.get_frame_timestamp(list(range(len(reader)))), dtype=np.float64)
-    starts, seconds = times[:, 0] - times[0, 0], float(times[-1, 1] - times[0, 0])
-    if seconds > limits.max_video_seconds:
-        raise Refusal("too_long", seconds=int(seconds), max_video_seconds=int(limits.max_video_seconds))
+    def choose(timeline: Timeline) -> list[int]:
+        nonlocal count
+        if job.num_frames is not None:
+            indices = spread(len(timeline.starts), job.num_frames)
+        elif job.fps is not None:
+            indices = at_rate(timeline.starts, timeline.end, job.fps, limits.max_frames)
+        else:
+            raise ValueError("neither num_frames nor fps")
+        count = len(indices)
+        return [int(index) for index in indices]
 
-    if job.num_frames is not None:
-        indices = spread(len(reader), job.num_frames)
-    elif job.fps is not None:
-        indices = at_rate(starts, seconds, job.fps, limits.max_frames)
-    else:
-        raise ValueError("neither num_frames nor fps")
+    def convert(picture: VideoFrame | Image.Image) -> np.ndarray:
+        check(picture.width, picture.height)
+        return to_geometry(upright(picture), geometry, "video", count)
 
-    frames: list[np.ndarray] = []
-    last_index = -1
-    for index in indices:  # ascending: every packet is decoded at most once, and one full-size frame is held at a time
-        if index != last_index:
-            pixels = rgb(reader[int(index)].asnumpy())
-            check(pixels.shape[1], pixels.shape[0])
-            if axis is not None:
-                pixels = np.flip(pixels, axis)
-            frame = to_geometry(Image.fromarray(pixels), geometry, "video", len(indices))
-        frames.append(frame)
-        last_index = index
-    spanned = float(starts[indices[-1]] - starts[indices[0]])
-    return np.stack(frames), spanned / (len(frames) - 1) if spanned > 0 else None
+    check_whole(data, job.format, limits)
+    deadline = Deadline(job.cpu_seconds)
+    clip = Animation(data, limits, deadline) if job.format == "WEBP" else Clip(data, job.format, limits, deadline)
+    if all(clip.size):
+        check(*clip.size)
+    timeline, taken = clip.take(choose, convert)
+    indices = choose(timeline)
+    spanned = float(timeline.starts[indices[-1]] - timeline.starts[indices[0]])
+    return np.stack([taken[index] for index in indices]), spanned / (count - 1) if spanned > 0 else None
 
 
-def rgb(pixels: np.ndarray) -> np.ndarray:
-    """A frame of decord's to (height, width, 3).
+def upright(picture: VideoFrame | Image.Image) -> Image.Image:
+    """RGB as it is shown: transparency on white, turned and mirrored as the file says."""
+    if isinstance(picture, Image.Image):
+        return on_white(picture.convert("RGBA")) if picture.has_transparency_data else picture.convert("RGB")
+    transparent = any(component.is_alpha for component in picture.format.components) or picture.format.name == "pal8"
+    pixels = picture.to_ndarray(format="rgba" if transparent else "rgb24", threads=1)
+    side_data: Mapping[str, Any] = picture.side_data
+    if (matrix := side_data.get("DISPLAYMATRIX")) is not None:
+        pixels = turned(pixels, np.frombuffer(matrix, dtype=np.int32))
+    image = Image.fromarray(pixels)
+    return on_white(image) if transparent else image
 
-    FFmpeg pads rows to a multiple of 64 pixels, and decord takes a padded row for one with more channels wherever
-    that divides evenly, at widths of 8, 12, 16, 24, 32, 48, 96 and 144. The picture is in the first 3 * width bytes.
+
+def on_white(rgba: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", rgba.size, WHITE)
+    canvas.paste(rgba, mask=rgba.getchannel("A"))
+    return canvas
+
+
+def turned(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """pixels: (height, width, channels). matrix: (9,) a b u c d v x y w, which shows (x, y) at (a x + c y, b x + d y).
+
+    Turns by other angles than right ones are left out.
     """
-    height, width, num_channels = pixels.shape
-    if num_channels < 3:
-        raise ValueError("not RGB")
-    return pixels.reshape(height, width * num_channels)[:, : 3 * width].reshape(height, width, 3)
+    a, b, _, c, d = (float(number) for number in matrix[:5])
+    if abs(b) + abs(c) > abs(a) + abs(d):  # x is shown along y
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    axes = tuple(axis for axis, scale in ((1, a), (0, d)) if scale < 0)
+    return np.ascontiguousarray(np.flip(pixels, axes))
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -93,7 +111,7 @@ def spread(total: int, count: int) -> np.ndarray:
 def at_rate(starts: np.ndarray, seconds: float, fps: float, max_frames: int) -> np.ndarray:
     """Indices of the frames on screen at the times k / fps. starts: (frames,) seconds since the first, ascending;
     seconds: the end of the last."""
-    tolerance = 1e-3  # seconds; decord keeps times in float32
+    tolerance = 1e-3  # seconds; Matroska rounds times to milliseconds
     edges = np.append(starts, max(seconds, 2 * tolerance)) - tolerance  # frame i is on screen from i to i + 1
     samples = np.ceil(edges.clip(0.0) * min(fps, 1e9))  # before each edge; finite, whatever is asked for
     indices = np.flatnonzero(np.diff(samples))
@@ -101,17 +119,15 @@ def at_rate(starts: np.ndarray, seconds: float, fps: float, max_frames: int) -> 
 
 
 def warm_up(geometry: Geometry) -> None:
-    """Decode a tiny animation in every way, so that all late imports of decord and numpy are done."""
-    decord.logging.set_level(decord.logging.QUIET)
-    file = io.BytesIO()
-    pictures = [Image.new("RGB", (16, 16), (level, level, level)) for level in (0, 255)]
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=100)
-    for num_frames, fps in ((2, None), (None, 1.0)):
-        job = Job("video", "GIF", num_frames, fps)
-        decode_video(file.getvalue(), job, limits=MediaLimits(), geometry=geometry)
-
-
-def fail_once() -> None:
-    """What decord imports only when a file is broken. It also prints, whatever it was told."""
+    """Decode a tiny animation of every kind in every way, so that all late imports are done."""
+    av.logging.set_level(None)  # FFmpeg would print
+    pictures = [Image.new("RGBA", (16, 16), (level, level, level, 255)) for level in (0, 255)]
+    formats: tuple[Format, ...] = ("GIF", "PNG", "WEBP")
+    for format in formats:
+        file = io.BytesIO()
+        pictures[0].save(file, format, save_all=True, append_images=pictures[1:], duration=100)
+        for num_frames, fps in ((2, None), (None, 1.0)):
+            job = Job("video", format, num_frames, fps)
+            decode_video(file.getvalue(), job, limits=MediaLimits(), geometry=geometry)
     with contextlib.suppress(Exception):
-        decord.VideoReader(io.BytesIO(b""), ctx=decord.cpu(0), num_threads=1)
+        decode_video(b"", Job("video", "MP4", 1), limits=MediaLimits(), geometry=geometry)

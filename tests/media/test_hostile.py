@@ -30,7 +30,7 @@ from tests.media.samples import (
 
 pytestmark = pytest.mark.anyio
 
-INTERNALS = re.compile(r"pillow|ffmpeg|libav|decord|traceback|errno|exception|/|\b0x", re.IGNORECASE)
+INTERNALS = re.compile(r"pillow|ffmpeg|libav|pyav|traceback|errno|exception|/|\b0x", re.IGNORECASE)
 
 
 async def decode(decoder: MediaDecoder, data: bytes, kind=None, **options):
@@ -154,7 +154,7 @@ async def test_video_limits():
             assert type(error) is TooLarge
             assert "66x48" in error.message
         error = await refusal(decoder, video_bytes("mp4", num_frames=21))
-        assert "holds 21 frames" in error.message
+        assert "more frames than the 20" in error.message
         error = await refusal(decoder, video_bytes("mp4", num_frames=10, rate=1))
         assert "lasts 10 seconds" in error.message
         assert type(await refusal(decoder, bytes(100_001))) is TooLarge
@@ -178,7 +178,7 @@ async def test_a_container_that_lies_about_its_size(decoder):
 
 async def test_a_video_without_frames(decoder):
     error = await refusal(decoder, audio_only_mp4(), "video")
-    assert "no frames" in error.message
+    assert "has no video" in error.message
     for data in (b"\0\0\0\x10ftypisom\0\0\0\0", b"RIFF\x04\0\0\0AVI ", b"\x1a\x45\xdf\xa3"):
         assert type(await refusal(decoder, data)) is BadRequest
 

@@ -1,0 +1,344 @@
+"""Play one video track of a file: find which pictures it shows and when, and decode the wanted ones.
+
+The packets say which pictures there are without decoding anything, and are usually right. Only the decoder knows: it
+reorders, drops what an edit list or a hidden frame keeps from the screen, and skips what it cannot decode. So the
+packets only tell where to look. Where few pictures of a long clip are wanted, decoding starts at the keyframe before
+each of them, and every picture that comes out on the way must be the next one announced. Where one is not, and where
+this would not save half of the work, the clip is decoded from its first packet to its last and no packet is believed.
+
+Knows nothing of sampling, model sizes or processes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Discard, Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from service.media.limits import MediaLimits
+from service.media.refusal import Refusal
+from service.media.sniff import Format
+
+DEMUXERS: dict[Format, str] = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi", "GIF": "gif", "PNG": "apng"}
+NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+MAX_GAP = 3600.0  # seconds from one picture to the next; a longer one is a broken time (ffplay's bound)
+DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single picture whose file does not say how long it is shown
+CPU_SHARE = 0.9  # of the processor time that a decode is allowed
+
+Tick = int | None  # a time in units of the track
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """starts: (pictures,) seconds at which each appears, strictly ascending from 0; end: of the last, in seconds."""
+
+    starts: np.ndarray
+    end: float
+
+
+class Deadline:
+    """Ends work that takes too long, before the kernel ends the process for it."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        """cpu_seconds: of this process, from now on; 0: no limit."""
+        self._at = time.process_time() + CPU_SHARE * cpu_seconds if cpu_seconds else math.inf
+
+    def check(self) -> None:
+        if time.process_time() > self._at:
+            raise Refusal("too_much_work")
+
+
+Choose = Callable[[Timeline], Sequence[int]]  # returns ascending indices of pictures
+Convert = Callable[[VideoFrame], np.ndarray]
+
+
+@dataclass(frozen=True)
+class PacketInfo:
+    pts: Tick
+    dts: Tick
+    duration: int
+    keyframe: bool
+    hidden: bool  # decoded, but never on screen
+
+
+class Clip:
+    """Reads `data` once more for every pass, so that only a few pictures and packets are in memory at a time."""
+
+    def __init__(self, data: bytes, format: Format, limits: MediaLimits, deadline: Deadline) -> None:
+        """Read all packets, decode none. Raises Refusal, and whatever PyAV raises on broken files."""
+        self._data, self._format, self._limits, self._deadline = data, format, limits, deadline
+        with self._open() as container:
+            track = main_track(container)
+            self._track = track.index
+            self.size = track.codec_context.width, track.codec_context.height  # as the container announces it
+            self._unit = track.time_base or Fraction(1)
+            self._packets = self._read_packets(container, track)
+
+    def take(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
+        """Returns the timeline, and what `convert` makes of each picture that `choose` picks from it, by index."""
+        if (index := self._index()) is not None:
+            timeline = self._timeline(index.shown)
+            wanted = choose(timeline)
+            if 2 * index.cost(wanted) <= len(self._packets):
+                taken = self._take_by_seeking(index, wanted, convert)
+                if taken is not None:
+                    return timeline, taken
+        return self._take_in_order(choose, convert)
+
+    def _take_in_order(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
+        """Decode everything. Which pictures are wanted is certain only at the end, so the packets' word serves as a
+        guess; where it was wrong, a second pass takes what is missing."""
+        announced = [packet for packet in self._packets if not packet.hidden]
+        wanted: Collection[int] = choose(self._timeline(sorted(announced, key=lambda packet: _first(packet) or 0)))
+        taken: dict[int, np.ndarray] = {}
+        while True:
+            shown: list[PacketInfo] = []
+            with self._open() as container:
+                for frame in Player(container, self._track, self._limits, len(self._packets), self._deadline):
+                    if len(shown) in wanted and len(shown) not in taken:
+                        taken[len(shown)] = convert(frame)
+                    shown.append(PacketInfo(frame.pts, frame.dts, frame.duration, frame.key_frame, False))
+                    self._check_count(len(shown))
+            timeline = self._timeline(shown)
+            wanted = set(choose(timeline))
+            if wanted <= taken.keys():
+                return timeline, {index: taken[index] for index in wanted}
+
+    def _take_by_seeking(self, index: Index, wanted: Sequence[int], convert: Convert) -> dict[int, np.ndarray] | None:
+        """Decode from keyframes. Returns None where other pictures come out than the packets announced."""
+        taken: dict[int, np.ndarray] = {}
+        while len(taken) < len(set(wanted)):
+            with self._open() as container:
+                player = Player(container, self._track, self._limits, len(self._packets), self._deadline)
+                try:
+                    for picture in wanted:
+                        if picture not in taken:
+                            taken[picture] = convert(player.find(index, picture))
+                except NotAKeyframe as error:
+                    index.keyframes.remove(error.number)  # a later pass starts at the one before it
+                except NotAnnounced:
+                    return None
+        return taken
+
+    def _index(self) -> Index | None:
+        """What the packets announce; None where they do not say enough to look a picture up."""
+        packets = self._packets
+        numbers = [number for number, packet in enumerate(packets) if not packet.hidden]
+        times = [packets[number].pts for number in numbers]
+        if not numbers or None in times or len(set(times)) < len(times) or not packets[0].keyframe:
+            return None
+        numbers.sort(key=lambda number: packets[number].pts or 0)
+        keyframes = [number for number, packet in enumerate(packets) if packet.keyframe and packet.pts is not None]
+        return Index(packets, numbers, keyframes)
+
+    def _timeline(self, shown: Sequence[PacketInfo]) -> Timeline:
+        """shown: in the order of presentation. Raises Refusal where there are none, or for too long.
+
+        A time that is missing, does not ascend or leaps is replaced, as players do: the picture comes one usual step
+        after the one before it, and the clock goes on from there.
+        """
+        if not shown:
+            raise Refusal("no_frames")
+        pts, dts = [info.pts for info in shown], [info.dts for info in shown]
+        ticks = dts if _faults(dts) < _faults(pts) else pts
+        steps = np.diff(np.array([np.nan if tick is None else tick for tick in ticks]))
+        sound = (steps > 0) & (steps <= MAX_GAP / self._unit)
+        usual = max(1.0, float(np.median(steps[sound]) if sound.any() else DEFAULT_GAP / self._unit))
+        clock = np.append(0.0, np.cumsum(np.where(sound, steps, usual)))
+        longest = self._limits.max_video_seconds
+        end = self._seconds(clock[-1] + shown[-1].duration)
+        if shown[-1].duration <= 0 or end > longest:
+            end = self._seconds(clock[-1] + usual)
+        if end > longest:
+            raise Refusal("too_long", seconds=int(end), max_video_seconds=int(longest))
+        return Timeline(self._seconds(clock), float(end))
+
+    def _seconds(self, ticks: Any) -> Any:
+        """Multiply and divide once, so that whole seconds are whole."""
+        return ticks * self._unit.numerator / self._unit.denominator
+
+    def _read_packets(self, container: InputContainer, track: VideoStream) -> list[PacketInfo]:
+        packets: list[PacketInfo] = []
+        for packet in container.demux(track):
+            self._deadline.check()
+            self._check_count(len(packets))
+            hidden = not packet.size or packet.is_discard or _is_hidden(track.codec_context.name, packet)
+            info = PacketInfo(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, hidden)
+            packets.append(info)
+        return packets[:-1]  # the last one only tells a decoder that there are no more
+
+    def _open(self) -> InputContainer:
+        """Open the bytes and nothing else. Opening may decode a frame to learn its size, so there is a bound on it."""
+        options = {"max_pixels": str(self._limits.max_side**2)}
+        return av.open(io.BytesIO(self._data), "r", format=DEMUXERS[self._format], options=options)
+
+    def _check_count(self, count: int) -> None:
+        if count > self._limits.max_source_frames:
+            raise Refusal("too_many_source_frames", max_source_frames=self._limits.max_source_frames)
+
+
+@dataclass
+class Index:
+    """Pictures as the packets announce them. numbers: of their packets, in the order of presentation; keyframes:
+    numbers of packets at which decoding can start, ascending, the first being 0."""
+
+    packets: Sequence[PacketInfo]
+    numbers: list[int]
+    keyframes: list[int]
+
+    def __post_init__(self) -> None:
+        self.times: list[int] = [self.packets[number].pts or 0 for number in self.numbers]
+
+    @property
+    def shown(self) -> list[PacketInfo]:
+        return [self.packets[number] for number in self.numbers]
+
+    def start(self, picture: int) -> int:
+        """The last keyframe from which a picture can be decoded: neither decoded nor shown later than it.
+
+        A picture decoded after a keyframe and shown before it leans on the keyframe before that (an open GOP).
+        """
+        at = bisect_right(self.keyframes, self.numbers[picture]) - 1
+        while at > 0 and (self.packets[self.keyframes[at]].pts or 0) > self.times[picture]:
+            at -= 1
+        return self.keyframes[at]
+
+    def first_after(self, start: int) -> int:
+        """The first picture that must come out when decoding starts at a keyframe."""
+        return bisect_right(self.times, (self.packets[start].pts or 0) - 1) if start else 0
+
+    def cost(self, wanted: Sequence[int]) -> int:
+        """How many packets must be decoded for these pictures, at least."""
+        cost, fed = 0, -1
+        for picture in wanted:
+            start, number = self.start(picture), self.numbers[picture]
+            cost += max(0, number - max(start - 1, fed))
+            fed = max(fed, number)
+        return cost
+
+
+class NotAKeyframe(Exception):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class NotAnnounced(Exception):
+    """Another picture came out than the packets said."""
+
+
+class Player:
+    """Decodes one track, forwards only."""
+
+    def __init__(
+        self, container: InputContainer, track: int, limits: MediaLimits, num_packets: int, deadline: Deadline
+    ) -> None:
+        (stream,) = (stream for stream in container.streams.video if stream.index == track)
+        for other in container.streams:
+            if other.index != track:
+                other.discard = Discard.all
+        self._decoder = stream.codec_context
+        self._decoder.thread_count = 1  # a child has little memory, and the other processors have work
+        self._decoder.options = {"max_pixels": str(2 * limits.max_video_pixels)}  # in blocks, thus somewhat more
+        self._packets = enumerate(container.demux(stream))
+        self._num_packets, self._deadline = num_packets, deadline
+        self._ready: deque[VideoFrame] = deque()
+        self._last = -1  # number of the last packet that was read
+        self._next = 0  # the next picture announced
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        return self
+
+    def __next__(self) -> VideoFrame:
+        while not self._ready:
+            self._decode(*next(self._packets))
+        return self._ready.popleft()
+
+    def find(self, index: Index, picture: int) -> VideoFrame:
+        """Decode forwards to a picture, or skip to the last keyframe before it. Raises NotAKeyframe, NotAnnounced."""
+        start = index.start(picture)
+        if start > self._last:
+            self._skip_to(start)
+            self._next = index.first_after(start)
+            if start:
+                self._check_start(index, start)
+        for frame in self:
+            if frame.pts != index.times[self._next]:
+                raise NotAnnounced
+            self._next += 1
+            if self._next == picture + 1:
+                return frame
+        raise NotAnnounced
+
+    def _check_start(self, index: Index, start: int) -> None:
+        """Drop pictures that lean on what was skipped, and make sure that the keyframe is one."""
+        for frame in self:
+            if frame.pts is None:
+                raise NotAnnounced
+            if frame.pts >= index.times[self._next]:
+                self._ready.appendleft(frame)
+                if not index.packets[start].hidden and not (frame.key_frame and frame.pts == index.packets[start].pts):
+                    raise NotAKeyframe(start)
+                return
+        raise NotAKeyframe(start)
+
+    def _skip_to(self, start: int) -> None:
+        self._decoder.flush_buffers()
+        self._ready.clear()
+        for number, packet in self._packets:
+            if number == start:
+                return self._decode(number, packet)
+        raise NotAnnounced
+
+    def _decode(self, number: int, packet: Packet[VideoStream]) -> None:
+        self._deadline.check()
+        self._last = number
+        if packet.size or number == self._num_packets:  # an empty one says "as before", but the last "no more"
+            self._ready += self._decoder.decode(packet)
+
+
+def main_track(container: InputContainer) -> VideoStream:
+    """The video track that a player shows: the default one, never cover art. Raises Refusal."""
+    videos = [stream for stream in container.streams.video if not stream.disposition & NOT_SHOWN]
+    if not videos:
+        raise Refusal("no_video")
+    best = container.streams.best("video")
+    default = [stream for stream in videos if stream.disposition & Disposition.default]
+    track = next(
+        (stream for stream in videos if best is not None and stream.index == best.index), (default or videos)[0]
+    )
+    if track.codec_context is None:
+        raise Refusal("unsupported_codec")
+    return track
+
+
+def _is_hidden(codec: str, packet: Packet[VideoStream]) -> bool:
+    """Whether a frame only serves to decode others: VP8's alternate reference, which has a packet of its own."""
+    return codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] >> 4 & 1
+
+
+def _first(packet: PacketInfo) -> Tick:
+    return packet.dts if packet.pts is None else packet.pts
+
+
+def _faults(ticks: Sequence[Tick]) -> int:
+    """How many times are missing or do not ascend."""
+    faults, last = 0, None
+    for tick in ticks:
+        if tick is None or (last is not None and tick <= last):
+            faults += 1
+        last = tick if tick is not None else last
+    return faults
