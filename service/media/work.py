@@ -13,7 +13,7 @@ from service.media.container import webp_size
 from service.media.limits import MediaLimits
 from service.media.sniff import Format, Kind
 
-MAX_SEGMENTS = 1024  # of a JPEG before its size; phones write some dozens
+MAX_SEGMENTS = 1024  # of a JPEG before its size, or blocks of a GIF before its first frame; phones write some dozens
 MAX_ITEMS = 256  # of an ISO media file that have a size
 ITEM_BYTES = 64 * 1024  # in which they are
 JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
@@ -40,12 +40,12 @@ def picture_size(data: bytes, format: Format) -> tuple[int, int] | None:
             case "WEBP":
                 return webp_size(data)
             case "GIF":
-                return struct.unpack_from("<HH", data, 6)
+                return _gif_size(data)
             case "BMP":
                 return _bmp_size(data)
             case _:
                 return _iso_size(data)
-    except struct.error:  # shorter than its header
+    except (struct.error, IndexError):  # shorter than its header
         return None
 
 
@@ -60,6 +60,18 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             height, width = struct.unpack_from(">HH", data, at + 5)
             return width, height
         at += 1 if marker == 0xFF else 2 + length  # FF may be repeated before a marker
+    return None
+
+
+def _gif_size(data: bytes) -> tuple[int, int] | None:
+    """Of the canvas, or of the first frame where that reaches beyond it: decoders enlarge the canvas then."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # behind the colour table
+    for _ in range(MAX_SEGMENTS):
+        if data[at] == 0x2C:  # the frame; 0x21: an extension, then blocks with their length, up to an empty one
+            left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, at + 1)
+            return max(width, left + frame_width), max(height, top + frame_height)
+        at += 2 if data[at] == 0x21 else 1 + data[at]
     return None
 
 

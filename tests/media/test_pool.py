@@ -315,17 +315,18 @@ async def test_a_small_picture_is_served_beside_eight_clients_that_send_broken_o
         await asyncio.gather(*clients, return_exceptions=True)
 
 
-async def test_a_picture_slower_than_its_header_says_is_stopped_early():
-    """It keeps a place of the small ones for an eighth of the time that the largest may take."""
-    frame = encoded(Image.new("P", (6000, 6000)), "GIF")
-    lying = frame[:6] + (64).to_bytes(2, "little") * 2 + frame[10:]  # the canvas; the frame is as large as it was
-    async with started(MediaLimits(image_seconds=0.4)) as decoder:
+async def test_a_picture_may_use_processor_time_in_proportion_to_its_size():
+    """One that is slower than its header says keeps a place of the small ones for an eighth of the time at most."""
+    slow = encoded(picture(2000, 1500), "WEBP", quality=95, method=0)
+    async with started(MediaLimits(image_seconds=0.2)) as decoder:
+        assert decoder._cpu_seconds("image", 1.0) == 0.2
+        assert decoder._cpu_seconds("image", 0.5) == 0.1
         with pytest.raises(BadRequest, match="longer to decode"):
-            await decoder.decode(lying, kind="image", num_frames=None, fps=None)
+            await decoder.decode(slow, kind="image", num_frames=None, fps=None)
         await image(decoder)
         assert decoder.stats.children_started == 2
-    async with started(MediaLimits(image_seconds=400.0)) as decoder:
-        await decoder.decode(lying, kind="image", num_frames=None, fps=None)
+    async with started(MediaLimits(image_seconds=200.0)) as decoder:
+        await decoder.decode(slow, kind="image", num_frames=None, fps=None)
 
 
 async def test_a_client_that_leaves_frees_its_child():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import pytest
@@ -40,6 +41,16 @@ def test_a_file_counts_by_its_pixels_or_its_bytes():
     assert share_of(png_header(8, 8) + bytes(500_000), "image", "PNG", LIMITS) == pytest.approx(0.5, abs=0.01)
     video = video_bytes("mp4")
     assert share_of(video, "video", "MP4", LIMITS) == len(video) / 1_000_000
+
+
+def test_the_size_of_a_gif_whose_frame_is_larger_than_its_canvas():
+    """Pillow decodes all of the frame."""
+    for options in ({}, {"comment": b"c" * 2000}, {"duration": 100, "loop": 0}):
+        data = encoded(Image.new("P", (300, 200)), "GIF", **options)
+        lying = data[:6] + (10).to_bytes(2, "little") * 2 + data[10:]
+        assert picture_size(data, "GIF") == picture_size(lying, "GIF") == (300, 200)
+        assert Image.open(io.BytesIO(lying)).size == (300, 200)
+    assert picture_size(data[:13] + b"\x21\xfe" + b"\1c" * 100_000, "GIF") is None
 
 
 @pytest.mark.parametrize(
