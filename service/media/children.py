@@ -1,7 +1,7 @@
 """Keeps a number of decoding children warm, so that whoever needs one finds it ready.
 
 A child that is not given back in order is killed, and another starts in the background: with more children than are
-lent at a time, nobody waits for that. Knows nothing of jobs, nor of their order.
+in use at a time, nobody waits for that. Knows nothing of jobs, nor of their order.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Children:
     def __init__(self, setup: wire.Setup, memory: Memory | None, size: int) -> None:
         self.num_started = 0  # that became warm
         self._setup, self._memory, self._size = setup, memory, size
-        self._all: set[Child] = set()  # that have a process: starting, idle, lent or about to be reaped
+        self._all: set[Child] = set()  # that have a process: starting, idle, in use or about to be reaped
         self._idle: list[Child] = []
-        self._lent: set[Child] = set()
+        self._in_use: set[Child] = set()
         self._borrowers: deque[asyncio.Future[Child]] = deque()
         self._num_starting = 0
         self._tasks: set[asyncio.Task[None]] = set()  # that start or reap a child
@@ -43,19 +43,23 @@ class Children:
         """Start all and wait until they are warm. Raises RuntimeError where one cannot be started."""
         self._open = True
         self._start_missing()
-        await asyncio.gather(*self._tasks)
-        if self.num_started < self._size:
+        try:
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+            if self.num_started < self._size:
+                raise RuntimeError("media decoding children do not start; see standard error")
+        except BaseException:
             await self.close()
-            raise RuntimeError("media decoding children do not start; see standard error")
+            raise
 
     async def borrow(self) -> Child:
         """A warm child. Waits for one that starts where none is idle. Raises NoCapacity where none can be had."""
         if not self._open:
-            raise closed()
+            raise shutting_down()
         while self._idle:
             child = self._idle.pop()
             if child.alive:
-                self._lent.add(child)
+                self._in_use.add(child)
                 self._start_missing()  # where an earlier start failed
                 return child
             self._replace(child)
@@ -71,12 +75,12 @@ class Children:
 
     def give_back(self, child: Child, *, keep: bool) -> None:
         """keep: the child can go on. Never awaits: also for clients that leave, whose tasks may await no more."""
-        self._lent.discard(child)
+        self._in_use.discard(child)
         if keep and self._open:
             self._hand_out(child)
         else:
             self._replace(child)
-        if not self._lent:
+        if not self._in_use:
             self._all_back.set()
 
     async def close(self) -> None:
@@ -86,10 +90,10 @@ class Children:
         self._open = False
         for child in self._all:
             child.kill()
-        self._fail_borrowers(closed())
+        self._fail_borrowers(shutting_down())
         while self._idle:
             self._replace(self._idle.pop())
-        while self._lent:  # each is reaped when its borrower has seen the end of it
+        while self._in_use:  # each is reaped when its borrower has seen the end of it
             self._all_back.clear()
             await self._all_back.wait()
         while self._tasks:
@@ -100,7 +104,7 @@ class Children:
         while self._borrowers:
             borrower = self._borrowers.popleft()
             if not borrower.done():
-                self._lent.add(child)
+                self._in_use.add(child)
                 borrower.set_result(child)
                 return
         self._idle.append(child)
@@ -115,7 +119,7 @@ class Children:
         self._all.discard(child)
 
     def _start_missing(self) -> None:
-        while self._open and len(self._idle) + len(self._lent) + self._num_starting < self._size:
+        while self._open and len(self._idle) + len(self._in_use) + self._num_starting < self._size:
             self._num_starting += 1
             self._run(self._start())
 
@@ -125,7 +129,7 @@ class Children:
         self._num_starting -= 1
         if child is not None:
             self.num_started += 1
-            self._lent.add(child)
+            self._in_use.add(child)
             self.give_back(child, keep=True)
         elif not self._num_starting:
             self._fail_borrowers(NoCapacity("media cannot be decoded at the moment"))
@@ -158,5 +162,5 @@ class Children:
         task.add_done_callback(self._tasks.discard)
 
 
-def closed() -> NoCapacity:
+def shutting_down() -> NoCapacity:
     return NoCapacity("the service is shutting down")

@@ -1,11 +1,11 @@
 """Files of strangers to frames at the target's geometry, through a small pool of confined child processes.
 
-A decode waits for its turn (turns.py), borrows a warm child for it (children.py), and gives both back. Turns are
-what makes it fair: pictures and videos have places of their own and some places are for small pictures, so that none
-waits for a slow file of another kind or size; who waits is served by the share of the largest allowed file that his
-own is (work.py), by arrival and by how many files his client has here. A picture may use processor time in proportion
-to that share, so one that is slower than its header says is stopped early and no place is lost for long. There are
-more children than places, so a child that was killed is replaced before anybody needs it.
+A decode waits for its turn (turns.py), borrows a warm child for it (children.py), and gives both back. Clients cannot
+starve each other, for four reasons. Pictures and videos have places of their own, and some places take small pictures
+only, so no file waits for one of another kind, nor a small picture for large ones. The order of those that wait depends
+on their size (work.py reads it from the header), their arrival and the number of files of the same client. A picture
+may use processor time in proportion to its size, so a place is soon free again, whatever a file makes of it. And there
+are more children than places, so one that was killed is replaced before anybody needs it.
 
 What goes wrong in a child (crash, hang, client gone) costs that child and that request only. An ordinary error of a
 decoder costs nothing, see refusal.py. Knows nothing of HTTP; what clients are told is in refusal.py.
@@ -22,7 +22,7 @@ import numpy as np
 from model.request import Geometry, Medium
 from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media import wire
-from service.media.children import Children, closed
+from service.media.children import Children, shutting_down
 from service.media.limits import MediaLimits
 from service.media.process import ChildGone, Memory
 from service.media.refusal import HARMFUL, Refusal, client_error
@@ -82,7 +82,7 @@ class MediaDecoder:
     async def close(self) -> None:
         """Kill every child, those at work included (their requests get NoCapacity), and wait until all are gone."""
         self._open = False
-        self._turns.refuse_all(closed)
+        self._turns.refuse_all(shutting_down)
         await self._children.close()
 
     @property
@@ -113,7 +113,7 @@ class MediaDecoder:
         if kind == "video":
             num_frames, fps = self._check_sampling(format, num_frames, fps)
         if not self._open:
-            raise closed()
+            raise shutting_down()
         share = share_of(data, kind, format, self.limits)
         job = wire.Job(kind, format, num_frames, fps, self._cpu_seconds(kind, share))
         async with self._turns.turn(kind, share, client):
@@ -170,7 +170,7 @@ class MediaDecoder:
                 medium = await self._attempt(job, data)
         except ChildGone:
             if not self._open:
-                raise closed() from None
+                raise shutting_down() from None
             raise client_error("decoder_crashed", {}) from None
         except Refusal as refusal:
             self._counts = replace(self._counts, refused=self._counts.refused + 1)

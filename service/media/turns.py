@@ -52,8 +52,8 @@ def places(num_image: int, num_video: int) -> tuple[Place, ...]:
     """The places of a pool: with two or more for images, one takes quarters of the largest allowed and less; with three
     or more, another takes sixteenths. `num_video` 0: videos use the places of images."""
     kinds: frozenset[Kind] = frozenset({"image"} if num_video else {"image", "video"})
-    reserved = (0.25, 1 / 16)[: max(0, num_image - 1)]
-    shares = [1.0] * (num_image - len(reserved)) + list(reserved)
+    small = (0.25, 1 / 16)[: num_image - 1]
+    shares = [1.0] * (num_image - len(small)) + list(small)
     return (*(Place(kinds, share) for share in shares), *(Place(frozenset({"video"})) for _ in range(num_video)))
 
 

@@ -394,6 +394,16 @@ async def test_close_while_a_child_is_starting():
     assert psutil.Process().children() == before
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.1])
+async def test_a_start_that_is_cancelled_leaves_no_child(seconds):
+    before = psutil.Process().children()
+    start = asyncio.create_task(MediaDecoder(MediaLimits(), SQUARE, workers=2, spares=1).start())
+    await asyncio.sleep(seconds)
+    start.cancel()
+    await asyncio.wait([start])
+    assert psutil.Process().children() == before
+
+
 async def test_without_children_to_be_had_the_answer_is_503(monkeypatch):
     async with started() as decoder:
         real = sys.executable
