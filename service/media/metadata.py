@@ -83,6 +83,7 @@ _INTEGERS = {1: "B", 3: "H", 4: "I"}  # EXIF's types BYTE, SHORT and LONG
 # --- JPEG: markers, most of them with a segment behind them ---
 
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # no stuffed zero, no fill byte, no restart: those belong to scans
+_SCAN_END = re.compile(rb"\xff[\xc0-\xcf\xd8-\xef\xfe]")  # nor any reserved marker: a decoder passes over those
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))  # SOF0 to SOF15
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
@@ -123,7 +124,7 @@ def _split_jpeg(data: bytes, limits: MediaLimits) -> Picture:
             components, (first, last, bits) = content[1 : 1 + 2 * content[0] : 2], content[1 + 2 * content[0] :][:3]
             if not bits & 15:
                 finished |= {(component, index) for component in components for index in range(first, last + 1)}
-            following = _MARKER.search(data, stop)
+            following = _SCAN_END.search(data, stop)
             end = len(data) if following is None else following.start()
             num_scan_bytes += end - stop
             body.append(view[start:end])
@@ -293,14 +294,14 @@ def _riff_chunks(data: bytes, at: int, end: int, counter: _Counter) -> Iterator[
         counter.add()
         name, length = struct.unpack_from("<4sI", data, at)
         if at + 8 + length > end:
-            raise ValueError("a WebP that is cut short")
+            return  # cut short: without it there may be a picture, or none
         yield name, view[at + 8 : at + 8 + length]
         at += 8 + length + length % 2
 
 
 # --- GIF: blocks ---
 
-_EXTENSION, _IMAGE, _GRAPHIC_CONTROL = 0x21, 0x2C, 0xF9
+_EXTENSION, _IMAGE, _TRAILER, _GRAPHIC_CONTROL = 0x21, 0x2C, 0x3B, 0xF9
 
 
 def _split_gif(data: bytes, limits: MediaLimits) -> Picture:
@@ -319,8 +320,8 @@ def _split_gif(data: bytes, limits: MediaLimits) -> Picture:
                 at += 1 + length
             if data[start + 1] == _GRAPHIC_CONTROL:
                 control = data[start : at + 1]
-        elif data[at] != 0:  # a stray end of blocks does no harm
-            raise ValueError("a GIF with an unknown block")
+        elif data[at] == _TRAILER:
+            raise ValueError("a GIF without a frame")
         at += 1
     x, y, width, height = struct.unpack_from("<HHHH", data, at + 1)
     size = struct.pack("<HH", width, height)

@@ -143,6 +143,20 @@ def test_odd_segments_of_a_jpeg_do_no_harm(segments):
     np.testing.assert_array_equal(decode(with_segments(JPEG, segments)), decode(JPEG))
 
 
+def test_a_spoilt_byte_within_a_scan_costs_no_more_than_up_to_the_next_restart():
+    """It may look like a marker that there is not: to skip a segment there would lose what a decoder can give."""
+    image = picture(160, 160)
+    data = encoded(image, "JPEG", restart_marker_rows=1)
+    whole = decode(data)
+    start = data.index(b"\xff\xd2") + 8
+    for spoilt in (b"\xff\x42", b"\xff\xbe", b"\xff\xff\xff\x02"):
+        pixels = decode(data[:start] + spoilt + data[start + len(spoilt) :])
+        assert (pixels == whole).all(axis=2).mean() > 0.8
+    rows = (pixels == whole).all(axis=(1, 2))
+    assert rows[:47].all()
+    assert rows[-80:].all()
+
+
 @pytest.mark.parametrize("value", range(1, 9))
 def test_orientation_counts_whatever_is_beside_it(value):
     """Its siblings are odd, its byte order is either, and the file is of any kind that carries EXIF."""
@@ -349,6 +363,7 @@ def test_image_data_with_a_wrong_byte_are_refused():
         JPEG[: JPEG.index(b"\xff\xda")],
         WEBP[:-20],
         WEBP[:20],
+        webp_chunks(WEBP)[:-20],
         encoded(IMAGE, "GIF")[:100],
         encoded(IMAGE, "AVIF")[:-50],
         encoded(IMAGE, "AVIF")[:60],
@@ -361,6 +376,12 @@ def test_image_data_with_a_wrong_byte_are_refused():
 def test_files_that_end_early_are_errors(data):
     with pytest.raises(Exception):  # noqa: B017, PT011 - of whatever type: a child turns each into a refusal
         decode(data)
+
+
+def test_files_that_end_within_their_metadata_are_read():
+    webp = webp_chunks(WEBP, (b"XMP ", bytes(200)), (b"EXIF", bytes(200)))
+    for data in (webp[:-50], webp[:-250], PNG[:-12], PNG[:-8] + chunk(b"tEXt", bytes(200))[:-50]):
+        np.testing.assert_array_equal(decode(data), np.asarray(IMAGE))
 
 
 def test_nothing_but_pixels_reaches_a_decoder():
