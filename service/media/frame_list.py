@@ -49,15 +49,15 @@ def join(frames: list[bytes], rate: float | None) -> bytes:
     return b"".join(pieces)
 
 
-def split(data: bytes) -> tuple[list[bytes], float | None]:
+def split(data: bytes) -> tuple[list[memoryview], float | None]:
     """Return the frames and their rate, None where it is not known. Raises ValueError where lengths do not add up."""
     (rate,) = _RATE.unpack_from(data, at := len(FRAME_LIST_MAGIC))
     at += _RATE.size
-    frames = []
+    frames, view = [], memoryview(data)
     while at < len(data):
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
-        frames.append(data[at : at + length])
+        frames.append(view[at : at + length])
         at += length
     if at != len(data) or not frames or not 0 <= rate <= MAX_RATE:
         raise ValueError("not a list of frames")

@@ -45,7 +45,7 @@ def decode_frame_list(
     for index in indices:
         if index != last_index:
             try:
-                picture = _decoded(files[index], alike, as_sent)
+                picture = _decoded(bytes(files[index]), alike, as_sent)
                 if size is None:
                     size = picture.size
                     check_size(*size, max_pixels=alike.max_pixels, limits=limits, geometry=geometry, kind="video")
