@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,8 +17,9 @@ RED, BLUE, CLIP = media.image(1), media.image(2), media.video(3)
 
 
 @pytest.fixture(scope="module")
-def client(server: EngineServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: EngineServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def ask(client: openai.OpenAI, prompt: str = "Describe it.", *files: media.File, **fields: Any) -> Any:
@@ -210,12 +212,15 @@ def test_a_length_that_was_not_asked_for_is_what_fits(client: openai.OpenAI) -> 
 
 def test_keys_and_sizes_are_checked(start_server: StartServer) -> None:
     server = start_server(api_key="one,two", max_body_bytes=100_000, max_media_bytes=40_000)
+    wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="three", max_retries=0)
     right = openai.OpenAI(base_url=f"{server.url}/v1", api_key="two", max_retries=0)
     assert ask(right, max_tokens=1).usage.completion_tokens == 1
     with pytest.raises(openai.AuthenticationError):
-        ask(openai.OpenAI(base_url=f"{server.url}/v1", api_key="three", max_retries=0))
+        ask(wrong)
     for side in (150, 400):  # a medium that is too large, and a body that is
         with pytest.raises(openai.APIStatusError) as large:
             ask(right, "Describe it.", media.noise(0, side, side))
         assert large.value.status_code == 413
     assert ask(right, max_tokens=1).usage.completion_tokens == 1
+    for client in (right, wrong):
+        client.close()
