@@ -2,14 +2,19 @@
 
 On SIGTERM or SIGINT it drains: /readyz and new requests get 503 while running answers go on, up to the drain timeout;
 then it stops listening, ends workers and media children, and the exit code is 0. A second signal ends the drain.
+
+Exit codes: 0 told to stop; 1 nothing can be served, since the model cannot be loaded or every worker was given up;
+2 a setting is wrong (cli.py); 3 it cannot listen on its address.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import gc
 import logging
+import socket
 from types import FrameType
 from typing import Any
 
@@ -26,6 +31,7 @@ from service.settings import Settings
 log = logging.getLogger("flashserve")
 
 M_MMAP_THRESHOLD = -3  # <malloc.h>
+EXIT_CANNOT_SERVE, EXIT_CANNOT_LISTEN = 1, 3
 LAST_WORDS = 5.0  # seconds for connections to close after the drain
 
 
@@ -33,12 +39,28 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; the exit code."""
     logs.configure(settings.log_level)
     give_large_blocks_back()
+    if (reason := cannot_listen(settings.host, settings.port)) is not None:
+        where = f"{settings.host} port {settings.port}"
+        log.critical("cannot listen on %s: %s; choose another --port or --host", where, reason)
+        return EXIT_CANNOT_LISTEN
     server = DrainingServer(settings)
     server.run()
-    if server.fatal is not None:
-        log.critical("cannot serve: %s", server.fatal)
-        return 1
-    return 0 if server.started else 1
+    return EXIT_CANNOT_SERVE if server.failed or not server.started else 0
+
+
+def cannot_listen(host: str, port: int) -> str | None:
+    """Why nothing can listen there, looked up before a model is loaded for it; None where something can."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            return error.strerror
+    return None  # or uvicorn will say what is wrong with the host
 
 
 def give_large_blocks_back() -> None:
@@ -50,7 +72,7 @@ def give_large_blocks_back() -> None:
 
 class DrainingServer(uvicorn.Server):
     def __init__(self, settings: Settings) -> None:
-        self.fatal: str | None = None
+        self.failed = False
         self.app = create_app(settings, self._fail)
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,8 +130,8 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = True
 
     def _fail(self, reason: str) -> None:
-        self.fatal = reason
-        self.should_exit = True
+        log.critical("cannot serve: %s", reason)
+        self.failed = self.should_exit = True
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):

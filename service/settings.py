@@ -209,8 +209,12 @@ class Settings(BaseSettings):
     )
     load_timeout: float = option("Processes", 900.0, "Seconds for a worker to load its model.", gt=0)
     stall_timeout: float = option("Processes", 120.0, "Seconds of silence after which a busy worker is killed.", gt=0)
-    max_worker_restarts: int = option("Processes", 8, "Deaths in a row after which a worker is given up.", ge=0)
-    max_request_retries: int = option("Processes", 2, "Times a request is taken up again after its worker died.", ge=0)
+    max_worker_restarts: int = option(
+        "Processes", 8, "Deaths in a row after which a worker is given up; with the last one the process ends.", ge=0
+    )
+    max_request_retries: int = option(
+        "Processes", 2, "Times a request is taken up again after its worker died; the last time alone.", ge=0
+    )
     drain_timeout: float = option("Processes", 30.0, "Seconds that running answers get at shutdown.", ge=0)
     engine: str = option(
         "Processes", "service.pool.worker:load_engine", "Engine factory, as module:callable.", hidden=True

@@ -35,7 +35,7 @@ log = logging.getLogger("flashserve")
 
 class Service:
     def __init__(self, settings: Settings, on_fatal: Callable[[str], None]) -> None:
-        """`on_fatal`: called once, with the reason, where the model cannot be loaded at all."""
+        """`on_fatal`: called once, with the reason, where nothing can be served any more, or ever."""
         self.settings = settings
         self.metrics = Metrics(settings.model_name)
         self.media_limits = media_limits(settings)
@@ -57,7 +57,7 @@ class Service:
         self.uploads = Uploads(settings)
         self.metrics.watch_unassigned(self._num_unassigned)
         self._on_fatal = on_fatal
-        self._opening: asyncio.Task[None] | None = None
+        self._living: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
 
     # Whether it takes requests
@@ -106,7 +106,7 @@ class Service:
 
     def start(self) -> None:
         self.pool.start()
-        self._opening = asyncio.create_task(self._open())
+        self._living = asyncio.create_task(self._live())
 
     async def drain(self) -> None:
         """Take nothing new, and let what runs finish, for as long as settings allow, or until this is cancelled."""
@@ -123,7 +123,7 @@ class Service:
 
     async def stop(self) -> None:
         self.draining = True
-        tasks = [task for task in (self._opening, self._watching) if task is not None]
+        tasks = [task for task in (self._living, self._watching) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,15 +131,23 @@ class Service:
         if self.decoder is not None:
             await self.decoder.close()
 
-    async def _open(self) -> None:
-        """Wait for the first worker: only it knows the geometry that media are decoded to."""
-        while self.pool.info is None:
+    async def _live(self) -> None:
+        """Open with the first worker, and end with the last: every request gets its error, and the process ends too,
+        so that whatever watches it starts another."""
+        while not self.pool.beyond_hope:
+            if self.decoder is None and self.pool.info is not None and not await self._open(self.pool.info):
+                return
             await self.pool.has_news.wait()
             self.pool.has_news.clear()
-            if self.pool.beyond_hope:
-                self._on_fatal(self.pool.load_error or "the workers died while they loaded the model")
-                return
-        info = self.pool.info
+        reason = self.pool.load_error or "the workers died while they loaded the model"
+        if self.pool.info is not None:
+            reason = "every worker was given up; why each one died stands above"
+        self._on_fatal(reason)
+        for answer in tuple(self.answers):
+            answer.end(NoCapacity("no worker is left", code="no_worker"))
+
+    async def _open(self, info: EngineInfo) -> bool:
+        """Begin to take requests: only a worker knows the geometry that media are decoded to."""
         if info.device == "cpu":
             cores.give_way()  # and so do the decoding children, which inherit it
         self.media_limits = replace(self.media_limits, max_frames=self._max_frames(info))
@@ -155,7 +163,7 @@ class Service:
             await decoder.start()
         except RuntimeError as error:
             self._on_fatal(str(error))
-            return
+            return False
         self.decoder = decoder
         if self._watch is not None:
             self._watching = asyncio.create_task(self._watch.run())
@@ -171,6 +179,7 @@ class Service:
                 max_frames=self.media_limits.max_frames,
             ),
         )
+        return True
 
     def _max_frames(self, info: EngineInfo) -> int:
         wanted, fitting = self.settings.max_frames, max_frames(self.settings, info)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from model.request import RequestOutput
 from service.errors import BadRequest, EngineFailure, ServiceError
 from service.pool.messages import Refused, Submit
+
+if TYPE_CHECKING:
+    from service.pool.supervisor import Death
 
 log = logging.getLogger("flashserve.pool")
 
@@ -25,6 +29,7 @@ class Generation:
         self.submit = submit
         self.finished = False
         self.attempts = 0  # workers it was sent to
+        self.deaths: set[Death] = set()  # of workers that had it, which no other request is known to have caused
         self.text = ""  # delivered so far
         self._deliver = deliver
         self._ids: list[int] = []  # delivered so far

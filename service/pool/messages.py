@@ -49,6 +49,7 @@ MAX_FRAME_BYTES = 2**31
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     options: dict[str, Any]
+    check: bool = False  # answer a request of our own before Ready
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

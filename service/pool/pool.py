@@ -1,5 +1,10 @@
 """All workers as one engine: each request goes to the least loaded, and outlives the worker that it went to.
 
+A worker that dies may have died of a request. One that was there when several did is suspected: it is tried at a
+worker of its own, while nothing else goes there, so that it dies alone or is not the cause. Those that have said least
+are tried first, since what kills a worker seldom says much. The one found guilty fails, and the deaths that it was
+there for count against nobody else: neither the requests beside it nor the workers.
+
 Knows requests only as `Submit` messages and their `Generation`s; knows nothing of HTTP.
 """
 
@@ -15,12 +20,11 @@ from service.errors import EngineFailure, NoCapacity
 from service.pool import messages as m
 from service.pool.drafts import Drafts
 from service.pool.generation import Event, Generation
-from service.pool.supervisor import STOP_GRACE, Worker, WorkerPlan
+from service.pool.supervisor import STOP_GRACE, Death, Worker, WorkerPlan
 
 log = logging.getLogger("flashserve.pool")
 
-# Requests that were there when two workers died are tried one at a time: the one that kills workers then dies alone.
-DEATHS_OF_A_SUSPECT = 2
+DEATHS_OF_A_SUSPECT = 2  # or fewer, where a request is not taken up so often: its last attempt is one alone
 
 
 class PoolObserver(Protocol):
@@ -44,9 +48,10 @@ class Pool:
         self.drafts = drafts or Drafts()
         self.has_news = asyncio.Event()  # set when a worker became ready or died
         self._max_attempts = 1 + max_request_retries
+        self._deaths_of_a_suspect = min(DEATHS_OF_A_SUSPECT, max(1, max_request_retries))
         self._observer = observer
         self._generations: dict[Worker, dict[str, Generation]] = {worker: {} for worker in self.workers}
-        self._parked: list[Generation] = []  # taken in, and waiting for a worker, or for another suspect to end
+        self._parked: list[Generation] = []  # taken in, and waiting for a worker
         self._tasks: list[asyncio.Task[None]] = []
 
     # What its owner sees
@@ -155,15 +160,27 @@ class Pool:
             generations[message.request_id].refuse(message)
             self._forget(worker, generations[message.request_id], engine_done=True)
 
-    def on_death(self, worker: Worker) -> None:
+    def on_death(self, worker: Worker, death: Death) -> None:
         self.drafts.on_death(worker)
         self._observer.worker_up(worker.index, False)
+        orphans, self._generations[worker] = list(self._generations[worker].values()), {}
+        for generation in orphans:
+            generation.deaths.add(death)
+        self._parked += orphans
+        failed = [generation for generation in orphans if len(generation.deaths) >= self._max_attempts]
+        for generation in failed:
+            self._parked.remove(generation)
+            generation.fail(EngineFailure("the workers that took this request died", code="worker_died"))
+        if failed and len(orphans) == 1:
+            self._excuse(failed[0].deaths)
+        self._dispatch_parked()
+
+    def on_restart(self, worker: Worker) -> None:
+        self._observer.worker_restarting(worker.index)
         self.has_news.set()
-        if worker.state != "given_up":
-            self._observer.worker_restarting(worker.index)
-        orphans, self._generations[worker] = self._generations[worker], {}
-        for generation in orphans.values():
-            self._dispatch(generation)
+
+    def on_given_up(self, worker: Worker) -> None:  # noqa: ARG002
+        self.has_news.set()
         if self.beyond_hope:
             self._fail_parked(NoCapacity("no worker is left", code="no_worker"))
 
@@ -173,29 +190,52 @@ class Pool:
     # Its own
 
     def _dispatch(self, generation: Generation) -> None:
-        if generation.attempts >= self._max_attempts:
-            generation.fail(EngineFailure("the workers that took this request died", code="worker_died"))
-        elif self.beyond_hope:
+        if self.beyond_hope:
             generation.fail(NoCapacity("no worker is left", code="no_worker"))
-        elif not (ready := self.ready_workers) or self._must_wait(generation):
+        elif (worker := self._worker_for(generation)) is None:
             self._parked.append(generation)
         else:
-            worker = min(ready, key=self.num_at)
             if generation.attempts:
-                log.warning("request %s goes on at worker %d", generation.request_id, worker.index)
+                alone = ", alone, since it was there when others died" if self._is_suspect(generation) else ""
+                log.warning("request %s goes on at worker %d%s", generation.request_id, worker.index, alone)
             generation.begin_attempt()
             worker.send(generation.submit)
             self._generations[worker][generation.request_id] = generation
 
-    def _must_wait(self, generation: Generation) -> bool:
-        if generation.attempts < DEATHS_OF_A_SUSPECT:
-            return False
-        running = (one for generations in self._generations.values() for one in generations.values())
-        return any(one.attempts > DEATHS_OF_A_SUSPECT for one in running)
+    def _worker_for(self, generation: Generation) -> Worker | None:
+        """The least loaded that may take it; None where it has to wait."""
+        suspect, ready = self._is_suspect(generation), self.ready_workers
+        at_trial = [worker for worker in ready if any(map(self._is_suspect, self._generations[worker].values()))]
+        if suspect:
+            fit = [worker for worker in ready if not self._generations[worker]]
+        elif any(map(self._is_suspect, self._parked)) and not at_trial and not self._reviving:
+            fit = []  # else they would keep every worker busy, and a suspect would wait for ever
+        else:
+            fit = [worker for worker in ready if worker not in at_trial]
+        return min(fit, key=self.num_at, default=None)
+
+    def _is_suspect(self, generation: Generation) -> bool:
+        return len(generation.deaths) >= self._deaths_of_a_suspect
+
+    @property
+    def _reviving(self) -> bool:
+        return any(worker.state in ("loading", "dead") for worker in self.workers)
+
+    def _excuse(self, deaths: set[Death]) -> None:
+        """Nobody else is to be blamed for these."""
+        for worker in self.workers:
+            worker.excuse(deaths)
+        for generation in self._parked:
+            generation.deaths -= deaths
+        for generations in self._generations.values():
+            for generation in generations.values():
+                generation.deaths -= deaths
 
     def _dispatch_parked(self) -> None:
         parked, self._parked = self._parked, []
-        for generation in parked:
+        suspects = [generation for generation in parked if self._is_suspect(generation)]
+        suspects.sort(key=lambda generation: len(generation.text))
+        for generation in (*suspects, *(one for one in parked if one not in suspects)):
             self._dispatch(generation)
 
     def _forget(self, worker: Worker, generation: Generation, *, engine_done: bool) -> None:

@@ -31,11 +31,20 @@ WATCH_INTERVAL = 1.0
 State = Literal["loading", "ready", "dead", "given_up", "stopped"]
 
 
+@dataclass(frozen=True, eq=False)
+class Death:
+    """Of one worker process: it and every request that was there have the same one."""
+
+    worker: int
+
+
 class WorkerEvents(Protocol):
     def options_for(self, worker: Worker) -> dict[str, Any]: ...  # beside its plan's, when it starts
     def on_ready(self, worker: Worker) -> None: ...
     def on_message(self, worker: Worker, message: m.FromWorker) -> None: ...
-    def on_death(self, worker: Worker) -> None: ...
+    def on_death(self, worker: Worker, death: Death) -> None: ...  # then one of these two
+    def on_restart(self, worker: Worker) -> None: ...
+    def on_given_up(self, worker: Worker) -> None: ...
     def is_busy(self, worker: Worker) -> bool: ...
 
 
@@ -100,7 +109,8 @@ class Worker:
         self.load_error: str | None = None
         self._plan = plan
         self._events = events
-        self._deaths_in_a_row = 0
+        self._deaths: set[Death] = set()  # in a row, for which no request is known to be the cause
+        self._on_probation = False  # some were laid to a request: it is to show that it can serve another
         self._heard_at = 0.0
         self._ready_at: float | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -114,15 +124,20 @@ class Worker:
             code, seconds_up = await self._run_once()
             if self._stopping.is_set():
                 break
-            self._deaths_in_a_row = 1 if seconds_up >= STEADY_AFTER else self._deaths_in_a_row + 1
-            beyond_hope = self._deaths_in_a_row > self._plan.max_restarts
-            self.state = "given_up" if beyond_hope else "dead"
             log.error("worker %d (pid %s) died: exit code %s", self.index, self.pid, code)
-            self._events.on_death(self)
-            if beyond_hope:
-                log.critical("worker %d is given up after %d deaths in a row", self.index, self._deaths_in_a_row)
+            if seconds_up >= STEADY_AFTER:
+                self._deaths.clear()
+            death = Death(self.index)
+            self._deaths.add(death)
+            self._events.on_death(self, death)
+            num_deaths = len(self._deaths)
+            if num_deaths > self._plan.max_restarts:
+                self.state = "given_up"
+                log.critical("worker %d is given up after %d deaths in a row", self.index, num_deaths)
+                self._events.on_given_up(self)
                 return
-            backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 4.0 ** (self._deaths_in_a_row - 1))
+            self._events.on_restart(self)
+            backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 4.0 ** max(0, num_deaths - 1))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff)
             self.restarts += 1
@@ -135,7 +150,13 @@ class Worker:
 
     def did_well(self) -> None:
         """It finished a request: it is fit for work, and earlier deaths were not its own fault."""
-        self._deaths_in_a_row = 0
+        self._deaths.clear()
+
+    def excuse(self, deaths: set[Death]) -> None:
+        """These were a request's doing. Before it is ready again it has to answer one of our own: else an engine that
+        is broken would look like a series of bad requests, and be started again for ever."""
+        self._on_probation |= bool(self._deaths & deaths)
+        self._deaths -= deaths
 
     def stop(self) -> None:
         """A worker that is ready ends after its present step; one that is still loading is not waited for."""
@@ -180,7 +201,7 @@ class Worker:
         await asyncio.get_running_loop().create_connection(lambda: wire, sock=ours)
         watchdog = asyncio.create_task(self._watch())
         try:
-            self.send(m.Load(self._plan.options | self._events.options_for(self)))
+            self.send(m.Load(self._plan.options | self._events.options_for(self), self._on_probation))
             await wire.closed
         except Exception:
             log.exception("worker %d does not speak our language", self.index)
@@ -196,7 +217,7 @@ class Worker:
         self._heard_at = time.monotonic()
         if isinstance(message, m.Ready):
             self._ready_at = self._heard_at
-            self.info, self.state = message.info, "ready"
+            self.info, self.state, self._on_probation = message.info, "ready", False
             log.info("worker %d (pid %s) is ready on %s", self.index, self.pid, message.info.device)
             self._events.on_ready(self)
         elif isinstance(message, m.DraftUsed):

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model.config import ConfigError
-from model.request import EngineStats, Request, RequestError, RequestOutput
+from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams
 from service import cores
 from service.pool import incoming
 from service.pool import messages as m
@@ -222,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         if not isinstance(load, m.Load):
             raise TypeError(f"the first message must be Load, not {load}")
         engine = _factory(arguments.engine)(load.options)
+        if load.check:
+            check(engine)
     except ConfigError as error:  # a setting's: it says all that there is to say
         log.error("loading failed: %s", error)
         link.send(m.LoadFailed(str(error)))
@@ -239,6 +241,24 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("the engine broke")
         return EXIT_ENGINE_BROKE
     return 0
+
+
+def check(engine: Engine) -> None:
+    """Have the engine read a prompt and decode a token. Raises what it raises, and RuntimeError where it fails."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    request = Request("check", (Message("user", ("Hello",)),), params, speculation=False, salt="check", fit=True)
+    try:
+        engine.add(engine.prepare(request))
+    except RequestError:  # a model that takes no text alone: it is loaded, and that has to do
+        return
+    num_tokens = 0
+    while engine.has_work and num_tokens < 2:
+        for output in engine.step():
+            if output.finish_reason == "error":
+                raise RuntimeError(f"the engine fails on a request of our own: {output.error}")
+            num_tokens += len(output.tokens)
+    engine.abort("check")  # not finished: what answers are like is not to be learnt from it
+    engine.pop_stats()
 
 
 def end_with_parent() -> None:

@@ -136,8 +136,8 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("service", "prometheus")]
     for folder in folders:
         folder.mkdir()
-    settings = {"max_num_seqs": 8, "max_waiting": 24, "max_worker_restarts": 3}
-    server = Server(folders[0], {"delay": 1.0}, settings)
+    settings = {"max_num_seqs": 8, "max_waiting": 24}
+    server = Server(folders[0], {"delay": 1.0, "load_delay": 3.0}, settings)
     prometheus = RunningPrometheus(folders[1], server.url.removeprefix("http://"), at_once=True)
     seen: set[tuple[str, str]] = set()
     notes: dict[str, dict[str, str]] = {}
@@ -171,11 +171,10 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
             assert ("FlashServeErrors", "critical") in seen
             assert ("FlashServeErrors", "warning") in seen
             assert not {name for name, _ in seen} & {"FlashServeDown", "FlashServeNoWorker", "FlashServeWorkerRestarts"}
-            # Three deaths, the third of which the request does not outlive; a fourth, and the worker is given up.
-            assert server.chat("ALWAYS CRASH one").status_code == 500
-            fires("FlashServeWorkerRestarts")
-            server.chat("ALWAYS CRASH two")
-            fires("FlashServeNoWorker", "FlashServeWorkerDown")
+            # Three deaths, the third of which the request does not outlive; each leaves no worker for three seconds.
+            bad = httpx.post(f"{server.url}/v1/chat/completions", json=chat_body("ALWAYS CRASH"), timeout=100)
+            assert bad.status_code == 500
+            fires("FlashServeWorkerRestarts", "FlashServeNoWorker", "FlashServeWorkerDown")
         server.process.kill()
         server.process.wait()
         fires("FlashServeDown")

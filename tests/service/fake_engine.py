@@ -4,7 +4,7 @@ Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th tok
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
 taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
 text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting or
-the model, or once: of the first process alone), FAKE_CRASH_DIR.
+the model, or once: of the first process alone), FAKE_BROKEN (every step raises), FAKE_CRASH_DIR.
 
 A draft's config.json may say {"refused": "why"}, {"refused_by_one": true} or {"load": seconds}. Files loaded-PID and
 used-PID beside the crash markers tell which draft a process has.
@@ -228,6 +228,8 @@ class FakeEngine:
         return RequestOutput(s.request.request_id, text, tuple(tokens), reason, stats)
 
     def _misbehave(self, s: Sequence) -> None:
+        if os.environ.get("FAKE_BROKEN"):
+            raise RuntimeError("the engine is broken for everybody")
         crash = re.search(r"CRASH AT (\d+)", s.text)
         if crash and s.said >= int(crash[1]):
             marker = self.crash_dir / hashlib.sha256(s.text.encode()).hexdigest()
