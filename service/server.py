@@ -25,7 +25,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import log as logs
 from service.app import create_app
-from service.errors import BadRequest
+from service.connections import Connections, raise_descriptor_limit
+from service.errors import BadRequest, NoCapacity, ServiceError
 from service.settings import Settings
 
 log = logging.getLogger("flashserve")
@@ -76,7 +77,11 @@ class DrainingServer(uvicorn.Server):
         self.app = create_app(settings, self._fail)
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        protocol = type("Protocol", (BoundedHttpProtocol,), {"max_head_bytes": settings.max_header_bytes})
+        bounds = {
+            "max_head_bytes": settings.max_header_bytes,
+            "limit": Connections(raise_descriptor_limit(settings.max_connections)),
+        }
+        protocol = type("Protocol", (BoundedHttpProtocol,), bounds)
         super().__init__(
             uvicorn.Config(
                 self.app,
@@ -136,9 +141,10 @@ class DrainingServer(uvicorn.Server):
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's, but for heads: they have a size and a time, other protocols that they offer are passed over, and what
-    cannot be read is refused in the words of any other error."""
+    cannot be read is refused in the words of any other error. And there are only so many connections."""
 
     max_head_bytes = 32 * 1024
+    limit = Connections(4096)
 
     _in_head = False
     _head_bytes = 0
@@ -148,6 +154,37 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         # uvicorn has a timer for connections that are idle. Here it also runs before the first request, and on until a
         # head is complete: else one that never ends would keep its connection for ever.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.limit.waits(self)
+        if len(self.connections) > self.limit.most and not self.limit.make_room(self):
+            self._refuse(NoCapacity("there are too many connections; try again soon", code="too_many_connections"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self.limit.waits(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.limit.waits(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.timeout_keep_alive_task is None:
+            self.limit.goes_on(self)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Called where no request came in time."""
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():  # closing waits until the last answer is read
+            self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def _unset_keepalive_if_required(self) -> None:
+        super()._unset_keepalive_if_required()
+        self.limit.goes_on(self)
 
     def data_received(self, data: bytes) -> None:
         """Replaces uvicorn's."""
@@ -158,7 +195,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if self._in_head and self.headers is headers:
                 self._count(len(data))
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._refuse()
+            error = BadRequest("this is not a request of HTTP/1.1", code="invalid_http")
+            if self._head_bytes > self.max_head_bytes:
+                error = BadRequest(f"the head is larger than {self.max_head_bytes} bytes", code="head_too_large")
+            self._refuse(error)
 
     def on_message_begin(self) -> None:
         self._in_head, self._head_bytes = True, 0
@@ -205,15 +245,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._head_bytes > self.max_head_bytes:
             raise httptools.HttpParserError
 
-    def _refuse(self) -> None:
-        error = BadRequest("this is not a request of HTTP/1.1", code="invalid_http")
-        if self._head_bytes > self.max_head_bytes:
-            error = BadRequest(f"the head is larger than {self.max_head_bytes} bytes", code="head_too_large")
+    def _refuse(self, error: ServiceError) -> None:
         last = self.cycle
         asked = last is not None and not last.response_complete
         # An answer that is under way, or due, is not to be mixed with this one.
         if not asked or (last.more_body and not last.response_started and not self.pipeline):
             body = msgspec.json.encode(error.envelope())
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
+            headers = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
+            lines = [f"{name}: {value}" for name, value in (headers | error.headers()).items()]
+            self.transport.write(STATUS_LINE[error.status] + "\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()

@@ -131,6 +131,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = option("HTTP", "info", "How much is logged.")
 
     # What one request may ask for
+    max_connections: int = option(
+        "Limits", 4096, "Connections; beyond, those that wait longest for their clients are closed.", ge=16
+    )
     max_header_bytes: int = option("Limits", 32 * 1024, "Bytes of request line and headers.", ge=1024)
     head_timeout: int = option(
         "Limits", 30, "Seconds for request line and headers to arrive, since the connection or the last answer.", ge=1
