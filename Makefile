@@ -99,7 +99,7 @@ print("# Exact versions of everything, as tested. Written by 'make lock'; used b
 items = [i["metadata"] for i in json.load(open(sys.argv[1]))["install"]]
 pins = {re.sub(r"[-_.]+", "-", m["name"]).lower(): m["version"].split("+")[0] for m in items}
 for name in sorted(pins):
-    if name != "flashserve" and not name.startswith(("nvidia-", "cuda-", "triton")):
+    if name != "flashserve" and not name.startswith(("nvidia-", "cuda-")):
         print(f"{name}=={pins[name]}")
 endef
 export WRITE_PINS
