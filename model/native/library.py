@@ -3,11 +3,15 @@
 The library is built when FlashServe is installed, once for each kind of processor, and only for x86-64 with AVX512;
 without a compiler, or elsewhere, `load` returns None and models run through torch. Its threads and memory are one for
 the whole process: not to be called by two threads at once.
+
+The environment variable FLASH_NATIVE chooses a build, for tests and comparison: `auto` (the default: the best one that
+this processor runs), `off` (torch), or the name of one.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +24,9 @@ import torch
 from torch import Tensor
 
 from model import memory
+from model.config import ConfigError
 
+CHOICE = "FLASH_NATIVE"
 LANES, K_STEP = 16, 32  # as in product.h
 MAX_PATCH = 32  # as in pass.h
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,9 +47,17 @@ class Library:
 
 @cache
 def load() -> Library | None:
-    """The best build for this processor; None where there is none."""
+    """Load the build that FLASH_NATIVE chooses, by default the best one for this processor; None where there is none.
+
+    Raises ConfigError where FLASH_NATIVE names no build, or one that does not run here."""
+    choice = os.environ.get(CHOICE) or "auto"
+    names = [name for name, _, _ in BUILDS]
+    if choice not in ("auto", "off", *names):
+        raise ConfigError(f"{CHOICE}={choice} is none of auto, off, {', '.join(names)}")
     flags = processor_flags()
     for name, needed, dtypes in BUILDS:
+        if choice not in ("auto", name):
+            continue
         spec = find_spec(f"model.native._{name}")
         if spec is None or spec.origin is None or not flags.issuperset(needed):
             continue
@@ -51,6 +65,8 @@ def load() -> Library | None:
         functions.flash_begin.restype = ctypes.c_bool
         if functions.flash_begin(1):
             return Library(name, functions, dtypes)
+    if choice in names:
+        raise ConfigError(f"{CHOICE}={choice}: this build was not compiled, or this processor does not run it")
     return None
 
 
