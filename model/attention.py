@@ -43,8 +43,8 @@ class Rows:
     """The rows of one forward pass: as many for every one of some consecutive slots, written from `starts` on.
 
     starts: (batch,) int32, position of each slot's first row; counts: (batch,) int32, how many of a slot's rows are
-    real (0: the slot idles); what is computed for the others does not matter. parents: (batch, rows) int32, TREE only:
-    a row's parent, which comes before it, or -1.
+    real (0: the slot idles, and keeps what it holds); what is computed for the others does not matter. parents:
+    (batch, rows) int32, TREE only: a row's parent, which comes before it, or -1.
     """
 
     cache: KVCache
@@ -63,14 +63,30 @@ class Rows:
     def plan(self) -> Plan:
         """These rows for torch; made when first asked for."""
         device = self.cache.data.device
-        longest = int(self.starts.max()) + self.num
+        starts, targets = upload(np.stack((self.seen_from, self.written_from)), device).long()
         return Plan(
             self.cache,
             self.first_slot,
-            upload(self.starts, device).long(),
+            starts,
+            targets,
             upload(self.visible(), device),
-            min(-(-longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride),
+            min(-(-self.longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride),
         )
+
+    @cached_property
+    def seen_from(self) -> np.ndarray:
+        """(batch,) int32: how many positions before its rows a slot's rows see; none where the slot idles."""
+        return np.where(self.counts > 0, self.starts, 0).astype(np.int32)
+
+    @cached_property
+    def written_from(self) -> np.ndarray:
+        """(batch,) int32: where a slot's first row is written; behind the capacity where the slot idles."""
+        return np.where(self.counts > 0, self.starts, self.cache.capacity).astype(np.int32)
+
+    @property
+    def longest(self) -> int:
+        """Keys that are to be read of every slot."""
+        return int(self.seen_from.max()) + self.num
 
     def visible(self) -> np.ndarray:
         """(batch or 1, rows, rows) bool: what each row sees of the others; every row sees itself."""
@@ -92,13 +108,15 @@ class Rows:
 class Plan:
     """What torch reads of Rows: tensors on the cache's device, so that a pass over them can be recorded.
 
-    starts: (batch,) int64; visible: (batch or 1, rows, rows) bool, what each row sees of the others, itself included;
-    key_length: how many keys are read of every slot.
+    starts: (batch,) int64, positions before its rows that a slot's rows see; targets: (batch,) int64, where the first
+    of them is written: the same number, or the capacity where the slot idles; visible: (batch or 1, rows, rows) bool,
+    what each row sees of the others, itself included; key_length: how many keys are read of every slot.
     """
 
     cache: KVCache
     first_slot: int
     starts: Tensor
+    targets: Tensor
     visible: Tensor
     key_length: int
 
@@ -119,13 +137,14 @@ class Plan:
 
     @cached_property
     def positions(self) -> Tensor:
-        """(batch, rows) int64: where in its slot a row is written."""
+        """(batch, rows) int64: which position of its slot a row is, if the slot does not idle."""
         return self.starts[:, None] + torch.arange(self.num, device=self.starts.device)
 
     @cached_property
     def locations(self) -> Tensor:
         """See KVCache.locations."""
-        return self.cache.locations(self.first_slot, self.positions)
+        rows = torch.arange(self.num, device=self.starts.device)
+        return self.cache.locations(self.first_slot, self.targets[:, None] + rows)
 
     @cached_property
     def _mask(self) -> Tensor:

@@ -334,12 +334,13 @@ class Engine:
         elif drafter:
             source, shared = self.prefixes.best(contents, most, drafted=False)
         cache = self.cache
-        # Torch computes idle slots too: there a batch is to span no more of them than it must.
-        if self._native:
-            slot = cache.take(self.prefixes.choose(cache.free_slots, source, shared))
-        else:
-            slot = cache.allocate()
-        sequence.slot = slot
+        slot, lowest = self.prefixes.choose(cache.free_slots, source, shared), cache.free_slots[0]
+        if slot != lowest and not self._native:
+            # Torch computes every slot below the highest in use: the lowest one is taken, with what lies in the other.
+            self._exchange(lowest, slot)
+            source = {slot: lowest, lowest: slot}.get(source, source)
+            slot = lowest
+        sequence.slot = cache.take(slot)
         if drafter and sequence.speculates:
             drafter.start(slot, prompt)
             shared = shared if shared and drafter.share(source, slot, shared) else 0
@@ -510,12 +511,11 @@ class Engine:
             self.load.finished(len(sequence.tokens))
         sequence.embeds = sequence.positions = None
         if sequence.slot is not None:
-            if reason == "error" or not self._native:  # torch writes to idle slots, too
-                self.prefixes.forget(sequence.slot)
+            if self.cache.free(sequence.slot) and reason != "error":
+                contents = sequence.contents.followed_by(sequence.tokens)
+                self.prefixes.hold(sequence.slot, contents, sequence.computed, drafted=sequence.speculates)
             else:
-                told = sequence.contents.followed_by(sequence.tokens)
-                self.prefixes.hold(sequence.slot, told, sequence.computed, drafted=sequence.speculates)
-            self.cache.free(sequence.slot)
+                self.prefixes.forget(sequence.slot)
             if self.drafter and sequence.speculates:
                 self.drafter.free(sequence.slot)
             sequence.slot = None
@@ -536,11 +536,15 @@ class Engine:
             lowest = self.cache.lowest_free()
             if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:
                 break
-            self.cache.move(sequence.slot, lowest)
-            self.prefixes.move(sequence.slot, lowest)
-            if self.drafter and sequence.speculates:
-                self.drafter.move(sequence.slot, lowest)
+            self._exchange(sequence.slot, lowest)
             sequence.slot = lowest
+
+    def _exchange(self, one: int, other: int) -> None:
+        """Exchange two slots, with what they hold or what is left in them."""
+        self.cache.exchange(one, other)
+        self.prefixes.exchange(one, other)
+        if self.drafter:
+            self.drafter.exchange(one, other)
 
     def check_integrity(self) -> None:
         """Slots, lengths and sequences agree; for tests and debugging."""

@@ -7,9 +7,8 @@ into static buffers first, and passes are rounded up to few shapes:
     rows    0 ......... real rows) ...... 1, or a multiple of eight, or as many as there can be
     keys    0 ......... the longest) .... a power of two or one and a half of one, or all that fits a slot
 
-What rounding adds, computes: its rows are written where those of a real pass of that slot would be, behind what the
-slot holds, which is scratch (see KVCache). They see themselves and what the slot holds, so that each has something
-finite to say, and no real row sees them.
+Rows and slots that rounding adds are computed as well. They are written to scratch (see KVCache): rows behind the real
+ones of their slot, whole slots behind the capacity. Each sees itself at least, and no real row sees them.
 
 Knows nothing of models or trees.
 """
@@ -150,7 +149,7 @@ class Replays:
         assert rows.first_slot == 0
         assert rows.num <= self._max_rows
         num = self._rows(rows.num)
-        return Shape(self._batch(rows.batch), num, self._keys(int(rows.starts.max()) + num), width)
+        return Shape(self._batch(rows.batch), num, self._keys(rows.longest + num - rows.num), width)
 
     def _batch(self, batch: int) -> int:
         return min(1 << (batch - 1).bit_length(), self._cache.num_slots)
@@ -173,34 +172,38 @@ class Replays:
         return min(keys, self._cache.stride)
 
     def _filled(self, shape: Shape, rows: Rows, numbers: np.ndarray) -> np.ndarray:
-        """(2 + planes, batch, rows) int64 of this shape: starts, what the rows see as bits, `numbers` and nought."""
-        filled = np.zeros((2 + len(numbers), shape.batch, shape.rows), np.int64)
-        # A slot beyond the batch may be that of a prompt half read: its own length is where scratch begins.
-        filled[0] = np.array(self._cache.lengths[: shape.batch])[:, None]
-        filled[0, : rows.batch] = rows.starts[:, None]
-        bits = np.uint64(1) << np.arange(shape.rows, dtype=np.uint64)
-        filled[1] = bits.view(np.int64)
-        sees = (rows.visible() * bits[: rows.num]).sum(-1, dtype=np.uint64)
-        filled[1, : rows.batch, : rows.num] = sees.view(np.int64)
-        filled[2:, : rows.batch, : rows.num] = numbers
+        """The plan and `numbers` as one array of this shape: (3 + planes, batch, rows) int64, zero where nothing is
+        real. Planes: starts, targets, what the rows see as bits (see Plan), `numbers`."""
+        filled = self._idle(shape, len(numbers))
+        filled[0, : rows.batch] = rows.seen_from[:, None]
+        filled[1, : rows.batch] = rows.written_from[:, None]
+        bits = np.uint64(1) << np.arange(rows.num, dtype=np.uint64)
+        sees = (rows.visible() * bits).sum(-1, dtype=np.uint64)
+        filled[2, : rows.batch, : rows.num] = sees.view(np.int64)
+        filled[3:, : rows.batch, : rows.num] = numbers
+        return filled
+
+    def _idle(self, shape: Shape, planes: int) -> np.ndarray:
+        """The same for a pass in which every slot idles."""
+        filled = np.zeros((3 + planes, shape.batch, shape.rows), np.int64)
+        filled[1] = self._cache.capacity
+        filled[2] = (np.uint64(1) << np.arange(shape.rows, dtype=np.uint64)).view(np.int64)
         return filled
 
     def _prepared(self, shape: Shape, planes: int) -> _Recording:
         """Buffers for this shape, and what is to be run over them."""
         device = self._cache.data.device
-        given = torch.zeros(2 + planes, shape.batch, shape.rows, dtype=torch.int64, device=device)
-        entering = self._cache.data.new_zeros(shape.batch, shape.rows, shape.width) if shape.width else None
         # Recording runs the pass: by then the buffers must say where scratch is.
-        given[0] = torch.tensor(self._cache.lengths[: shape.batch], device=device)[:, None]
-        given[1] = 1 << torch.arange(shape.rows, device=device)
+        buffer = torch.from_numpy(self._idle(shape, planes)).to(device)
+        entering = self._cache.data.new_zeros(shape.batch, shape.rows, shape.width) if shape.width else None
 
         def run() -> Outputs:
             places = torch.arange(shape.rows, device=device)
-            visible = (given[1, :, :, None] >> places & 1).bool()
-            plan = Plan(self._cache, 0, given[0, :, 0], visible, shape.keys)
-            return self._compute(plan, given[2:], entering)
+            visible = (buffer[2, :, :, None] >> places & 1).bool()
+            plan = Plan(self._cache, 0, buffer[0, :, 0], buffer[1, :, 0], visible, shape.keys)
+            return self._compute(plan, buffer[3:], entering)
 
         if len(self._recordings) >= MAX_RECORDINGS:
-            return _Recording(given, entering, run)
-        self._recordings[shape] = _Recording(given, entering, self._recorder.record(run))
+            return _Recording(buffer, entering, run)
+        self._recordings[shape] = _Recording(buffer, entering, self._recorder.record(run))
         return self._recordings[shape]

@@ -8,7 +8,12 @@ nothing:
     position   0 ............ lengths[slot]) ......... capacity) ... capacity + margin
                kept for good | scratch of this step: rows being verified, overwritten by the next
 
-What a step writes beyond `lengths` is scratch until `keep` moves the accepted rows down and advances the length.
+What a step writes beyond `lengths` is scratch until `keep` moves the accepted rows down and advances the length. A slot
+that idles while torch computes its neighbours has its rows written from `capacity` on: what a sequence left in it stays
+as it was, and another one may take it over.
+
+Whatever lies in a slot is finite, except what its present sequence wrote. torch reads every position of a slot and adds
+-inf to the scores of those that must not be seen, and NaN - inf is NaN.
 """
 
 from __future__ import annotations
@@ -56,6 +61,7 @@ class KVCache:
         self.address = self.data.data_ptr()
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])
         self.lengths = array("i", [0] * num_slots)  # native code reads and writes them too
+        self._left = array("i", [0] * num_slots)  # of a free slot: positions that can be shared
         self._free = list(range(num_slots))  # kept sorted: the lowest free slot is given out first
         self._by_torch = False  # whether torch writes here, and reads
         # rows[slot, head]: where position 0 of that slot and head lies when data[layer, 0] is seen as a list of vectors
@@ -94,41 +100,66 @@ class KVCache:
         return self.take(self._free[0])
 
     def take(self, slot: int) -> int:
-        """This slot, which must be free. It is empty then, but what another has left there may be shared with it."""
+        """Take this free slot. It starts empty; `share` can give it what a former sequence left there."""
         self._free.remove(slot)
         self.lengths[slot] = 0
+        self._clear_idle_rows(slot)
         return slot
 
-    def free(self, slot: int) -> None:
+    def free(self, slot: int) -> bool:
+        """Free a slot and leave its positions to be shared. Returns False where they cannot be shared: the sequence
+        overflowed, and its positions were cleared."""
         assert slot not in self._free, f"slot {slot} freed twice"
-        if self._by_torch:
-            self.clear(slot, self.lengths[slot])
-        self.lengths[slot] = 0
+        length, self.lengths[slot] = self.lengths[slot], 0
         self._free.append(slot)
         self._free.sort()
+        finite = not self._by_torch or self.is_finite(slot, length)
+        self._left[slot] = length if finite else 0
+        self._clear_scratch(slot, self._left[slot], length)
+        return finite
 
-    def move(self, source: int, target: int) -> None:
-        """Give the sequence in `source` the free slot `target` instead."""
-        held = self.lengths[source]
-        self._free.remove(target)
-        self.copy(source, target, held)
-        self.lengths[target] = held
-        self.free(source)
+    def is_finite(self, slot: int, length: int) -> bool:
+        """Whether the first `length` positions of a slot hold numbers only: no infinity and no NaN."""
+        return math.isfinite(self.data[:, :, slot, :, :length].sum(dtype=torch.float32).item())
 
-    def share(self, source: int, slot: int, held: int) -> None:
-        """An empty slot begins with the first `held` positions of another, or with its own of before."""
+    def exchange(self, one: int, other: int) -> None:
+        """Exchange two slots, either of which may be free: what each holds, or what was left in it."""
+        from_one, from_other = (self.lengths[s] if s not in self._free else self._left[s] for s in (one, other))
+        self.swap(one, other, from_one, from_other)
+        for slot, kept, length in ((one, from_other, from_one), (other, from_one, from_other)):
+            self._clear_scratch(slot, kept, length)
+            self._clear_idle_rows(slot)
+        for by_slot in (self.lengths, self._left):
+            by_slot[one], by_slot[other] = by_slot[other], by_slot[one]
+        places = {one: other, other: one}
+        self._free = sorted(places.get(slot, slot) for slot in self._free)
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Start an empty slot with the first `length` positions of another, or with those left in it."""
         if slot != source:
-            self.copy(source, slot, held)
-        self.lengths[slot] = held
+            self.swap(source, slot, length, 0)
+        self.lengths[slot] = length
 
-    def copy(self, source: int, target: int, held: int) -> None:
-        """The first `held` positions of one slot to another."""
-        self.data[:, :, target, :, :held] = self.data[:, :, source, :, :held]
+    def swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
+        """Copy the first positions of each of two slots to the other."""
+        first, second = self.data[:, :, one], self.data[:, :, other]
+        kept = second[..., :from_other, :].clone()
+        second[..., :from_one, :] = first[..., :from_one, :]
+        first[..., :from_other, :] = kept
 
-    def clear(self, slot: int, held: int) -> None:
-        """Nought in place of `held` positions of a slot and of its scratch. What is not to be seen torch reads all the
-        same, and adds -inf: where one sequence overflowed, the next in its slot would see what is no number."""
-        self.data[:, :, slot, :, : held + self.stride - self.capacity] = 0
+    def clear(self, slot: int, first: int, end: int) -> None:
+        """Set positions first..end of a slot to zero."""
+        self.data[:, :, slot, :, first:end] = 0
+
+    def _clear_scratch(self, slot: int, kept: int, length: int) -> None:
+        """Clear what a sequence of this length has written into a slot beyond its first `kept` positions."""
+        if self._by_torch:
+            self.clear(slot, kept, max(kept, length + self.stride - self.capacity))
+
+    def _clear_idle_rows(self, slot: int) -> None:
+        """Clear what was written into a slot while it idled."""
+        if self._by_torch:
+            self.clear(slot, self.capacity, self.stride)
 
     def locations(self, first_slot: int, positions: Tensor) -> Tensor:
         """Where rows at `positions` (batch, rows) of slots first_slot.. go: flat indices (batch * heads * rows,)."""

@@ -9,7 +9,7 @@ sampling, schedule. So nothing of these need be the same on two devices, or is c
     engine -> LanguageModel.forward -- "pass" --> the same layers, its heads
                 embeds --------- broadcast -----> embeds
                 every layer's sums <-- reduced --> every layer's sums
-    engine -> KVCache.keep, move ---- "rearrange", "copy" --> its heads' rows
+    engine -> KVCache.keep, share --- "rearrange", "swap" --> its heads' rows
 
 Orders go through a pipe: its end is the end of the leader, and then of the follower. A follower that dies takes the
 leader's process along, since the sums it owes would be waited for in vain.
@@ -124,13 +124,17 @@ class _LeadingCache(KVCache):
         super().__init__(**shape)
         self._group = group
 
-    def copy(self, source: int, target: int, held: int) -> None:
-        self._group.tell("copy", source, target, held)
-        super().copy(source, target, held)
+    def is_finite(self, slot: int, length: int) -> bool:  # noqa: ARG002
+        """Never: the followers' heads would have to be asked, too. So nothing is left for others to share."""
+        return False
 
-    def clear(self, slot: int, held: int) -> None:
-        self._group.tell("clear", slot, held)
-        super().clear(slot, held)
+    def swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
+        self._group.tell("swap", one, other, from_one, from_other)
+        super().swap(one, other, from_one, from_other)
+
+    def clear(self, slot: int, first: int, end: int) -> None:
+        self._group.tell("clear", slot, first, end)
+        super().clear(slot, first, end)
 
     def rearrange(self, moves: Sequence[Move]) -> None:
         self._group.tell("rearrange", moves)
@@ -173,11 +177,11 @@ class Follower:
         rows = Rows(self._cache_of(), first_slot, num, starts, counts, Sight(sight), parents)
         self._target.forward(embeds, positions, rows)
 
-    def _copy(self, source: int, target: int, held: int) -> None:
-        self._cache_of().copy(source, target, held)
+    def _swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
+        self._cache_of().swap(one, other, from_one, from_other)
 
-    def _clear(self, slot: int, held: int) -> None:
-        self._cache_of().clear(slot, held)
+    def _clear(self, slot: int, first: int, end: int) -> None:
+        self._cache_of().clear(slot, first, end)
 
     def _rearrange(self, moves: Sequence[Move]) -> None:
         self._cache_of().rearrange(moves)

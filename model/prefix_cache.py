@@ -80,10 +80,10 @@ class PrefixCache:
     def forget(self, slot: int) -> None:
         self._held.pop(slot, None)
 
-    def move(self, source: int, target: int) -> None:
-        """What lay in slot `source` is in `target` from now on."""
-        if (held := self._held.pop(source, None)) is not None:
-            self._held[target] = held
+    def exchange(self, one: int, other: int) -> None:
+        """Note that two slots have exchanged what they hold."""
+        places = {one: other, other: one}
+        self._held = {places.get(slot, slot): held for slot, held in self._held.items()}
 
     def clear(self) -> None:
         self._held.clear()

@@ -91,8 +91,8 @@ class Drafter(Proposing, Protocol):
         """The sequence in this slot is over."""
         ...
 
-    def move(self, source: int, target: int) -> None:
-        """The sequence in slot `source` is from now on in `target`, which was free."""
+    def exchange(self, one: int, other: int) -> None:
+        """Exchange two slots, either of which may be free: their sequences, and what is left for others to share."""
         ...
 
     def check_integrity(self, held: Mapping[int, int]) -> None:

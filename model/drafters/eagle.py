@@ -25,7 +25,7 @@ from model import attention, tree
 from model.attention import Rows, Sight, prompt_rows
 from model.draft.eagle import EagleNetwork
 from model.drafters.base import Room
-from model.drafters.layers import indexed, native_layers, steps_natively, take_last, token_table
+from model.drafters.layers import exchange_rows, indexed, native_layers, steps_natively, take_last, token_table
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
 from model.native.candidates import Candidates
@@ -120,9 +120,9 @@ class EagleDrafter:
     def free(self, slot: int) -> None:
         self.cache.free(slot)
 
-    def move(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
-        self._pending[target] = self._pending[source]
+    def exchange(self, one: int, other: int) -> None:
+        self.cache.exchange(one, other)
+        exchange_rows(self._pending, one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         self.cache.check_integrity()
@@ -183,15 +183,17 @@ class EagleDrafter:
             return self._step.propose(newest, budgets, rows, self._pending)
         last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
         offered = self.network.offered
-        found = tree.levels(last, Expansion(self, starts), self._ends, depths=depths, width=self.width, offered=offered)
+        expansion = Expansion(self, starts, budgets > 0)
+        found = tree.levels(last, expansion, self._ends, depths=depths, width=self.width, offered=offered)
         return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
 
 
 class Expansion:
     """By torch: the logits behind each depth's nodes, by a pass over all that were expanded so far."""
 
-    def __init__(self, drafter: EagleDrafter, starts: np.ndarray) -> None:
-        self._drafter, self._starts = drafter, starts
+    def __init__(self, drafter: EagleDrafter, starts: np.ndarray, drafting: np.ndarray) -> None:
+        """starts: (batch,) int32, where each slot's context ends; drafting: (batch,) bool, whose trees are wanted."""
+        self._drafter, self._starts, self._drafting = drafter, starts, drafting
         batch = len(starts)
         self._entering: list[Tensor] = []  # of each depth, (batch, nodes, hidden)
         self._parents = np.zeros((batch, 0), np.int32)
@@ -205,8 +207,9 @@ class Expansion:
         self._entering.append(network.entering(from_parents, drafter._entry(tokens)))
         self._parents = np.concatenate((self._parents, parents.cpu().numpy().astype(np.int32)), 1)
         self._depths = np.concatenate((self._depths, np.full(tokens.shape[1], depth, np.int32)))
-        batch, num = self._parents.shape
-        rows = Rows(drafter.cache, 0, num, self._starts, np.full(batch, num, np.int32), Sight.TREE, self._parents)
+        num = self._parents.shape[1]
+        counts = np.where(self._drafting, num, 0).astype(np.int32)
+        rows = Rows(drafter.cache, 0, num, self._starts, counts, Sight.TREE, self._parents)
         plan = rows.plan
         positions = plan.starts[:, None] + upload(self._depths, plan.starts.device)
         self._features = network.step(

@@ -19,7 +19,15 @@ from model import attention, tree
 from model.attention import Plan, Rows, Sight
 from model.draft.network import DraftNetwork
 from model.drafters.base import Room
-from model.drafters.layers import indexed, native_layers, steps_natively, take_last, token_table
+from model.drafters.layers import (
+    exchange_items,
+    exchange_rows,
+    indexed,
+    native_layers,
+    steps_natively,
+    take_last,
+    token_table,
+)
 from model.graphs import MAX_ROWS, Replays
 from model.kv_cache import KVCache
 from model.linear import Packed, held_by, pack
@@ -155,10 +163,11 @@ class FlashDrafter:
         self.cache.free(slot)
         del self._spans[slot], self._visual[slot]
 
-    def move(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
-        self.tails[target] = self.tails[source]
-        self._spans[target], self._visual[target] = self._spans.pop(source), self._visual.pop(source)
+    def exchange(self, one: int, other: int) -> None:
+        self.cache.exchange(one, other)
+        exchange_rows(self.tails, one, other)
+        exchange_items(self._spans, one, other)
+        exchange_items(self._visual, one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         self.cache.check_integrity()

@@ -76,6 +76,18 @@ def take_last(held: Tensor, rows: Tensor, counts: Tensor) -> None:
     held.copy_(torch.where(counts[:, None] > 0, last, held))
 
 
+def exchange_rows(rows: Tensor, one: int, other: int) -> None:
+    """Exchange two rows of a tensor."""
+    kept = rows[one].clone()
+    rows[one], rows[other] = rows[other], kept
+
+
+def exchange_items(by_slot: dict[int, Any], one: int, other: int) -> None:
+    """Exchange what a table has for two slots, either of which may be missing."""
+    found = {slot: by_slot.pop(slot) for slot in (one, other) if slot in by_slot}
+    by_slot.update({one + other - slot: item for slot, item in found.items()})
+
+
 def indexed(paths: Seq[list[int]]) -> np.ndarray:
     """(batch, longest path) int32; nought behind the end of a shorter one."""
     index = np.zeros((len(paths), max(map(len, paths))), np.int32)

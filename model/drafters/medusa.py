@@ -12,7 +12,7 @@ from torch import Tensor
 from model import tree
 from model.draft.medusa import MedusaNetwork
 from model.drafters.base import Room
-from model.drafters.layers import steps_natively
+from model.drafters.layers import exchange_items, exchange_rows, steps_natively
 from model.linear import Packed, held_by, pack
 from model.native.candidates import Candidates
 from model.native.medusa import MedusaStep
@@ -89,9 +89,9 @@ class MedusaDrafter:
     def free(self, slot: int) -> None:
         del self._held[slot]
 
-    def move(self, source: int, target: int) -> None:
-        self._held[target] = self._held.pop(source)
-        self._last[target] = self._last[source]
+    def exchange(self, one: int, other: int) -> None:
+        exchange_items(self._held, one, other)
+        exchange_rows(self._last, one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         assert self._held == held, "the draft stands elsewhere than the target"

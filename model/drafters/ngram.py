@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
+from model.drafters.layers import exchange_items
 from model.targets.base import Prompt
 from model.tree import Trees, chains
 
@@ -91,8 +92,9 @@ class NgramDrafter:
     def free(self, slot: int) -> None:
         del self._texts[slot], self._prompts[slot]
 
-    def move(self, source: int, target: int) -> None:
-        self._texts[target], self._prompts[target] = self._texts.pop(source), self._prompts.pop(source)
+    def exchange(self, one: int, other: int) -> None:
+        exchange_items(self._texts, one, other)
+        exchange_items(self._prompts, one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         assert self._texts.keys() == self._prompts.keys() == held.keys(), "texts of other sequences than there are"

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from model.drafters.base import Drafter
+from model.drafters.layers import exchange_items
 from model.sampling import uniform
 from model.targets.base import Prompt
 from model.tree import Trees, chains
@@ -100,8 +101,8 @@ class ReplayDrafter:
     def free(self, slot: int) -> None:
         del self._tellings[slot]
 
-    def move(self, source: int, target: int) -> None:
-        self._tellings[target] = self._tellings.pop(source)
+    def exchange(self, one: int, other: int) -> None:
+        exchange_items(self._tellings, one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         assert self._tellings.keys() == held.keys(), "answers of other sequences than there are"
@@ -140,9 +141,9 @@ class PaidReplay(ReplayDrafter):
         super().free(slot)
         self._beside.free(slot)
 
-    def move(self, source: int, target: int) -> None:
-        super().move(source, target)
-        self._beside.move(source, target)
+    def exchange(self, one: int, other: int) -> None:
+        super().exchange(one, other)
+        self._beside.exchange(one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         super().check_integrity(held)

@@ -65,9 +65,9 @@ class Guided:
         self.drafter.free(slot)
         self.oracle.free(slot)
 
-    def move(self, source: int, target: int) -> None:
-        self.drafter.move(source, target)
-        self.oracle.move(source, target)
+    def exchange(self, one: int, other: int) -> None:
+        self.drafter.exchange(one, other)
+        self.oracle.exchange(one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         self.drafter.check_integrity(held)

@@ -51,8 +51,8 @@ class OracleDrafter:
     def free(self, slot: int) -> None:
         self.cache.free(slot)
 
-    def move(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
+    def exchange(self, one: int, other: int) -> None:
+        self.cache.exchange(one, other)
 
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         assert taps.ndim == embeds.ndim == 2

@@ -64,7 +64,7 @@ def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() ->
         dtype=torch.bfloat16, device=target.device,
     )  # fmt: skip
     starts = torch.zeros(2, dtype=torch.int64, device="meta")
-    plan = Plan(kv, 0, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
+    plan = Plan(kv, 0, starts, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
     ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
     hidden, taps = target.run(target.embed(ids), ids[None], plan)
     assert target.logits(hidden).shape == (2, 16, 152064)

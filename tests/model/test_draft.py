@@ -60,9 +60,9 @@ class Watched(FlashDrafter):
         super().free(slot)
         self.oracle.free(slot)
 
-    def move(self, source: int, target: int) -> None:
-        super().move(source, target)
-        self.oracle.move(source, target)
+    def exchange(self, one: int, other: int) -> None:
+        super().exchange(one, other)
+        self.oracle.exchange(one, other)
 
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
         super().prefill(slot, start, taps, embeds)

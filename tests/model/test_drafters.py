@@ -359,7 +359,7 @@ def test_eagles_passes_are_those_it_was_trained_with(
             )
             taught = loss.eagle_logits(Learner(target, drafter.network), drafter.network, [seen], anchors)[0]
             slots = slot + 1
-            expansion = Expansion(drafter, np.array(drafter.cache.lengths[:slots], np.int32))
+            expansion = Expansion(drafter, np.array(drafter.cache.lengths[:slots], np.int32), np.ones(slots, bool))
             for depth, token in enumerate(coming):
                 parents = torch.full((slots, 1), depth - 1)
                 served = expansion(depth, token.expand(slots, 1), parents)[slot, 0]

@@ -178,13 +178,14 @@ def test_compaction_moves_sequences_and_no_token_changes(
     monkeypatch.setattr(library, "load", lambda: None)  # the native stack does not mind idle slots
     crowd = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=16, prefill_chunk=16))
     moves: list[tuple[int, int]] = []
-    move = crowd.cache.move
+    exchange = crowd.cache.exchange
 
-    def listen(source: int, target: int) -> None:
-        moves.append((source, target))
-        move(source, target)
+    def listen(one: int, other: int) -> None:
+        if crowd.cache.lengths[one]:
+            moves.append((one, other))
+        exchange(one, other)
 
-    monkeypatch.setattr(crowd.cache, "move", listen)
+    monkeypatch.setattr(crowd.cache, "exchange", listen)
     assert tiny.answers(crowd, mixed()) == expected
     assert len(moves) > 3
     assert all(low < high for high, low in moves)

@@ -86,17 +86,49 @@ def test_keep_reads_all_rows_before_it_writes_any() -> None:
     assert held(kv, slot) == [1, 2, 3, 4, 5, 6]
 
 
-def test_move_takes_the_rows_along_and_frees_the_source() -> None:
+def test_slots_exchange_what_they_hold_and_who_has_them() -> None:
     kv = cache()
     first, second = kv.allocate(), kv.allocate()
     write(kv, 0, [[1, 2, 3], [4, 5, 6]])
     kv.keep([first, second], [[0, 1, 2], [0, 1, 2]])
-    kv.free(first)
-    kv.move(second, first)
+    assert kv.free(first)
+    kv.exchange(second, first)
     kv.check_integrity()
     assert held(kv, first) == [4, 5, 6]
     assert list(kv.lengths) == [3, 0, 0, 0]
     assert kv.allocate() == second, "the source is free again, and the lowest"
+    kv.share(second, second, 3)
+    assert held(kv, second) == [1, 2, 3], "what was left in the other has changed places with it"
+
+
+def test_what_overflowed_is_cleared_and_not_shared() -> None:
+    """torch reads what it must not see and adds -inf to its score. NaN would stay NaN, for the next sequence here."""
+    kv = cache()
+    for slot in (kv.allocate(), kv.allocate()):
+        write(kv, slot, [[1, 2, 3, 4]])
+        kv.keep([slot], [[0, 1]])
+    kv.data[1, 1, 0, 2, 1, 3] = float("nan")  # kept
+    kv.data[0, 0, 1, 0, 3, 0] = float("inf")  # rejected
+    assert not kv.free(0)
+    assert kv.free(1)
+    assert kv.data.isfinite().all()
+    kv.share(1, kv.take(1), 2)
+    assert held(kv, 1) == [1, 2]
+
+
+def test_what_idle_rows_left_is_cleared_when_a_slot_is_taken() -> None:
+    kv = cache()
+    for slot in range(3):
+        kv.take(slot)
+        write(kv, slot, [[1, 2]])
+        kv.keep([slot], [[0, 1]])
+    kv.free(0)
+    kv.free(2)
+    kv.data[:, :, :, :, kv.capacity :] = float("nan")
+    kv.take(2)
+    assert kv.data[:, :, 2].isfinite().all()
+    kv.exchange(1, 0)
+    assert kv.data[:, :, 0].isfinite().all()
 
 
 def test_usage_is_exact() -> None:
@@ -183,7 +215,7 @@ def test_a_long_random_life_keeps_every_row() -> None:
         elif action == "move" and truth and kv.num_free:
             source, lowest = rng.choice(list(truth)), kv.lowest_free()
             assert lowest is not None
-            kv.move(source, lowest)
+            kv.exchange(source, lowest)
             truth[lowest] = truth.pop(source)
         elif action == "free" and truth:
             slot = rng.choice(list(truth))

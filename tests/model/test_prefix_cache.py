@@ -98,10 +98,13 @@ def test_the_longest_is_found_and_the_stalest_given_up() -> None:
     cache.hold(0, contents("a" * 40), 17, drafted=False)
     cache.forget(1)
     assert cache.best(contents("a" * 50), 49, drafted=False) == (0, 17)
-    cache.move(0, 3)
+    cache.exchange(0, 3)
     assert cache.best(contents("a" * 50), 49, drafted=False) == (3, 17)
+    cache.exchange(3, 2)
+    assert cache.best(contents("a" * 50), 49, drafted=False) == (2, 17)
+    assert cache.best(contents("c" * 50), 49, drafted=False) == (3, 40)
     cache.clear()
-    cache.move(0, 3)
+    cache.exchange(0, 3)
     assert cache.best(contents("a" * 50), 49, drafted=False)[1] == 0
 
 
@@ -134,6 +137,16 @@ def expected(tiny_checkpoint: Path) -> dict[str, list[int]]:
     return {r.request_id: tiny.answers(engine, [r])[r.request_id] for r in conversation()}
 
 
+@pytest.fixture(params=["native", "torch"])
+def _computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run what follows in the native library, where there is one, and in torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(library, "load", lambda: None)
+    elif library.load() is None:
+        pytest.skip("no native library here")
+
+
+@pytest.mark.usefixtures("_computed_by")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_after_the_other(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
@@ -143,26 +156,18 @@ def test_one_after_the_other(
         for request in conversation():
             assert tiny.answers(engine, [request])[request.request_id] == expected[request.request_id]
     stats = engine.pop_stats()
-    shares = name in SHARING and library.load() is not None
+    shares = name in SHARING
     assert stats.prefix_cache_hits > stats.prefix_cache_queries / 4 if shares else stats.prefix_cache_hits == 0
     assert stats.prompt_tokens == stats.prefix_cache_queries, "what was taken over counts as read"
 
 
+@pytest.mark.usefixtures("_computed_by")
 @pytest.mark.parametrize("every", [0, 1, 5], ids=["at once", "each step", "each fifth step"])
-@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_beside_each_other(
-    name: str,
-    native: bool,
-    every: int,
-    tiny_checkpoint: Path,
-    drafts: dict[str, Path],
-    expected: dict[str, list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, every: int, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
-    """Taken over from sequences under way, too; where torch computes, from no others."""
-    if not native:
-        monkeypatch.setattr(library, "load", lambda: None)
+    """Taken over from sequences under way, too."""
     engine = engine_of(name, tiny_checkpoint, drafts)
     assert tiny.answers(engine, conversation(), every=every) == expected
     if name in SHARING:
@@ -234,7 +239,6 @@ def test_a_drafter_proposes_the_same(
         for request in conversation():
             tiny.drain(engine, [request])
         proposed.append({known: paths for known, paths in trees.items() if known[0] != "first"})
-        # A drafter that is not native keeps nothing of what is over: then all come at once.
         trees.clear()
         tiny.drain(engine, conversation(), every=1)
         proposed.append(dict(trees))
