@@ -246,7 +246,7 @@ def test_a_drafter_proposes_the_same(
     alone, crowd, alone_without, crowd_without = proposed
     for one, other in ((alone, alone_without), (crowd, crowd_without)):
         common = one.keys() & other.keys()
-        assert len(common) > len(one) / 3
+        assert len(common) >= 8, "too few steps to compare: which tokens were accepted differs with the time taken"
         assert all(one[known] == other[known] for known in common)
 
 
