@@ -18,6 +18,7 @@ from service.schemas.generate import GenerateRequest
 from service.schemas.openai import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
 from service.schemas.sampling import SamplingFields, check_num_frames
 from service.state import Service
+from service.uploads import Upload
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Prompt:
     seconds: float  # spent on media
 
 
-async def from_chat(service: Service, ask: ChatRequest, client: str) -> Prompt:
+async def from_chat(service: Service, ask: ChatRequest, upload: Upload) -> Prompt:
     """Fetch and decode the media of a chat. client: whose they are, for their turn among those of others."""
     started = time.monotonic()
     _check_frames(service, ask)
@@ -42,7 +43,7 @@ async def from_chat(service: Service, ask: ChatRequest, client: str) -> Prompt:
             else:
                 contents[index].append("")  # until the medium is there
                 places.append((index, number))
-                loads.append(_from_url(service, ask, client, part, f"messages[{index}].content[{number}]"))
+                loads.append(_from_url(service, ask, upload, part, f"messages[{index}].content[{number}]"))
     media = await _all(loads)
     for (index, number), medium in zip(places, media, strict=True):
         contents[index][number] = medium
@@ -73,14 +74,16 @@ def check_sampling_used(ask: SamplingFields, media: Sequence[Medium]) -> None:
             raise BadRequest(f"{name} is for videos, and there is none", param=name)
 
 
-async def _from_url(service: Service, ask: ChatRequest, client: str, part: ImagePart | VideoPart, param: str) -> Medium:
+async def _from_url(
+    service: Service, ask: ChatRequest, upload: Upload, part: ImagePart | VideoPart, param: str
+) -> Medium:
     kind: Literal["image", "video"] = "image" if isinstance(part, ImagePart) else "video"
     url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
     started = time.monotonic()
     try:
         domains = service.settings.allowed_media_domains
-        data = await fetch.resolve(url, limits=service.media_limits, allowed_domains=domains)
-        return await _decode(service, ask, client, data, kind, started)
+        data = await fetch.resolve(url, limits=service.media_limits, allowed_domains=domains, count=upload.spend)
+        return await _decode(service, ask, upload.client, data, kind, started)
     except ServiceError as error:
         error.param = error.param or param
         raise

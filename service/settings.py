@@ -177,7 +177,10 @@ class Settings(BaseSettings):
         ge=1,
     )
     max_bodies_bytes: int = option(
-        "Limits", 512 * MIB, "Bytes of all bodies from their arrival until their media are decoded; then 503.", ge=1024
+        "Limits",
+        512 * MIB,
+        "Bytes of all bodies and of what is fetched for them, until their media are decoded; then 503.",
+        ge=1024,
     )
     request_timeout: float = option("Limits", 300.0, "Seconds for a whole request.", gt=0)
 

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Upload:
-    """The body of one request, from its first byte until none of it is in memory any more: a context."""
+    """The body of one request, and what it has fetched, until none of it is in memory any more: a context."""
 
     def __init__(self, uploads: Uploads, request: Request, client: str) -> None:
         self.client = client
@@ -62,15 +62,19 @@ class Upload:
                         raise ClientDisconnect
                     state.body_complete = not message.get("more_body", False)
                     piece = message.get("body", b"")
-                    self._num_bytes += len(piece)
+                    self.spend(len(piece))
                     if self._num_bytes > limit:
                         raise _too_large(limit)
-                    self._uploads.spend(len(piece))
                     feed(piece)
         except TimeoutError:
             raise self._cut or TooSlow(f"the body did not arrive within {self._uploads.timeout:g} s") from None
         finally:
             self._uploads.end(self)
+
+    def spend(self, num_bytes: int) -> None:
+        """Count bytes that came with it, or that were fetched for it; NoCapacity."""
+        self._num_bytes += num_bytes
+        self._uploads.spend(num_bytes)
 
     async def used_by(self, using: Awaitable[Result]) -> Result:
         """What that comes to; then the body is no longer in memory."""

@@ -13,6 +13,7 @@ import functools
 import ipaddress
 import socket
 import ssl
+from collections.abc import Callable
 
 import httpx
 
@@ -62,12 +63,18 @@ _SPECIAL_V6 = tuple(map(ipaddress.IPv6Network, NOT_PUBLIC_V6))
 
 
 async def resolve(
-    url: str, *, limits: MediaLimits, allowed_domains: tuple[str, ...] = (), allow_private: bool = False
+    url: str,
+    *,
+    limits: MediaLimits,
+    allowed_domains: tuple[str, ...] = (),
+    allow_private: bool = False,
+    count: Callable[[int], None] = lambda _: None,
 ) -> bytes:
     """The bytes behind a URL.
 
     `allowed_domains`: "example.com", "*.example.com" (its subdomains), each optionally with ":port"; without one, the
     scheme's own port only. `allow_private` lets addresses through that are not public: for tests and closed networks.
+    `count` hears of bytes as they are fetched, and may raise.
 
     Raises BadRequest (malformed, not allowed, not there, too slow) and TooLarge.
     """
@@ -75,7 +82,7 @@ async def resolve(
         short = len(url) <= data_uri.SLICE
         return _from_data_uri(url, limits) if short else await asyncio.to_thread(_from_data_uri, url, limits)
     if url[:8].partition(":")[0].lower() in DEFAULT_PORTS:
-        return await _fetch(url, limits, allowed_domains, allow_private)
+        return await _fetch(url, limits, allowed_domains, allow_private, count)
     raise BadRequest("a media URL must be a data: URI, or http(s) where allowed", code="unsupported_url")
 
 
@@ -90,14 +97,16 @@ def _from_data_uri(url: str, limits: MediaLimits) -> bytes:
     return data
 
 
-async def _fetch(url: str, limits: MediaLimits, allowed_domains: tuple[str, ...], allow_private: bool) -> bytes:
+async def _fetch(
+    url: str, limits: MediaLimits, allowed_domains: tuple[str, ...], allow_private: bool, count: Callable[[int], None]
+) -> bytes:
     try:
         async with asyncio.timeout(limits.fetch_seconds):
             target = _parse(url)
             for _ in range(limits.max_redirects + 1):
                 _check_allowed(target, allowed_domains)
                 address = await _public_address(target, allow_private)
-                answer = await _get(target, address, limits)
+                answer = await _get(target, address, limits, count)
                 if isinstance(answer, bytes):
                     return answer
                 target = _parse(answer, base=target)
@@ -161,7 +170,7 @@ def is_public(address: str) -> bool:
     return not any(ip in network for network in _SPECIAL_V4)
 
 
-async def _get(url: httpx.URL, address: str, limits: MediaLimits) -> bytes | str:
+async def _get(url: httpx.URL, address: str, limits: MediaLimits, count: Callable[[int], None]) -> bytes | str:
     """One request to one checked address: the body, or where it redirects to."""
     async with await _client(limits) as client:
         request = client.build_request(
@@ -176,16 +185,17 @@ async def _get(url: httpx.URL, address: str, limits: MediaLimits) -> bytes | str
                 return response.headers["location"]
             if response.status_code != 200 or response.headers.get("content-encoding", "identity") != "identity":
                 raise _not_fetched()
-            return await _read(response, limits.max_bytes)
+            return await _read(response, limits.max_bytes, count)
         finally:
             await response.aclose()
 
 
-async def _read(response: httpx.Response, max_bytes: int) -> bytes:
+async def _read(response: httpx.Response, max_bytes: int, count: Callable[[int], None]) -> bytes:
     if int(response.headers.get("content-length", 0)) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
     async for piece in response.aiter_raw():
+        count(len(piece))
         body += piece
         if len(body) > max_bytes:  # whatever the header said
             raise _too_large(max_bytes)

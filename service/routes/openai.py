@@ -45,7 +45,7 @@ async def chat_completions(request: Request) -> Response:
         if n > service.most_choices:
             raise BadRequest(f"n must be at most {service.most_choices}", param="n")
         answer.take_slots(n)
-        preparing = upload.used_by(prompt.from_chat(service, ask, upload.client))
+        preparing = upload.used_by(prompt.from_chat(service, ask, upload))
         resources.enter_context(UnlessGone(request.receive))
         options = ask.stream_options or openai.StreamOptions()
         with_usage = bool(options.include_usage)

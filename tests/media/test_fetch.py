@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from service import log
-from service.errors import BadRequest, ServiceError, TooLarge
+from service.errors import BadRequest, NoCapacity, ServiceError, TooLarge
 from service.media import MediaLimits, fetch
 from service.media.fetch import is_public, resolve
 
@@ -145,6 +145,21 @@ async def test_by_default_no_domain_is_fetched_from_and_the_error_says_how(serve
     assert Handler.seen == []
 
 
+async def test_what_is_fetched_is_counted_while_it_comes(server):
+    """Eight files of each of eighty requests were twenty gigabytes."""
+    url = f"http://{server}/ok"
+    pieces: list[int] = []
+    options: dict[str, Any] = {"limits": LIMITS, "allowed_domains": (server,), "allow_private": True}
+    assert await resolve(url, count=pieces.append, **options) == BODY
+    assert sum(pieces) == len(BODY)
+
+    def full(_: int) -> None:
+        raise NoCapacity("the memory is full")
+
+    with pytest.raises(NoCapacity):
+        await resolve(url, count=full, **options)
+
+
 async def test_an_allowed_domain_is_fetched(server):
     url = f"http://{server}/ok"
     assert await resolve(url, limits=LIMITS, allowed_domains=(server,), allow_private=True) == BODY
@@ -190,7 +205,7 @@ async def test_private_addresses_are_refused_even_when_allowed_by_name(server):
 async def test_which_urls_a_domain_allows(monkeypatch, url, allowed, expected):
     asked = []
 
-    async def get(target, address, limits):
+    async def get(target, address, limits, count):
         asked.append(str(target.host))
         return b"x"
 

@@ -212,12 +212,14 @@ def test_a_client_that_is_refused_while_it_sends_has_the_answer_and_the_connecti
 class Client:
     """Sends one body to `uploads`, as many bytes as it is told to."""
 
-    def __init__(self, uploads: Uploads, address: str = "192.0.2.1", *, key: str | None = None) -> None:
+    def __init__(
+        self, uploads: Uploads, address: str = "192.0.2.1", *, key: str | None = None, limit: int = 10**9
+    ) -> None:
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         scope = {"type": "http", "client": (address, 1), "headers": [], "state": {}}
         self.body = bytearray()
         self._upload = uploads.open(Request(scope, self._messages.get), key)
-        self._reading = asyncio.ensure_future(self._upload.read(10**9, self.body.extend))
+        self._reading = asyncio.ensure_future(self._upload.read(limit, self.body.extend))
 
     async def send(self, num_bytes: int, *, last: bool = False) -> None:
         self._messages.put_nowait({"type": "http.request", "body": b"x" * num_bytes, "more_body": not last})
@@ -334,6 +336,11 @@ def test_the_bytes_of_bodies_that_are_gone_are_off_the_account() -> None:
                 await look(uploads, 5)
                 assert client.refusal() == "upload_too_slow"
 
+        over = Client(uploads, limit=100)
+        with over._upload:
+            await over.send(101)
+            assert over.refusal() == "body_too_large"
+        assert uploads.num_bytes == 0
         for last in (True, False, True):
             await take(Client(uploads), last=last)
             assert uploads.num_bytes == 0
