@@ -111,6 +111,8 @@ def _layers(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Colours as L, RGB or CMYK; and as L how opaque they are, None where they are so everywhere."""
     if image.mode.startswith("I;16"):  # Pillow alone would clip it to white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), None
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB"), None  # as clipboards write them, and browsers read them
     if image.mode == "LA":
         return image.getchannel("L"), image.getchannel("A")
     if image.has_transparency_data:

@@ -22,18 +22,28 @@ def chunk(name: bytes, content: bytes, *, sound: bool = True) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-def png(samples: np.ndarray, depth: int, colour_type: int, *extra: bytes) -> bytes:
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def png(samples: np.ndarray, depth: int, colour_type: int, *extra: bytes, interlaced: bool = False) -> bytes:
     """samples: (height, width, channels). `extra` are chunks before the image data."""
     height, width, channels = samples.shape
     assert channels == SAMPLES[colour_type]
+    passes = [samples[y::down, x::across] for x, y, across, down in ADAM7] if interlaced else [samples]
+    data = zlib.compress(b"".join(_rows(each, depth) for each in passes if each.size))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, interlaced))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def _rows(samples: np.ndarray, depth: int) -> bytes:
+    """Each with the filter that changes nothing before it."""
+    height = len(samples)
     if depth == 16:
         rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
     else:
         bits = samples.reshape(height, -1, 1) >> np.arange(depth - 1, -1, -1) & 1
         rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"".join(b"\0" + row.tobytes() for row in rows)
 
 
 def with_chunks(data: bytes, *chunks: bytes) -> bytes:

@@ -170,8 +170,10 @@ def test_a_transparent_colour_at_every_depth(depth):
     colours = samples(depth, RGB)
     for colour in (colours[3, 3], colours[3, 3] ^ 1, colours[3, 3] >> 8, np.zeros(3, int)):
         expected = np.where((colours == colour).all(axis=2, keepdims=True), 255, eight_bit(colours, depth))
-        data = png(colours, depth, RGB, chunk(b"tRNS", struct.pack(">3H", *colour.tolist())))
-        np.testing.assert_array_equal(decode(data, "PNG"), expected)
+        key = chunk(b"tRNS", struct.pack(">3H", *colour.tolist()))
+        for interlaced in (False, True):
+            data = png(colours, depth, RGB, key, interlaced=interlaced)
+            np.testing.assert_array_equal(decode(data, "PNG"), expected)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
@@ -193,6 +195,16 @@ def test_alpha_at_every_depth(depth, colour_type):
     seen = eight_bit(values, depth)
     colours = seen[..., :-1].repeat(3, axis=2) if colour_type == GREY_ALPHA else seen[..., :-1]
     assert np.abs(decode(png(values, depth, colour_type), "PNG") - on_white(colours, seen[..., -1])).max() <= 1
+
+
+def test_a_bmp_that_is_transparent_everywhere_is_opaque():
+    """Screenshots from a clipboard have a mask for it, and zeros under it; browsers look whether all are zero."""
+    header = struct.pack("<IiiHHIIiiII", 124, 2, 2, 1, 32, 3, 16, 0, 0, 0, 0)
+    header += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = b"BM" + struct.pack("<IHHI", 154, 0, 0, 138) + header + bytes(124 - len(header))
+    red, clear = bytes((0, 0, 200, 0)), bytes((0, 0, 200, 255))
+    assert (decode(header + red * 4, "BMP") == (200, 0, 0)).all()
+    assert decode(header + (red + clear) * 2, "BMP")[0].tolist() == [[255, 255, 255], [200, 0, 0]]
 
 
 def test_sixteen_bits_of_grey_stay_as_many_levels_as_eight_have():
