@@ -318,6 +318,8 @@ def test_profiles_of_grey_and_cmyk_pictures():
     profiled = decode(encoded(cyan, "JPEG", quality=100, icc_profile=cmyk_profile()), "JPEG")[8, 8].astype(int)
     assert plain[0] < 10 < plain[1]
     assert profiled[0] > 200 > profiled[1], "what this profile calls cyan is red"
+    mismatched = decode(encoded(cyan, "JPEG", quality=100, icc_profile=swapped_profile()), "JPEG")[8, 8]
+    assert mismatched.tolist() == plain.tolist()
 
 
 @pytest.mark.parametrize(
@@ -354,6 +356,11 @@ def test_cmyk_and_ycck_with_the_marker_of_adobe():
     assert np.abs(decode(as_ycck, "JPEG")[8, 8] - expected).max() > 30
     for more in (segment(0xEE, b"Adobe"), segment(0xE0, b"JFIF"), segment(0xE1, b"Exif\0\0")):
         np.testing.assert_array_equal(decode(with_segments(as_ycck, more), "JPEG"), decode(as_ycck, "JPEG"))
+    jfif = bytearray(encoded(Image.new("RGB", (16, 16), (200, 10, 50)), "JPEG", quality=100))
+    for marker, step, first in ((b"\xff\xc0", 3, 10), (b"\xff\xda", 2, 5)):  # components called R, G and B
+        for index, name in enumerate(b"RGB"):
+            jfif[jfif.index(marker) + first + step * index] = name
+    assert np.abs(decode(bytes(jfif), "JPEG")[8, 8] - np.array((200, 10, 50))).max() <= 4, "JFIF is YCbCr"
     rgb = encoded(Image.new("RGB", (16, 16), (200, 10, 50)), "JPEG", keep_rgb=True, quality=100)
     assert np.abs(decode(rgb, "JPEG")[8, 8] - np.array((200, 10, 50))).max() <= 4
 
@@ -411,6 +418,15 @@ def test_a_jpeg_whose_header_lies_about_its_size_is_refused(options, size):
     data = bytearray(encoded(picture(160, 160), "JPEG", **options))
     frame = data.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0")
     struct.pack_into(">HH", data, frame + 5, size[1], size[0])
+    with pytest.raises(Refusal, match="image_truncated"):
+        decode(bytes(data), "JPEG")
+
+
+def test_a_jpeg_of_too_few_bytes_for_its_pixels_is_not_even_opened(monkeypatch):
+    """A block takes a bit at least: 783 bytes are no 49 million pixels, and shall not cost as much to decode."""
+    data = bytearray(encoded(picture(64, 48), "JPEG"))
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, 7000, 7000)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(Refusal, match="image_truncated"):
         decode(bytes(data), "JPEG")
 

@@ -345,11 +345,14 @@ def test_image_data_with_a_wrong_byte_are_refused():
     data = png(np.arange(24 * 16 * 1).reshape(16, 24, 1) % 251, 8, GREY)
     at = data.index(b"IDAT") + 4
     end = data.index(b"IEND") - 8
-    for place in (at + 20, (at + end) // 2, end - 3):
-        broken = bytearray(data)
-        broken[place] ^= 16
-        with pytest.raises((OSError, ValueError, SyntaxError)):
-            decode(bytes(broken))
+    whole, num_refused = decode(data), 0
+    for place in range(at, end):
+        broken = data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :]
+        try:
+            np.testing.assert_array_equal(decode(broken), whole)  # not every bit counts
+        except (OSError, ValueError, SyntaxError):
+            num_refused += 1
+    assert num_refused > 0.9 * (end - at)
     forgiven = data[:end] + bytes(4) + data[end + 4 :]
     np.testing.assert_array_equal(decode(forgiven), decode(data))
 
