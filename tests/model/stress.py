@@ -1,0 +1,154 @@
+"""Do answers in a crowd equal those alone, for hours? Crowds of random requests, each answer compared.
+
+    python -m tests.model.stress --minutes 60 [--native auto] [--seed 0] [--drafter flash]
+
+Every round makes 200 random requests (test_soak.py), answers each alone, then all of them in a crowd that comes and
+goes, with the target's own words corrupted for a draft, and once more with an untrained one. The engines live on from
+round to round, as a server's does. Runs through torch unless --native says otherwise.
+
+A row of the native library has the same bits in every batch, so there nothing may differ. A row of torch may round
+otherwise in another batch. So each difference is judged: how much noise on the logits, as a share of their range,
+makes the other token come out? Up to NOISE rounding explains it. Exit code 1: some difference is not explained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from model import sampling
+from model.bench.reference import Reference
+from model.engine import Engine
+from model.native import library
+from model.request import Request, RequestError, SamplingParams
+from tests.model import tiny
+from tests.model.oracle import with_oracle
+from tests.model.test_soak import random_request
+
+NOISE = 1e-5  # of the logits' range: a float32 sum of some thousand terms is off by less
+DRAWS = 64
+
+
+def noise_between(logits: Tensor, params: SamplingParams, position: int, tokens: set[int]) -> float:
+    """The least noise, as a share of the logits' range, under which each of `tokens` is chosen now and then.
+
+    logits: (vocab,) float64, what decides `position` of the answer. Infinite where 0.01 is not enough.
+    """
+    generator = torch.Generator().manual_seed(0)
+    span = float(logits.max() - logits.min())
+    drawn = torch.full((DRAWS,), sampling.uniform(params.seed, position), dtype=torch.float64)
+    for scale in (10 ** (exponent / 2) for exponent in range(-18, -3)):
+        noisy = logits + scale * span * torch.randn(DRAWS, len(logits), generator=generator, dtype=torch.float64)
+        if params.temperature:
+            chosen = sampling.invert(sampling.distribution(noisy, params), drawn)
+        else:
+            chosen = noisy.argmax(-1)
+        if tokens <= set(chosen.tolist()):
+            return float(scale)
+    return math.inf
+
+
+def crowded(engine: Engine, requests: list[Request], rng: random.Random) -> dict[str, list[int]]:
+    """Answer them all, a few joining at every step."""
+    coming, answers = list(requests), dict[str, list[int]]()
+    while coming or engine.has_work:
+        for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 6))):
+            if coming:
+                request = coming.pop(0)
+                engine.add(request)
+                answers[request.request_id] = []
+        for output in engine.step():
+            answers[output.request_id] += [token.id for token in output.tokens]
+        engine.check_integrity()
+    tiny.assert_idle(engine)
+    return answers
+
+
+class Stress:
+    def __init__(self, folder: Path, drafter: str) -> None:
+        checkpoint = tiny.save_checkpoint(folder / "target")
+        draft = tiny.save_network(folder / "draft", drafter, checkpoint)
+        self.plain = Engine(tiny.config(checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
+        config = tiny.config(checkpoint, draft=str(draft), max_num_seqs=16, prefill_chunk=16)
+        self.crowd = Engine(config)
+        self.judge = Reference(str(checkpoint), device="cpu", dtype="float64")
+        self.requests = self.differences = self.unexplained = 0
+
+    def round(self, seed: int) -> None:
+        rng = random.Random(seed)
+        known: dict[str, list[int]] = {}
+        served = []
+        for number in range(200):
+            request = random_request(number, rng)
+            try:
+                known[request.request_id] = tiny.answers(self.plain, [request])[request.request_id]
+            except RequestError:
+                continue
+            served.append(request)
+        own = self.crowd.drafter
+        with_oracle(self.crowd, known, seed=seed, truth=0.8)
+        self.compare(seed, "oracle", served, known, crowded(self.crowd, served, rng))
+        self.crowd.use(own)
+        self.compare(seed, "untrained", served, known, crowded(self.crowd, served, rng))
+
+    def compare(
+        self, seed: int, way: str, requests: list[Request], known: dict[str, list[int]], answers: dict[str, list[int]]
+    ) -> None:
+        for request in requests:
+            expected, found = known[request.request_id], answers[request.request_id]
+            self.requests += 1
+            if expected == found:
+                continue
+            self.differences += 1
+            at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
+            noise = math.inf
+            if at is not None:  # an answer that only ends early was no close call
+                logits = self.judge.logits(request.messages, tuple(expected[:at]))
+                noise = noise_between(logits, request.params, at, {expected[at], found[at]})
+            self.unexplained += noise > NOISE
+            verdict = "explained by rounding" if noise <= NOISE else "NOT EXPLAINED"
+            print(
+                f"round {seed}, {way}, {request.request_id}: token {at} of {len(expected)} differs; "
+                f"noise {noise:.1e}: {verdict}\n  {request.params}\n  alone {expected}\n  crowd {found}",
+                flush=True,
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("tests.model.stress", description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--native", default="off", help="see FLASH_NATIVE; default: off, which is torch")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round")
+    parser.add_argument("--drafter", default="flash", choices=("flash", "flash-paper", "eagle", "medusa"))
+    options = parser.parse_args()
+    os.environ[library.CHOICE] = options.native
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    build = library.load()
+    until, seed = time.monotonic() + 60 * options.minutes, options.seed
+    with tempfile.TemporaryDirectory() as folder:
+        stress = Stress(Path(folder), options.drafter)
+        print(f"native library: {build.name if build else 'off'}; torch {torch.__version__}", flush=True)
+        while time.monotonic() < until:
+            stress.round(seed)
+            seed += 1
+            print(
+                f"{seed - options.seed} rounds, {stress.requests} answers: {stress.differences} differ, "
+                f"{stress.unexplained} not explained",
+                flush=True,
+            )
+    return int(stress.unexplained > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
