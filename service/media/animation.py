@@ -14,6 +14,7 @@ from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
 
 SHORTEST, INSTEAD = 0.011, 0.1  # seconds: browsers show what is to last less for a tenth
+ALPHA = 0x10  # of the flags in VP8X
 
 
 class Animation:
@@ -34,7 +35,11 @@ class Animation:
     ) -> tuple[Timeline, dict[int, np.ndarray]]:
         wanted = set(choose(self.timeline))
         taken: dict[int, np.ndarray] = {}
-        with Image.open(io.BytesIO(self._data), formats=["WEBP"]) as image:
+        file = io.BytesIO(self._data)
+        if self._data[12:16] == b"VP8X":  # the canvas is clear whether or not the header says that frames are
+            file.seek(20)
+            file.write(bytes([self._data[20] | ALPHA]))
+        with Image.open(file, formats=["WEBP"]) as image:
             for index in range(max(wanted) + 1):  # each is drawn upon the one before it
                 self._deadline.check()
                 image.seek(index)

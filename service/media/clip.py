@@ -38,6 +38,7 @@ NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Dispositio
 MAX_GAP = 3600.0  # seconds from one picture to the next; a longer one is a broken time (ffplay's bound)
 DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single picture whose file does not say how long it is shown
 CPU_SHARE = 0.9  # of the processor time that a decode is allowed
+SAVING = 2  # look pictures up by keyframes where that decodes at most one packet in so many
 
 Tick = int | None  # a time in units of the track
 
@@ -93,7 +94,7 @@ class Clip:
         if (index := self._index()) is not None:
             timeline = self._timeline(index.shown)
             wanted = choose(timeline)
-            if 2 * index.cost(wanted) <= len(self._packets):
+            if SAVING * index.cost(wanted) <= len(self._packets):
                 taken = self._take_by_seeking(index, wanted, convert)
                 if taken is not None:
                     return timeline, taken

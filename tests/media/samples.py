@@ -81,9 +81,9 @@ def shown_by(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
     return data[:at] + struct.pack(">5i", a * unit, b * unit, 0, c * unit, d * unit) + data[at + 20 :]
 
 
-def endless_gif(num_frames: int) -> bytes:
+def endless_gif(num_frames: int, side: int = 1000) -> bytes:
     """A few hundred bytes a frame to send, milliseconds of work a frame to decode; 10 frames a second."""
-    data = encoded(Image.new("P", (1000, 1000), 1), "GIF")
+    data = encoded(Image.new("P", (side, side), 1), "GIF")
     first = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)  # after the header and the colour table
     delay = b"\x21\xf9\x04\x00\x0a\x00\x00\x00"  # a tenth of a second
     return data[:first] + (delay + data[first:-1]) * num_frames + data[-1:]

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
-from service.errors import BadRequest
+from model.request import Geometry
+from service.errors import BadRequest, TooLarge, UnsupportedMedia
+from service.media import MediaDecoder
+from service.media.clip import Clip, PacketInfo, Timeline
 from service.media.container import Truncated, check_whole
 from service.media.geometry import to_geometry
 from service.media.limits import MediaLimits
+from service.media.refusal import Refusal
 from service.media.video import at_rate, spread
-from tests.media.samples import VIDEO_FORMATS, encoded, level, levels, shown_by, video_bytes
+from tests.media.samples import (
+    SQUARE,
+    VIDEO_FORMATS,
+    encoded,
+    endless_gif,
+    image_bytes,
+    level,
+    levels,
+    shown_by,
+    video_bytes,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -174,3 +191,221 @@ def test_containers_tell_when_they_are_cut(extension, format):
     for length in range(0, len(data), 7):  # never anything but sound, or Truncated
         with contextlib.suppress(Truncated):
             check_whole(data[:length], format, MediaLimits())
+
+
+@pytest.mark.parametrize("box", [b"wide", b"free", b"skip", b"mdat", b"moov"])
+async def test_quicktime_needs_no_ftyp(decoder, box):
+    """Old cameras begin with what is to be skipped, with the frames or with their description."""
+    data = video_bytes("mp4")
+    size = int.from_bytes(data[:4], "big")
+    assert data[4:8] == b"ftyp"
+    if box == b"moov":
+        start = data.index(b"moov") - 4
+        data = shifted(data[start:] + data[:start], len(data) - start)
+    elif box == b"mdat":
+        start = data.index(b"mdat") - 4
+        data = shifted(data[start:], -start)
+    else:
+        data = struct.pack(">I", size) + box + data[8:]
+    assert data[4:8] == box
+    medium = await decoder.decode(data, kind=None, num_frames=3, fps=None)
+    assert (medium.kind, levels(medium.frames)) == ("video", [0, 6, 11])
+
+
+def shifted(data: bytes, by: int) -> bytes:
+    """An MP4 whose frames lie elsewhere in the file than they did."""
+    at = data.index(b"stco") + 8
+    (count,) = struct.unpack_from(">I", data, at)
+    offsets = struct.unpack_from(f">{count}I", data, at + 4)
+    moved = struct.pack(f">{count}I", *(offset + by for offset in offsets))
+    return data[: at + 4] + moved + data[at + 4 + len(moved) :]
+
+
+def partly_clear(number: int) -> Image.Image:
+    """A grey square, at another place in each frame, on nothing."""
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste((level(number), 0, 0, 255), (4 * number, 8, 4 * number + 16, 24))
+    return image
+
+
+ANIMATED: dict[str, dict[str, Any]] = {"GIF": {"disposal": 2}, "WEBP": {"lossless": True}, "PNG": {"disposal": 1}}
+
+
+@pytest.mark.parametrize("format", ANIMATED)
+async def test_animated_pictures_may_be_sent_as_a_video(format):
+    pictures = [partly_clear(number) for number in range(6)]
+    data = encoded(
+        pictures[0],
+        format,
+        save_all=True,
+        append_images=pictures[1:],
+        duration=[100, 100, 300, 100, 100, 100],
+        loop=0,
+        **ANIMATED[format],
+    )
+    whole = Geometry(exact=None, shortest_edge=None, crop=None, resample=3, default_num_frames=4)
+    decoder = MediaDecoder(MediaLimits(), whole, workers=1)
+    await decoder.start()
+    try:
+        medium = await decoder.decode(data, kind="video", num_frames=6, fps=None)
+        for number, frame in enumerate(medium.frames):
+            canvas = Image.new("RGBA", (40, 40), "white")
+            canvas.alpha_composite(pictures[number])
+            assert (frame == np.asarray(canvas.convert("RGB"))).all(), number
+        by_time = await decoder.decode(data, kind="video", num_frames=None, fps=5.0)  # at 0, 0.2, 0.4, 0.6 seconds
+        assert (by_time.frames == medium.frames[[0, 2, 2, 4]][[0, 1, 3]]).all()
+        assert (await decoder.decode(data, kind=None, num_frames=None, fps=None)).kind == "image"
+        still = encoded(pictures[1], format)
+        if format != "GIF":
+            with pytest.raises(UnsupportedMedia, match="sent as video"):
+                await decoder.decode(still, kind="video", num_frames=1, fps=None)
+    finally:
+        await decoder.close()
+
+
+def sound(format: str, codec: str, *, cover: bool) -> bytes:
+    """Half a second of silence, with a picture of an album."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=format) as container:
+        stream: Any = container.add_stream(codec, rate=48000, layout="mono")
+        if cover and format == "matroska":
+            container.add_attachment("cover.jpg", "image/jpeg", image_bytes("JPEG"))
+        elif cover:
+            picture: Any = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
+            picture.disposition = Disposition.attached_pic
+            gray = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 99, dtype=np.uint8), format="rgb24")
+            container.start_encoding()
+            container.mux(picture.encode(gray) + picture.encode())
+        for start in range(0, 24000, 960):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), dtype=np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 48000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("format", "codec", "cover"),
+    [
+        ("mp4", "aac", False),
+        ("mp4", "aac", True),
+        ("matroska", "libopus", True),
+        ("webm", "libopus", False),
+        ("matroska", "aac", False),
+    ],
+)
+async def test_sound_is_not_a_video_and_its_cover_neither(decoder, format, codec, cover):
+    with pytest.raises(BadRequest, match="has no video") as error:
+        await decoder.decode(sound(format, codec, cover=cover), kind="video", num_frames=1, fps=None)
+    assert error.value.code == "no_video"
+
+
+async def test_a_track_header_of_version_1_turns_too(decoder):
+    """Its times are of 64 bits, so the matrix lies 12 bytes further on."""
+    data = shown_by(video_bytes("mp4", (64, 64), num_frames=1, noise=True), 0, 1, -1, 0)
+    at = data.index(b"tkhd") + 4
+    old = data[at : at + 84 - 4]
+    times = old[4:24]
+    new = (
+        b"\x01"
+        + old[1:4]
+        + b"".join(bytes(4) + times[:4] for _ in range(1))
+        + bytes(4)
+        + times[4:8]
+        + times[8:16]
+        + bytes(4)
+        + times[16:20]
+        + old[24:]
+    )
+    grown = data.replace(old, new)
+    for box in (b"tkhd", b"trak", b"moov"):
+        place = grown.index(box) - 4
+        (size,) = struct.unpack_from(">I", grown, place)
+        grown = grown[:place] + struct.pack(">I", size + 12) + grown[place + 4 :]
+    first = await decoder.decode(data, kind="video", num_frames=1, fps=None)
+    second = await decoder.decode(grown, kind="video", num_frames=1, fps=None)
+    assert (first.frames == second.frames).all()
+
+
+def timeline(pts, dts=None, durations=None, unit=Fraction(1, 100)) -> Timeline:
+    """Of a clip whose decoder gave these times."""
+    clip = object.__new__(Clip)
+    clip._unit, clip._limits = unit, MediaLimits()
+    dts = [None] * len(pts) if dts is None else dts
+    durations = [0] * len(pts) if durations is None else durations
+    return clip._timeline([PacketInfo(*times, False, False) for times in zip(pts, dts, durations, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("pts", "dts", "starts"),
+    [
+        ([5, 9, 13], None, [0, 4, 8]),
+        ([0, 4, None, 12, 16], None, [0, 4, 8, 12, 16]),
+        ([0, 4, 4, 8], None, [0, 4, 8, 12]),
+        ([0, 4, 8, -100, -96], None, [0, 4, 8, 12, 16]),
+        ([0, 4, 8, 2**40, 2**40 + 4], None, [0, 4, 8, 12, 16]),
+        ([1, 4, 3, 5, 2], [10, 12, 14, 16, 18], [0, 2, 4, 6, 8]),
+        ([None, None, None], None, [0, 4, 8]),
+        ([-(2**62), 2**62, 0], None, [0, 4, 8]),
+        ([7], None, [0]),
+    ],
+    ids=str,
+)
+def test_times_that_cannot_be_are_replaced_as_players_do(pts, dts, starts):
+    found = timeline(pts, dts)
+    assert found.starts.tolist() == pytest.approx([tick / 100 for tick in starts])
+    assert found.end > found.starts[-1]
+
+
+def test_times_are_finite_and_ascend_whatever_the_file_says():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        values = [int(rng.integers(-50, 50)), None, int(rng.integers(-(2**63), 2**63 - 1)), 0]
+        pts, dts = ([values[rng.integers(4)] for _ in range(20)] for _ in range(2))
+        found = timeline(pts, dts, [int(rng.integers(-(2**63), 2**63 - 1)) for _ in range(20)])
+        assert np.isfinite(found.starts).all()
+        assert (np.diff(found.starts) > 0).all()
+        assert found.starts[-1] < found.end < 600
+
+
+def test_the_last_frame_is_shown_as_long_as_it_says_if_that_can_be():
+    assert timeline([0, 4, 8], durations=[0, 0, 100]).end == pytest.approx(1.08)
+    assert timeline([0, 4, 8], durations=[4, 4, 2**60]).end == pytest.approx(0.12)
+    assert timeline([0, 4, 8], durations=[4, 4, 0]).end == pytest.approx(0.12)
+    whole = timeline(range(0, 60_000, 4))
+    assert whole.end == 600.0, "ten minutes are ten minutes, to the last bit"
+
+
+@pytest.mark.parametrize(
+    ("data", "format"),
+    [
+        (b"\0\0\0\x08free" * 1001, "MP4"),
+        (b"\0\0\x1f\x48moov" + b"\0\0\0\x08trak" * 1000, "MP4"),
+        (b"".join(struct.pack(">I4s", 8 * (2000 - depth), b"moov") for depth in range(2000)), "MP4"),
+        (b"\x1a\x45\xdf\xa3\x80" + b"\xec\x80" * 1000, "WEBM"),
+        (b"\x1a\x45\xdf\xa3\x80\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"\xec\x80" * 1000, "WEBM"),
+    ],
+    ids=["flat", "wide", "deep", "ebml", "segment"],
+)
+def test_containers_of_more_parts_than_allowed_are_refused_unread(data, format):
+    with pytest.raises(Refusal, match="too_many_elements"):
+        check_whole(data, format, MediaLimits(max_elements=1000))
+
+
+async def test_a_video_that_takes_too_long_costs_no_child():
+    decoder = MediaDecoder(MediaLimits(cpu_seconds=1), SQUARE, workers=1)
+    await decoder.start()
+    try:
+        children = decoder.stats.children
+        with pytest.raises(BadRequest, match="longer to decode") as error:
+            await decoder.decode(endless_gif(3000, 3000), kind="video", num_frames=3, fps=None)
+        assert error.value.code == "too_much_work"
+        assert decoder.stats.children == children
+    finally:
+        await decoder.close()
+
+
+async def test_a_gif_of_more_frames_than_a_file_may_hold(decoder):
+    with pytest.raises(TooLarge, match="more frames than the 36000"):
+        await decoder.decode(endless_gif(36_001, 8), kind="video", num_frames=1, fps=None)
