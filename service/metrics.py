@@ -94,7 +94,8 @@ class Metrics:
         self._tokens_per_second.labels(model).set_function(self.tokens_per_second)
         for outcome in ("stop", "length", "abort", "error", "timeout"):
             self._requests.labels(model, outcome)
-        for reason in ("queue_full", "draining", "loading", "no_worker", "invalid_request"):
+        full = ("queue_full", "uploads_full", "bodies_full")
+        for reason in (*full, "draining", "loading", "no_worker", "invalid_request"):
             self._rejected.labels(model, reason)
         for kind in ("image", "video"):
             self._media.labels(model, kind)

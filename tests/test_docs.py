@@ -48,6 +48,7 @@ RUN_BY = {
     "python -m model.bench.load": f"{BENCH}::test_drafting_by_load_is_measured_beside_every_fixed_way",
     "python -m model.bench.study": "tests/model/test_study.py::test_variants_are_trained_measured_and_kept",
     "python -m model.bench.table": f"{BENCH}::test_the_table_sets_every_drafter_there_is_beside_every_other",
+    "python -m tests.model.stress": "tests/model/test_stress.py::test_a_planted_difference_is_not_explained",
     "python -m model.demo.draft": f"{DEMO}::test_a_resumed_training_goes_on_as_if_never_stopped",
     "python -m loadtest run": "tests/loadtest/test_load.py::test_one_command_writes_the_report",
     "python -m loadtest export": "tests/loadtest/test_load.py::test_pictures_and_questions_are_written_for_other_tools",

@@ -225,7 +225,8 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Requests refused",
             PER_SECOND,
-            "By why. queue_full, draining, loading and no_worker are want of room (503); the others are the client's.",
+            "By why. Those that end in _full, draining, loading and no_worker are want of room (503); the others are "
+            "the client's.",
             {"{{reason}}": rate("flash_requests_rejected_total", by="reason")},
             kind="stack",
         ),
