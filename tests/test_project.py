@@ -164,7 +164,7 @@ def test_what_is_installed_is_pinned_too() -> None:
 
 
 def test_the_pins_pull_in_no_cuda() -> None:
-    assert not [name for name in pins() if name.startswith(("nvidia", "cuda", "triton"))]
+    assert not [name for name in pins() if name.startswith(("nvidia", "cuda"))]
 
 
 # -- borders
