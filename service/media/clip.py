@@ -38,6 +38,7 @@ NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Dispositio
 MAX_GAP = 3600.0  # seconds from one picture to the next; a longer one is a broken time (ffplay's bound)
 DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single picture whose file does not say how long it is shown
 CPU_SHARE = 0.9  # of the processor time that a decode is allowed
+MAX_FALSE_KEYFRAMES = 8  # found in one clip; after that it is decoded in order
 SAVING = 2  # look pictures up by keyframes where that decodes at most one packet in so many
 
 Tick = int | None  # a time in units of the track
@@ -122,6 +123,7 @@ class Clip:
     def _take_by_seeking(self, index: Index, wanted: Sequence[int], convert: Convert) -> dict[int, np.ndarray] | None:
         """Decode from keyframes. Returns None where other pictures come out than the packets announced."""
         taken: dict[int, np.ndarray] = {}
+        num_false = 0
         while len(taken) < len(set(wanted)):
             with self._open() as container:
                 player = Player(container, self._track, self._limits, len(self._packets), self._deadline)
@@ -130,7 +132,9 @@ class Clip:
                         if picture not in taken:
                             taken[picture] = convert(player.find(index, picture))
                 except NotAKeyframe as error:
-                    index.keyframes.remove(error.number)  # a later pass starts at the one before it
+                    index.keyframes.remove(error.number)  # the next pass starts at the one before it
+                    if (num_false := num_false + 1) > MAX_FALSE_KEYFRAMES:
+                        return None
                 except NotAnnounced:
                     return None
         return taken
@@ -143,8 +147,23 @@ class Clip:
         if not numbers or None in times or len(set(times)) < len(times) or not packets[0].keyframe:
             return None
         numbers.sort(key=lambda number: packets[number].pts or 0)
+        first = packets[0].pts
+        if first is not None and (packets[numbers[0]].pts or 0) < first:
+            decodable = self._times_before(first)
+            numbers = [number for number in numbers if (time := packets[number].pts or 0) >= first or time in decodable]
         keyframes = [number for number, packet in enumerate(packets) if packet.keyframe and packet.pts is not None]
         return Index(packets, numbers, keyframes)
+
+    def _times_before(self, first: int) -> set[Tick]:
+        """The times of pictures that come out before the first keyframe's own. A clip may have been cut out of a
+        longer one at a keyframe; of those that are decoded after it and shown before it some lean on what is gone."""
+        times: set[Tick] = set()
+        with self._open() as container:
+            for frame in Player(container, self._track, self._limits, len(self._packets), self._deadline):
+                if frame.pts is None or frame.pts >= first:
+                    break
+                times.add(frame.pts)
+        return times
 
     def _timeline(self, shown: Sequence[PacketInfo]) -> Timeline:
         """shown: in the order of presentation. Raises Refusal where there are none, or for too long.

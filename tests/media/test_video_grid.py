@@ -6,6 +6,7 @@ keeping what comes out; the pixels must be the same to the bit, whether pictures
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import shutil
@@ -314,3 +315,70 @@ def test_what_ffmpeg_cuts_without_encoding_it_again(encoding, tmp_path):
         check((tmp_path / name).read_bytes(), "cut")
     command = ["ffmpeg", "-v", "error", "-i", "cut.mp4", "-c", "copy", "-f", "matroska", "-"]
     check(subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE).stdout, "cut")
+
+
+def cut_at_a_keyframe(encoding: str) -> bytes:
+    """From the second keyframe on; what was decoded after it and shown before it comes along."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(encoded(encoding)), "r") as source, av.open(file, "w", format="matroska") as target:
+        track = source.streams.video[0]
+        copy: Any = target.add_stream_from_template(track, opaque=True)
+        num_keyframes = 0
+        for packet in source.demux(track):
+            num_keyframes += packet.is_keyframe
+            if num_keyframes > 1 and packet.size:
+                packet.stream = copy
+                target.mux(packet)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "encoding", ["h264 closed", "h264 open", "hevc closed", "hevc open", "mpeg2 open", "vp8 hidden"]
+)
+@pytest.mark.parametrize("cut", [False, True])
+def test_few_frames_are_looked_up_without_decoding_the_rest(encoding, cut, monkeypatch):
+    """Even where the first pictures cannot be decoded, or some are never shown."""
+
+    def in_order(*_: object) -> None:
+        raise AssertionError("decoded from the first packet to the last")
+
+    data = cut_at_a_keyframe(encoding) if cut else encoded(encoding)
+    frames = shown(data)
+    monkeypatch.setattr(clip.Clip, "_take_in_order", in_order)
+    pixels, _ = decode_video(data, Job("video", "WEBM", 3), limits=LIMITS, geometry=AS_SENT)
+    wanted = expected(frames, 3, None)
+    assert [number_of(frame) for frame in pixels] == [number_of(frames[index][2]) for index in wanted]
+
+
+@pytest.mark.parametrize("encoding", ["hevc open", "mpeg4 no B", "mpeg4 B", "mpeg2 no B", "mpeg2 open"])
+def test_keyframes_that_are_none_are_noticed(encoding):
+    """Some writers mark every packet; decoding from such a place gives a picture all the same, of something else."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(encoded(encoding)), "r") as source, av.open(file, "w", format="mp4") as target:
+        track = source.streams.video[0]
+        copy: Any = target.add_stream_from_template(track, opaque=True)
+        for packet in source.demux(track):
+            if packet.size:
+                packet.is_keyframe, packet.stream = True, copy
+                target.mux(packet)
+    check(file.getvalue(), samplings=[(3, None), (6, None), (None, 1.0)])
+
+
+@pytest.mark.parametrize("encoding", ["vp8 hidden", "h264 closed", "hevc open"])
+def test_packets_that_announce_too_much_are_not_believed(encoding, monkeypatch):
+    """Packets of which no picture comes, and nobody knows before they are decoded."""
+    data = encoded(encoding)
+    if encoding != "vp8 hidden":
+        announced = clip.Clip._read_packets
+
+        def with_one_more(self: clip.Clip, *where: Any) -> list[clip.PacketInfo]:
+            first, *rest = announced(self, *where)
+            return [
+                first,
+                dataclasses.replace(first, pts=(first.pts or 0) + 1, keyframe=False, hidden=False),
+                *rest[:-1],
+            ]
+
+        monkeypatch.setattr(clip.Clip, "_read_packets", with_one_more)
+    monkeypatch.setattr(clip, "_is_hidden", lambda *_: False)
+    check(data, samplings=[(3, None), (6, None), (None, 1.0)])
