@@ -96,6 +96,7 @@ class Clip:
             timeline = self._timeline(index.shown)
             wanted = choose(timeline)
             if SAVING * index.cost(wanted) <= len(self._packets):
+                self._check_work(index.cost(wanted))
                 taken = self._take_by_seeking(index, wanted, convert)
                 if taken is not None:
                     return timeline, taken
@@ -104,6 +105,7 @@ class Clip:
     def _take_in_order(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
         """Decode everything. Which pictures are wanted is certain only at the end, so the packets' word serves as a
         guess; where it was wrong, a second pass takes what is missing."""
+        self._check_work(len(self._packets))
         announced = [packet for packet in self._packets if not packet.hidden]
         wanted: Collection[int] = choose(self._timeline(sorted(announced, key=lambda packet: _first(packet) or 0)))
         taken: dict[int, np.ndarray] = {}
@@ -205,6 +207,10 @@ class Clip:
         """Open the bytes and nothing else. Opening may decode a frame to learn its size, so there is a bound on it."""
         options = {"max_pixels": str(self._limits.max_side**2)}
         return av.open(io.BytesIO(self._data), "r", format=DEMUXERS[self._format], options=options)
+
+    def _check_work(self, num_packets: int) -> None:
+        if num_packets * self.size[0] * self.size[1] > self._limits.max_decoded_pixels:
+            raise Refusal("too_much_work")
 
     def _check_count(self, count: int) -> None:
         if count > self._limits.max_source_frames:

@@ -27,6 +27,9 @@ class MediaLimits:
     max_source_frames: int = 36_000  # that a video file may hold
     max_video_seconds: float = 600.0
     max_elements: int = 200_000  # boxes or elements that a video's container may consist of, as far as they are read
+    max_decoded_pixels: int = (
+        16_000_000_000  # of all frames that must be decoded to reach the wanted ones; 20 s of work
+    )
 
     decode_seconds: float = 20.0  # wall clock: handing over, decoding and handing back
     cpu_seconds: int = 20  # processor time of one decode

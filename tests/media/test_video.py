@@ -22,7 +22,9 @@ from service.media.container import Truncated, check_whole
 from service.media.geometry import to_geometry
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
-from service.media.video import at_rate, spread
+from service.media.sniff import Format
+from service.media.video import at_rate, decode_video, spread
+from service.media.wire import Job
 from tests.media.samples import (
     SQUARE,
     VIDEO_FORMATS,
@@ -409,3 +411,16 @@ async def test_a_video_that_takes_too_long_costs_no_child():
 async def test_a_gif_of_more_frames_than_a_file_may_hold(decoder):
     with pytest.raises(TooLarge, match="more frames than the 36000"):
         await decoder.decode(endless_gif(36_001, 8), kind="video", num_frames=1, fps=None)
+
+
+async def test_more_pixels_than_can_be_decoded_in_time_are_refused_before_that():
+    """A clip of one keyframe: for its last frame all must be decoded, for its first only that one."""
+    limits = MediaLimits(max_decoded_pixels=11 * 48 * 32)
+    files: tuple[tuple[str, Format], ...] = (("mp4", "MP4"), ("webm", "WEBM"))
+    for name, format in files:
+        data = video_bytes(name)
+        for job, refused in ((Job("video", format, 1), False), (Job("video", format, 2), True)):
+            with pytest.raises(Refusal, match="too_much_work") if refused else contextlib.nullcontext():
+                decode_video(data, job, limits=limits, geometry=SQUARE)
+    with pytest.raises(Refusal, match="too_much_work"):
+        decode_video(endless_gif(1800, 3000), Job("video", "GIF", 2), limits=MediaLimits(), geometry=SQUARE)
