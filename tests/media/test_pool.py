@@ -306,9 +306,10 @@ async def test_a_small_picture_is_served_beside_eight_clients_that_send_broken_o
 
         clients = [asyncio.create_task(flood(data)) for data in list(BROKEN.values())[:8]]
         children = decoder.stats.children
-        for _ in range(50):
-            await image(decoder)
-        assert 50 <= decoder.stats.refused <= 50 * 8 * 3, "they were served meanwhile, and not out of turn"
+        async with asyncio.timeout(60):  # alone they take less than one second; test_turns.py has the order itself
+            for _ in range(50):
+                await image(decoder)
+        assert decoder.stats.refused >= 50, "the others were served meanwhile"
         assert decoder.stats.children == children
         for client in clients:
             client.cancel()
