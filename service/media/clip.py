@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 import time
 from bisect import bisect_right
 from collections import deque
@@ -179,7 +180,7 @@ class Clip:
         ticks = dts if _faults(dts) < _faults(pts) else pts
         steps = np.diff(np.array([np.nan if tick is None else tick for tick in ticks]))
         sound = (steps > 0) & (steps <= MAX_GAP / self._unit)
-        usual = max(1.0, float(np.median(steps[sound]) if sound.any() else DEFAULT_GAP / self._unit))
+        usual = max(1.0, float(statistics.median(steps[sound].tolist()) if sound.any() else DEFAULT_GAP / self._unit))
         clock = np.append(0.0, np.cumsum(np.where(sound, steps, usual)))
         longest = self._limits.max_video_seconds
         end = self._seconds(clock[-1] + shown[-1].duration)

@@ -22,7 +22,7 @@ from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 
 from model.request import Geometry
-from service.media import clip
+from service.media import MediaDecoder, clip
 from service.media.limits import MediaLimits
 from service.media.sniff import sniff
 from service.media.video import decode_video
@@ -274,6 +274,9 @@ FILES = [
 ]
 QUICK = [
     ("h264 closed", "avi", "plain"),
+    ("h264 open", "piped avi", "plain"),
+    ("h264 one keyframe", "avi", "plain"),
+    ("h264 open", "avi", "late start"),
     ("h264 open", "mp4", "edit list"),
     ("hevc closed", "mp4", "plain"),
     ("hevc open", "mkv", "two tracks"),
@@ -289,6 +292,27 @@ QUICK = [
 @pytest.mark.parametrize(("encoding", "container", "odd"), QUICK)
 def test_some_of_the_grid(encoding, container, odd):
     check(muxed(encoding, container, odd), odd, [(6, None), (None, 2.0)])
+
+
+@pytest.fixture(scope="module")
+async def child():
+    decoder = MediaDecoder(LIMITS, AS_SENT, workers=1)
+    await decoder.start()
+    yield decoder
+    await decoder.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("encoding", "container", "odd"), QUICK)
+async def test_a_confined_child_reads_them_too(child, encoding, container, odd):
+    """It can open no file, so nothing may be imported late, whatever is odd about a video."""
+    data = muxed(encoding, container, odd)
+    format = sniff(data)
+    assert format is not None
+    for num_frames, fps in ((6, None), (None, 2.0)):
+        medium = await child.decode(data, kind="video", num_frames=num_frames, fps=fps)
+        pixels, _ = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT)
+        assert np.array_equal(medium.frames, pixels)
 
 
 @pytest.mark.slow
