@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
-from service.media.sniff import Format
+from service.media.sniff import STILL_BRANDS, Format
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -319,12 +319,15 @@ def _split_gif(data: bytes, limits: MediaLimits) -> Picture:
 
 
 def _split_heif(data: bytes, limits: MediaLimits) -> Picture:
-    """Rename the items of metadata, so that no decoder looks at them: offsets in the file stay what they are.
+    """Rename the items of metadata, so that no decoder looks at them: offsets in the file stay what they are. A major
+    brand that does not name the codec becomes the general one, since Pillow does not know the others.
 
     Orientation and colour profile are properties of the picture, which its decoder reads.
     """
     counter = _Counter(limits)
     renamed = bytearray(data)
+    if data[8:12] in STILL_BRANDS:
+        renamed[8:12] = b"mif1"
     for name, start, end in _boxes(data, 0, len(data), counter):
         if name != b"meta":
             continue

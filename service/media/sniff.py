@@ -27,7 +27,7 @@ FRAME_LIST_MAGIC = b"\x8bFRM\r\n\x1a\n"  # our own, see frame_list.py
 # the compatible brands, which follow, may do so.
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
-_STILL_BRANDS = (b"mif1", b"mif2", b"msf1", b"miaf", b"MiHA", b"MiHB", b"MiHE", b"MiAB", b"MA1A", b"MA1B")
+STILL_BRANDS = (b"mif1", b"mif2", b"msf1", b"miaf", b"MiHA", b"MiHB", b"MiHE", b"MiAB", b"MA1A", b"MA1B")
 _QUICKTIME_BOXES = (b"wide", b"free", b"skip", b"moov", b"mdat")  # one of which comes first where there is no ftyp
 _RIFF_FORMATS: dict[bytes, Format] = {b"WEBP": "WEBP", b"AVI ": "AVI"}
 _BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
@@ -61,12 +61,12 @@ def _iso_format(data: bytes) -> Format:
     """The format of a file that begins with an ftyp box: length, name, major brand, version, compatible brands."""
     end = min(int.from_bytes(data[:4], "big"), len(data), 1024)
     major, compatible = data[8:12], [data[at : at + 4] for at in range(16, end - 3, 4)]
-    for brand in (major, *(compatible if major in _STILL_BRANDS else ())):
+    for brand in (major, *(compatible if major in STILL_BRANDS else ())):
         if brand in _AVIF_BRANDS:
             return "AVIF"
         if brand in _HEIC_BRANDS:
             return "HEIC"
-    return "HEIC" if major in _STILL_BRANDS else "MP4"
+    return "HEIC" if major in STILL_BRANDS else "MP4"
 
 
 # Formats that are not read, by their first bytes, so that a refusal can name them.

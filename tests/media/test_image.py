@@ -449,7 +449,13 @@ def test_how_much_a_jpeg_must_give_is_a_setting():
 # --- AVIF and HEIC ---
 
 
-@pytest.mark.parametrize("brands", [(b"avif", b"mif1"), (b"mif1", b"miaf", b"avif"), (b"avis", b"avif")], ids=str)
+AVIF_BRANDS = [
+    *((b"avif", b"mif1"), (b"mif1", b"miaf", b"avif"), (b"avis", b"avif")),
+    *((b"miaf", b"mif1", b"avif"), (b"MA1B", b"avif"), (b"mif2", b"avif"), (b"MiHB", b"miaf", b"avif")),
+]
+
+
+@pytest.mark.parametrize("brands", AVIF_BRANDS, ids=str)
 def test_avif_is_read_by_any_of_its_brands(brands):
     data = bytearray(encoded(picture(40, 30), "AVIF", quality=100))
     assert int.from_bytes(data[:4], "big") == 32
