@@ -78,11 +78,10 @@ async def _from_url(
     service: Service, ask: ChatRequest, upload: Upload, part: ImagePart | VideoPart, param: str
 ) -> Medium:
     kind: Literal["image", "video"] = "image" if isinstance(part, ImagePart) else "video"
-    url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
     started = time.monotonic()
     try:
         domains = service.settings.allowed_media_domains
-        data = await fetch.resolve(url, limits=service.media_limits, allowed_domains=domains, count=upload.spend)
+        data = await fetch.resolve(part.url, limits=service.media_limits, allowed_domains=domains, count=upload.spend)
         return await _decode(service, ask, upload.client, data, kind, started)
     except ServiceError as error:
         error.param = error.param or param

@@ -60,11 +60,19 @@ class TextPart(Hints, frozen=True, tag="text"):
 
 
 class ImagePart(Hints, frozen=True, tag="image_url"):
-    image_url: Url
+    image_url: Url | str  # the URL alone, as Ollama's and vLLM's clients may send it
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
 class VideoPart(Hints, frozen=True, tag="video_url"):
-    video_url: Url
+    video_url: Url | str
+
+    @property
+    def url(self) -> str:
+        return self.video_url if isinstance(self.video_url, str) else self.video_url.url
 
 
 Part = TextPart | ImagePart | VideoPart

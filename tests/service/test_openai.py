@@ -200,6 +200,34 @@ def test_harmless_fields_of_openais_are_accepted(client: openai.OpenAI) -> None:
     assert ask(client, **fields).choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+@pytest.mark.parametrize("place", ["first", "last", "both"])
+def test_a_url_may_stand_alone(client: openai.OpenAI, kind: str, place: str) -> None:
+    """`"image_url": "data:..."`, beside parts of the other form."""
+    parts = [{"type": kind, kind: image_part(colour, "GIF")["image_url"]} for colour in ("red", "blue")]
+    expected = ask(client, parts)
+    for part in parts if place == "both" else [parts[place == "last"]]:
+        part[kind] = part[kind]["url"]
+    answer = ask(client, parts)
+    assert answer.choices[0].message.content == expected.choices[0].message.content
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+
+
+def test_a_url_alone_is_media_and_no_text(client: openai.OpenAI) -> None:
+    """However long it is; and what is wrong with it is said of its part."""
+    url = image_part()["image_url"]["url"] + "A" * 4 * (1 << 18)  # more than --max-text-bytes; rubbish after the end
+    assert ask(client, [{"type": "image_url", "image_url": url}]).choices
+    for wrong, code, param in (
+        ("x.png", "unsupported_url", "messages[0].content[0]"),
+        ("", "unsupported_url", "messages[0].content[0]"),
+        (None, "invalid_request", "messages[0].content[0].image_url"),
+        ([], "invalid_request", "messages[0].content[0].image_url"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, [{"type": "image_url", "image_url": wrong}])
+        assert (caught.value.code, caught.value.param) == (code, param)
+
+
 @pytest.mark.parametrize("detail", ["auto", "low", "high", "original", "whatever comes next"])
 def test_every_detail_is_accepted_and_without_effect(client: openai.OpenAI, detail: str) -> None:
     part = image_part()
