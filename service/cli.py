@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
@@ -53,7 +53,7 @@ def _option(name: str, field: FieldInfo) -> Any:
     return typer.Option(
         f"--{name.replace('_', '-')}",
         help=f"{field.description}{default}",
-        metavar=_metavar(field.default),
+        metavar=_metavar(field),
         envvar=f"FLASH_{name.upper()}",
         show_default=False,
         hidden=bool(extra["hidden"]),
@@ -61,10 +61,11 @@ def _option(name: str, field: FieldInfo) -> Any:
     )
 
 
-def _metavar(default: Any) -> str:
-    if isinstance(default, bool):
+def _metavar(field: FieldInfo) -> str:
+    kinds = {field.annotation, *get_args(field.annotation)}
+    if bool in kinds:
         return "true|false"
-    return "TEXT" if isinstance(default, str | tuple | None) else "NUMBER"
+    return "NUMBER" if kinds & {int, float} else "TEXT"
 
 
 @app.command()

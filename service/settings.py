@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from model.config import DEFAULT_MAX_MODEL_LEN, DrafterName
+from model.config import DEFAULT_MAX_MODEL_LEN, MAX_NODES, PAPER_NODES, DrafterName, EngineConfig
 from service import cores
 
 MIB = 1024 * 1024
@@ -60,12 +60,14 @@ class Settings(BaseSettings):
     watch_draft: float | None = option(
         "Model",
         None,
-        "Seconds between looks at the folder of --draft; a new draft there is used. None: no looks.",
+        "Seconds between looks at the folder of --draft; a new draft there is used. By default nobody looks.",
         gt=0,
     )
     served_model_name: str | None = option("Model", None, "The name that clients use; by default the model's own.")
     device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker on each of these.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("Model", "auto", "What the model computes in.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "Model", "auto", "What the model computes in: auto, float32, bfloat16 or float16."
+    )
     workers: int = option("Model", 1, "Engine processes that share the CPU (on GPUs: one per device).", ge=1, le=64)
     tensor_parallel: int = option(
         "Model", 1, "GPUs, side by side, that share a worker's model; --device lists those of all workers.", ge=1, le=64
@@ -79,20 +81,41 @@ class Settings(BaseSettings):
         ge=16,
     )
     kv_cache_bytes: int | None = option(
-        "Model", None, "KV memory per worker, bytes; by default the engine's choice.", ge=1
+        "Model", None, "KV memory per worker, bytes; by default for --max-num-seqs sequences.", ge=1
     )
     prefill_chunk: int | None = option(
-        "Model", None, "Prompt tokens of one pass; then those that decode have their turn.", ge=16
+        "Model",
+        None,
+        "Prompt tokens of one pass, after which running streams have their turn; by default "
+        f"{EngineConfig.prefill_chunk}.",
+        ge=16,
     )
     prefill_stretch: float | None = option(
-        "Model", None, "How many times slower running streams may become while a long prompt is read.", ge=1.5
+        "Model",
+        None,
+        "How many times slower running streams may become while a long prompt is read; by default "
+        f"{EngineConfig.prefill_stretch}.",
+        ge=1.5,
     )
     load_aware: bool = option("Model", True, "Draft only as much as pays at the present load, or not at all.")
-    max_nodes: int | None = option("Model", None, "Draft tokens verified per sequence and step.", ge=0)
-    max_rows: int | None = option(
-        "Model", None, "Rows of one step, of all sequences: draft tokens stay within them.", ge=1
+    max_nodes: int | None = option(
+        "Model",
+        None,
+        f"Draft tokens verified per sequence and step; by default {MAX_NODES}, with flash-paper {PAPER_NODES}.",
+        ge=0,
     )
-    encoder_cache_bytes: int | None = option("Model", None, "Memory for features of media seen before, bytes.", ge=0)
+    max_rows: int | None = option(
+        "Model",
+        None,
+        f"Rows of one step, of all sequences: draft tokens stay within them; by default {EngineConfig.max_rows}.",
+        ge=1,
+    )
+    encoder_cache_bytes: int | None = option(
+        "Model",
+        None,
+        f"Memory for features of media seen before, bytes; by default {EngineConfig.encoder_cache_bytes}.",
+        ge=0,
+    )
     prefix_cache: bool = option("Model", True, "What prompts begin with in common is computed once.")
 
     # Where it listens and who may ask
@@ -108,7 +131,7 @@ class Settings(BaseSettings):
         "HTTP",
         (),
         "Origins of web pages elsewhere that may use the service, as https://example.com (comma-separated; * is any); "
-        "none: with keys those that have one and no browser stops, without keys no page.",
+        "none: without keys no such page, with keys those that have one, whose browsers keep the answers from them.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP",
@@ -128,7 +151,9 @@ class Settings(BaseSettings):
     sse_keepalive_seconds: float = option(
         "HTTP", 10.0, "Seconds of silence after which a stream gets a comment, so that nobody hangs up; 0: none.", ge=0
     )
-    log_level: Literal["debug", "info", "warning", "error"] = option("HTTP", "info", "How much is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "HTTP", "info", "How much is logged: debug, info, warning or error."
+    )
 
     # What one request may ask for
     max_connections: int = option(
@@ -160,7 +185,9 @@ class Settings(BaseSettings):
     max_top_logprobs: int = option("Limits", 20, "The largest top_logprobs a request may ask for.", ge=0)
     max_waiting: int = option("Limits", 64, "Requests that may wait beyond those decoded; then 503.", ge=0)
     max_waiting_media: int = option("Limits", 256, "Images and videos that may wait to be decoded; then 503.", ge=0)
-    max_requests_per_key: int | None = option("Limits", None, "Requests that one API key may have inside.", ge=1)
+    max_requests_per_key: int | None = option(
+        "Limits", None, "Requests that one API key may have running or waiting; by default as many as fit.", ge=1
+    )
     body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive.", gt=0)
     min_upload_rate: float = option("Limits", 1024, "Bytes a second at which a body must arrive.", gt=0)
     upload_grace: float = option(

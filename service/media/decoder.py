@@ -138,7 +138,7 @@ class MediaDecoder:
             problem = "the medium is of no type that is read here" if name is None else f"{name} is not supported"
             raise UnsupportedMedia(f"{problem}; send {READABLE}")
         if kind is not None and not may_be(format, kind, data):
-            raise UnsupportedMedia(f"the medium was sent as {kind} but is a {format} {KIND_OF[format]}")
+            raise UnsupportedMedia(f"the medium was sent as {kind} but is of type {format} ({KIND_OF[format]})")
         return format
 
     def _check_sampling(

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -193,6 +193,10 @@ def test_every_setting_is_an_option_with_a_description() -> None:
         if name != "engine":
             assert f"--{name.replace('_', '-')}" in done.stdout
             assert f"FLASH_{name.upper()}" in done.stdout
+        for choice in get_args(field.annotation):
+            assert not isinstance(choice, str) or choice in field.description
+    for option, kind in (("threads", "NUMBER"), ("watch-draft", "NUMBER"), ("max-n", "NUMBER"), ("draft", "TEXT")):
+        assert f" --{option} {kind} " in " ".join(done.stdout.split())
 
 
 def test_devices_and_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
