@@ -207,7 +207,8 @@ class Clip:
     def _open(self) -> InputContainer:
         """Open the bytes and nothing else. Opening may decode a frame to learn its size, so there is a bound on it."""
         options = {"max_pixels": str(self._limits.max_side**2)}
-        return av.open(io.BytesIO(self._data), "r", format=DEMUXERS[self._format], options=options)
+        demuxer = DEMUXERS[self._format]  # titles and names may be in any encoding: nobody reads them here
+        return av.open(io.BytesIO(self._data), "r", format=demuxer, options=options, metadata_errors="ignore")
 
     def _check_work(self, num_packets: int) -> None:
         if num_packets * self.size[0] * self.size[1] > self._limits.max_decoded_pixels:

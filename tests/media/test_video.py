@@ -265,6 +265,42 @@ async def test_animated_pictures_may_be_sent_as_a_video(format):
         await decoder.close()
 
 
+def titled(format: str, where: str, title: bytes) -> bytes:
+    """A video whose file, track or sound track has a title of 8 bytes."""
+    name, file = "handler_name" if format in ("mp4", "mov") and where != "file" else "title", io.BytesIO()
+    with (
+        av.open(io.BytesIO(video_bytes(format if format in VIDEO_FORMATS else "mp4"))) as source,
+        av.open(file, "w", format=format) as target,
+    ):
+        track: Any = target.add_stream_from_template(source.streams.video[0], opaque=True)
+        codec = {"webm": "libopus", "avi": "pcm_s16le"}.get(format, "aac")
+        sound: Any = target.add_stream(codec, rate=48000, layout="mono")
+        {"file": target, "track": track, "sound": sound}[where].metadata[name] = "TTTTTTTT"
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = track
+                target.mux(packet)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 960), dtype=np.int16), format="s16", layout="mono")
+        silence.sample_rate = 48000
+        target.mux(sound.encode(silence) + sound.encode())
+    data = file.getvalue()
+    assert b"TTTTTTTT" in data
+    return data.replace(b"TTTTTTTT", title)
+
+
+@pytest.mark.parametrize("where", ["file", "track", "sound"])
+@pytest.mark.parametrize("format", ["mp4", "mov", "matroska", "webm", "avi"])
+async def test_titles_may_be_in_any_encoding(decoder, format, where):
+    for title in (
+        "Caf\xe9 1\xb0!".encode("latin-1"),
+        "Привет!!".encode("cp1251"),
+        "動画動画".encode("shift-jis"),
+        b"\xff" * 8,
+    ):
+        medium = await decoder.decode(titled(format, where, title), kind="video", num_frames=3, fps=None)
+        assert levels(medium.frames) == [0, 6, 11], title
+
+
 def sound(format: str, codec: str, *, cover: bool) -> bytes:
     """Half a second of silence, with a picture of an album."""
     file = io.BytesIO()
