@@ -269,7 +269,7 @@ def titled(format: str, where: str, title: bytes) -> bytes:
     """A video whose file, track or sound track has a title of 8 bytes."""
     name, file = "handler_name" if format in ("mp4", "mov") and where != "file" else "title", io.BytesIO()
     with (
-        av.open(io.BytesIO(video_bytes(format if format in VIDEO_FORMATS else "mp4"))) as source,
+        av.open(io.BytesIO(video_bytes(format if format in VIDEO_FORMATS else "mp4")), "r") as source,
         av.open(file, "w", format=format) as target,
     ):
         track: Any = target.add_stream_from_template(source.streams.video[0], opaque=True)
