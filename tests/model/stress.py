@@ -20,14 +20,17 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from model import sampling
-from model.bench.reference import Reference
 from model.engine import Engine
 from model.native import library
 from model.request import Request, RequestError, SamplingParams
@@ -58,6 +61,23 @@ def noise_between(logits: Tensor, params: SamplingParams, position: int, tokens:
     return math.inf
 
 
+def deciding_logits(engine: Engine, request: Request, position: int) -> Tensor | None:
+    """(vocab,) float64: what an engine that decodes one token at a time chose token `position` of its answer from.
+
+    None where it did not get there, or where the native library chose.
+    """
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor, *arguments: Any, **options: Any) -> np.ndarray:
+        seen.append(logits[0, -1].double().clone())
+        return original(logits, *arguments, **options)
+
+    original = sampling.choose
+    with mock.patch.object(sampling, "choose", choose):
+        tiny.answers(engine, [replace(request, params=replace(request.params, max_tokens=position + 1))])
+    return seen[position] if position < len(seen) else None
+
+
 def crowded(engine: Engine, requests: list[Request], rng: random.Random) -> dict[str, list[int]]:
     """Answer them all, a few joining at every step."""
     coming, answers = list(requests), dict[str, list[int]]()
@@ -81,7 +101,6 @@ class Stress:
         self.plain = Engine(tiny.config(checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
         config = tiny.config(checkpoint, draft=str(draft), max_num_seqs=16, prefill_chunk=16)
         self.crowd = Engine(config)
-        self.judge = Reference(str(checkpoint), device="cpu", dtype="float64")
         self.requests = self.differences = self.unexplained = 0
 
     def round(self, seed: int) -> None:
@@ -112,8 +131,8 @@ class Stress:
             self.differences += 1
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
             noise = math.inf
-            if at is not None:  # an answer that only ends early was no close call
-                logits = self.judge.logits(request.messages, tuple(expected[:at]))
+            # An answer that only ends early was no close call.
+            if at is not None and (logits := deciding_logits(self.plain, request, at)) is not None:
                 noise = noise_between(logits, request.params, at, {expected[at], found[at]})
             self.unexplained += noise > NOISE
             verdict = "explained by rounding" if noise <= NOISE else "NOT EXPLAINED"
