@@ -30,7 +30,7 @@ START_IN_JSON = re.compile(
 )
 
 _HEADER = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+")*+(?=,)', re.DOTALL)
-_FIELD = re.compile(r'((?:[^";]|"(?:[^"\\]|\\.)*+"|")*+)(?:;|\Z)', re.DOTALL)
+_FIELD = re.compile(r'((?:[^";]|"(?:[^"\\]|\\.)*+")*+)(?:;|\Z)', re.DOTALL)
 _IS_BASE64 = re.compile(r"; *base64\s*\Z", re.IGNORECASE | re.ASCII)
 
 _WHITE = b"\t\n\f\r "
@@ -80,7 +80,8 @@ def parse(url: str) -> DataUri:
     if comma - begin > MAX_HEADER:
         raise malformed(f"has more than {MAX_HEADER} characters before its comma")
     header = url[begin:comma]
-    media_type, *parameters = (field.strip() for field in _FIELD.findall(header))
+    fields = _FIELD.findall(header) if found else header.split(";")
+    media_type, *parameters = (field.strip() for field in fields)
     pairs = (parameter.partition("=") for parameter in parameters)
     values = {name.strip().lower(): value.strip().strip('"') for name, equals, value in pairs if equals}
     is_base64 = _IS_BASE64.search(header) is not None

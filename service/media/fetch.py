@@ -79,17 +79,27 @@ async def resolve(
     Raises BadRequest (malformed, not allowed, not there, too slow) and TooLarge.
     """
     if data_uri.START.match(url):
-        short = len(url) <= data_uri.SLICE
-        return _from_data_uri(url, limits) if short else await asyncio.to_thread(_from_data_uri, url, limits)
+        return await _from_data_uri(url, limits)
     if url[:8].partition(":")[0].lower() in DEFAULT_PORTS:
         return await _fetch(url, limits, allowed_domains, allow_private, count)
     raise BadRequest("a media URL must be a data: URI, or http(s) where allowed", code="unsupported_url")
 
 
-def _from_data_uri(url: str, limits: MediaLimits) -> bytes:
-    """Decode a data: URI, or join its list of frames. Its type says nothing else: the bytes tell what they are."""
+async def _from_data_uri(url: str, limits: MediaLimits) -> bytes:
+    """Decode a data: URI, in another thread where it is long, or a list of frames: many take long, however short."""
+    if len(url) > data_uri.SLICE:
+        return await asyncio.to_thread(lambda: _content(data_uri.parse(url), limits))
     uri = data_uri.parse(url)
-    if uri.media_type == frame_list.MEDIA_TYPE and uri.is_base64:
+    return await asyncio.to_thread(_content, uri, limits) if _is_frame_list(uri) else _content(uri, limits)
+
+
+def _is_frame_list(uri: data_uri.DataUri) -> bool:
+    return uri.media_type == frame_list.MEDIA_TYPE and uri.is_base64
+
+
+def _content(uri: data_uri.DataUri, limits: MediaLimits) -> bytes:
+    """Decode a data: URI, or join its list of frames. Its type says nothing else: the bytes tell what they are."""
+    if _is_frame_list(uri):
         return frame_list.from_uri(uri, limits)
     data = uri.decode(limits.max_bytes)
     if not uri.is_base64 and sniff(data) is None:

@@ -6,7 +6,9 @@ import base64
 import json
 import random
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import quote, unquote_to_bytes
 
 import pytest
@@ -256,3 +258,17 @@ def test_counting_ends_with_what_is_enough_and_not_before():
 def test_quotes_within_a_uri_end_it():
     body = bytearray(b'{"url": "data:image/png;name=\\"' + b"A" * 100 + b'\\"", "text": [' + b"0," * 500 + b"0]}")
     assert _num_text_bytes(body, 10**6) > 1000
+
+
+@pytest.mark.parametrize("parameter", ['\\"', '"\\', '";', '"a'])
+def test_a_header_of_quotes_takes_no_longer_than_another(parameter):
+    """Four thousand characters took 67 ms on the event loop: each quote was searched for its end, to the end."""
+    url = 'data:image/png;a="' + parameter * 2000 + ";base64,AAAA"
+
+    def seconds() -> float:
+        begun = time.process_time()
+        with suppress(BadRequest):
+            data_uri.parse(url)
+        return time.process_time() - begun
+
+    assert min(seconds() for _ in range(5)) < 0.02

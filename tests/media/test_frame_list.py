@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -206,3 +207,16 @@ async def test_lists_that_lie_about_their_lengths_are_refused(decoder: MediaDeco
         with pytest.raises(ServiceError) as error:
             await decoder.decode(data, kind="video", num_frames=None, fps=None)
         assert error.value.code == "video_not_decodable"
+
+
+@pytest.mark.parametrize("number", [1, 60])
+@pytest.mark.parametrize("parameters", ["", ";fps=2"])
+async def test_a_list_is_decoded_off_the_event_loop(monkeypatch, number, parameters):
+    """36,000 frames of six characters each held up everybody for more than a second, in a body of 250 kB."""
+    threads, from_uri = [], frame_list.from_uri
+    monkeypatch.setattr(
+        frame_list, "from_uri", lambda *arguments: threads.append(threading.current_thread()) or from_uri(*arguments)
+    )
+    await resolve(uri([b"abc"] * number, parameters), limits=LIMITS)
+    assert threads
+    assert threading.main_thread() not in threads
