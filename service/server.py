@@ -140,14 +140,16 @@ class DrainingServer(uvicorn.Server):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's, but for heads: they have a size and a time, other protocols that they offer are passed over, and what
-    cannot be read is refused in the words of any other error. And there are only so many connections."""
+    """uvicorn's, but for heads: they have a size (with the trailers of their body) and a time, other protocols that
+    they offer are passed over, and what cannot be read is refused in the words of any other error. And there are only
+    so many connections."""
 
     max_head_bytes = 32 * 1024
     limit = Connections(4096)
 
-    _in_head = False
     _head_bytes = 0
+    _head_is_too_large = False
+    _unreported_bytes = 0  # that came since the parser last told of anything: it may be keeping them
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -164,8 +166,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
-            self.limit.waits(self)
+        if self in self.connections and (self.timeout_keep_alive_task is not None or self.transport.is_closing()):
+            self.limit.waits(self)  # for another request, or until the last answer is read
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -184,24 +186,23 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _unset_keepalive_if_required(self) -> None:
         super()._unset_keepalive_if_required()
-        self.limit.goes_on(self)
+        if not self.flow.write_paused:
+            self.limit.goes_on(self)
 
     def data_received(self, data: bytes) -> None:
         """Replaces uvicorn's."""
-        headers = self.headers  # others for each request
+        self._unreported_bytes += len(data)
         try:
             self._feed(data)
-            # A header without an end is not reported while it grows: count what came of it.
-            if self._in_head and self.headers is headers:
-                self._count(len(data))
+            self._count(0)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             error = BadRequest("this is not a request of HTTP/1.1", code="invalid_http")
-            if self._head_bytes > self.max_head_bytes:
+            if self._head_is_too_large:
                 error = BadRequest(f"the head is larger than {self.max_head_bytes} bytes", code="head_too_large")
             self._refuse(error)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._head_bytes = True, 0
+        self._head_bytes = self._unreported_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -213,11 +214,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             raise httptools.HttpParserError  # 0.9 among them, in which a request is one line
         self._unset_keepalive_if_required()
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unreported_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unreported_bytes = 0
+        super().on_message_complete()
 
     def _should_upgrade(self) -> bool:
         return True  # to uvicorn: such a head begins no request, `_feed` sees to it
@@ -241,8 +249,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))  # CONNECT remains one, and is refused
 
     def _count(self, num_bytes: int) -> None:
-        self._head_bytes += num_bytes
-        if self._head_bytes > self.max_head_bytes:
+        """Count bytes of the head that the parser tells of, and those that it does not: of a header without an end."""
+        if num_bytes:
+            self._head_bytes, self._unreported_bytes = self._head_bytes + num_bytes, 0
+        if self._head_bytes + self._unreported_bytes > self.max_head_bytes:
+            self._head_is_too_large = True
             raise httptools.HttpParserError
 
     def _refuse(self, error: ServiceError) -> None:
@@ -255,3 +266,4 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             lines = [f"{name}: {value}" for name, value in (headers | error.headers()).items()]
             self.transport.write(STATUS_LINE[error.status] + "\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
+        self.limit.waits(self)  # until what was sent is read

@@ -151,6 +151,7 @@ class FakeTransport:
     def __init__(self) -> None:
         self.end: str | None = None
         self.unread = 0
+        self.sent = b""
 
     def get_extra_info(self, _: str) -> None:
         return None
@@ -161,8 +162,14 @@ class FakeTransport:
     def is_closing(self) -> bool:
         return self.end is not None
 
-    def write(self, _: bytes) -> None:
+    def pause_reading(self) -> None:
         pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
 
     def close(self) -> None:
         self.end = "closed"
@@ -171,25 +178,39 @@ class FakeTransport:
         self.end = "aborted"
 
 
+async def serve(_: Any, receive: Any, send: Any) -> None:
+    while (await receive()).get("more_body", False):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+class Crowd:
+    """Connections to a server of our own, without sockets."""
+
+    def __init__(self, most: int) -> None:
+        self.protocol = type("Protocol", (BoundedHttpProtocol,), {"limit": Connections(most)})
+        self.config, self.state = uvicorn.Config(serve, log_config=None), ServerState()
+        self.transports: list[FakeTransport] = []
+
+    def connect(self) -> tuple[BoundedHttpProtocol, FakeTransport]:
+        protocol, transport = self.protocol(self.config, self.state, {}), FakeTransport()
+        protocol.connection_made(transport)
+        self.transports.append(transport)
+        return protocol, transport
+
+    async def leave(self) -> None:
+        """All at once; whoever is served then ends."""
+        for one in tuple(self.state.connections):
+            one.connection_lost(None)
+        await asyncio.gather(*self.state.tasks, return_exceptions=True)
+        assert not self.protocol.limit.make_room(None)
+
+
 def test_the_longest_wait_ends_first_and_whoever_goes_on_is_left_alone() -> None:
-    async def serve(_: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body"})
-
     async def test() -> None:
-        class Protocol(BoundedHttpProtocol):
-            limit = Connections(5)
-
-        config, state = uvicorn.Config(serve, log_config=None), ServerState()
-        transports: list[FakeTransport] = []
-
-        def connect() -> tuple[BoundedHttpProtocol, FakeTransport]:
-            protocol, transport = Protocol(config, state, {}), FakeTransport()
-            protocol.connection_made(transport)  # type: ignore[arg-type]
-            transports.append(transport)
-            return protocol, transport
-
+        crowd = Crowd(5)
+        connect, transports = crowd.connect, crowd.transports
         asking, silent, answered, unread, reading = (connect() for _ in range(5))
         asking[0].data_received(b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\n")  # its body is to come
         answered[0].data_received(GET)
@@ -203,12 +224,101 @@ def test_the_longest_wait_ends_first_and_whoever_goes_on_is_left_alone() -> None
             connect()
         ends = [transport.end for transport in transports]
         assert ends == [None, "closed", "closed", "aborted", None, "closed", "closed", None, None, None]
-        protocol, _ = connect()
+        connect()
         asking[0].data_received(b"x")
         await asyncio.sleep(0.01)
         assert asking[0].timeout_keep_alive_task is not None
-        for one in tuple(state.connections):
-            one.connection_lost(None)
-        assert not Protocol.limit.make_room(protocol)
+        await crowd.leave()
+
+    asyncio.run(test())
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "later"),
+    [
+        (POST + b"\r\n", b"x" + GET),  # the next request's head is read, while the answer to this one is not
+        (POST + b"\r\n", b"x" + GET + GET[:20]),
+        (POST + b"Connection: close\r\n\r\n", b"x"),
+        (POST + b"\r\n", b"xG?T"),
+    ],
+)
+def test_who_does_not_read_makes_room_whatever_else_it_sends(head: bytes, later: bytes) -> None:
+    """A second head ended the wait of a client that read no answer, and so did the end of the connection: of both there
+    could be as many as connections, for ever."""
+
+    async def test() -> None:
+        crowd = Crowd(2)
+        protocol, transport = crowd.connect()
+        protocol.data_received(head)
+        await asyncio.sleep(0.01)
+        transport.unread = 1
+        if b"close" not in head:
+            protocol.pause_writing()
+        protocol.data_received(later)
+        await asyncio.sleep(0.01)
+        for _ in range(2):
+            crowd.connect()
+        assert transport.end == "aborted"
+        await crowd.leave()
+
+    asyncio.run(test())
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /",
+        b"GET / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nX: ",
+        GET + b"GET / HTTP/1.1\r\nX: ",
+        CHUNKED + b"0\r\nX: ",
+        CHUNKED + b"0\r\n",
+        CHUNKED + b"1;",
+        CHUNKED + b"3\r\nabc\r\n0\r\na: b\r\nX: ",
+    ],
+)
+@pytest.mark.parametrize("size", [1000, 50_000])
+def test_what_the_parser_keeps_to_itself_is_bounded(begun: bytes, size: int) -> None:
+    """A trailer without an end, which nobody counted, grew in memory as fast as a client could send it."""
+
+    async def test() -> None:
+        crowd = Crowd(2)
+        protocol, transport = crowd.connect()
+        protocol.data_received(begun)
+        await asyncio.sleep(0)
+        sent = 0
+        while transport.end is None:
+            protocol.data_received(b"a" * size)
+            sent += size
+            assert sent <= protocol.max_head_bytes + size
+        assert b"head_too_large" in transport.sent
+        await crowd.leave()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("size", [100, 1460, 20_000, 100_000])
+@pytest.mark.parametrize("body", [b"", b"x" * 50_000])
+def test_a_head_counts_once_however_it_is_cut(size: int, body: bytes) -> None:
+    """One of 20,000 bytes that came in packets counted twice, and was refused."""
+
+    async def test() -> None:
+        crowd = Crowd(2)
+        protocol, transport = crowd.connect()
+        lines = (b"POST / HTTP/1.1", b"Host: x", b"Cookie: " + b"c" * 30_000, b"Content-Length: %d" % len(body))
+        data = b"\r\n".join([*lines, b"", body])
+        for _ in range(2):
+            for at in range(0, len(data), size):
+                assert transport.end is None
+                protocol.data_received(data[at : at + size])
+            await asyncio.sleep(0.01)
+        assert transport.sent.count(b"HTTP/1.1 200 ") == 2
+        await crowd.leave()
 
     asyncio.run(test())
