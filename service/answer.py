@@ -158,7 +158,7 @@ class Answer:
         """From outside: whatever it waits for, the client's body, media or the engine, it gets this error instead."""
         if self.choices:
             self._deliver(0, error)
-        else:
+        elif self._cut is None:  # each cancellation would have to be taken back
             self._error = self._cut = error
             self._task.cancel()
 

@@ -115,6 +115,7 @@ class Pool:
         generation.finished = True
         if generation in self._parked:
             self._parked.remove(generation)
+            self._dispatch_parked()  # others may have waited for it
         for worker, generations in self._generations.items():
             if generation.request_id in generations:
                 self._forget(worker, generation, engine_done=False)

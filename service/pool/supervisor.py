@@ -137,7 +137,7 @@ class Worker:
                 self._events.on_given_up(self)
                 return
             self._events.on_restart(self)
-            backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 4.0 ** max(0, num_deaths - 1))
+            backoff = min(LONGEST_BACKOFF, FIRST_BACKOFF * 4.0 ** min(8, max(0, num_deaths - 1)))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff)
             self.restarts += 1

@@ -214,9 +214,12 @@ async def test_lists_that_lie_about_their_lengths_are_refused(decoder: MediaDeco
 async def test_a_list_is_decoded_off_the_event_loop(monkeypatch, number, parameters):
     """36,000 frames of six characters each held up everybody for more than a second, in a body of 250 kB."""
     threads, from_uri = [], frame_list.from_uri
-    monkeypatch.setattr(
-        frame_list, "from_uri", lambda *arguments: threads.append(threading.current_thread()) or from_uri(*arguments)
-    )
+
+    def recorded(*arguments):
+        threads.append(threading.current_thread())
+        return from_uri(*arguments)
+
+    monkeypatch.setattr(frame_list, "from_uri", recorded)
     await resolve(uri([b"abc"] * number, parameters), limits=LIMITS)
     assert threads
     assert threading.main_thread() not in threads

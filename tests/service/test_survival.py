@@ -25,6 +25,12 @@ import psutil
 import pytest
 
 from loadtest.asking import Answer, Question, Way, ask
+from model.request import SamplingParams
+from service.metrics import Metrics
+from service.pool.generation import Generation
+from service.pool.messages import Submit
+from service.pool.pool import Pool
+from service.pool.supervisor import Death, WorkerPlan
 from service.settings import holds_keys
 from tests.service.conftest import StartServer
 from tests.service.server import Server, chat_body
@@ -676,3 +682,24 @@ def test_nothing_is_left_after_many_requests_of_which_some_are_dropped(start_ser
     assert all(worker["requests"] == 0 for worker in server.health()["workers"])
     assert server.metric("flash_kv_cache_usage_ratio") == 0
     assert "Traceback" not in server.log_text()
+
+
+@pytest.mark.parametrize("num_newcomers", [1, 2, 5])
+def test_who_waits_for_a_suspect_that_leaves_goes_on_at_once(num_newcomers: int) -> None:
+    plan = WorkerPlan("", {}, load_timeout=1, stall_timeout=1, max_restarts=1)
+    pool = Pool([plan], max_request_retries=2, observer=Metrics("model"))
+    (worker,) = pool.workers
+    worker.state = "ready"
+
+    def submit(name: str) -> Generation:
+        return pool.submit(Submit(name, (), SamplingParams(), False), lambda _: None)
+
+    submit("running")
+    suspect = Generation(Submit("suspect", (), SamplingParams(), False), lambda _: None)
+    suspect.deaths = {Death(0), Death(0)}
+    pool._dispatch(suspect)
+    for number in range(num_newcomers):
+        submit(f"newcomer {number}")
+    assert (pool.num_at(worker), pool.num_parked) == (1, 1 + num_newcomers)
+    pool.abort(suspect)
+    assert (pool.num_at(worker), pool.num_parked) == (1 + num_newcomers, 0)
