@@ -8,6 +8,8 @@ SLOWER = "Models run through torch, several times slower on a CPU."
 def told() -> str:
     if (found := library.load()) is not None:
         return f"The native stack: build '{found.name}'."
+    if library.is_off():
+        return f"No native stack: {library.CHOICE}=off. {SLOWER}"
     if "avx512f" not in library.processor_flags():
         return f"No native stack: it needs a processor with AVX512. {SLOWER}"
     return (

@@ -50,7 +50,7 @@ def load() -> Library | None:
     """Load the build that FLASH_NATIVE chooses, by default the best one for this processor; None where there is none.
 
     Raises ConfigError where FLASH_NATIVE names no build, or one that does not run here."""
-    choice = os.environ.get(CHOICE) or "auto"
+    choice = _choice()
     names = [name for name, _, _ in BUILDS]
     if choice not in ("auto", "off", *names):
         raise ConfigError(f"{CHOICE}={choice} is none of auto, off, {', '.join(names)}")
@@ -68,6 +68,15 @@ def load() -> Library | None:
     if choice in names:
         raise ConfigError(f"{CHOICE}={choice}: this build was not compiled, or this processor does not run it")
     return None
+
+
+def is_off() -> bool:
+    """Whether FLASH_NATIVE asks for torch."""
+    return _choice() == "off"
+
+
+def _choice() -> str:
+    return os.environ.get(CHOICE) or "auto"
 
 
 def processor_flags() -> frozenset[str]:

@@ -16,8 +16,10 @@ import sys
 import tempfile
 import tomllib
 from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from model import tree, verify
 from model.attention import Rows, Sight, attend
-from model.config import EngineConfig
+from model.config import ConfigError, EngineConfig
 from model.draft.network import DraftConfig, SequentialHead
 from model.engine import Engine
 from model.kv_cache import KVCache
@@ -54,7 +56,9 @@ def build(name: str) -> Library | None:
     library.load.cache_clear()
     whole, library.BUILDS = library.BUILDS, (only,)
     try:
-        return library.load()
+        # Whatever the rest of the suite runs on: what follows is about the library.
+        with mock.patch.dict(os.environ, {library.CHOICE: "auto"}):
+            return library.load()
     finally:
         library.BUILDS = whole
         library.load.cache_clear()
@@ -494,15 +498,58 @@ def test_what_does_not_fit_runs_through_transformers_own_layers(
     assert tiny.answers(without, requests) == natively
 
 
-def test_a_library_is_there() -> None:
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets FLASH_NATIVE, whatever it was."""
+
+    def choose(choice: str) -> None:
+        monkeypatch.setenv(library.CHOICE, choice)
+        library.load.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    library.load.cache_clear()
+
+
+def test_a_library_is_there(choose: Callable[[str], None]) -> None:
     """Where there are AVX512 and a compiler: a build that fails quietly would cost most of the speed."""
     if not library.processor_flags().issuperset(BUILDS[-1][1]) or shutil.which("c++") is None:
         pytest.skip("no AVX512, or no compiler")
-    assert library.load() is not None
+    choose("auto")
+    found = library.load()
+    assert found is not None
     assert EngineConfig().resolved().dtype in ("bfloat16", "float32")
+    choose(found.name)
+    again = library.load()
+    assert again is not None
+    assert again.name == found.name
+    choose("avx512")
+    fallback = library.load()
+    assert fallback is not None
+    assert fallback.name == "avx512", "not the best one, but the one that was chosen"
+
+
+def test_it_can_be_turned_off_for_comparison(choose: Callable[[str], None]) -> None:
+    choose("off")
+    assert library.load() is None
+    assert EngineConfig().resolved().dtype == "float32"
+    assert "FLASH_NATIVE=off" in told()
+
+
+def test_a_build_that_is_not_to_be_had_is_an_error(
+    choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose("avx3")
+    with pytest.raises(ConfigError, match="FLASH_NATIVE=avx3 is none of auto, off, amx, avx512bf16, avx512"):
+        library.load()
+    choose("amx")
+    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2"}))
+    with pytest.raises(ConfigError, match="FLASH_NATIVE=amx: this build was not compiled, or this processor"):
+        EngineConfig().resolved()
 
 
 def test_where_there_is_none_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.CHOICE, raising=False)
     monkeypatch.setattr(library, "load", lambda: None)
     monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2"}))
     assert "needs a processor with AVX512" in told()
