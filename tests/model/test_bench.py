@@ -408,7 +408,7 @@ def test_the_table_sets_every_drafter_there_is_beside_every_other(
     medusa = tiny.save_network(tmp_path / "drafts" / "medusa", "medusa", tiny_checkpoint)
     shutil.copytree(tiny_draft, tmp_path / "drafts" / "flash")
     target = str(tiny_checkpoint)
-    asked = ["--targets", target, "--drafts", f"{target}={medusa.parent}", "--prompts", "2", "--repeats", "1"]
+    asked = ["--targets", target, "--drafts", f"{target}={medusa.parent}", "--prompts", "1", "--repeats", "1"]
     table.main([*asked, "--dtype", "float32", "--output", str(tmp_path / "made")])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["drafter"] for row in result["rows"]} == {

@@ -439,9 +439,17 @@ def test_ngram_gains_where_an_answer_repeats_itself(tiny_checkpoint: Path, plain
 # -- the simulation
 
 
+LONG = [tiny.ask(f"r{i}", f"Say {i}", max_tokens=180, temperature=i % 2, seed=i) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def long_answers(plain_engine: Engine) -> dict[str, list[int]]:
+    return tiny.answers(plain_engine, LONG)
+
+
 @pytest.mark.parametrize("accuracy", [0.0, 0.5, 0.8, 1.0])
 def test_a_replayed_token_is_right_as_often_as_was_asked(
-    accuracy: float, tiny_checkpoint: Path, plain_engine: Engine
+    accuracy: float, tiny_checkpoint: Path, long_answers: dict[str, list[int]]
 ) -> None:
     """Acceptance length is (1 - a^(n + 1)) / (1 - a) for chains of n; and the tokens are still the target's own."""
     nodes = 5
@@ -449,11 +457,9 @@ def test_a_replayed_token_is_right_as_often_as_was_asked(
     replay = ReplayDrafter(accuracy, tiny.VOCABULARY, seed=3)
     engine = Engine(settings, drafter=replay)
     assert engine.info.drafter == f"replay:{accuracy:g} (simulation)"
-    requests = [tiny.ask(f"r{i}", f"Say {i}", max_tokens=180, temperature=i % 2, seed=i) for i in range(12)]
-    known = tiny.answers(plain_engine, requests)
-    for request in requests:
-        replay.learn(engine.target.prompt(request.messages), known[request.request_id])
-    assert tiny.answers(engine, requests, every=1) == known
+    for request in LONG:
+        replay.learn(engine.target.prompt(request.messages), long_answers[request.request_id])
+    assert tiny.answers(engine, LONG, every=1) == long_answers
     stats = engine.pop_stats()
     wanted = sum(accuracy**i for i in range(nodes + 1))
     # Each answer's last steps draft fewer tokens than others.
