@@ -192,7 +192,7 @@ async def test_frames_are_counted_and_weighed_before_they_are_decoded(comma):
 
 async def test_only_a_video_may_be_a_list(decoder: MediaDecoder):
     data = await resolve(uri(greys(2)), limits=LIMITS)
-    with pytest.raises(UnsupportedMedia, match="sent as image but is a FRAME LIST video"):
+    with pytest.raises(UnsupportedMedia, match=r"sent as image but is of type FRAME LIST \(video\)"):
         await decoder.decode(data, kind="image", num_frames=None, fps=None)
     medium = await decoder.decode(data, kind="video", num_frames=None, fps=None)
     assert medium.frames.shape == (2, 32, 32, 3)

@@ -87,7 +87,8 @@ def test_what_a_draft_of_an_accuracy_gains_is_measured_beside_what_it_costs(
         expected = sum(accuracy**n for n in range(nodes + 1))
         assert row["acceptance_length"] == pytest.approx(expected, rel=0.25), (name, nodes)
         speedup = row["decode_speedup_over_plain"]
-        assert row["of_ideal"] == pytest.approx(speedup / row["acceptance_length"], rel=0.01)
+        # Both are rounded to three digits behind the point.
+        assert row["of_ideal"] == pytest.approx(speedup / row["acceptance_length"], rel=0.01, abs=1e-3)
     shown = ceiling.fastest(found["rows"])
     assert [row["drafter"] for row in shown].count("replay:1 + flash (simulation)") == 1
 
