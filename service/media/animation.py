@@ -34,7 +34,7 @@ class Animation:
         self, choose: Callable[[Timeline], Sequence[int]], convert: Callable[[Image.Image], np.ndarray]
     ) -> tuple[Timeline, dict[int, np.ndarray]]:
         wanted = set(choose(self.timeline))
-        taken: dict[int, np.ndarray] = {}
+        arrays: dict[int, np.ndarray] = {}
         file = io.BytesIO(self._data)
         if self._data[12:16] == b"VP8X":  # the canvas is clear whether or not the header says that frames are
             file.seek(20)
@@ -44,8 +44,8 @@ class Animation:
                 self._deadline.check()
                 image.seek(index)
                 if index in wanted:
-                    taken[index] = convert(image)
-        return self.timeline, taken
+                    arrays[index] = convert(image)
+        return self.timeline, arrays
 
     def _durations(self) -> Iterator[float]:
         """Seconds of each frame: RIFF [size] "WEBP", then chunks, of which ANMF have a duration at byte 12."""

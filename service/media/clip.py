@@ -98,9 +98,9 @@ class Clip:
             wanted = choose(timeline)
             if SAVING * index.cost(wanted) <= len(self._packets):
                 self._check_work(index.cost(wanted))
-                taken = self._take_by_seeking(index, wanted, convert)
-                if taken is not None:
-                    return timeline, taken
+                arrays = self._take_by_seeking(index, wanted, convert)
+                if arrays is not None:
+                    return timeline, arrays
         return self._take_in_order(choose, convert)
 
     def _take_in_order(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
@@ -109,38 +109,38 @@ class Clip:
         self._check_work(len(self._packets))
         announced = [packet for packet in self._packets if not packet.hidden]
         wanted: Collection[int] = choose(self._timeline(sorted(announced, key=lambda packet: _first(packet) or 0)))
-        taken: dict[int, np.ndarray] = {}
+        arrays: dict[int, np.ndarray] = {}
         while True:
             shown: list[PacketInfo] = []
             with self._open() as container:
                 for frame in Player(container, self._track, self._limits, len(self._packets), self._deadline):
-                    if len(shown) in wanted and len(shown) not in taken:
-                        taken[len(shown)] = convert(frame)
+                    if len(shown) in wanted and len(shown) not in arrays:
+                        arrays[len(shown)] = convert(frame)
                     shown.append(PacketInfo(frame.pts, frame.dts, frame.duration, frame.key_frame, False))
                     self._check_count(len(shown))
             timeline = self._timeline(shown)
             wanted = set(choose(timeline))
-            if wanted <= taken.keys():
-                return timeline, {index: taken[index] for index in wanted}
+            if wanted <= arrays.keys():
+                return timeline, {index: arrays[index] for index in wanted}
 
     def _take_by_seeking(self, index: Index, wanted: Sequence[int], convert: Convert) -> dict[int, np.ndarray] | None:
         """Decode from keyframes. Returns None where other pictures come out than the packets announced."""
-        taken: dict[int, np.ndarray] = {}
+        arrays: dict[int, np.ndarray] = {}
         num_false = 0
-        while len(taken) < len(set(wanted)):
+        while len(arrays) < len(set(wanted)):
             with self._open() as container:
                 player = Player(container, self._track, self._limits, len(self._packets), self._deadline)
                 try:
                     for picture in wanted:
-                        if picture not in taken:
-                            taken[picture] = convert(player.find(index, picture))
+                        if picture not in arrays:
+                            arrays[picture] = convert(player.find(index, picture))
                 except NotAKeyframe as error:
                     index.keyframes.remove(error.number)  # the next pass starts at the one before it
                     if (num_false := num_false + 1) > MAX_FALSE_KEYFRAMES:
                         return None
                 except NotAnnounced:
                     return None
-        return taken
+        return arrays
 
     def _index(self) -> Index | None:
         """What the packets announce; None where they do not say enough to look a picture up."""
