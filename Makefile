@@ -14,10 +14,20 @@ $(error TORCH is cpu or cuda, not '$(TORCH)')
 endif
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
+# Which builds of the native library are compiled (model/native/builds.py): auto (the best that this machine runs), all,
+# none, or names separated by commas. What was chosen last stays.
+empty :=
+space := $(empty) $(empty)
+FLASH_BUILDS  ?= $(or $(patsubst $(VENV)/.builds-%,%,$(wildcard $(VENV)/.builds-*)),auto)
+override FLASH_BUILDS := $(subst $(space),,$(FLASH_BUILDS))
+
 BIN   := $(VENV)/bin
-# Twice quiet: errors only.
+# Twice quiet: errors only. Modules are compiled when they are first imported: most of them never are.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+INSTALL := $(PIP) install --no-compile
 STAMP := $(VENV)/.setup-$(TORCH)
+BUILT := $(VENV)/.builds-$(FLASH_BUILDS)
+READY := $(STAMP) $(BUILT)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test serve bench check fmt lock clean distclean
@@ -25,71 +35,79 @@ STAMP := $(VENV)/.setup-$(TORCH)
 help: ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## create .venv with everything pinned (TORCH=cuda for a GPU machine)
+setup: $(READY) ## create .venv with everything pinned (TORCH=cuda for a GPU machine)
 
-demo: $(STAMP) ## start the service, caption an image and a video over HTTP, compare speeds
+demo: $(READY) ## start the service, caption an image and a video over HTTP, compare speeds
 	$(BIN)/python -m service.demo $(ARGS)
 
-test: $(STAMP) ## run the whole test suite
+test: $(READY) ## run the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
-serve: $(STAMP) ## run the service
+serve: $(READY) ## run the service
 	$(BIN)/flashserve serve $(ARGS)
 
-bench: $(STAMP) ## run the benchmark
+bench: $(READY) ## run the benchmark
 	$(BIN)/flashserve bench $(ARGS)
 
-check: $(STAMP) ## formatting, lint and types
+check: $(READY) ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fmt: $(STAMP) ## format the code and repair what lint can repair
+fmt: $(READY) ## format the code and repair what lint can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 lock: $(STAMP) ## pin today's newest versions within pyproject.toml's ranges
-	$(PIP) install --dry-run --ignore-installed --report $(VENV)/lock.json '.[dev]'
+	FLASH_BUILDS=none $(PIP) install --dry-run --ignore-installed --report $(VENV)/lock.json '.[dev]'
 	$(BIN)/python -c "$$WRITE_PINS" $(VENV)/lock.json > constraints.new
 	mv constraints.new constraints.txt
 
 clean: ## remove caches and build leftovers
 	rm -rf build dist *.egg-info model/native/*.so .pytest_cache .mypy_cache .ruff_cache
+	@for choice in $(wildcard $(VENV)/.builds-*); do touch -t 200001010000 $$choice; done
 	find service model tests loadtest -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard model/native/*.cpp model/native/*.h)
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FlashServe needs Python 3.11 or newer; name one with PYTHON=..., e.g. make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "Could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@$(INSTALL_TORCH_$(TORCH))
 	@echo 'Installing what pyproject.toml names, as pinned in constraints.txt (a minute or two)'
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
-	@$(BIN)/python -m model.native
+	@FLASH_BUILDS=none $(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@rm -f $(VENV)/.setup-*
 	@touch $@
 
+$(BUILT): $(STAMP) setup.py $(wildcard model/native/*.cpp model/native/*.h model/native/builds.py)
+	@FLASH_BUILDS='$(FLASH_BUILDS)' $(BIN)/python -m model.native.builds
+	@$(BIN)/python -m model.native
+	@rm -f $(VENV)/.builds-*
+	@touch $@
+
 # torch goes in first and without its dependencies: so nothing but torch is ever asked of the extra index, and the
-# step after finds it there. The index is asked once, briefly; a torch of the right version is left as it is.
+# step after finds it there. The index is asked once, briefly; a torch of the right version is left as it is. Where pip
+# knows another place that has it (find-links), the index need not answer: so pip first asks once and without a word.
 TORCH_FOUND = $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
 
 define INSTALL_TORCH_cpu
 case "$(TORCH_FOUND)" in $(TORCH_VERSION)|$(TORCH_VERSION)+*) exit 0;; esac; \
 if $(BIN)/python -m pip index versions torch --index-url $(TORCH_INDEX) --timeout 5 --retries 0 2>/dev/null | grep -qF '$(TORCH_VERSION)'; then \
   echo "torch $(TORCH_VERSION): the CPU build"; \
-  $(PIP) install --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION); \
+  $(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) --retries 0 2>/dev/null || \
+  $(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION); \
 else \
   echo "torch $(TORCH_VERSION): $(TORCH_INDEX) does not answer; taking the registry's own build (public PyPI's for Linux: gigabytes)"; \
-  $(PIP) install --no-deps torch==$(TORCH_VERSION); \
+  $(INSTALL) --no-deps torch==$(TORCH_VERSION); \
 fi
 endef
 
 define INSTALL_TORCH_cuda
 case "$(TORCH_FOUND)" in *+cpu) $(PIP) uninstall --yes torch;; esac; \
-$(PIP) install --no-deps torch==$(TORCH_VERSION)
+$(INSTALL) --no-deps torch==$(TORCH_VERSION)
 endef
 
 # From pip's report to pins. Local parts (+cpu) and what only a CUDA build needs are left out: they depend on the machine.

@@ -198,7 +198,7 @@ def prove_image(proof: Proof, builder: Builder, image: str) -> dict[str, Any]:
         proof.check("no compiler, no pip", not found, ", ".join(found) or "none found")
         site = next(root.glob("opt/flashserve/lib/python3*/site-packages"))
         native = sorted(path.name for path in site.glob("model/native/*.so"))
-        proof.check("the native stack was built", len(native) == 3, ", ".join(native))
+        proof.check("every build of the native library is there", len(native) == 4, ", ".join(native))
         names = {path.name for path in (*site.iterdir(), *root.iterdir(), *(root / "opt").iterdir())}
         strays = names & {"docker", "k8s", "loadtest", "tests", "runs", ".git", ".venv", "pytest", "ruff", "mypy"}
         proof.check("nothing but the package and what it needs", not strays, ", ".join(sorted(strays)) or "no strays")
@@ -234,7 +234,9 @@ def prove_running(proof: Proof, container: Container, config: dict[str, Any]) ->
     done = container.execute("touch", "/tmp/probe")
     proof.check("/tmp can", done.returncode == 0, "touch /tmp/probe")
     done = container.execute("python", "-m", "model.native")
-    proof.check("the native stack runs, where this processor can run it", done.returncode == 0, done.stdout.strip())
+    used = (done.stdout or done.stderr).partition("\n")[0]
+    best = "the best that this processor runs" in used or "runs none of its builds" in used
+    proof.check("of the native library the best build is used", best, used)
 
     for kind, name, mime, words in (
         ("image_url", "scene.png", "image/png", ("five objects", "black background", "crescent")),

@@ -1,23 +1,51 @@
-"""`python -m model.native`: which build of the native stack runs here, if any, and what to do about it if none."""
+"""`python -m model.native`: which build of the native library runs here and why, and what to do about it if none."""
 
+import sys
+
+from model.config import ConfigError
 from model.native import library
+from model.native.builds import BUILDS, INSTALL, SLOWER, Build, compiler
+from model.native.builds import CHOICE as COMPILED
 
-SLOWER = "Models run through torch, several times slower on a CPU."
+
+def report() -> str:
+    """Say which build is used, and of each why it is or is not. Raises ConfigError where `library.load` does."""
+    used = library.load()
+    runnable = [build for build in BUILDS if not library.lacking_features(build)]
+    if used is not None:
+        first = f"The native library: {used.name}, {_why(used.name, runnable[0])}."
+    elif library.is_off():
+        first = f"No native library: {library.CHOICE}=off. {SLOWER}"
+    elif not runnable:
+        first = f"No native library: this processor runs none of its builds. {SLOWER}"
+    elif any(build.path.exists() for build in runnable):
+        first = f"No native library: the system does not let this process use what is compiled. {SLOWER}"
+    elif not compiler():
+        first = f"No native library: none is compiled, and there is no C++ compiler {INSTALL}. {SLOWER}"
+    else:
+        first = f"No native library: none is compiled; '{COMPILED}=auto make setup' does that. {SLOWER}"
+    return "\n".join([first, *(f"  {build.name:<12}{_state(build)}" for build in BUILDS)])
 
 
-def told() -> str:
-    if (found := library.load()) is not None:
-        return f"The native stack: build '{found.name}'."
-    if library.is_off():
-        return f"No native stack: {library.CHOICE}=off. {SLOWER}"
-    if "avx512f" not in library.processor_flags():
-        return f"No native stack: it needs a processor with AVX512. {SLOWER}"
-    return (
-        "No native stack, though this processor could run one: nothing was compiled at 'make setup'. It takes a C++ "
-        "compiler (Debian and Ubuntu: apt-get install g++); what that says, '.venv/bin/pip install -v --no-deps -e .' "
-        f"shows. {SLOWER}"
-    )
+def _why(name: str, best: Build) -> str:
+    if library.is_chosen():
+        return f"as {library.CHOICE} says"
+    if name == best.name:
+        return "the best that this processor runs"
+    if best.path.exists():
+        return f"as the system does not let this process use {best.name}"
+    return f"the best that is compiled; '{COMPILED}={best.name} make setup' compiles a better one"
+
+
+def _state(build: Build) -> str:
+    compiled = "compiled" if build.path.exists() else "not compiled"
+    if lacking := library.lacking_features(build):
+        return f"{compiled}; this processor lacks {', '.join(lacking)}"
+    return f"{compiled}; this processor runs it"
 
 
 if __name__ == "__main__":
-    print(told())  # noqa: T201
+    try:
+        print(report())  # noqa: T201
+    except ConfigError as error:
+        sys.exit(str(error))

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.native.library import Matrix, functions, pointer
+from model.native.library import Matrix, Mirror, functions, pointer
 from model.tree import FixedTree, Trees, roots
 
 MAX_WIDTH = 16  # as in candidates.h
 
 
-class _Draft(ctypes.Structure):
+class _Draft(Mirror):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "block vocab width rank".split()),
         *((n, ctypes.c_void_p) for n in "logits contexts before state after fixed ends offered".split()),
@@ -24,7 +24,8 @@ class _Draft(ctypes.Structure):
     ]
 
 
-class TreeArrays(ctypes.Structure):
+class TreeArrays(Mirror):
+    NAME = "Trees"
     _fields_ = [
         *((n, ctypes.c_int32) for n in "batch rows".split()),
         *((n, ctypes.c_void_p) for n in "budgets tokens sizes parents depths scores".split()),

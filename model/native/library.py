@@ -1,11 +1,11 @@
 """The native library: which build runs here, its threads, and the smallest things it computes. Knows no model family.
 
-The library is built when FlashServe is installed, once for each kind of processor, and only for x86-64 with AVX512;
-without a compiler, or elsewhere, `load` returns None and models run through torch. Its threads and memory are one for
-the whole process: not to be called by two threads at once.
+Its builds, one for each kind of processor, are compiled when FlashServe is installed (builds.py); without a compiler,
+or elsewhere than on x86-64, `load` returns None and models run through torch. Its threads and memory are one for the
+whole process: not to be called by two threads at once.
 
 The environment variable FLASH_NATIVE chooses a build, for tests and comparison: `auto` (the default: the best one that
-this processor runs), `off` (torch), or the name of one.
+is there and that this processor runs), `off` (torch), or the name of one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from typing import Any, cast
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -25,17 +26,12 @@ from torch import Tensor
 
 from model import memory
 from model.config import ConfigError
+from model.native.builds import BUILDS, NAMES, Build
+from model.native.builds import CHOICE as COMPILED
 
 CHOICE = "FLASH_NATIVE"
 LANES, K_STEP = 16, 32  # as in product.h
 MAX_PATCH = 32  # as in pass.h
-DTYPES = (torch.float32, torch.bfloat16)
-# Best first: module, what it needs of the processor, and what it computes in.
-BUILDS: tuple[tuple[str, tuple[str, ...], tuple[torch.dtype, ...]], ...] = (
-    ("amx", ("amx_tile", "amx_bf16", "avx512_bf16"), DTYPES),
-    ("avx512bf16", ("avx512_bf16",), DTYPES),
-    ("avx512", ("avx512f", "avx512bw", "avx512dq", "avx512vl"), (torch.float32,)),
-)
 
 
 @dataclass(frozen=True)
@@ -45,29 +41,71 @@ class Library:
     dtypes: tuple[torch.dtype, ...]
 
 
+class Mirror(ctypes.Structure):
+    """A structure that the library reads too: field by field as it is there."""
+
+    NAME: ClassVar[str] = ""  # there, where it is not the class's own without underscore
+
+
 @cache
 def load() -> Library | None:
-    """Load the build that FLASH_NATIVE chooses, by default the best one for this processor; None where there is none.
+    """Load the build that FLASH_NATIVE chooses, by default the best one that runs here; None where there is none.
 
-    Raises ConfigError where FLASH_NATIVE names no build, or one that does not run here."""
+    Raises ConfigError where FLASH_NATIVE names no build or one that does not run here, and where a library that would
+    run was compiled from other sources than those beside it."""
     choice = _choice()
-    names = [name for name, _, _ in BUILDS]
-    if choice not in ("auto", "off", *names):
-        raise ConfigError(f"{CHOICE}={choice} is none of auto, off, {', '.join(names)}")
-    flags = processor_flags()
-    for name, needed, dtypes in BUILDS:
-        if choice not in ("auto", name):
+    if choice not in ("auto", "off", *NAMES):
+        raise ConfigError(f"{CHOICE}={choice} is none of auto, off, {', '.join(NAMES)}")
+    for build in BUILDS:
+        if choice not in ("auto", build.name):
             continue
-        spec = find_spec(f"model.native._{name}")
-        if spec is None or spec.origin is None or not flags.issuperset(needed):
-            continue
-        functions = ctypes.CDLL(spec.origin)
-        functions.flash_begin.restype = ctypes.c_bool
-        if functions.flash_begin(1):
-            return Library(name, functions, dtypes)
-    if choice in names:
-        raise ConfigError(f"{CHOICE}={choice}: this build was not compiled, or this processor does not run it")
+        if (obstacle := obstacle_to(build)) is None:
+            if (found := opened(build, build.path)) is not None:
+                return found
+            obstacle = "the system does not let this process use what it takes of the processor"
+        if choice == build.name:
+            raise ConfigError(f"{CHOICE}={choice} does not run: {obstacle}")
     return None
+
+
+def obstacle_to(build: Build) -> str | None:
+    """Say why this build cannot be used here, if so. Raises ConfigError where it was compiled from other sources."""
+    if lacking := lacking_features(build):
+        return f"this processor lacks {', '.join(lacking)}"
+    if not build.path.exists():
+        return f"it is not compiled; '{COMPILED}={build.name} make setup' does that"
+    if not build.is_current():
+        raise ConfigError(
+            f"{build.path} was compiled from other sources, or with other flags, than are there now; run 'make setup'"
+        )
+    return None
+
+
+def lacking_features(build: Build) -> list[str]:
+    """What the build takes of the processor that it does not have."""
+    present = torch.cpu.get_capabilities()
+    return [name for name in build.features if not present.get(name)]
+
+
+def opened(build: Build, path: Path) -> Library | None:
+    """Load a library that was compiled to `path`; None where the system does not let this process use it."""
+    functions = ctypes.CDLL(str(path))
+    _check_structures(functions)
+    functions.flash_begin.restype = ctypes.c_bool
+    if not functions.flash_begin(1):
+        return None
+    return Library(build.name, functions, tuple(getattr(torch, name) for name in build.dtypes))
+
+
+def _check_structures(functions: ctypes.CDLL) -> None:
+    """Structures are as large there as here: else each would write into what lies behind the other's."""
+    for name in ("medusa", "round"):  # with what these import, all that describe any
+        import_module(f"model.native.{name}")
+    functions.flash_size.restype = ctypes.c_long
+    for mirror in Mirror.__subclasses__():
+        name = mirror.NAME or mirror.__name__.removeprefix("_")
+        size = functions.flash_size(name.encode())
+        assert size == ctypes.sizeof(mirror), f"{name}: {size} bytes in C++, {ctypes.sizeof(mirror)} in Python"
 
 
 def is_off() -> bool:
@@ -75,18 +113,13 @@ def is_off() -> bool:
     return _choice() == "off"
 
 
+def is_chosen() -> bool:
+    """Whether FLASH_NATIVE names a build."""
+    return _choice() in NAMES
+
+
 def _choice() -> str:
     return os.environ.get(CHOICE) or "auto"
-
-
-def processor_flags() -> frozenset[str]:
-    """What Linux says that it can; nothing elsewhere."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            line = next((line for line in info if line.startswith("flags")), "")
-    except OSError:
-        line = ""
-    return frozenset(line.partition(":")[2].split())
 
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from model.native.candidates import Candidates, TreeArrays
-from model.native.library import Matrix, functions, pointer
+from model.native.library import Matrix, Mirror, functions, pointer
 from model.native.step import Linear, Results, linear
 from model.tree import Trees, roots
 
 
-class _MedusaNetwork(ctypes.Structure):
+class _MedusaNetwork(Mirror):
     _fields_ = [
         ("norm", ctypes.c_void_p),
         *((n, Linear) for n in "heads head".split()),

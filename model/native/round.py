@@ -18,7 +18,7 @@ from model.drafters.flash import FlashDrafter
 from model.kv_cache import KVCache
 from model.load import Load
 from model.native.candidates import TreeArrays
-from model.native.library import functions, pointer
+from model.native.library import Mirror, functions, pointer
 from model.native.step import Linear, Verifier, linear
 from model.stats import Counters
 from model.tree import PLAIN, Trees
@@ -26,7 +26,7 @@ from model.tree import PLAIN, Trees
 PARTS = ("propose", "grow", "verify", "accept", "observe")
 
 
-class _Cache(ctypes.Structure):
+class _Cache(Mirror):
     _fields_ = [
         ("data", ctypes.c_void_p),
         *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
@@ -34,7 +34,7 @@ class _Cache(ctypes.Structure):
     ]
 
 
-class _Round(ctypes.Structure):
+class _Round(Mirror):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in "target embeddings".split()),
         ("head", Linear),

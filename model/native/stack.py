@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.attention import Rows
 from model.kv_cache import KVCache
-from model.native.library import K_STEP, LANES, Matrix, functions, pointer, round_up
+from model.native.library import K_STEP, LANES, Matrix, Mirror, functions, pointer, round_up
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # as in pass.h
 
@@ -80,7 +80,7 @@ class Rotary:
     axes: np.ndarray
 
 
-class _Layer(ctypes.Structure):
+class _Layer(Mirror):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
@@ -89,7 +89,7 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Stack(ctypes.Structure):
+class _Stack(Mirror):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "num_layers hidden heads kv_heads head_dim intermediate".split()),
         *((n, ctypes.c_int32) for n in "norm activation num_taps".split()),
@@ -98,7 +98,7 @@ class _Stack(ctypes.Structure):
     ]
 
 
-class _Rows(ctypes.Structure):
+class _Rows(Mirror):
     _fields_ = [
         *((n, ctypes.c_int32) for n in "batch rows first_slot sight".split()),
         *((n, ctypes.c_void_p) for n in "starts counts parents positions cache".split()),

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from model.native.candidates import Candidates
-from model.native.library import K_STEP, Matrix, functions, pointer
+from model.native.library import K_STEP, Matrix, Mirror, functions, pointer
 from model.native.stack import Stack
 
 
-class Linear(ctypes.Structure):
+class Linear(Mirror):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in "packed bias".split()),
         *((n, ctypes.c_int32) for n in "inputs outputs".split()),
@@ -52,7 +52,7 @@ class Results:
         return view
 
 
-class _DraftNetwork(ctypes.Structure):
+class _DraftNetwork(Mirror):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in "stack entries masks entry_norm".split()),
         *((n, Linear) for n in "out head".split()),

@@ -80,7 +80,23 @@ void pack(const void* from, int inputs, int outputs, void* to) {
 #define BY_TYPE(call, ...) call<float>(__VA_ARGS__)
 #endif
 
+#if !defined(FLASH_STAMP)
+#define FLASH_STAMP "compiled by hand"
+#endif
+
 extern "C" {
+
+// What this was compiled from, and how: builds.py looks for it in the file.
+const char* flash_stamp() { return FLASH_STAMP; }
+
+// Bytes of a structure that Python fills in; 0: there is none of that name.
+long flash_size(const char* name) {
+#define SIZE(type) \
+  if (!strcmp(name, #type)) return sizeof(type);
+  SIZE(Layer) SIZE(Stack) SIZE(Rows) SIZE(Draft) SIZE(Trees) SIZE(Linear) SIZE(DraftNetwork) SIZE(MedusaNetwork) SIZE(Cache) SIZE(Round)
+#undef SIZE
+  return 0;
+}
 
 // To be called first. False where the system does not let this process use what the library was built for.
 bool flash_begin(int threads) {

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from model.native import library
+from model.native import builds
 from service.routes.ops import ROUTES
 from service.settings import Settings
 from tests.docker.image import DOCKERFILE, ROOT, TARGETS, environment, health_command, last, stages, steps
@@ -108,10 +108,11 @@ def test_every_installation_is_pinned():
 
 def test_it_insists_on_every_build_of_the_native_stack():
     (command,) = [rest for instruction, rest in stages()["flashserve"].steps if instruction == "RUN"]
-    (builds,) = re.findall(r"for build in ([\w ]+);", command)
-    assert builds.split() == [name for name, _, _ in library.BUILDS]
-    modules = {module["name"] for module in PROJECT["tool"]["setuptools"]["ext-modules"]}
-    assert {f"model.native._{build}" for build in builds.split()} == modules
+    assert f"{builds.CHOICE}=all pip wheel" in command
+    (names,) = re.findall(r"for build in ([\w ]+);", command)
+    assert names.split() == list(builds.NAMES)
+    assert {f"_{name}.so" for name in names.split()} == {build.path.name for build in builds.BUILDS}
+    assert "model/native/_$build.so" in command
 
 
 def test_its_label_tells_the_version():

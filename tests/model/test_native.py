@@ -6,20 +6,12 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import functools
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import tomllib
 from array import array
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,64 +21,30 @@ from torch.nn import functional as F  # noqa: N812
 
 from model import tree, verify
 from model.attention import Rows, Sight, attend
-from model.config import ConfigError, EngineConfig
 from model.draft.network import DraftConfig, SequentialHead
 from model.engine import Engine
 from model.kv_cache import KVCache
 from model.load import Load
 from model.native import library
-from model.native.__main__ import told
+from model.native.builds import BUILDS
 from model.native.candidates import Candidates, Sequential
-from model.native.library import BUILDS, Library, Matrix
+from model.native.library import Matrix
 from model.native.round import NativeRound
 from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.native.step import Verifier
 from model.stats import Counters
 from model.tree import IDLE
 from tests.model import tiny
+from tests.model.libraries import every_library
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, HEADS, INNER = 128, 4, 112
-RUNS = [(name, dtype) for name, _, dtypes in BUILDS for dtype in dtypes]
-
-
-def build(name: str) -> Library | None:
-    """One of the library's builds, if this processor can run it and a compiler made it."""
-    (only,) = (one for one in BUILDS if one[0] == name)
-    library.load.cache_clear()
-    whole, library.BUILDS = library.BUILDS, (only,)
-    try:
-        # Whatever the rest of the suite runs on: what follows is about the library.
-        with mock.patch.dict(os.environ, {library.CHOICE: "auto"}):
-            return library.load()
-    finally:
-        library.BUILDS = whole
-        library.load.cache_clear()
-
-
-@functools.cache
-def emulated_amx() -> Library | None:
-    """The build for AMX, with tiles as amx.h makes them; None where that, too, has no processor or compiler."""
-    if build("avx512bf16") is None or shutil.which("g++") is None:
-        return None
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    modules = project["tool"]["setuptools"]["ext-modules"]
-    (amx,) = (module for module in modules if module["name"] == "model.native._amx")
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    header, made = Path(__file__).with_name("amx.h"), folder / "amx.so"
-    flags = ["-shared", "-fPIC", "-include", str(header), *amx["extra-compile-args"]]
-    subprocess.run(["g++", *flags, *amx["sources"], "-o", str(made)], cwd=ROOT, check=True, capture_output=True)
-    functions = ctypes.CDLL(str(made))
-    functions.flash_begin.restype = ctypes.c_bool
-    assert functions.flash_begin(1)
-    return Library("amx", functions, library.DTYPES)
+RUNS = [(build.name, getattr(torch, dtype)) for build in BUILDS for dtype in build.dtypes]
 
 
 @pytest.fixture(params=RUNS, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in RUNS])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     name, dtype = request.param
-    found = build(name) or (emulated_amx() if name == "amx" else None)
+    found = every_library().get(name)
     if found is None:
         pytest.skip(f"no {name} build for this processor")
     monkeypatch.setattr(library, "load", lambda: found)
@@ -496,62 +454,3 @@ def test_what_does_not_fit_runs_through_transformers_own_layers(
     assert without.info.dtype == "float32"
     assert not without.target.native
     assert tiny.answers(without, requests) == natively
-
-
-@pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sets FLASH_NATIVE, whatever it was."""
-
-    def choose(choice: str) -> None:
-        monkeypatch.setenv(library.CHOICE, choice)
-        library.load.cache_clear()
-
-    yield choose
-    monkeypatch.undo()
-    library.load.cache_clear()
-
-
-def test_a_library_is_there(choose: Callable[[str], None]) -> None:
-    """Where there are AVX512 and a compiler: a build that fails quietly would cost most of the speed."""
-    if not library.processor_flags().issuperset(BUILDS[-1][1]) or shutil.which("c++") is None:
-        pytest.skip("no AVX512, or no compiler")
-    choose("auto")
-    found = library.load()
-    assert found is not None
-    assert EngineConfig().resolved().dtype in ("bfloat16", "float32")
-    choose(found.name)
-    again = library.load()
-    assert again is not None
-    assert again.name == found.name
-    choose("avx512")
-    fallback = library.load()
-    assert fallback is not None
-    assert fallback.name == "avx512", "not the best one, but the one that was chosen"
-
-
-def test_it_can_be_turned_off_for_comparison(choose: Callable[[str], None]) -> None:
-    choose("off")
-    assert library.load() is None
-    assert EngineConfig().resolved().dtype == "float32"
-    assert "FLASH_NATIVE=off" in told()
-
-
-def test_a_build_that_is_not_to_be_had_is_an_error(
-    choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choose("avx3")
-    with pytest.raises(ConfigError, match="FLASH_NATIVE=avx3 is none of auto, off, amx, avx512bf16, avx512"):
-        library.load()
-    choose("amx")
-    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2"}))
-    with pytest.raises(ConfigError, match="FLASH_NATIVE=amx: this build was not compiled, or this processor"):
-        EngineConfig().resolved()
-
-
-def test_where_there_is_none_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(library.CHOICE, raising=False)
-    monkeypatch.setattr(library, "load", lambda: None)
-    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2"}))
-    assert "needs a processor with AVX512" in told()
-    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2", "avx512f"}))
-    assert "pip install -v" in told()
