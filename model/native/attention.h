@@ -6,7 +6,6 @@
 
 constexpr int KEYS = 32;         // taken together
 constexpr int MAX_QUERIES = 16;  // a tile of AMX, and lanes of a vector
-constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Where keys lie: one after the other, or as listed.
 struct Contiguous {
@@ -18,31 +17,63 @@ struct Listed {
   long operator[](int i) const { return at[i]; }
 };
 
-template <int D>
-static inline vf products(const float* q, const float* key) {
+// A query's numbers times a key's, in as many sums as a register has lanes. q: as load_unordered gives a key.
+template <int D, class T>
+static inline Register products(const float* q, const T* key) {
   vf sum{};
 #pragma GCC unroll 16
-  for (int d = 0; d < D; d += LANES) sum += load(q + d) * load(key + d);
-  return sum;
+  for (int d = 0; d < D; d += LANES) sum = multiply_add(load(q + d), load_unordered(key + d), sum);
+  return folded(sum);
 }
 
 #if defined(__AVX512BF16__)
 template <int D>
-static inline vf products(const bf16* q, const bf16* key) {
+static inline Register products(const bf16* q, const bf16* key) {
   __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 8
   for (int d = 0; d < D; d += 2 * LANES) {
     const __mmask32 inside = d + 2 * LANES <= D ? 0xffffffff : 0xffff;
     sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(inside, q + d), (__m512bh)_mm512_maskz_loadu_epi16(inside, key + d));
   }
-  return (vf)sum;
+  return (Register)sum;
+}
+#endif
+
+#if defined(__AMX_BF16__)
+// Rows become columns: in four rounds, each of which swaps the off-diagonal quarters of ever smaller squares.
+static inline void transpose(Register* m) {
+#define ROUND(SPAN, LOW, HIGH)                               \
+  for (int i = 0; i < LANES; i++)                            \
+    if (!(i & SPAN)) {                                       \
+      const Register a = m[i], b = m[i + SPAN];                    \
+      m[i] = __builtin_shufflevector(a, b, LOW);             \
+      m[i + SPAN] = __builtin_shufflevector(a, b, HIGH);     \
+    }
+#define SIDE_BY_SIDE(...) __VA_ARGS__
+#pragma GCC unroll 16
+  ROUND(8, SIDE_BY_SIDE(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+        SIDE_BY_SIDE(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#pragma GCC unroll 16
+  ROUND(4, SIDE_BY_SIDE(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+        SIDE_BY_SIDE(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+#pragma GCC unroll 16
+  ROUND(2, SIDE_BY_SIDE(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+        SIDE_BY_SIDE(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+#pragma GCC unroll 16
+  ROUND(1, SIDE_BY_SIDE(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+        SIDE_BY_SIDE(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#undef ROUND
+#undef SIDE_BY_SIDE
 }
 #endif
 
 template <class T, int D>
 struct Attention {
   static constexpr int VECTORS = D / LANES;
-  static constexpr int TOGETHER = VECTORS <= 4 ? 4 : VECTORS <= 8 ? 2 : 1;  // queries whose sums fit the registers
+  // Sums that fit the registers: of so many vectors of a head's numbers, of so many queries.
+  static constexpr int SUMS = REGISTERS_EACH == 1 ? 16 : 6;
+  static constexpr int SLICE = VECTORS <= SUMS ? VECTORS : 4;
+  static constexpr int TOGETHER = SUMS / SLICE < 4 ? SUMS / SLICE : 4;
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   static constexpr bool PAIRED = sizeof(T) == 2;
@@ -53,10 +84,13 @@ struct Attention {
   const T *keys, *values;  // of one slot and head, D apart
   float scale;
   int num = 0;  // queries
-  const T* q[MAX_QUERIES];
+  static constexpr bool WIDENS = !std::is_same_v<Factor<T>, T>;
+  const Factor<T>* q[MAX_QUERIES];
+  alignas(64) float widened[WIDENS ? MAX_QUERIES : 1][D];  // queries, as load_unordered gives keys
   alignas(64) float scores[MAX_QUERIES][KEYS];
-  alignas(64) T weights[MAX_QUERIES][KEYS];
-  alignas(64) float mixed[MAX_QUERIES][D];  // weighted sums of values so far; PAIRED: see add_pairs
+  alignas(64) Factor<T> weights[MAX_QUERIES][KEYS];
+  // Weighted sums of values so far, in the order of load_unordered; PAIRED: see add_pairs.
+  alignas(64) float mixed[MAX_QUERIES][D];
   alignas(64) float most[MAX_QUERIES] = {};  // largest score so far
   vf total[MAX_QUERIES];                    // of the weights so far, lane by lane
 #if defined(__AMX_BF16__)
@@ -70,7 +104,12 @@ struct Attention {
   Attention(const T* keys, const T* values, float scale) : keys(keys), values(values), scale(scale) {}
 
   void add(const T* query) {
-    q[num] = query;
+    if constexpr (WIDENS) {
+      for (int d = 0; d < D; d += LANES) store(widened[num] + d, load_unordered(query + d));
+      q[num] = widened[num];
+    } else {
+      q[num] = query;
+    }
     most[num] = -1e30f;
     total[num] = vf{};
     memset(mixed[num], 0, sizeof mixed[num]);
@@ -84,13 +123,15 @@ struct Attention {
   void give(int n, T* out) const {
     const float whole = sum(total[n]);
     int d = 0;
+#if defined(__AVX512BF16__)
     if (PAIRED)
       for (; d + 2 * LANES <= D; d += 2 * LANES) {
         const vf low = load(mixed[n] + d) / whole, high = load(mixed[n] + d + LANES) / whole;
         store(out + d, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
         store(out + d + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
       }
-    for (; d < D; d += LANES) store(out + d, load(mixed[n] + d) / whole);
+#endif
+    for (; d < D; d += LANES) store(out + d, in_order(load(mixed[n] + d) / whole, out));
   }
 
   // The next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.
@@ -100,9 +141,8 @@ struct Attention {
     score_all(first, longest);
     alignas(64) float factors[MAX_QUERIES];
     const vf before = load(most);
-    vf now = before;
-    for (int n = 0; n < num; n++) now = LANE == n ? larger(scaled_scores(n, visible[n]), now) : now;
-    store(most, now), store(factors, exponential(before - now));
+    for (int n = 0; n < num; n++) most[n] = larger_of(scaled_scores(n, visible[n]), most[n]);
+    store(factors, exponential(before - load(most)));
     for (int n = 0; n < num; n++) weigh(n, visible[n], factors[n]);
     mix(Contiguous{first}, longest);
   }
@@ -118,21 +158,23 @@ struct Attention {
           for (int j = 0; j < count; j++) scores[n][j] = known[(at[j] - first) * MAX_QUERIES + n];
         else
           score(n, at, count);
-        const vf before = all(most[n]), now = larger(scaled_scores(n, count), before);
-        most[n] = now[0];
-        weigh(n, count, exponential(before - now)[0]);
+        const float before = most[n];
+        most[n] = larger_of(scaled_scores(n, count), before);
+        weigh(n, count, first_lane(exponential(broadcast_register(before - most[n]))));
         mix_alone(n, at, count);
       }
   }
 
  private:
-  // Scales the scores of a query's next `count` keys, and makes them small where there is no key; the largest, in all lanes.
-  vf scaled_scores(int n, int count) {
-    const vf low = LANE < count ? load(scores[n]) * scale : all(-1e30f);
-    const vf high = LANE < count - LANES ? load(scores[n] + LANES) * scale : all(-1e30f);
+  // Scales the scores of a query's next `count` keys, and makes them small where there is no key; the largest.
+  float scaled_scores(int n, int count) {
+    const vf low = first_lanes(load(scores[n]) * scale, count, -1e30f);
+    const vf high = first_lanes(load(scores[n] + LANES) * scale, count - LANES, -1e30f);
     store(scores[n], low), store(scores[n] + LANES, high);
-    return folded(larger(low, high), larger);
+    return largest(larger(low, high));
   }
+
+  static float larger_of(float a, float b) { return a > b ? a : b; }
 
   // From scores to weights. factor: what all so far counts for, now that `most` is what it is; 1 more often than not, but
   // to ask would cost more than to multiply.
@@ -145,40 +187,58 @@ struct Attention {
     }
     const vf low = exponential(load(scores[n]) - most[n]), high = exponential(load(scores[n] + LANES) - most[n]);
     total[n] = total[n] * factor + low + high;
-    store(weights[n], low), store(weights[n] + LANES, high);
+    const T* type = nullptr;
+    store(weights[n], rounded(low, type)), store(weights[n] + LANES, rounded(high, type));
   }
 
   // Lanes without a key get the last one's score: scaled_scores passes it by.
   template <class Positions>
   void score(int n, Positions at, int count) {
-    for (int g = 0; g < count; g += LANES) {
-      vf part[LANES];
+    for (int g = 0; g < count; g += WIDTH) {
+      Register part[WIDTH];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) part[i] = products<D>(q[n], keys + at[g + i < count ? g + i : count - 1] * D);
+      for (int i = 0; i < WIDTH; i++) part[i] = products<D>(q[n], keys + at[g + i < count ? g + i : count - 1] * D);
       store(scores[n] + g, sums(part));
     }
   }
 
-  template <int N, class Positions>
-  void add_values(int first, Positions at, int count, vf (&sums)[N][VECTORS]) const {
-    for (int i = 0; i < count; i++) {
-      vf value[VECTORS];
+  // The part of the sums that begins at d.
+  template <int N, int V, class Positions>
+  void add_values(int first, int d, Positions at, int count) {
+    constexpr int COLUMNS = V * REGISTERS_EACH;
+    Register sums[N][COLUMNS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) value[v] = load(values + at[i] * D + v * LANES);
+      for (int c = 0; c < COLUMNS; c++) sums[n][c] = load_register(mixed[first + n] + d + c * WIDTH);
+    for (int i = 0; i < count; i++) {
+      const T* from = values + at[i] * D + d;
+      Register value[COLUMNS];
+#pragma GCC unroll 16
+      for (int c = 0; c < COLUMNS; c++) value[c] = register_unordered(from, c);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
-        const vf weight = all(number(weights[first + n][i]));
+        const Register weight = broadcast_register(to_float(weights[first + n][i]));
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; v++) sums[n][v] += weight * value[v];
+        for (int c = 0; c < COLUMNS; c++) sums[n][c] = multiply_add(weight, value[c], sums[n][c]);
       }
     }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int c = 0; c < COLUMNS; c++) store(mixed[first + n] + d + c * WIDTH, sums[n][c]);
   }
 
   // Two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows in turns are
   // cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
   template <int N, class Positions>
-  void add_pairs(int first, Positions at, int count, vf (&sums)[N][VECTORS]) const {
+  void add_pairs(int first, Positions at, int count) {
 #if defined(__AVX512BF16__)
+    __m512 sums[N][VECTORS];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_load_ps(mixed[first + n] + v * LANES);
     for (int i = 0; i < count; i += 2) {
       const T *one = values + at[i] * D, *other = values + at[i + 1 < count ? i + 1 : i] * D;
       __m512i pairs[VECTORS];
@@ -199,27 +259,21 @@ struct Attention {
         memcpy(&both, weights[first + n] + i, sizeof both);
         const __m512bh weight = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; v++) sums[n][v] = (vf)_mm512_dpbf16_ps((__m512)sums[n][v], weight, (__m512bh)pairs[v]);
+        for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_dpbf16_ps(sums[n][v], weight, (__m512bh)pairs[v]);
       }
     }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) _mm512_store_ps(mixed[first + n] + v * LANES, sums[n][v]);
 #endif
   }
 
   template <int N, class Positions>
   void mix_few(int first, Positions at, int count) {
-    vf sums[N][VECTORS];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) sums[n][v] = load(mixed[first + n] + v * LANES);
-    if constexpr (PAIRED)
-      add_pairs(first, at, count, sums);
-    else
-      add_values(first, at, count, sums);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) store(mixed[first + n] + v * LANES, sums[n][v]);
+    if constexpr (PAIRED) return add_pairs<N>(first, at, count);
+    static_assert(VECTORS % SLICE == 0);
+    for (int d = 0; d < D; d += SLICE * LANES) add_values<N, SLICE>(first, d, at, count);
   }
 
 #if defined(__AMX_BF16__)
@@ -241,7 +295,7 @@ struct Attention {
       alignas(64) float turned[LANES * MAX_QUERIES];
       for (int g = 0; g < count; g += LANES) {
         score_tile(first + g, turned);
-        vf m[LANES];
+        Register m[LANES];
         for (int i = 0; i < LANES; i++) m[i] = load(turned + i * MAX_QUERIES);
         transpose(m);
         for (int n = 0; n < num; n++) store(scores[n] + g, m[n]);
@@ -262,7 +316,7 @@ struct Attention {
       const T* one = values + at[i < count ? i : 0] * D;  // what has no weight only must be a number
       const T* other = values + at[i + 1 < count ? i + 1 : 0] * D;
       for (int v = 0; v < VECTORS; v++) {
-        vh a, b;
+        Bfloats a, b;
         memcpy(&a, one + v * LANES, sizeof a), memcpy(&b, other + v * LANES, sizeof b);
         const auto both = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
                                                   10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);

@@ -77,12 +77,12 @@ struct Found {
 
 // That behind each of `num` tokens, whose states of the sequential head lie round_up(rank, K_STEP) apart; null: it has none.
 template <class T>
-void continuations(const Draft& draft, const T* logits, const T* states, int num, Found* found) {
+void continuations(const Draft& draft, const T* logits, const Factor<T>* states, int num, Found* found) {
   const int panels = (draft.vocab + LANES - 1) / LANES;
   const long k = round_up(draft.rank, K_STEP);
   alignas(64) float bias[MAX_WIDTH * PANELS * LANES] = {};
   vf most[MAX_WIDTH], total[MAX_WIDTH];
-  for (int n = 0; n < num; n++) most[n] = all(-1e30f), total[n] = vf{}, found[n].best = Best{draft.width};
+  for (int n = 0; n < num; n++) most[n] = broadcast(-1e30f), total[n] = vf{}, found[n].best = Best{draft.width};
   for (int panel = 0; panel < panels; panel += PANELS) {
     const int some = panels - panel < PANELS ? panels - panel : PANELS;
     const long stride = some * LANES;
@@ -90,11 +90,8 @@ void continuations(const Draft& draft, const T* logits, const T* states, int num
     if (states) product(states, k, num, after, k * LANES, some, k, bias, stride, after + some * k * LANES);
     for (int p = 0; p < some; p++) {
       const int token = (panel + p) * LANES;
-      vf drafted = all(-1e30f);
-      if (token + LANES <= draft.vocab)
-        drafted = load(logits + token);
-      else
-        for (int i = 0; token + i < draft.vocab; i++) drafted[i] = number(logits[token + i]);
+      const int left = draft.vocab - token;
+      const vf drafted = first_lanes(load_some(logits + token, left), left, -1e30f);
       for (int n = 0; n < num; n++) {
         const vf score = drafted + load(bias + n * stride + p * LANES);
         if (any_larger(score, most[n])) {
@@ -103,8 +100,11 @@ void continuations(const Draft& draft, const T* logits, const T* states, int num
           most[n] = now;
         }
         total[n] += exponential(score - most[n]);
-        if (any_larger(score, all(found[n].best.least())))
-          for (int i = 0; i < LANES; i++) found[n].best.offer({score[i], token + i, n});
+        if (any_larger(score, broadcast(found[n].best.least()))) {
+          float lanes[LANES];
+          store(lanes, score);
+          for (int i = 0; i < LANES; i++) found[n].best.offer({lanes[i], token + i, n});
+        }
       }
     }
   }
@@ -233,7 +233,7 @@ template <class T>
 void fill(const Draft& draft, const Trees& trees, int b) {
   Found* found = (Found*)__builtin_alloca(draft.block * sizeof(Found));  // at each depth
   for (int depth = 0; depth < draft.block; depth++)
-    continuations<T>(draft, logits_of<T>(draft, b, depth), (const T*)nullptr, 1, found + depth);
+    continuations<T>(draft, logits_of<T>(draft, b, depth), nullptr, 1, found + depth);
   const int num = trees.budgets[b] < draft.num_fixed ? trees.budgets[b] : draft.num_fixed;
   const long at = b * (long)trees.rows;
   int row = 1;
@@ -271,7 +271,7 @@ struct Frontier {
 
 // The sequential head goes on to the frontier: the states of the level before, `num` of them, become its own.
 template <class T>
-void follow(const Draft& draft, const Frontier& frontier, int b, int depth, T* states, int num) {
+void follow(const Draft& draft, const Frontier& frontier, int b, int depth, Factor<T>* states, int num) {
   const long rank = draft.rank, k = round_up(rank, K_STEP), wide = round_up(rank, LANES);
   const T* context = (const T*)draft.contexts + (b * (long)draft.block + depth) * rank;
   float* carried = (float*)__builtin_alloca_with_align(MAX_WIDTH * wide * sizeof(float), 512);
@@ -282,7 +282,7 @@ void follow(const Draft& draft, const Frontier& frontier, int b, int depth, T* s
     for (long i = 0; i < rank; i += LANES) {
       vf x = load_some(before + i, rank - i) + load_some(context + i, rank - i);
       if (depth) x += load(from + i);
-      store(states + n * k + i, x * sigmoid(x));
+      store(states + n * k + i, rounded(x * sigmoid(x), context));
     }
   }
 }
@@ -292,16 +292,16 @@ template <class T>
 double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Frontier frontier(trees, b);
   Found found[MAX_WIDTH];
-  const long size = MAX_WIDTH * round_up(draft.rank, K_STEP) * sizeof(T);
-  T* states = draft.before ? (T*)__builtin_alloca_with_align(size, 512) : nullptr;
+  const long size = MAX_WIDTH * round_up(draft.rank, K_STEP) * sizeof(Factor<T>);
+  Factor<T>* states = draft.before ? (Factor<T>*)__builtin_alloca_with_align(size, 512) : nullptr;
   if (states) memset((void*)states, 0, size);
   double head = 0.0;
   int num = 0;  // of states
   for (int depth = 0; depth < draft.block && frontier.num; depth++) {
     const double begun = now();
-    if (states) follow(draft, frontier, b, depth, states, num);
+    if (states) follow<T>(draft, frontier, b, depth, states, num);
     num = frontier.num;
-    continuations(draft, logits_of<T>(draft, b, depth), states, frontier.num, found);
+    continuations<T>(draft, logits_of<T>(draft, b, depth), states, frontier.num, found);
     head += now() - begun;
     frontier.go_on(draft, growth, depth, trees.budgets[b], found);
   }

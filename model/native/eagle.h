@@ -103,7 +103,7 @@ void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pen
         Best next{width};
         for (int n = 0; n < one.num; n++, row++) {
           Found found;
-          continuations(candidates, logits + row * vocab, (const T*)nullptr, 1, &found);
+          continuations<T>(candidates, logits + row * vocab, nullptr, 1, &found);
           offer_children(candidates, one.frontier[n], one.numbers[n], found, next);
         }
         const int first = one.count;

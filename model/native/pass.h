@@ -9,6 +9,7 @@
 //
 // Results are rounded to the model's type where transformers' own layers would store them.
 #pragma once
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "attention.h"
@@ -60,6 +61,14 @@ constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
 constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
 constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
 
+// Memory for at least so many bytes, on a line of its own. Nothing could be answered without it.
+inline void* allocate(size_t bytes) {
+  void* memory = aligned_alloc(LINE, round_up(bytes, LINE));
+  if (memory) return memory;
+  fprintf(stderr, "FlashServe's native stack: no memory for %zu bytes\n", bytes);
+  abort();
+}
+
 struct Arena {
   char* memory = nullptr;
   size_t size = 0, used = 0;
@@ -69,7 +78,7 @@ struct Arena {
     if (wanted <= size) return;
     free(memory);
     size = wanted;
-    memory = (char*)aligned_alloc(64, round_up(size, 64));
+    memory = (char*)allocate(size);
   }
   template <class T>
   T* take(size_t count) {
@@ -102,14 +111,50 @@ struct Panels {
 
 inline int chunks_of(int rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 
+// Rows as they are multiplied.
+template <class T>
+struct FactorRows {
+  const Factor<T>* rows;
+  long stride;
+};
+
+// Of what a stage multiplies, rows stay as they are: so those that this thread has widened last are not widened for every few panels.
+inline thread_local struct {
+  float* memory = nullptr;
+  size_t size = 0;
+  const void* rows = nullptr;
+  uint64_t stage = 0;
+} widened;
+
+template <class T>
+FactorRows<T> factors_of(const Member& team, const T* x, long stride, int rows, long k) {
+  if constexpr (std::is_same_v<Factor<T>, T>) {
+    return {x, stride};
+  } else {
+    if (widened.rows != x || widened.stage != team.stage) {
+      if (const size_t wanted = rows * k; wanted > widened.size) {
+        free(widened.memory);
+        widened.memory = (float*)allocate(wanted * sizeof(float));
+        widened.size = wanted;
+      }
+      for (int row = 0; row < rows; row++)
+        for (long i = 0; i < k; i += LANES) store(widened.memory + row * k + i, load(x + row * stride + i));
+      widened.rows = x, widened.stage = team.stage;
+    }
+    return {widened.memory, k};
+  }
+}
+
 // Rows first.. to end times `panels` panels of w from `panel` on: epilogue(row, rows, panel, panels, y, stride) gets blocks of them,
 // y[row * stride + 16 * panel + lane].
 template <class T, class Epilogue>
-void product_rows(const T* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels, const void* ahead, const Epilogue& epilogue) {
+void product_rows(const Member& team, const T* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels, const void* ahead,
+                  const Epilogue& epilogue) {
   alignas(64) float y[MANY_ROWS * MAX_HEAD_DIM];
   for (int row = first; row < end; row += MANY_ROWS) {
     const int some = end - row < MANY_ROWS ? end - row : MANY_ROWS;
-    product(x + row * stride, stride, some, w.at(panel), w.k * LANES, panels, w.k, y, (long)panels * LANES, ahead);
+    const FactorRows<T> factors = factors_of(team, x + row * stride, stride, some, w.k);
+    product(factors.rows, factors.stride, some, w.at(panel), w.k * LANES, panels, w.k, y, (long)panels * LANES, ahead);
     epilogue(row, some, panel, panels, y, (long)panels * LANES);
   }
 }
@@ -124,7 +169,7 @@ void product_stage(Member& team, const T* x, long stride, int rows, const Panels
     const int panel = task / chunks * w.group, first = task % chunks * CHUNK_ROWS;
     const int num = w.num - panel < w.group ? w.num - panel : w.group;
     const void* ahead = task < last ? w.at((task + 1) / chunks * w.group) : then;
-    product_rows(x, stride, first, first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows, w, panel, num, ahead, epilogue);
+    product_rows(team, x, stride, first, first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows, w, panel, num, ahead, epilogue);
   });
 }
 
@@ -145,7 +190,7 @@ void normalise(const T* x, const void* weight, const void* bias, Norm kind, floa
   }
   for (long i = 0; i < width; i += LANES) {
     vf part = load(x + i) - mean;
-    squares += part * part;
+    squares = multiply_add(part, part, squares);
   }
   const float factor = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
   for (long i = 0; i < width; i += LANES) {
@@ -169,9 +214,10 @@ vf activated(vf x, Activation kind) {
   switch (kind) {
     case QUICK_GELU: return x * sigmoid(1.702f * x);
     case GELU: {
-      vf y;
-      for (int i = 0; i < LANES; i++) y[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678f));
-      return y;
+      float lanes[LANES];
+      store(lanes, x);
+      for (float& lane : lanes) lane = 0.5f * lane * (1.0f + __builtin_erff(lane * 0.70710678f));
+      return load(lanes);
     }
     case GELU_TANH: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));  // 0.5 (1 + tanh z) = sigmoid 2z
     default: return x * sigmoid(x);
@@ -267,8 +313,8 @@ struct Pass {
       for (long d = 0; d < head_dim; d++) {
         const long place = rows.positions ? rows.positions[stack.axes[d] * all_rows + where[row]] : at[row];
         const long from = place * head_dim + d;
-        cos[row * head_dim + d] = number(((const T*)stack.cos)[from]);
-        sin[row * head_dim + d] = number(((const T*)stack.sin)[from]);
+        cos[row * head_dim + d] = to_float(((const T*)stack.cos)[from]);
+        sin[row * head_dim + d] = to_float(((const T*)stack.sin)[from]);
       }
     });
   }
@@ -284,7 +330,7 @@ struct Pass {
     const T* type = nullptr;
     if (norm) {
       vf squares{};
-      for (long d = 0; d < head_dim; d += LANES) squares += load(head + d) * load(head + d);
+      for (long d = 0; d < head_dim; d += LANES) squares = multiply_add(load(head + d), load(head + d), squares);
       const float factor = 1.0f / __builtin_sqrtf(sum(squares) / head_dim + stack.eps);
       for (long d = 0; d < head_dim; d += LANES)
         store(head + d, rounded(rounded(load(head + d) * factor, type) * load((const T*)norm + d), type));
@@ -399,7 +445,7 @@ struct Pass {
       for (int b = 0; b < num_blocks && num > 1; b++) fetch_first(index, blocks[b], head);
       for (int i = 0; i < group + 2; i++) {  // queries, keys and values
         const T* ahead = i < group + 1 ? w.at(part(head, i + 1)) : head < last ? w.at(part(head + 1, 0)) : then;
-        product_rows(from, wide, 0, num, w, part(head, i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
+        product_rows(team, from, wide, 0, num, w, part(head, i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
       }
       for (int b = 0; b < num_blocks; b++) attend(index, blocks[b], head);
     });

@@ -9,7 +9,9 @@
 // What is read next is fetched `ahead`, a line for every line read: the processor follows four panels at a time by itself, but
 // only to the end of a page, which is soon, and a few rows are done before it has found the next ones.
 #pragma once
-#include "vector.h"
+#include <type_traits>
+
+#include "simd.h"
 
 constexpr int PANELS = 4;       // computed together
 constexpr int TILE_ROWS = 16;   // of an AMX tile: buffers of rows are allocated in whole tiles
@@ -28,37 +30,74 @@ static inline void fetch(const void* ahead, long line) {
 #endif
 }
 
-// y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x and P panels that lie panel_stride apart.
-
-#if defined(__AVX512F__)
-constexpr int ROWS_AT_ONCE = 6;  // 6 x 4 sums, 4 weights and a factor: 29 of 32 registers
+// What rows of T are multiplied as: bfloat16 as such where the processor does that, else as float32, which they are widened to
+// (widened_rows) and weights, pair by pair, in registers.
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_BF16 = true;
 #else
-constexpr int ROWS_AT_ONCE = 1;
+constexpr bool MULTIPLIES_BF16 = false;
 #endif
+template <class T>
+using Factor = std::conditional_t<MULTIPLIES_BF16, T, float>;
+
+// --- R rows of x times P panels that lie panel_stride apart: y[row * stride_y + 16 * panel + lane]
+
+constexpr int EACH = REGISTERS_EACH;  // of a panel
 
 template <int R, int P>
-static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y, long stride_y,
-                         const void* ahead) {
-  vf sums[R][P] = {};
-  for (long i = 0; i < k; i++) {
-    vf weights[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; p++) weights[p] = load(w + p * panel_stride + i * LANES), fetch(ahead, i * P + p);
+INLINE void add_block(Register (&sums)[R][P * EACH], const float* x, long stride_x, const Register (&weights)[P * EACH]) {
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++) {
-      vf factor = all(x[r * stride_x + i]);
-#pragma GCC unroll 4
-      for (int p = 0; p < P; p++) sums[r][p] += factor * weights[p];
-    }
+  for (int r = 0; r < R; r++) {
+    const Register factor = broadcast_register(x[r * stride_x]);
+#pragma GCC unroll 8
+    for (int c = 0; c < P * EACH; c++) sums[r][c] = multiply_add(factor, weights[c], sums[r][c]);
   }
+}
+
+template <int R, int P>
+INLINE void store_block(const Register (&sums)[R][P * EACH], float* y, long stride_y) {
+#pragma GCC unroll 6
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) store(y + r * stride_y + p * LANES, sums[r][p]);
+#pragma GCC unroll 8
+    for (int c = 0; c < P * EACH; c++) store(y + r * stride_y + c * WIDTH, sums[r][c]);
+}
+
+template <int R, int P>
+static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
+  Register sums[R][P * EACH] = {};
+  for (long i = 0; i < k; i++) {
+    Register weights[P * EACH];
+#pragma GCC unroll 8
+    for (int c = 0; c < P * EACH; c++) weights[c] = load_register(w + c / EACH * panel_stride + i * LANES + c % EACH * WIDTH);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) fetch(ahead, i * P + p);
+    add_block<R, P>(sums, x + i, stride_x, weights);
+  }
+  store_block<R, P>(sums, y, stride_y);
+}
+
+// Pair by pair: weights of k, then of k + 1.
+template <int R, int P>
+static inline void block(const float* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
+  Register sums[R][P * EACH] = {};
+  for (long i = 0; i < k; i += 2) {
+    const bf16* pairs = w + i * LANES;
+    Register weights[P * EACH];
+#pragma GCC unroll 8
+    for (int c = 0; c < P * EACH; c++) weights[c] = first_of_pairs(pairs + c / EACH * panel_stride + c % EACH * 2 * WIDTH);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; p++) fetch(ahead, i / 2 * P + p);
+    add_block<R, P>(sums, x + i, stride_x, weights);
+#pragma GCC unroll 8
+    for (int c = 0; c < P * EACH; c++) weights[c] = second_of_pairs(pairs + c / EACH * panel_stride + c % EACH * 2 * WIDTH);
+    add_block<R, P>(sums, x + i + 1, stride_x, weights);
+  }
+  store_block<R, P>(sums, y, stride_y);
 }
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <int R, int P>
-static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y,
-                         const void* ahead) {
+static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
   __m512 sums[R][P] = {};
   for (long i = 0; i < k; i += 2) {
     __m512bh weights[P];
@@ -78,32 +117,41 @@ static inline void block(const bf16* x, long stride_x, const bf16* w, long panel
 }
 #endif
 
-template <class T, int P>
-static inline void blocks(const T* x, long stride_x, int rows, const T* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
-  int r = 0;
-  for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE)
-    block<ROWS_AT_ONCE, P>(x + r * stride_x, stride_x, w, panel_stride, k, y + r * stride_y, stride_y, ahead);
-  x += r * stride_x, y += r * stride_y;
-  switch (rows - r) {
-    case 5: return block<5, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
-    case 4: return block<4, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
-    case 3: return block<3, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
-    case 2: return block<2, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
-    case 1: return block<1, P>(x, stride_x, w, panel_stride, k, y, stride_y, ahead);
+// Rows computed together at most, and with so many rows how many panels: sums take most of the registers, and where rows are few
+// there are still enough of them not to wait for one another.
+constexpr int BLOCK_ROWS = 6;
+constexpr int block_panels(int rows) {
+  if (REGISTERS_EACH == 1) return PANELS;  // 6 x 4 sums, 4 weights and a factor: 29 of 32 registers
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;  // at most 12 sums, 2 weights and a factor: 15 of 16
+}
+
+// R rows times `panels` panels, at most P at once; `ahead`: what is read behind them.
+template <int R, int P, class F, class W>
+static inline void row_block(const F* x, long stride_x, const W* w, long panel_stride, int panels, long k, float* y, long stride_y, const void* ahead) {
+  for (; panels >= P; panels -= P, w += P * panel_stride, y += P * LANES)
+    block<R, P>(x, stride_x, w, panel_stride, k, y, stride_y, panels > P ? w + P * panel_stride : ahead);
+  if constexpr (P > 1)
+    if (panels) row_block<R, P - 1>(x, stride_x, w, panel_stride, panels, k, y, stride_y, ahead);
+}
+
+template <class F, class W>
+static inline void row_blocks(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k, float* y, long stride_y, const void* ahead) {
+  for (int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; blocks > 0; blocks--) {  // of sizes that differ by one at most
+    const int some = (rows + blocks - 1) / blocks;
+#define CASE(R) \
+  case R: row_block<R, block_panels(R)>(x, stride_x, w, panel_stride, panels, k, y, stride_y, ahead); break;
+    switch (some) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef CASE
+    rows -= some, x += some * stride_x, y += some * stride_y;
   }
 }
 
-template <class T>
-static inline void product(const T* x, long stride_x, int rows, const T* w, long panel_stride, int panels, long k, float* y, long stride_y,
-                           const void* ahead) {
+// y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x. Each few panels meet all rows before the next are read.
+template <class F, class W>
+static inline void product(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k, float* y, long stride_y, const void* ahead) {
   for (int p = 0; p < panels; p += PANELS, w += PANELS * panel_stride, y += PANELS * LANES) {
-    const void* next = p + PANELS < panels ? w + PANELS * panel_stride : ahead;
-    switch (panels - p) {
-      case 1: blocks<T, 1>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next); break;
-      case 2: blocks<T, 2>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next); break;
-      case 3: blocks<T, 3>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next); break;
-      default: blocks<T, 4>(x, stride_x, rows, w, panel_stride, k, y, stride_y, next);
-    }
+    const int some = panels - p < PANELS ? panels - p : PANELS;
+    row_blocks(x, stride_x, rows, w, panel_stride, some, k, y, stride_y, p + PANELS < panels ? w + PANELS * panel_stride : ahead);
   }
 }
 

@@ -76,12 +76,12 @@ void linear_stage(Member& team, const T* x, int rows, const Linear& linear, cons
 // The first of the largest, as torch's argmax.
 template <class T>
 int64_t first_largest(const T* x, long count) {
-  vf most = all(-__builtin_inff());
+  vf most = broadcast(-__builtin_inff());
   long i = 0;
   for (; i + LANES <= count; i += LANES) most = larger(load(x + i), most);
   float best = largest(most);
-  for (; i < count; i++) best = number(x[i]) > best ? number(x[i]) : best;
-  for (i = 0; i < count && number(x[i]) != best; i++) {
+  for (; i < count; i++) best = to_float(x[i]) > best ? to_float(x[i]) : best;
+  for (i = 0; i < count && to_float(x[i]) != best; i++) {
   }
   return i < count ? i : 0;
 }

@@ -74,11 +74,7 @@ void pack(const void* from, int inputs, int outputs, void* to) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
 #define BY_TYPE(call, ...) (bfloat16 ? call<bf16>(__VA_ARGS__) : call<float>(__VA_ARGS__))
-#else
-#define BY_TYPE(call, ...) call<float>(__VA_ARGS__)
-#endif
 
 #if !defined(FLASH_STAMP)
 #define FLASH_STAMP "compiled by hand"
