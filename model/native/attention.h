@@ -84,11 +84,11 @@ struct Attention {
   const T *keys, *values;  // of one slot and head, D apart
   float scale;
   int num = 0;  // queries
-  static constexpr bool WIDENS = !std::is_same_v<Factor<T>, T>;
-  const Factor<T>* q[MAX_QUERIES];
-  alignas(64) float widened[WIDENS ? MAX_QUERIES : 1][D];  // queries, as load_unordered gives keys
+  static constexpr bool REORDERS = sizeof(T) == 2 && REGISTERS_EACH > 1;
+  const Kept<T>* q[MAX_QUERIES];
+  alignas(64) float reordered[REORDERS ? MAX_QUERIES : 1][D];  // queries, as load_unordered gives keys
   alignas(64) float scores[MAX_QUERIES][KEYS];
-  alignas(64) Factor<T> weights[MAX_QUERIES][KEYS];
+  alignas(64) Kept<T> weights[MAX_QUERIES][KEYS];
   // Weighted sums of values so far, in the order of load_unordered; PAIRED: see add_pairs.
   alignas(64) float mixed[MAX_QUERIES][D];
   alignas(64) float most[MAX_QUERIES] = {};  // largest score so far
@@ -103,12 +103,11 @@ struct Attention {
 
   Attention(const T* keys, const T* values, float scale) : keys(keys), values(values), scale(scale) {}
 
-  void add(const T* query) {
-    if constexpr (WIDENS) {
-      for (int d = 0; d < D; d += LANES) store(widened[num] + d, load_unordered(query + d));
-      q[num] = widened[num];
-    } else {
-      q[num] = query;
+  void add(const Kept<T>* query) {
+    q[num] = query;
+    if constexpr (REORDERS) {
+      for (int d = 0; d < D; d += LANES) store(reordered[num] + d, unordered(load(query + d)));
+      q[num] = reordered[num];
     }
     most[num] = -1e30f;
     total[num] = vf{};
@@ -120,7 +119,7 @@ struct Attention {
     num++;
   }
 
-  void give(int n, T* out) const {
+  void give(int n, Kept<T>* out) const {
     const float whole = sum(total[n]);
     int d = 0;
 #if defined(__AVX512BF16__)
@@ -131,7 +130,7 @@ struct Attention {
         store(out + d + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
       }
 #endif
-    for (; d < D; d += LANES) store(out + d, in_order(load(mixed[n] + d) / whole, out));
+    for (; d < D; d += LANES) keep<T>(out + d, in_order(load(mixed[n] + d) / whole, (const T*)nullptr));
   }
 
   // The next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.

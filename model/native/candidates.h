@@ -77,7 +77,7 @@ struct Found {
 
 // That behind each of `num` tokens, whose states of the sequential head lie round_up(rank, K_STEP) apart; null: it has none.
 template <class T>
-void continuations(const Draft& draft, const T* logits, const Factor<T>* states, int num, Found* found) {
+void continuations(const Draft& draft, const T* logits, const Kept<T>* states, int num, Found* found) {
   const int panels = (draft.vocab + LANES - 1) / LANES;
   const long k = round_up(draft.rank, K_STEP);
   alignas(64) float bias[MAX_WIDTH * PANELS * LANES] = {};
@@ -271,7 +271,7 @@ struct Frontier {
 
 // The sequential head goes on to the frontier: the states of the level before, `num` of them, become its own.
 template <class T>
-void follow(const Draft& draft, const Frontier& frontier, int b, int depth, Factor<T>* states, int num) {
+void follow(const Draft& draft, const Frontier& frontier, int b, int depth, Kept<T>* states, int num) {
   const long rank = draft.rank, k = round_up(rank, K_STEP), wide = round_up(rank, LANES);
   const T* context = (const T*)draft.contexts + (b * (long)draft.block + depth) * rank;
   float* carried = (float*)__builtin_alloca_with_align(MAX_WIDTH * wide * sizeof(float), 512);
@@ -282,7 +282,7 @@ void follow(const Draft& draft, const Frontier& frontier, int b, int depth, Fact
     for (long i = 0; i < rank; i += LANES) {
       vf x = load_some(before + i, rank - i) + load_some(context + i, rank - i);
       if (depth) x += load(from + i);
-      store(states + n * k + i, rounded(x * sigmoid(x), context));
+      keep<T>(states + n * k + i, x * sigmoid(x));
     }
   }
 }
@@ -292,8 +292,8 @@ template <class T>
 double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Frontier frontier(trees, b);
   Found found[MAX_WIDTH];
-  const long size = MAX_WIDTH * round_up(draft.rank, K_STEP) * sizeof(Factor<T>);
-  Factor<T>* states = draft.before ? (Factor<T>*)__builtin_alloca_with_align(size, 512) : nullptr;
+  const long size = MAX_WIDTH * round_up(draft.rank, K_STEP) * sizeof(Kept<T>);
+  Kept<T>* states = draft.before ? (Kept<T>*)__builtin_alloca_with_align(size, 512) : nullptr;
   if (states) memset((void*)states, 0, size);
   double head = 0.0;
   int num = 0;  // of states

@@ -39,12 +39,12 @@ void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pen
   const int most_rows = 1 + (block - 1) * width, most_nodes = block * width;  // of a sequence
   const long wide = stack.hidden, wide_out = draft.out.outputs, vocab = draft.head.outputs;
   const long places = (long)batch * most_rows, fresh = round_up((long)batch * width, MANY_ROWS);  // rows of one pass at most
-  scratch.reserve(2 * Arena::bytes<T>(places * wide) + 2 * Arena::bytes<T>(fresh * wide) + Arena::bytes<T>(fresh * wide_out) +
+  scratch.reserve(2 * Arena::bytes<T>(places * wide) + 2 * Arena::bytes<Kept<T>>(fresh * wide) + Arena::bytes<Kept<T>>(fresh * wide_out) +
                   Arena::bytes<T>(fresh * vocab) + 3 * Arena::bytes<int32_t>(places) + 2 * Arena::bytes<int32_t>(batch) +
                   Arena::bytes<Growing>(batch) + Arena::bytes<Candidate>(batch * most_nodes) +
                   2 * Arena::bytes<int32_t>(batch * (most_nodes + 1)));
   T *features = scratch.take<T>(places * wide), *embeds = scratch.take<T>(places * wide);
-  T *read = scratch.take<T>(fresh * wide), *made = scratch.take<T>(fresh * wide), *hidden = scratch.take<T>(fresh * wide_out);
+  Kept<T> *read = scratch.take<Kept<T>>(fresh * wide), *made = scratch.take<Kept<T>>(fresh * wide), *hidden = scratch.take<Kept<T>>(fresh * wide_out);
   T* logits = scratch.take<T>(fresh * vocab);
   int32_t *tokens = scratch.take<int32_t>(places), *parents = scratch.take<int32_t>(places), *positions = scratch.take<int32_t>(places);
   int32_t *counts = scratch.take<int32_t>(batch), *done = scratch.take<int32_t>(batch);
@@ -83,19 +83,20 @@ void propose_eagle(const DraftNetwork& draft, const Rows& given, const void* pen
       row_stage(member, num, [&](int row) {
         const int place = pass.where[row], b = place / most_rows;
         const T* from = depth ? features + (b * (long)most_rows + parents[place]) * wide : (const T*)pending + b * wide;
-        memcpy((void*)(read + row * wide), from, wide * sizeof(T));
+        copy(read + row * wide, from, wide);
       });
-      linear_stage(member, read, num, draft.feature, [&](int row) { return made + row * wide; });
+      linear_stage<T>(member, read, num, draft.feature, [&](int row) { return made + row * wide; });
       row_stage(member, num, [&](int row) {
-        const T *entry = (const T*)draft.entries + tokens[pass.where[row]] * wide, *part = made + row * wide;
+        const T* entry = (const T*)draft.entries + tokens[pass.where[row]] * wide;
+        const Kept<T>* part = made + row * wide;
         T* to = embeds + pass.where[row] * wide;
         for (long i = 0; i < wide; i += LANES) store(to + i, load(part + i) + load(entry + i));
       });
       pass.run(member, embeds, (T*)nullptr);
-      const T* normed = pass.final_norm(member);
-      linear_stage(member, normed, num, draft.out, [&](int row) { return hidden + row * wide_out; });
-      linear_stage(member, hidden, num, draft.head, [&](int row) { return logits + row * vocab; });
-      row_stage(member, num, [&](int row) { memcpy((void*)(features + pass.where[row] * wide), normed + row * wide, wide * sizeof(T)); });
+      const Kept<T>* normed = pass.final_norm(member);
+      linear_stage<T>(member, normed, num, draft.out, [&](int row) { return hidden + row * wide_out; });
+      linear_stage<T>(member, hidden, num, draft.head, [&](int row) { return logits + row * vocab; });
+      row_stage(member, num, [&](int row) { copy(features + pass.where[row] * wide, normed + row * wide, wide); });
       member.share(batch, [&](int b) {
         Growing& one = growing[b];
         int row = 0;
@@ -130,31 +131,35 @@ void observe_eagle(const DraftNetwork& draft, const Rows& rows, const void* taps
   const Stack& stack = *draft.stack;
   const long wide = stack.hidden, wide_taps = draft.fuse.inputs;
   const long count = (long)rows.batch * rows.rows, most = round_up(count, MANY_ROWS);
-  scratch.reserve(Arena::bytes<T>(most * wide_taps) + 4 * Arena::bytes<T>(most * wide));
-  T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide);
-  T *features = scratch.take<T>(most * wide), *made = scratch.take<T>(most * wide), *context = scratch.take<T>(most * wide);
+  scratch.reserve(Arena::bytes<Kept<T>>(most * wide_taps) + 3 * Arena::bytes<Kept<T>>(most * wide) + Arena::bytes<T>(most * wide));
+  Kept<T> *scaled = scratch.take<Kept<T>>(most * wide_taps), *fused = scratch.take<Kept<T>>(most * wide);
+  Kept<T> *features = scratch.take<Kept<T>>(most * wide), *made = scratch.take<Kept<T>>(most * wide);
+  T* context = scratch.take<T>(most * wide);
   Pass<T> pass(stack, rows);
   const auto from = [&](int row) {
     const int place = pass.where[row], b = place / rows.rows;
     return (const T*)taps + (b * (long)num + paths[place]) * wide_taps;
   };
-  const auto to = [&](int row) {  // the next row of the sequence begins with it
+  const auto to = [&](int row, const auto& write) {  // the next row of the sequence begins with it
     const int place = pass.where[row], b = place / rows.rows;
-    return place % rows.rows + 1 < rows.counts[b] ? features + (row + 1) * wide : (T*)pending + b * wide;
+    if (place % rows.rows + 1 < rows.counts[b])
+      write(features + (row + 1) * wide);
+    else
+      write((T*)pending + b * wide);
   };
   team.run([&](Member& member) {
     row_stage(member, pass.num, [&](int row) {
       const int place = pass.where[row];
-      if (place % rows.rows == 0) memcpy((void*)(features + row * wide), (const T*)pending + place / rows.rows * wide, wide * sizeof(T));
+      if (place % rows.rows == 0) copy(features + row * wide, (const T*)pending + place / rows.rows * wide, wide);
     });
-    fuse_stages(member, draft, pass.num, scaled, fused, from, to);
-    linear_stage(member, features, pass.num, draft.feature, [&](int row) { return made + row * wide; });
+    fuse_stages<T>(member, draft, pass.num, scaled, fused, from, to);
+    linear_stage<T>(member, features, pass.num, draft.feature, [&](int row) { return made + row * wide; });
     row_stage(member, pass.num, [&](int row) {
       const int place = pass.where[row];
       const T* entry = (const T*)draft.entries + tokens[place / rows.rows * (long)num + paths[place]] * wide;
-      T* part = made + row * wide;
-      for (long i = 0; i < wide; i += LANES) store(part + i, load(part + i) + load(entry + i));
-      normalise(part, stack.layers[0].norm1, nullptr, RMS, stack.eps, wide, context + place * wide);
+      Kept<T>* part = made + row * wide;
+      for (long i = 0; i < wide; i += LANES) keep<T>(part + i, load(part + i) + load(entry + i));
+      normalise<T>(part, stack.layers[0].norm1, nullptr, RMS, stack.eps, wide, context + place * wide);
     });
     pass.hold(member, context);
   });

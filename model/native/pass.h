@@ -58,6 +58,7 @@ namespace {
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_PATCH = 32;
 constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
+constexpr int WIDENING_ROWS = 24;  // for so many it pays to keep bfloat16 weights as float32 for a while
 constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
 constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
 
@@ -111,51 +112,44 @@ struct Panels {
 
 inline int chunks_of(int rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 
-// Rows as they are multiplied.
-template <class T>
-struct FactorRows {
-  const Factor<T>* rows;
-  long stride;
-};
-
-// Of what a stage multiplies, rows stay as they are: so those that this thread has widened last are not widened for every few panels.
-inline thread_local struct {
-  float* memory = nullptr;
-  size_t size = 0;
-  const void* rows = nullptr;
-  uint64_t stage = 0;
-} widened;
-
-template <class T>
-FactorRows<T> factors_of(const Member& team, const T* x, long stride, int rows, long k) {
-  if constexpr (std::is_same_v<Factor<T>, T>) {
-    return {x, stride};
-  } else {
-    if (widened.rows != x || widened.stage != team.stage) {
-      if (const size_t wanted = rows * k; wanted > widened.size) {
-        free(widened.memory);
-        widened.memory = (float*)allocate(wanted * sizeof(float));
-        widened.size = wanted;
-      }
-      for (int row = 0; row < rows; row++)
-        for (long i = 0; i < k; i += LANES) store(widened.memory + row * k + i, load(x + row * stride + i));
-      widened.rows = x, widened.stage = team.stage;
+// Packed weights as float32, for as many rows that it pays: where there are fewer, they are widened in registers for every few rows.
+// Memory of each thread, for one use after the other.
+inline const float* widened(const bf16* packed, long count) {
+  static thread_local Arena wide;
+  wide.reserve(Arena::bytes<float>(count));
+  float* to = wide.take<float>(count);
+  for (long i = 0; i < count; i += 2 * LANES)
+    for (int c = 0; c < REGISTERS_EACH; c++) {
+      store(to + i + c * WIDTH, first_of_pairs(packed + i + c * 2 * WIDTH));
+      store(to + i + LANES + c * WIDTH, second_of_pairs(packed + i + c * 2 * WIDTH));
     }
-    return {widened.memory, k};
-  }
+  return to;
 }
 
-// Rows first.. to end times `panels` panels of w from `panel` on: epilogue(row, rows, panel, panels, y, stride) gets blocks of them,
-// y[row * stride + 16 * panel + lane].
+// Rows first.. to end, CHUNK_ROWS at most, times `panels` panels of w from `panel` on: epilogue(row, rows, panel, panels, y, stride) gets
+// blocks of them, y[row * stride + 16 * panel + lane].
 template <class T, class Epilogue>
-void product_rows(const Member& team, const T* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels, const void* ahead,
+void product_rows(const Kept<T>* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels, const void* ahead,
                   const Epilogue& epilogue) {
+  const long stride_y = (long)panels * LANES;
+  if constexpr (!std::is_same_v<Kept<T>, T>)
+    if (end - first >= WIDENING_ROWS) {
+      alignas(64) float y[CHUNK_ROWS * MAX_HEAD_DIM];
+      constexpr int together = block_panels(BLOCK_ROWS);
+      for (int p = 0; p < panels; p += together) {
+        const int some = panels - p < together ? panels - p : together;
+        const float* wide = widened(w.at(panel + p), some * w.k * LANES);
+        for (int row = first; row < end; row += MANY_ROWS)
+          product(x + row * stride, stride, end - row < MANY_ROWS ? end - row : MANY_ROWS, wide, w.k * LANES, some, w.k,
+                  y + (row - first) * stride_y + p * LANES, stride_y, ahead);
+      }
+      return epilogue(first, end - first, panel, panels, y, stride_y);
+    }
   alignas(64) float y[MANY_ROWS * MAX_HEAD_DIM];
   for (int row = first; row < end; row += MANY_ROWS) {
     const int some = end - row < MANY_ROWS ? end - row : MANY_ROWS;
-    const FactorRows<T> factors = factors_of(team, x + row * stride, stride, some, w.k);
-    product(factors.rows, factors.stride, some, w.at(panel), w.k * LANES, panels, w.k, y, (long)panels * LANES, ahead);
-    epilogue(row, some, panel, panels, y, (long)panels * LANES);
+    product(x + row * stride, stride, some, w.at(panel), w.k * LANES, panels, w.k, y, stride_y, ahead);
+    epilogue(row, some, panel, panels, y, stride_y);
   }
 }
 
@@ -163,13 +157,13 @@ void product_rows(const Member& team, const T* x, long stride, int first, int en
 
 // then: the weights that this member goes on with.
 template <class T, class Epilogue>
-void product_stage(Member& team, const T* x, long stride, int rows, const Panels<T>& w, const void* then, const Epilogue& epilogue) {
+void product_stage(Member& team, const Kept<T>* x, long stride, int rows, const Panels<T>& w, const void* then, const Epilogue& epilogue) {
   const int chunks = chunks_of(rows), tasks = w.tasks(chunks), last = team.end(tasks) - 1;
   team.share(tasks, [&](int task) {
     const int panel = task / chunks * w.group, first = task % chunks * CHUNK_ROWS;
     const int num = w.num - panel < w.group ? w.num - panel : w.group;
     const void* ahead = task < last ? w.at((task + 1) / chunks * w.group) : then;
-    product_rows(team, x, stride, first, first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows, w, panel, num, ahead, epilogue);
+    product_rows<T>(x, stride, first, first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows, w, panel, num, ahead, epilogue);
   });
 }
 
@@ -179,8 +173,9 @@ vf with_bias(const float* y, const void* bias, long output) {
   return rounded(bias ? x + load((const T*)bias + output) : x, (const T*)nullptr);
 }
 
-template <class T>
-void normalise(const T* x, const void* weight, const void* bias, Norm kind, float eps, long width, T* y) {
+// x and y: T, or what is kept of it.
+template <class T, class X, class Y>
+void normalise(const X* x, const void* weight, const void* bias, Norm kind, float eps, long width, Y* y) {
   const T* scale = (const T*)weight;
   vf squares{}, total{};
   float mean = 0.0f;
@@ -196,9 +191,9 @@ void normalise(const T* x, const void* weight, const void* bias, Norm kind, floa
   for (long i = 0; i < width; i += LANES) {
     vf part = (load(x + i) - mean) * factor;
     if (kind == LAYER)
-      store(y + i, part * load(scale + i) + load((const T*)bias + i));
+      keep<T>(y + i, part * load(scale + i) + load((const T*)bias + i));
     else
-      store(y + i, rounded(part, x) * load(scale + i));
+      keep<T>(y + i, rounded(part, scale) * load(scale + i));
   }
 }
 
@@ -237,7 +232,7 @@ struct Pass {
   const Stack& stack;
   const Rows& rows;
   int num = 0, num_blocks = 0;  // real rows, side by side from here on; and blocks of them
-  T *x, *norms, *q, *mixed, *inner;
+  Kept<T> *x, *norms, *q, *mixed, *inner;
   bool own_norms;  // of every member, one behind the other in `norms`
   float *cos = nullptr, *sin = nullptr;  // (num, head_dim)
   int32_t *where, *slot, *at, *ends;     // of a row: its place in (batch, rows), slot, position there; end of what it sees
@@ -257,13 +252,13 @@ struct Pass {
     wide = stack.hidden, wide_heads = stack.heads * head_dim, wide_inner = stack.intermediate;
     own_norms = num * wide <= OWN_NUMBERS;
     const long copies = own_norms ? team.size() : 1;
-    arena.reserve((1 + copies) * Arena::bytes<T>(most * wide) + 2 * Arena::bytes<T>(most * wide_heads) +
-                  Arena::bytes<T>(most * wide_inner) + 2 * Arena::bytes<float>(most * head_dim) +
+    arena.reserve((1 + copies) * Arena::bytes<Kept<T>>(most * wide) + 2 * Arena::bytes<Kept<T>>(most * wide_heads) +
+                  Arena::bytes<Kept<T>>(most * wide_inner) + 2 * Arena::bytes<float>(most * head_dim) +
                   5 * Arena::bytes<int32_t>(most) + Arena::bytes<Block>(most) + Arena::bytes<int32_t*>(most) +
                   Arena::bytes<int32_t>(listed));
-    x = arena.take<T>(most * wide), norms = arena.take<T>(copies * most * wide);
-    q = arena.take<T>(most * wide_heads), mixed = arena.take<T>(most * wide_heads);
-    inner = arena.take<T>(most * wide_inner);
+    x = arena.take<Kept<T>>(most * wide), norms = arena.take<Kept<T>>(copies * most * wide);
+    q = arena.take<Kept<T>>(most * wide_heads), mixed = arena.take<Kept<T>>(most * wide_heads);
+    inner = arena.take<Kept<T>>(most * wide_inner);
     cos = arena.take<float>(most * head_dim), sin = arena.take<float>(most * head_dim);
     where = arena.take<int32_t>(most), slot = arena.take<int32_t>(most), at = arena.take<int32_t>(most);
     ends = arena.take<int32_t>(most), tail_sizes = arena.take<int32_t>(most), blocks = arena.take<Block>(most);
@@ -308,7 +303,7 @@ struct Pass {
   void begin(Member& team, const void* embeds) {
     const long head_dim = stack.head_dim, all_rows = (long)rows.batch * rows.rows;
     row_stage(team, num, [&](int row) {
-      memcpy(x + row * wide, (const T*)embeds + where[row] * (long)stack.hidden, stack.hidden * sizeof(T));
+      copy(x + row * wide, (const T*)embeds + where[row] * wide, wide);
       if (!stack.cos) return;
       for (long d = 0; d < head_dim; d++) {
         const long place = rows.positions ? rows.positions[stack.axes[d] * all_rows + where[row]] : at[row];
@@ -349,10 +344,10 @@ struct Pass {
     for (int row = first_row; row < first_row + some; row++, y += stride_y) {
       for (int p = 0; p < num; p++) store(y + p * LANES, with_bias<T>(y + p * LANES, layer.qkv_bias, (panel + p) * LANES));
       if (head < heads + kv_heads) turn(y, head < heads ? layer.q_norm : layer.k_norm, row);
-      T* to = head < heads              ? q + row * wide_heads + head * stack.head_dim
-              : head < heads + kv_heads ? held(index, 0, row, head - heads)
-                                        : held(index, 1, row, head - heads - kv_heads);
-      for (int p = 0; p < num; p++) store(to + p * LANES, load(y + p * LANES));
+      if (head < heads)
+        copy(q + row * wide_heads + head * stack.head_dim, y, stack.head_dim);
+      else
+        copy(head < heads + kv_heads ? held(index, 0, row, head - heads) : held(index, 1, row, head - heads - kv_heads), y, stack.head_dim);
     }
   }
 
@@ -432,7 +427,7 @@ struct Pass {
     return (i < group ? head * group + i : heads + (i - group) * kv_heads + head) * (stack.head_dim / LANES);
   }
 
-  void attention(Member& team, const Layer& layer, int index, const T* from, const T* then) {
+  void attention(Member& team, const Layer& layer, int index, const Kept<T>* from, const T* then) {
     const int kv_heads = stack.kv_heads, group = stack.heads / kv_heads;
     const Panels<T> w = qkv(layer);
     if (!by_heads(team)) {
@@ -445,42 +440,42 @@ struct Pass {
       for (int b = 0; b < num_blocks && num > 1; b++) fetch_first(index, blocks[b], head);
       for (int i = 0; i < group + 2; i++) {  // queries, keys and values
         const T* ahead = i < group + 1 ? w.at(part(head, i + 1)) : head < last ? w.at(part(head + 1, 0)) : then;
-        product_rows(team, from, wide, 0, num, w, part(head, i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
+        product_rows<T>(from, wide, 0, num, w, part(head, i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
       }
       for (int b = 0; b < num_blocks; b++) attend(index, blocks[b], head);
     });
   }
 
   // The product of whole heads; w begins with `first_head` of them left out.
-  void project(Member& team, const Layer& layer, int index, const T* from, const Panels<T>& w, int first_head, const T* then) {
-    product_stage(team, from, wide, num, w, then, [&](int row, int some, int panel, int num, float* y, long stride_y) {
+  void project(Member& team, const Layer& layer, int index, const Kept<T>* from, const Panels<T>& w, int first_head, const T* then) {
+    product_stage<T>(team, from, wide, num, w, then, [&](int row, int some, int panel, int num, float* y, long stride_y) {
       sort(layer, index, row, some, first_head * w.group + panel, num, y, stride_y);
     });
   }
 
-  void add_product(Member& team, const T* from, long stride, const Panels<T>& w, const void* bias, const T* then) {
-    product_stage(team, from, stride, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
+  void add_product(Member& team, const Kept<T>* from, long stride, const Panels<T>& w, const void* bias, const T* then) {
+    product_stage<T>(team, from, stride, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
       for (int r = 0; r < some; r++)
         for (int p = 0; p < panels; p++) {
           const long output = (panel + p) * LANES;
-          T* to = x + (row + r) * wide + output;
-          store(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
+          Kept<T>* to = x + (row + r) * wide + output;
+          keep<T>(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
         }
     });
   }
 
   // Gated: panels of gate and up take turns.
-  void activate(Member& team, const T* from, const Panels<T>& w, const void* bias, const T* then) {
+  void activate(Member& team, const Kept<T>* from, const Panels<T>& w, const void* bias, const T* then) {
     const int step = gated() ? 2 : 1;
     const T* type = nullptr;
-    product_stage(team, from, wide, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
+    product_stage<T>(team, from, wide, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
       for (int r = 0; r < some; r++)
         for (int p = 0; p < panels; p += step) {
           const long output = (panel + p) * LANES;
           const float* at = y + r * stride_y + p * LANES;
           vf made = rounded(activated(with_bias<T>(at, bias, output), (Activation)stack.activation), type);
           if (step == 2) made *= with_bias<T>(at + LANES, bias, output + LANES);
-          store(inner + (row + r) * wide_inner + output / step, made);
+          keep<T>(inner + (row + r) * wide_inner + output / step, made);
         }
     });
   }
@@ -495,9 +490,9 @@ struct Pass {
   }
 
   // x normalised. Who is late and does it for itself may read what others write by then; its stage is over, and nobody uses that.
-  const T* norm(Member& team, const void* weight, const void* bias) {
-    T* normed = norms + (own_norms ? team.index * round_up(num, MANY_ROWS) * wide : 0);
-    const auto each = [&](int row) { normalise(x + row * wide, weight, bias, (Norm)stack.norm, stack.eps, wide, normed + row * wide); };
+  const Kept<T>* norm(Member& team, const void* weight, const void* bias) {
+    Kept<T>* normed = norms + (own_norms ? team.index * round_up(num, MANY_ROWS) * wide : 0);
+    const auto each = [&](int row) { normalise<T>(x + row * wide, weight, bias, (Norm)stack.norm, stack.eps, wide, normed + row * wide); };
     if (own_norms)
       for (int row = 0; row < num; row++) each(row);
     else
@@ -506,7 +501,7 @@ struct Pass {
   }
 
   void give(Member& team, T* to, int column, int columns) {
-    row_stage(team, num, [&](int row) { memcpy(to + (where[row] * (long)columns + column) * wide, x + row * wide, wide * sizeof(T)); });
+    row_stage(team, num, [&](int row) { copy(to + (where[row] * (long)columns + column) * wide, x + row * wide, wide); });
   }
 
   // All layers; their outputs that are tapped go to taps (batch, rows, num_taps, hidden).
@@ -527,12 +522,12 @@ struct Pass {
     }
   }
 
-  const T* final_norm(Member& team) { return norm(team, stack.final_norm, stack.final_bias); }
+  const Kept<T>* final_norm(Member& team) { return norm(team, stack.final_norm, stack.final_bias); }
 
   void finish(Member& team, T* hidden) {
     if (!stack.final_norm) return give(team, hidden, 0, 1);
     row_stage(team, num, [&](int row) {
-      normalise(x + row * wide, stack.final_norm, stack.final_bias, (Norm)stack.norm, stack.eps, wide, hidden + where[row] * wide);
+      normalise<T>(x + row * wide, stack.final_norm, stack.final_bias, (Norm)stack.norm, stack.eps, wide, hidden + where[row] * wide);
     });
   }
 };

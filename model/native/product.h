@@ -30,15 +30,33 @@ static inline void fetch(const void* ahead, long line) {
 #endif
 }
 
-// What rows of T are multiplied as: bfloat16 as such where the processor does that, else as float32, which they are widened to
-// (widened_rows) and weights, pair by pair, in registers.
+// What rows of T are kept as between products: bfloat16 as such where the processor multiplies it. Elsewhere float32 is multiplied,
+// so rows are float32, though rounded to T; weights are widened in registers.
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_BF16 = true;
 #else
 constexpr bool MULTIPLIES_BF16 = false;
 #endif
 template <class T>
-using Factor = std::conditional_t<MULTIPLIES_BF16, T, float>;
+using Kept = std::conditional_t<MULTIPLIES_BF16, T, float>;
+
+// A result of a model of T, rounded to it, whatever it is kept as.
+template <class T, class To>
+INLINE void keep(To* to, vf x) {
+  if constexpr (std::is_same_v<To, T>)
+    store(to, x);
+  else
+    store(to, rounded(x, (const T*)nullptr));
+}
+
+// Numbers that have been rounded already.
+template <class To, class From>
+static inline void copy(To* to, const From* from, long count) {
+  if constexpr (std::is_same_v<To, From>)
+    memcpy((void*)to, from, count * sizeof(To));
+  else
+    for (long i = 0; i < count; i += LANES) store_some(to + i, load_some(from + i, count - i), count - i);
+}
 
 // --- R rows of x times P panels that lie panel_stride apart: y[row * stride_y + 16 * panel + lane]
 

@@ -250,7 +250,7 @@ INLINE Register second_of_pairs(const bf16* from) {
 }
 
 // Sixteen numbers in the order in which they are quickest to have: where they take two registers, bfloat16 of even places come
-// first. `in_order` puts the lanes back.
+// first. `in_order` puts the lanes back, `unordered` puts those of numbers in order as those come.
 INLINE Register register_unordered(const float* from, int number) { return load_register(from + number * WIDTH); }
 INLINE vf load_unordered(const float* from) { return load(from); }
 INLINE vf in_order(vf x, const float*) { return x; }
@@ -258,6 +258,7 @@ INLINE vf in_order(vf x, const float*) { return x; }
 INLINE Register register_unordered(const bf16* from, int number) { return load_register(from + number * WIDTH); }
 INLINE vf load_unordered(const bf16* from) { return load(from); }
 INLINE vf in_order(vf x, const bf16*) { return x; }
+INLINE vf unordered(vf x) { return x; }
 #else
 INLINE Register register_unordered(const bf16* from, int number) {
   from += number / 2 * LANES;
@@ -266,6 +267,9 @@ INLINE Register register_unordered(const bf16* from, int number) {
 INLINE vf load_unordered(const bf16* from) { return {first_of_pairs(from), second_of_pairs(from)}; }
 INLINE vf in_order(vf x, const bf16*) {
   return {__builtin_shufflevector(x.low, x.high, 0, 8, 1, 9, 2, 10, 3, 11), __builtin_shufflevector(x.low, x.high, 4, 12, 5, 13, 6, 14, 7, 15)};
+}
+INLINE vf unordered(vf x) {
+  return {__builtin_shufflevector(x.low, x.high, 0, 2, 4, 6, 8, 10, 12, 14), __builtin_shufflevector(x.low, x.high, 1, 3, 5, 7, 9, 11, 13, 15)};
 }
 #endif
 

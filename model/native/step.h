@@ -61,10 +61,10 @@ namespace {
 
 // y[place(row)] = x times w, row by row; x lies `linear.inputs` apart, in whole tiles.
 template <class T, class Place>
-void linear_stage(Member& team, const T* x, int rows, const Linear& linear, const Place& place) {
+void linear_stage(Member& team, const Kept<T>* x, int rows, const Linear& linear, const Place& place) {
   const int outputs = linear.outputs;
   const Panels<T> w{linear.packed, (outputs + LANES - 1) / LANES, PANELS, linear.inputs};
-  product_stage(team, x, linear.inputs, rows, w, w.packed, [&](int row, int some, int panel, int num, float* y, long stride) {
+  product_stage<T>(team, x, linear.inputs, rows, w, w.packed, [&](int row, int some, int panel, int num, float* y, long stride) {
     for (int r = 0; r < some; r++)
       for (int p = 0; p < num; p++) {
         const long output = (panel + p) * LANES;
@@ -99,8 +99,8 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
       memcpy((void*)(embeds + pass.where[row] * wide), (const T*)embeddings + tokens[pass.where[row]] * wide, wide * sizeof(T));
     });
     pass.run(member, embeds, (T*)taps);
-    const T* normed = pass.final_norm(member);
-    linear_stage(member, normed, pass.num, head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
+    const Kept<T>* normed = pass.final_norm(member);
+    linear_stage<T>(member, normed, pass.num, head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
     row_stage(member, pass.num, [&](int row) { chosen[pass.where[row]] = first_largest((const T*)logits + pass.where[row] * vocab, vocab); });
   });
 }
@@ -114,11 +114,12 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
   const long wide_out = draft.out.outputs, vocab = draft.head.outputs, rank = draft.candidates.rank;
   const int nodes = draft.candidates.block * draft.candidates.width;  // of a tree at most
   const long sequences = round_up(rows.batch, MANY_ROWS);
-  scratch.reserve(Arena::bytes<T>(count * wide) + 2 * Arena::bytes<T>(sequences * wide) + Arena::bytes<T>(most * wide_out) +
+  scratch.reserve(Arena::bytes<T>(count * wide) + 2 * Arena::bytes<Kept<T>>(sequences * wide) + Arena::bytes<Kept<T>>(most * wide_out) +
                   Arena::bytes<T>(count * rank) + Arena::bytes<Candidate>(rows.batch * nodes) +
                   Arena::bytes<int32_t>(rows.batch * nodes) + Arena::bytes<Growth>(rows.batch) + Arena::bytes<int64_t>(rows.batch));
-  T *embeds = scratch.take<T>(count * wide), *hidden = scratch.take<T>(most * wide_out), *contexts = scratch.take<T>(count * rank);
-  T *read = scratch.take<T>(sequences * wide), *features = scratch.take<T>(sequences * wide);
+  T *embeds = scratch.take<T>(count * wide), *contexts = scratch.take<T>(count * rank);
+  Kept<T>* hidden = scratch.take<Kept<T>>(most * wide_out);
+  Kept<T> *read = scratch.take<Kept<T>>(sequences * wide), *features = scratch.take<Kept<T>>(sequences * wide);
   Candidate* candidate = scratch.take<Candidate>(rows.batch * nodes);
   int32_t* level_of = scratch.take<int32_t>(rows.batch * nodes);
   Growth* growths = scratch.take<Growth>(rows.batch);
@@ -129,23 +130,23 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
   candidates.logits = logits, candidates.contexts = contexts;
   const int drafting = pass.num / block;  // sequences
   for (int i = 0; i < drafting; i++)
-    memcpy((void*)(read + i * wide), (const T*)tails + pass.where[i * block] / block * wide, wide * sizeof(T));
+    copy(read + i * wide, (const T*)tails + pass.where[i * block] / block * wide, wide);
   const pthread_t caller = pthread_self();
   team.run([&](Member& member) {
-    linear_stage(member, read, drafting, draft.feature, [&](int i) { return features + i * wide; });
+    linear_stage<T>(member, read, drafting, draft.feature, [&](int i) { return features + i * wide; });
     row_stage(member, pass.num, [&](int row) {
       const int b = pass.where[row] / block, r = pass.where[row] % block;
       const T* from = r ? (const T*)draft.masks + (r - 1) * wide : (const T*)draft.entries + trees.tokens[b * (long)trees.rows] * wide;
       T* to = embeds + pass.where[row] * wide;
       for (long i = 0; i < wide; i += LANES) store(to + i, load(from + i) + load(features + row / block * wide + i));
-      normalise(to, draft.entry_norm, nullptr, RMS, stack.eps, wide, to);
+      normalise<T>(to, draft.entry_norm, nullptr, RMS, stack.eps, wide, to);
     });
     pass.run(member, embeds, (T*)nullptr);
-    const T* normed = pass.final_norm(member);
-    linear_stage(member, normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
-    linear_stage(member, hidden, pass.num, draft.head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
+    const Kept<T>* normed = pass.final_norm(member);
+    linear_stage<T>(member, normed, pass.num, draft.out, [&](int row) { return hidden + row * wide_out; });
+    linear_stage<T>(member, hidden, pass.num, draft.head, [&](int row) { return (T*)logits + pass.where[row] * vocab; });
     if (draft.context.packed)
-      linear_stage(member, hidden, pass.num, draft.context, [&](int row) { return contexts + pass.where[row] * rank; });
+      linear_stage<T>(member, hidden, pass.num, draft.context, [&](int row) { return contexts + pass.where[row] * rank; });
     double begun = now();
     if (candidates.fixed) {
       member.share(trees.batch, [&](int b) {
@@ -164,28 +165,30 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
   });
 }
 
-// Tapped hidden states to context: from(row) is (num_taps, target's hidden), to(row) is (hidden).
+// Tapped hidden states to context: from(row) is (num_taps, target's hidden), to(row, write) calls write with where its (hidden) goes.
 template <class T, class From, class To>
-void fuse_stages(Member& team, const DraftNetwork& draft, int rows, T* scaled, T* fused, const From& from, const To& to) {
+void fuse_stages(Member& team, const DraftNetwork& draft, int rows, Kept<T>* scaled, Kept<T>* fused, const From& from, const To& to) {
   const long wide_taps = draft.fuse.inputs, wide_tap = wide_taps / draft.num_taps, wide = draft.fuse.outputs;
   const float eps = draft.stack->eps;
   row_stage(team, rows, [&](int row) {
     for (long tap = 0; tap < wide_taps; tap += wide_tap)
-      normalise(from(row) + tap, (const T*)draft.tap_norms + tap, nullptr, RMS, eps, wide_tap, scaled + row * wide_taps + tap);
+      normalise<T>(from(row) + tap, (const T*)draft.tap_norms + tap, nullptr, RMS, eps, wide_tap, scaled + row * wide_taps + tap);
   });
-  linear_stage(team, scaled, rows, draft.fuse, [&](int row) { return fused + row * wide; });
-  row_stage(team, rows, [&](int row) { normalise(fused + row * wide, draft.fuse_norm, nullptr, RMS, eps, wide, to(row)); });
+  linear_stage<T>(team, scaled, rows, draft.fuse, [&](int row) { return fused + row * wide; });
+  row_stage(team, rows, [&](int row) {
+    to(row, [&](auto* context) { normalise<T>(fused + row * wide, draft.fuse_norm, nullptr, RMS, eps, wide, context); });
+  });
 }
 
 // taps (rows, num_taps, target's hidden) -> context (rows, hidden).
 template <class T>
 void fuse(const DraftNetwork& draft, const void* taps, int rows, void* context) {
   const long wide_taps = draft.fuse.inputs, wide = draft.fuse.outputs, most = round_up(rows, MANY_ROWS);
-  scratch.reserve(Arena::bytes<T>(most * wide_taps) + Arena::bytes<T>(most * wide));
-  T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide);
+  scratch.reserve(Arena::bytes<Kept<T>>(most * wide_taps) + Arena::bytes<Kept<T>>(most * wide));
+  Kept<T> *scaled = scratch.take<Kept<T>>(most * wide_taps), *fused = scratch.take<Kept<T>>(most * wide);
   team.run([&](Member& member) {
-    fuse_stages(member, draft, rows, scaled, fused, [&](int row) { return (const T*)taps + row * wide_taps; },
-                [&](int row) { return (T*)context + row * wide; });
+    fuse_stages<T>(member, draft, rows, scaled, fused, [&](int row) { return (const T*)taps + row * wide_taps; },
+                   [&](int row, const auto& write) { write((T*)context + row * wide); });
   });
 }
 
@@ -194,15 +197,16 @@ template <class T>
 void observe(const DraftNetwork& draft, const Rows& rows, const void* taps, int num, const int32_t* paths, void* tails) {
   const long wide = draft.stack->hidden, wide_taps = draft.fuse.inputs;
   const long count = (long)rows.batch * rows.rows, most = round_up(count, MANY_ROWS);
-  scratch.reserve(Arena::bytes<T>(most * wide_taps) + 2 * Arena::bytes<T>(most * wide));
-  T *scaled = scratch.take<T>(most * wide_taps), *fused = scratch.take<T>(most * wide), *context = scratch.take<T>(most * wide);
+  scratch.reserve(Arena::bytes<Kept<T>>(most * wide_taps) + Arena::bytes<Kept<T>>(most * wide) + Arena::bytes<T>(most * wide));
+  Kept<T> *scaled = scratch.take<Kept<T>>(most * wide_taps), *fused = scratch.take<Kept<T>>(most * wide);
+  T* context = scratch.take<T>(most * wide);
   Pass<T> pass(*draft.stack, rows);
   const auto from = [&](int row) {
     const int b = pass.where[row] / rows.rows, at = pass.where[row] % rows.rows;
     return (const T*)taps + (b * (long)num + paths[b * (long)num + at]) * wide_taps;
   };
   team.run([&](Member& member) {
-    fuse_stages(member, draft, pass.num, scaled, fused, from, [&](int row) { return context + pass.where[row] * wide; });
+    fuse_stages<T>(member, draft, pass.num, scaled, fused, from, [&](int row, const auto& write) { write(context + pass.where[row] * wide); });
     pass.hold(member, context);
   });
   for (int b = 0; b < rows.batch; b++)

@@ -22,14 +22,14 @@ void hold(const Stack& stack, const Rows& rows, const void* context) {
 template <class T>
 void linear(const void* x, int rows, int inputs, int outputs, const void* w, const void* bias, void* y) {
   const long k = round_up(inputs, K_STEP), most = round_up(rows, MANY_ROWS);
-  arena.reserve(Arena::bytes<T>(most * k));
-  T* from = arena.take<T>(most * k);
+  arena.reserve(Arena::bytes<Kept<T>>(most * k));
+  Kept<T>* from = arena.take<Kept<T>>(most * k);
   for (int row = 0; row < rows; row++) {
-    memcpy(from + row * k, (const T*)x + (long)row * inputs, inputs * sizeof(T));
-    memset((void*)(from + row * k + inputs), 0, (k - inputs) * sizeof(T));
+    copy(from + row * k, (const T*)x + (long)row * inputs, inputs);
+    memset((void*)(from + row * k + inputs), 0, (k - inputs) * sizeof *from);
   }
   team.run([&](Member& member) {
-    linear_stage(member, from, rows, Linear{w, bias, (int32_t)k, outputs}, [&](int row) { return (T*)y + (long)row * outputs; });
+    linear_stage<T>(member, from, rows, Linear{w, bias, (int32_t)k, outputs}, [&](int row) { return (T*)y + (long)row * outputs; });
   });
 }
 
