@@ -30,6 +30,7 @@ from model.native.builds import BUILDS, NAMES, Build
 from model.native.builds import CHOICE as COMPILED
 
 CHOICE = "FLASH_NATIVE"
+DTYPES = (torch.float32, torch.bfloat16)  # that every build computes in
 LANES, K_STEP = 16, 32  # as in product.h
 MAX_PATCH = 32  # as in pass.h
 
@@ -38,7 +39,6 @@ MAX_PATCH = 32  # as in pass.h
 class Library:
     name: str
     functions: ctypes.CDLL
-    dtypes: tuple[torch.dtype, ...]
 
 
 class Mirror(ctypes.Structure):
@@ -94,7 +94,7 @@ def opened(build: Build, path: Path) -> Library | None:
     functions.flash_begin.restype = ctypes.c_bool
     if not functions.flash_begin(1):
         return None
-    return Library(build.name, functions, tuple(getattr(torch, name) for name in build.dtypes))
+    return Library(build.name, functions)
 
 
 def _check_structures(functions: ctypes.CDLL) -> None:
@@ -124,8 +124,7 @@ def _choice() -> str:
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether stacks of this type can run natively here."""
-    library = load()
-    return library is not None and device.type == "cpu" and dtype in library.dtypes
+    return device.type == "cpu" and dtype in DTYPES and load() is not None
 
 
 def use_threads(number: int) -> None:

@@ -377,7 +377,7 @@ def test_the_next_best_is_loaded_where_the_system_forbids_the_best(
     """As Linux may AMX."""
     assert make(copy, CXX=stand_in(tmp_path, AMX), FLASH_BUILDS="all").returncode == 0
     runs(monkeypatch, "amx")
-    real = library.Library("avx512bf16", ctypes.CDLL(None), ())
+    real = library.Library("avx512bf16", ctypes.CDLL(None))
     monkeypatch.setattr(library, "opened", lambda build, path: None if build.name == "amx" else real)
     choose("auto")
     assert library.load() is real
@@ -427,7 +427,7 @@ def test_it_says_which_build_is_used_and_why(
     assert make(copy, CXX=cxx, FLASH_BUILDS=compiles).returncode == 0
     monkeypatch.setenv("CXX", cxx)
     runs(monkeypatch, processor)
-    monkeypatch.setattr(library, "opened", lambda build, path: library.Library(build.name, ctypes.CDLL(None), ()))
+    monkeypatch.setattr(library, "opened", lambda build, path: library.Library(build.name, ctypes.CDLL(None)))
     choose(choice)
     said = report().splitlines()
     assert said[0].startswith(first)

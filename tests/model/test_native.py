@@ -38,7 +38,7 @@ from tests.model import tiny
 from tests.model.libraries import every_library
 
 HIDDEN, HEADS, INNER = 128, 4, 112
-RUNS = [(build.name, getattr(torch, dtype)) for build in BUILDS for dtype in build.dtypes]
+RUNS = [(build.name, dtype) for build in BUILDS for dtype in library.DTYPES]
 
 
 @pytest.fixture(params=RUNS, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in RUNS])
