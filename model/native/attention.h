@@ -7,14 +7,19 @@
 constexpr int KEYS = 32;         // taken together
 constexpr int MAX_QUERIES = 16;  // a tile of AMX, and lanes of a vector
 
-// Where keys lie: one after the other, or as listed.
+// Keys and values, D numbers each: one after the other, or as listed.
+template <class K, int D>
 struct Contiguous {
-  long first;
-  long operator[](int i) const { return first + i; }
+  const K *keys, *values;
+  const K* key(int i) const { return keys + i * D; }
+  const K* value(int i) const { return values + i * D; }
 };
+template <class K, int D>
 struct Listed {
+  const K *keys, *values;
   const int32_t* at;
-  long operator[](int i) const { return at[i]; }
+  const K* key(int i) const { return keys + at[i] * (long)D; }
+  const K* value(int i) const { return values + at[i] * (long)D; }
 };
 
 // A query's numbers times a key's, in as many sums as a register has lanes. q: as load_unordered gives a key.
@@ -101,6 +106,11 @@ struct Attention {
   alignas(64) float lone_mixed[TILE_ROWS][D];
 #endif
 
+  // Where bfloat16 is widened to be multiplied, many queries have their next keys and values widened once.
+  static constexpr bool WIDENS = !std::is_same_v<Kept<T>, T>;
+  static constexpr int WIDENING_QUERIES = 4;
+  alignas(64) float wide_keys[WIDENS ? KEYS * D : 1], wide_values[WIDENS ? KEYS * D : 1];
+
   Attention(const T* keys, const T* values, float scale) : keys(keys), values(values), scale(scale) {}
 
   void add(const Kept<T>* query) {
@@ -137,13 +147,20 @@ struct Attention {
   void take(long first, const int* visible) {
     int longest = 0;
     for (int n = 0; n < num; n++) longest = visible[n] > longest ? visible[n] : longest;
-    score_all(first, longest);
+    if constexpr (WIDENS)
+      if (num >= WIDENING_QUERIES) return take_from(widened(first, longest), first, visible, longest);
+    take_from(Contiguous<T, D>{keys + first * D, values + first * D}, first, visible, longest);
+  }
+
+  template <class Source>
+  void take_from(Source at, long first, const int* visible, int longest) {
+    score_all(at, first, longest);
     alignas(64) float factors[MAX_QUERIES];
     const vf before = load(most);
     for (int n = 0; n < num; n++) most[n] = larger_of(scaled_scores(n, visible[n]), most[n]);
     store(factors, exponential(before - load(most)));
     for (int n = 0; n < num; n++) weigh(n, visible[n], factors[n]);
-    mix(Contiguous{first}, longest);
+    mix(at, longest);
   }
 
   // The last keys, different ones for every query: lists[n], of sizes[n], all of them from `first` to `end`.
@@ -151,10 +168,10 @@ struct Attention {
     float* known = score_range(first, end, (float*)__builtin_alloca_with_align(round_up(end - first, LANES) * MAX_QUERIES * sizeof(float), 512));
     for (int n = 0; n < num; n++)
       for (int i = 0; i < sizes[n]; i += KEYS) {
-        const Listed at{lists[n] + i};
+        const Listed<T, D> at{keys, values, lists[n] + i};
         const int count = sizes[n] - i < KEYS ? sizes[n] - i : KEYS;
         if (known)
-          for (int j = 0; j < count; j++) scores[n][j] = known[(at[j] - first) * MAX_QUERIES + n];
+          for (int j = 0; j < count; j++) scores[n][j] = known[(at.at[j] - first) * MAX_QUERIES + n];
         else
           score(n, at, count);
         const float before = most[n];
@@ -175,6 +192,15 @@ struct Attention {
 
   static float larger_of(float a, float b) { return a > b ? a : b; }
 
+  // In the order of load_unordered, so that sums are added in the same one.
+  Contiguous<float, D> widened(long first, int count) {
+    for (long i = 0; i < (long)count * D; i += LANES) {
+      store(wide_keys + i, load_unordered(keys + first * D + i));
+      store(wide_values + i, load_unordered(values + first * D + i));
+    }
+    return {wide_keys, wide_values};
+  }
+
   // From scores to weights. factor: what all so far counts for, now that `most` is what it is; 1 more often than not, but
   // to ask would cost more than to multiply.
   void weigh(int n, int count, float factor) {
@@ -191,19 +217,19 @@ struct Attention {
   }
 
   // Lanes without a key get the last one's score: scaled_scores passes it by.
-  template <class Positions>
-  void score(int n, Positions at, int count) {
+  template <class Source>
+  void score(int n, Source at, int count) {
     for (int g = 0; g < count; g += WIDTH) {
       Register part[WIDTH];
 #pragma GCC unroll 16
-      for (int i = 0; i < WIDTH; i++) part[i] = products<D>(q[n], keys + at[g + i < count ? g + i : count - 1] * D);
+      for (int i = 0; i < WIDTH; i++) part[i] = products<D>(q[n], at.key(g + i < count ? g + i : count - 1));
       store(scores[n] + g, sums(part));
     }
   }
 
   // The part of the sums that begins at d.
-  template <int N, int V, class Positions>
-  void add_values(int first, int d, Positions at, int count) {
+  template <int N, int V, class Source>
+  void add_values(int first, int d, Source at, int count) {
     constexpr int COLUMNS = V * REGISTERS_EACH;
     Register sums[N][COLUMNS];
 #pragma GCC unroll 4
@@ -211,7 +237,7 @@ struct Attention {
 #pragma GCC unroll 16
       for (int c = 0; c < COLUMNS; c++) sums[n][c] = load_register(mixed[first + n] + d + c * WIDTH);
     for (int i = 0; i < count; i++) {
-      const T* from = values + at[i] * D + d;
+      const auto* from = at.value(i) + d;
       Register value[COLUMNS];
 #pragma GCC unroll 16
       for (int c = 0; c < COLUMNS; c++) value[c] = register_unordered(from, c);
@@ -230,8 +256,8 @@ struct Attention {
 
   // Two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows in turns are
   // cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
-  template <int N, class Positions>
-  void add_pairs(int first, Positions at, int count) {
+  template <int N, class Source>
+  void add_pairs(int first, Source at, int count) {
 #if defined(__AVX512BF16__)
     __m512 sums[N][VECTORS];
 #pragma GCC unroll 4
@@ -239,7 +265,7 @@ struct Attention {
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; v++) sums[n][v] = _mm512_load_ps(mixed[first + n] + v * LANES);
     for (int i = 0; i < count; i += 2) {
-      const T *one = values + at[i] * D, *other = values + at[i + 1 < count ? i + 1 : i] * D;
+      const T *one = at.value(i), *other = at.value(i + 1 < count ? i + 1 : i);
       __m512i pairs[VECTORS];
 #pragma GCC unroll 8
       for (int v = 0; v + 1 < VECTORS; v += 2) {
@@ -268,8 +294,8 @@ struct Attention {
 #endif
   }
 
-  template <int N, class Positions>
-  void mix_few(int first, Positions at, int count) {
+  template <int N, class Source>
+  void mix_few(int first, Source at, int count) {
     if constexpr (PAIRED) return add_pairs<N>(first, at, count);
     static_assert(VECTORS % SLICE == 0);
     for (int d = 0; d < D; d += SLICE * LANES) add_values<N, SLICE>(first, d, at, count);
@@ -287,9 +313,9 @@ struct Attention {
     _tile_stored(0, turned, 64);
   }
 
-  void score_all(long first, int count) {
+  void score_all(Contiguous<T, D> at, long first, int count) {
     if constexpr (sizeof(T) == 4) {
-      for (int n = 0; n < num; n++) score(n, Contiguous{first}, count);
+      for (int n = 0; n < num; n++) score(n, at, count);
     } else {
       alignas(64) float turned[LANES * MAX_QUERIES];
       for (int g = 0; g < count; g += LANES) {
@@ -308,12 +334,12 @@ struct Attention {
     return turned;
   }
 
-  template <class Positions>
-  static void mix_tiles(const T* values, const bf16 (*weights)[KEYS], float (*mixed)[D], Positions at, int count) {
+  template <class Source>
+  static void mix_tiles(const bf16 (*weights)[KEYS], float (*mixed)[D], Source at, int count) {
     alignas(64) bf16 pairs[VECTORS][KEYS * LANES];  // of keys: values as AMX reads its right-hand side
     for (int i = 0; i < KEYS; i += 2) {
-      const T* one = values + at[i < count ? i : 0] * D;  // what has no weight only must be a number
-      const T* other = values + at[i + 1 < count ? i + 1 : 0] * D;
+      const T* one = at.value(i < count ? i : 0);  // what has no weight only must be a number
+      const T* other = at.value(i + 1 < count ? i + 1 : 0);
       for (int v = 0; v < VECTORS; v++) {
         Bfloats a, b;
         memcpy(&a, one + v * LANES, sizeof a), memcpy(&b, other + v * LANES, sizeof b);
@@ -331,46 +357,47 @@ struct Attention {
     }
   }
 
-  template <class Positions>
-  void mix(Positions at, int count) {
+  template <class Source>
+  void mix(Source at, int count) {
     if constexpr (sizeof(T) == 4)
       mix_rows(0, num, at, count);
     else
-      mix_tiles(values, weights, mixed, at, count);
+      mix_tiles(weights, mixed, at, count);
   }
 
-  template <class Positions>
-  void mix_alone(int n, Positions at, int count) {
+  template <class Source>
+  void mix_alone(int n, Source at, int count) {
     if constexpr (sizeof(T) == 4) {
       mix_rows(n, 1, at, count);
     } else {
       memcpy((void*)lone_weights[0], weights[n], sizeof weights[n]);
       memcpy(lone_mixed[0], mixed[n], sizeof mixed[n]);
-      mix_tiles(values, lone_weights, lone_mixed, at, count);
+      mix_tiles(lone_weights, lone_mixed, at, count);
       memcpy(mixed[n], lone_mixed[0], sizeof mixed[n]);
     }
   }
 #else
   // Each of several queries fetches its part of the next keys and values: all at once would be more than the processor waits for
   // at a time. One alone is done too soon to gain by it.
-  void score_all(long first, int count) {
+  template <class Source>
+  void score_all(Source at, long first, int count) {
     constexpr int lines = KEYS * D * sizeof(T) / LINE;
     for (int n = 0; n < num; n++) {
       if (num > 1)
         for (int line = lines * n / num; line < lines * (n + 1) / num; line++)
           fetch(keys + (first + KEYS) * D, line), fetch(values + (first + KEYS) * D, line);
-      score(n, Contiguous{first}, count);
+      score(n, at, count);
     }
   }
   float* score_range(long, long, float*) const { return nullptr; }
-  template <class Positions>
-  void mix(Positions at, int count) { mix_rows(0, num, at, count); }
-  template <class Positions>
-  void mix_alone(int n, Positions at, int count) { mix_rows(n, 1, at, count); }
+  template <class Source>
+  void mix(Source at, int count) { mix_rows(0, num, at, count); }
+  template <class Source>
+  void mix_alone(int n, Source at, int count) { mix_rows(n, 1, at, count); }
 #endif
 
-  template <class Positions>
-  void mix_rows(int n, int num, Positions at, int count) {
+  template <class Source>
+  void mix_rows(int n, int num, Source at, int count) {
     const int end = n + num;
     for (; n + TOGETHER <= end; n += TOGETHER) mix_few<TOGETHER>(n, at, count);
     for (; n < end; n++) mix_few<1>(n, at, count);
