@@ -28,7 +28,7 @@ SOURCE = FOLDER / "transformer.cpp"
 # -ffp-contract=off: what rounds once says so (simd.h), and everything else rounds alike wherever the compiler puts it.
 FLAGS = (
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-ffp-contract=off",
     "-fno-exceptions",
     "-fno-rtti",

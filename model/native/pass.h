@@ -58,7 +58,7 @@ namespace {
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_PATCH = 32;
 constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
-constexpr int WIDENING_ROWS = 24;  // for so many it pays to keep bfloat16 weights as float32 for a while
+constexpr int WIDENING_ROWS = 48;  // for so many it pays to keep bfloat16 weights as float32 for a while
 constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
 constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
 

@@ -86,7 +86,10 @@ static inline void block(const float* x, long stride_x, const float* w, long pan
   for (long i = 0; i < k; i++) {
     Register weights[P * EACH];
 #pragma GCC unroll 8
-    for (int c = 0; c < P * EACH; c++) weights[c] = load_register(w + c / EACH * panel_stride + i * LANES + c % EACH * WIDTH);
+    for (int c = 0; c < P * EACH; c++) {
+      weights[c] = load_register(w + c / EACH * panel_stride + i * LANES + c % EACH * WIDTH);
+      if (R > 1) in_register(weights[c]);
+    }
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) fetch(ahead, i * P + p);
     add_block<R, P>(sums, x + i, stride_x, weights);

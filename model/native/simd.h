@@ -100,7 +100,8 @@ INLINE Register sums(Register* part) {
 
 #endif
 
-INLINE Register select(Integers mask, Register yes, Register no) { return mask ? yes : no; }
+// Keeps GCC from reading x again from memory for each of its uses.
+INLINE void in_register(Register& x) { asm("" : "+v"(x)); }
 
 INLINE Register widened(Bfloats x) { return (Register)(__builtin_convertvector(x, Bits) << 16); }
 
