@@ -103,6 +103,7 @@ class Engine:
             model=config.model,
             device=config.device,
             dtype=config.dtype,
+            backend=library.name() if target.native else "torch",
             drafter=self.drafter.name if self.drafter else "off",
             max_model_len=self.max_model_len,
             max_num_seqs=num_slots,

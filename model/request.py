@@ -270,6 +270,7 @@ class EngineInfo:
     model: str  # name or path it was loaded from
     device: str
     dtype: str
+    backend: str  # what computes the layers: "torch", or the build of the native library
     drafter: str  # its name, or "off"
     max_model_len: int  # prompt + answer, tokens
     max_num_seqs: int

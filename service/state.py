@@ -173,6 +173,7 @@ class Service:
                 model=self.settings.model_name,
                 device=info.device,
                 dtype=info.dtype,
+                backend=info.backend,
                 drafter=info.drafter,
                 max_model_len=info.max_model_len,
                 max_num_seqs=info.max_num_seqs,

@@ -25,7 +25,7 @@ struct Listed {
 // A query's numbers times a key's, in as many sums as a register has lanes. q: as load_unordered gives a key.
 template <int D, class T>
 static inline Register products(const float* q, const T* key) {
-  vf sum{};
+  Vector sum{};
 #pragma GCC unroll 16
   for (int d = 0; d < D; d += LANES) sum = multiply_add(load(q + d), load_unordered(key + d), sum);
   return folded(sum);
@@ -97,7 +97,7 @@ struct Attention {
   // Weighted sums of values so far, in the order of load_unordered; PAIRED: see add_pairs.
   alignas(64) float mixed[MAX_QUERIES][D];
   alignas(64) float most[MAX_QUERIES] = {};  // largest score so far
-  vf total[MAX_QUERIES];                    // of the weights so far, lane by lane
+  Vector total[MAX_QUERIES];                    // of the weights so far, lane by lane
 #if defined(__AMX_BF16__)
   static constexpr int DEPTH = (D + K_STEP - 1) / K_STEP * K_STEP;
   // Queries as AMX reads its right-hand side, and what one query needs to pass through it alone.
@@ -120,7 +120,7 @@ struct Attention {
       q[num] = reordered[num];
     }
     most[num] = -1e30f;
-    total[num] = vf{};
+    total[num] = Vector{};
     memset(mixed[num], 0, sizeof mixed[num]);
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 2)
@@ -135,7 +135,7 @@ struct Attention {
 #if defined(__AVX512BF16__)
     if (PAIRED)
       for (; d + 2 * LANES <= D; d += 2 * LANES) {
-        const vf low = load(mixed[n] + d) / whole, high = load(mixed[n] + d + LANES) / whole;
+        const Vector low = load(mixed[n] + d) / whole, high = load(mixed[n] + d + LANES) / whole;
         store(out + d, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
         store(out + d + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
       }
@@ -156,7 +156,7 @@ struct Attention {
   void take_from(Source at, long first, const int* visible, int longest) {
     score_all(at, first, longest);
     alignas(64) float factors[MAX_QUERIES];
-    const vf before = load(most);
+    const Vector before = load(most);
     for (int n = 0; n < num; n++) most[n] = larger_of(scaled_scores(n, visible[n]), most[n]);
     store(factors, exponential(before - load(most)));
     for (int n = 0; n < num; n++) weigh(n, visible[n], factors[n]);
@@ -184,8 +184,8 @@ struct Attention {
  private:
   // Scales the scores of a query's next `count` keys, and makes them small where there is no key; the largest.
   float scaled_scores(int n, int count) {
-    const vf low = first_lanes(load(scores[n]) * scale, count, -1e30f);
-    const vf high = first_lanes(load(scores[n] + LANES) * scale, count - LANES, -1e30f);
+    const Vector low = first_lanes(load(scores[n]) * scale, count, -1e30f);
+    const Vector high = first_lanes(load(scores[n] + LANES) * scale, count - LANES, -1e30f);
     store(scores[n], low), store(scores[n] + LANES, high);
     return largest(larger(low, high));
   }
@@ -210,7 +210,7 @@ struct Attention {
       memset((void*)weights[n], 0, sizeof weights[n]);
       return;
     }
-    const vf low = exponential(load(scores[n]) - most[n]), high = exponential(load(scores[n] + LANES) - most[n]);
+    const Vector low = exponential(load(scores[n]) - most[n]), high = exponential(load(scores[n] + LANES) - most[n]);
     total[n] = total[n] * factor + low + high;
     const T* type = nullptr;
     store(weights[n], rounded(low, type)), store(weights[n] + LANES, rounded(high, type));

@@ -81,8 +81,8 @@ void continuations(const Draft& draft, const T* logits, const Kept<T>* states, i
   const int panels = (draft.vocab + LANES - 1) / LANES;
   const long k = round_up(draft.rank, K_STEP);
   alignas(64) float bias[MAX_WIDTH * PANELS * LANES] = {};
-  vf most[MAX_WIDTH], total[MAX_WIDTH];
-  for (int n = 0; n < num; n++) most[n] = broadcast(-1e30f), total[n] = vf{}, found[n].best = Best{draft.width};
+  Vector most[MAX_WIDTH], total[MAX_WIDTH];
+  for (int n = 0; n < num; n++) most[n] = broadcast(-1e30f), total[n] = Vector{}, found[n].best = Best{draft.width};
   for (int panel = 0; panel < panels; panel += PANELS) {
     const int some = panels - panel < PANELS ? panels - panel : PANELS;
     const long stride = some * LANES;
@@ -91,11 +91,11 @@ void continuations(const Draft& draft, const T* logits, const Kept<T>* states, i
     for (int p = 0; p < some; p++) {
       const int token = (panel + p) * LANES;
       const int left = draft.vocab - token;
-      const vf drafted = first_lanes(load_some(logits + token, left), left, -1e30f);
+      const Vector drafted = first_lanes(load_some(logits + token, left), left, -1e30f);
       for (int n = 0; n < num; n++) {
-        const vf score = drafted + load(bias + n * stride + p * LANES);
+        const Vector score = drafted + load(bias + n * stride + p * LANES);
         if (any_larger(score, most[n])) {
-          const vf now = larger(most[n], score);
+          const Vector now = larger(most[n], score);
           total[n] *= exponential(most[n] - now);
           most[n] = now;
         }
@@ -280,7 +280,7 @@ void follow(const Draft& draft, const Frontier& frontier, int b, int depth, Kept
     const T* before = (const T*)draft.before + frontier.nodes[n].token * rank;
     const float* from = carried + (frontier.nodes[n].parent - frontier.before) * wide;
     for (long i = 0; i < rank; i += LANES) {
-      vf x = load_some(before + i, rank - i) + load_some(context + i, rank - i);
+      Vector x = load_some(before + i, rank - i) + load_some(context + i, rank - i);
       if (depth) x += load(from + i);
       keep<T>(states + n * k + i, x * sigmoid(x));
     }

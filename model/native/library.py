@@ -108,6 +108,13 @@ def _check_structures(functions: ctypes.CDLL) -> None:
         assert size == ctypes.sizeof(mirror), f"{name}: {size} bytes in C++, {ctypes.sizeof(mirror)} in Python"
 
 
+def name() -> str:
+    """The build that is loaded."""
+    library = load()
+    assert library is not None, "supports() was not asked"
+    return library.name
+
+
 def is_off() -> bool:
     """Whether FLASH_NATIVE asks for torch."""
     return _choice() == "off"

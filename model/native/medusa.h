@@ -36,7 +36,7 @@ void propose_medusa(const MedusaNetwork& draft, const void* last, void* logits, 
       for (int r = 0; r < some; r++)
         for (int p = 0; p < panels; p++) {
           const long output = (panel + p) * LANES, head = output / wide, at = output % wide;
-          const vf moved = with_bias<T>(y + r * stride + p * LANES, draft.heads.bias, output);
+          const Vector moved = with_bias<T>(y + r * stride + p * LANES, draft.heads.bias, output);
           keep<T>(guessed + ((row + r) * block + head) * wide + at,
                   load(said + (row + r) * wide + at) + rounded(activated(moved, SILU_GATED), (const T*)nullptr));
         }

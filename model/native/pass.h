@@ -168,8 +168,8 @@ void product_stage(Member& team, const Kept<T>* x, long stride, int rows, const 
 }
 
 template <class T>
-vf with_bias(const float* y, const void* bias, long output) {
-  vf x = load(y);
+Vector with_bias(const float* y, const void* bias, long output) {
+  Vector x = load(y);
   return rounded(bias ? x + load((const T*)bias + output) : x, (const T*)nullptr);
 }
 
@@ -177,19 +177,19 @@ vf with_bias(const float* y, const void* bias, long output) {
 template <class T, class X, class Y>
 void normalise(const X* x, const void* weight, const void* bias, Norm kind, float eps, long width, Y* y) {
   const T* scale = (const T*)weight;
-  vf squares{}, total{};
+  Vector squares{}, total{};
   float mean = 0.0f;
   if (kind == LAYER) {
     for (long i = 0; i < width; i += LANES) total += load(x + i);
     mean = sum(total) / width;
   }
   for (long i = 0; i < width; i += LANES) {
-    vf part = load(x + i) - mean;
+    Vector part = load(x + i) - mean;
     squares = multiply_add(part, part, squares);
   }
   const float factor = 1.0f / __builtin_sqrtf(sum(squares) / width + eps);
   for (long i = 0; i < width; i += LANES) {
-    vf part = (load(x + i) - mean) * factor;
+    Vector part = (load(x + i) - mean) * factor;
     if (kind == LAYER)
       keep<T>(y + i, part * load(scale + i) + load((const T*)bias + i));
     else
@@ -205,7 +205,7 @@ void row_stage(Member& team, int rows, const Each& each) {
   });
 }
 
-vf activated(vf x, Activation kind) {
+Vector activated(Vector x, Activation kind) {
   switch (kind) {
     case QUICK_GELU: return x * sigmoid(1.702f * x);
     case GELU: {
@@ -324,7 +324,7 @@ struct Pass {
     const long head_dim = stack.head_dim, half = head_dim / 2;
     const T* type = nullptr;
     if (norm) {
-      vf squares{};
+      Vector squares{};
       for (long d = 0; d < head_dim; d += LANES) squares = multiply_add(load(head + d), load(head + d), squares);
       const float factor = 1.0f / __builtin_sqrtf(sum(squares) / head_dim + stack.eps);
       for (long d = 0; d < head_dim; d += LANES)
@@ -473,7 +473,7 @@ struct Pass {
         for (int p = 0; p < panels; p += step) {
           const long output = (panel + p) * LANES;
           const float* at = y + r * stride_y + p * LANES;
-          vf made = rounded(activated(with_bias<T>(at, bias, output), (Activation)stack.activation), type);
+          Vector made = rounded(activated(with_bias<T>(at, bias, output), (Activation)stack.activation), type);
           if (step == 2) made *= with_bias<T>(at + LANES, bias, output + LANES);
           keep<T>(inner + (row + r) * wide_inner + output / step, made);
         }

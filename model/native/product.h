@@ -42,7 +42,7 @@ using Kept = std::conditional_t<MULTIPLIES_BF16, T, float>;
 
 // A result of a model of T, rounded to it, whatever it is kept as.
 template <class T, class To>
-INLINE void keep(To* to, vf x) {
+INLINE void keep(To* to, Vector x) {
   if constexpr (std::is_same_v<To, T>)
     store(to, x);
   else

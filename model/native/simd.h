@@ -23,9 +23,9 @@ struct bf16 {
 // --- one register
 
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, REGISTERS = 32;  // lanes of a register; how many registers there are
+constexpr int WIDTH = 16;  // lanes of a register
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int WIDTH = 8, REGISTERS = 16;
+constexpr int WIDTH = 8;
 #else
 #error "simd.h has no section for this instruction set"
 #endif
@@ -200,7 +200,7 @@ template <>
 struct LanesOf<WIDTH> {
   typedef Register type;
 };
-typedef LanesOf<LANES>::type vf;
+typedef LanesOf<LANES>::type Vector;
 
 constexpr int REGISTERS_EACH = LANES / WIDTH;  // that sixteen lanes take
 
@@ -213,7 +213,7 @@ INLINE V broadcast_to(float x) {
     return {half, half};
   }
 }
-INLINE vf broadcast(float x) { return broadcast_to<vf>(x); }
+INLINE Vector broadcast(float x) { return broadcast_to<Vector>(x); }
 
 // Register by register: GCC keeps in memory what is copied as a whole.
 INLINE Register load_register(const float* from) {
@@ -235,8 +235,8 @@ INLINE V load_to(const T* from) {
     return {load_to<Half>(from), load_to<Half>(from + sizeof(Half) / sizeof(float))};
   }
 }
-INLINE vf load(const float* from) { return load_to<vf>(from); }
-INLINE vf load(const bf16* from) { return load_to<vf>(from); }
+INLINE Vector load(const float* from) { return load_to<Vector>(from); }
+INLINE Vector load(const bf16* from) { return load_to<Vector>(from); }
 
 // Of as many pairs of numbers as a register has lanes the first of each, or the second.
 INLINE Register first_of_pairs(const bf16* from) {
@@ -253,23 +253,23 @@ INLINE Register second_of_pairs(const bf16* from) {
 // Sixteen numbers in the order in which they are quickest to have: where they take two registers, bfloat16 of even places come
 // first. `in_order` puts the lanes back, `unordered` puts those of numbers in order as those come.
 INLINE Register register_unordered(const float* from, int number) { return load_register(from + number * WIDTH); }
-INLINE vf load_unordered(const float* from) { return load(from); }
-INLINE vf in_order(vf x, const float*) { return x; }
+INLINE Vector load_unordered(const float* from) { return load(from); }
+INLINE Vector in_order(Vector x, const float*) { return x; }
 #if defined(__AVX512F__)
 INLINE Register register_unordered(const bf16* from, int number) { return load_register(from + number * WIDTH); }
-INLINE vf load_unordered(const bf16* from) { return load(from); }
-INLINE vf in_order(vf x, const bf16*) { return x; }
-INLINE vf unordered(vf x) { return x; }
+INLINE Vector load_unordered(const bf16* from) { return load(from); }
+INLINE Vector in_order(Vector x, const bf16*) { return x; }
+INLINE Vector unordered(Vector x) { return x; }
 #else
 INLINE Register register_unordered(const bf16* from, int number) {
   from += number / 2 * LANES;
   return number % 2 ? second_of_pairs(from) : first_of_pairs(from);
 }
-INLINE vf load_unordered(const bf16* from) { return {first_of_pairs(from), second_of_pairs(from)}; }
-INLINE vf in_order(vf x, const bf16*) {
+INLINE Vector load_unordered(const bf16* from) { return {first_of_pairs(from), second_of_pairs(from)}; }
+INLINE Vector in_order(Vector x, const bf16*) {
   return {__builtin_shufflevector(x.low, x.high, 0, 8, 1, 9, 2, 10, 3, 11), __builtin_shufflevector(x.low, x.high, 4, 12, 5, 13, 6, 14, 7, 15)};
 }
-INLINE vf unordered(vf x) {
+INLINE Vector unordered(Vector x) {
   return {__builtin_shufflevector(x.low, x.high, 0, 2, 4, 6, 8, 10, 12, 14), __builtin_shufflevector(x.low, x.high, 1, 3, 5, 7, 9, 11, 13, 15)};
 }
 #endif
@@ -295,7 +295,7 @@ INLINE float to_float(bf16 x) {
 
 // The first `count` lanes only, where there are fewer than all.
 template <class T>
-INLINE void store_some(T* to, vf x, long count) {
+INLINE void store_some(T* to, Vector x, long count) {
   if (count >= LANES) return store(to, x);
   T lanes[LANES];
   store(lanes, x);
@@ -304,7 +304,7 @@ INLINE void store_some(T* to, vf x, long count) {
 
 // So many numbers, and zeros behind them.
 template <class T>
-INLINE vf load_some(const T* from, long count) {
+INLINE Vector load_some(const T* from, long count) {
   if (count >= LANES) return load(from);
   T lanes[LANES] = {};
   memcpy((void*)lanes, from, count * sizeof(T));
@@ -312,8 +312,8 @@ INLINE vf load_some(const T* from, long count) {
 }
 
 // What is left of x once it has been stored: models are written with every result rounded to their type.
-INLINE vf rounded(vf x, const float*) { return x; }
-INLINE vf rounded(vf x, const bf16*) { return through_bf16(x); }
+INLINE Vector rounded(Vector x, const float*) { return x; }
+INLINE Vector rounded(Vector x, const bf16*) { return through_bf16(x); }
 
 struct Larger {
   template <class V>
@@ -323,7 +323,7 @@ struct Plus {
   template <class V>
   INLINE_MEMBER V operator()(V a, V b) const { return a + b; }
 };
-INLINE float largest(vf x) { return reduce(x, Larger{}); }
-INLINE float sum(vf x) { return reduce(x, Plus{}); }
+INLINE float largest(Vector x) { return reduce(x, Larger{}); }
+INLINE float sum(Vector x) { return reduce(x, Plus{}); }
 
-INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
+INLINE Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }

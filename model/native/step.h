@@ -76,7 +76,7 @@ void linear_stage(Member& team, const Kept<T>* x, int rows, const Linear& linear
 // The first of the largest, as torch's argmax.
 template <class T>
 int64_t first_largest(const T* x, long count) {
-  vf most = broadcast(-__builtin_inff());
+  Vector most = broadcast(-__builtin_inff());
   long i = 0;
   for (; i + LANES <= count; i += LANES) most = larger(load(x + i), most);
   float best = largest(most);

@@ -448,9 +448,12 @@ def test_what_does_not_fit_runs_through_transformers_own_layers(
     """No compiler, another processor, another layout: slower, and the same answers."""
     requests = [tiny.ask(str(i), tiny.image(i), "What is it?", max_tokens=12) for i in range(3)]
     config = tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=4)
-    natively = tiny.answers(Engine(config), requests)
+    with_it = Engine(config)
+    natively = tiny.answers(with_it, requests)
+    build = library.load()
+    assert with_it.info.backend == (build.name if build else "torch")
     monkeypatch.setattr(library, "load", lambda: None)
     without = Engine(replace(config, dtype="auto"))
     assert without.info.dtype == "float32"
-    assert not without.target.native
+    assert without.info.backend == "torch"
     assert tiny.answers(without, requests) == natively

@@ -103,6 +103,7 @@ class FakeEngine:
             model="fake",
             device=str(options["device"]),
             dtype="float32",
+            backend="torch",
             drafter="flash",
             max_model_len=4096,
             max_num_seqs=int(options["max_num_seqs"]),
