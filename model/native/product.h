@@ -62,6 +62,15 @@ static inline void copy(To* to, const From* from, long count) {
 
 constexpr int EACH = REGISTERS_EACH;  // of a panel
 
+// Unrolled, all three: else GCC keeps a copy of the sums in memory.
+template <int R, int P>
+INLINE void clear_block(Register (&sums)[R][P * EACH]) {
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int c = 0; c < P * EACH; c++) sums[r][c] = Register{};
+}
+
 template <int R, int P>
 INLINE void add_block(Register (&sums)[R][P * EACH], const float* x, long stride_x, const Register (&weights)[P * EACH]) {
 #pragma GCC unroll 6
@@ -82,7 +91,8 @@ INLINE void store_block(const Register (&sums)[R][P * EACH], float* y, long stri
 
 template <int R, int P>
 static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
-  Register sums[R][P * EACH] = {};
+  Register sums[R][P * EACH];
+  clear_block<R, P>(sums);
   for (long i = 0; i < k; i++) {
     Register weights[P * EACH];
 #pragma GCC unroll 8
@@ -100,7 +110,8 @@ static inline void block(const float* x, long stride_x, const float* w, long pan
 // Pair by pair: weights of k, then of k + 1.
 template <int R, int P>
 static inline void block(const float* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
-  Register sums[R][P * EACH] = {};
+  Register sums[R][P * EACH];
+  clear_block<R, P>(sums);
   for (long i = 0; i < k; i += 2) {
     const bf16* pairs = w + i * LANES;
     Register weights[P * EACH];
@@ -119,7 +130,8 @@ static inline void block(const float* x, long stride_x, const bf16* w, long pane
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <int R, int P>
 static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
-  __m512 sums[R][P] = {};
+  Register sums[R][P];
+  clear_block<R, P>(sums);
   for (long i = 0; i < k; i += 2) {
     __m512bh weights[P];
 #pragma GCC unroll 4
@@ -128,13 +140,12 @@ static inline void block(const bf16* x, long stride_x, const bf16* w, long panel
     for (int r = 0; r < R; r++) {
       int32_t pair;
       memcpy(&pair, x + r * stride_x + i, sizeof pair);
-      __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) sums[r][p] = _mm512_dpbf16_ps(sums[r][p], factor, weights[p]);
+      for (int p = 0; p < P; p++) sums[r][p] = (Register)_mm512_dpbf16_ps((__m512)sums[r][p], factor, weights[p]);
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) _mm512_storeu_ps(y + r * stride_y + p * LANES, sums[r][p]);
+  store_block<R, P>(sums, y, stride_y);
 }
 #endif
 
