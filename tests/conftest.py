@@ -1,6 +1,8 @@
-"""What holds for every test: no model hub is asked for anything, and `gpu` tests run only where there is one."""
+"""What holds for every test: no model hub is asked for anything, torch computes on one thread, and `gpu` tests run only
+where there is one."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Models this small only lose by being shared out. Engines that a test runs, a command's too, may choose otherwise:
+    the next test begins with one thread again."""
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)

@@ -120,7 +120,8 @@ class Study:
         if not self._examples:
             engine = Engine(self.plain, self.target(None))
             file = self.folder / "answers.jsonl"
-            self._examples = write_answers(engine, self.prompts.messages, self.prompts.train, file)
+            wanted = self.prompts.messages, self.prompts.train
+            self._examples = write_answers(engine, *wanted, file, max_tokens=MAX_TOKENS)
         return self._examples
 
     def trained(self, name: str) -> Path:

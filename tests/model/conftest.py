@@ -6,18 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from model.config import TRAINED
 from model.engine import Engine
 from model.targets.base import Target
 from tests.model import tiny, tiny_qwen
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Models this small only lose by being shared out."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

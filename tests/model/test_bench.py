@@ -7,6 +7,7 @@ import json
 import math
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from service.cli import app
 from service.commands.generate import generate
 from service.schemas.sampling import SamplingFields
 from tests.model import tiny
+
+SHORT = 16  # tokens
 
 
 def models(checkpoint: Path, draft: Path) -> list[str]:
@@ -401,10 +404,15 @@ def test_drafting_by_load_is_measured_beside_every_fixed_way(
 # -- the table of drafters
 
 
-@pytest.mark.slow
 def test_the_table_sets_every_drafter_there_is_beside_every_other(
-    tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint: Path,
+    tiny_draft: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    whole = table._options
+    monkeypatch.setattr(table, "_options", lambda *given: replace(whole(*given), max_tokens=SHORT))
     medusa = tiny.save_network(tmp_path / "drafts" / "medusa", "medusa", tiny_checkpoint)
     shutil.copytree(tiny_draft, tmp_path / "drafts" / "flash")
     target = str(tiny_checkpoint)
