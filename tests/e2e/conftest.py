@@ -13,6 +13,8 @@ from tests.e2e.server import EngineServer
 from tests.model import tiny, tiny_qwen
 
 StartServer = Callable[..., EngineServer]
+# Of the bundled models: room for sixteen sequences is gigabytes, which take seconds to be filled with noughts.
+FEW_SLOTS = {"max_num_seqs": 4}
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +47,7 @@ def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServ
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     if not DEMO_WEIGHTS.exists():
         pytest.skip("the bundled weights are not there")
-    yield from running(tmp_path_factory.mktemp("demo"), {})
+    yield from running(tmp_path_factory.mktemp("demo"), FEW_SLOTS)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from model.config import DEMO_WEIGHTS
+from tests.e2e.conftest import FEW_SLOTS
 from tests.e2e.server import EngineServer
 
 MEDIA = DEMO_WEIGHTS.parent / "media"
@@ -27,7 +28,7 @@ def ngram_server() -> Iterator[EngineServer]:
     if not DEMO_WEIGHTS.exists():
         pytest.skip("the bundled weights are not there")
     with tempfile.TemporaryDirectory() as folder:
-        server = EngineServer(Path(folder), {"drafter": "ngram", "load_aware": False})
+        server = EngineServer(Path(folder), {"drafter": "ngram", "load_aware": False, **FEW_SLOTS})
         yield server
         assert server.close() == 0
 

@@ -10,7 +10,7 @@ import pytest
 from loadtest import media
 from loadtest.asking import Question, Way
 from model.config import DEMO_WEIGHTS
-from tests.e2e.conftest import StartServer, running
+from tests.e2e.conftest import FEW_SLOTS, StartServer, running
 from tests.e2e.server import EngineServer
 
 CLIP = media.video(5, 192, 192, num_frames=120, rate=12)  # ten seconds
@@ -21,7 +21,7 @@ SHORT = media.video(6, 192, 192, num_frames=36, rate=12)
 def demo_qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     if not DEMO_WEIGHTS.exists():
         pytest.skip("the bundled weights are not there")
-    yield from running(tmp_path_factory.mktemp("demo-qwen"), {"model": "demo-qwen"})
+    yield from running(tmp_path_factory.mktemp("demo-qwen"), {"model": "demo-qwen", **FEW_SLOTS})
 
 
 def about(*files: media.File, **sampling: object) -> Question:

@@ -59,10 +59,8 @@ def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
     target: Path, manifest: Path, tmp_path: Path
 ) -> None:
     """SIGKILL, twice, then SIGTERM, which saves. The same weights, bit for bit, and the same held-out figures."""
-    whole = subprocess.run(
-        command(target, manifest, tmp_path / "whole"), env=environment(), capture_output=True, text=True, check=False
-    )
-    assert whole.returncode == 0, whole.stderr
+    whole = CliRunner().invoke(app, command(target, manifest, tmp_path / "whole")[3:])
+    assert whole.exit_code == 0, whole.output
     assert "data.jsonl:10" in whole.stderr
     assert "held-out acceptance length, all:" in whole.stdout
     rng, killed, run = random.Random(7), tmp_path / "killed", tmp_path / "killed" / "run"
@@ -76,8 +74,8 @@ def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
         time.sleep(rng.uniform(0.0, 1.5))
         process.send_signal(number)
         process.communicate(timeout=60)
-    last = subprocess.run(command(target, manifest, killed), env=environment(), capture_output=True, check=False)
-    assert last.returncode == 0, last.stderr
+    last = CliRunner().invoke(app, command(target, manifest, killed)[3:])
+    assert last.exit_code == 0, last.output
     one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", killed))
     assert all((one[name] == other[name]).all() for name in one)
     told = [json.loads((f / "config.json").read_text()) for f in (tmp_path / "whole", killed)]
