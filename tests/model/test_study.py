@@ -17,8 +17,8 @@ WIDTH = 64
 def test_variants_are_trained_measured_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "MAX_TOKENS", 24)
-    target = tiny_qwen.save_checkpoint(tmp_path / "target", text={"max_position_embeddings": study.ROOM})
+    monkeypatch.setattr(study, "MAX_TOKENS", 8)
+    target = tiny_qwen.save_checkpoint(tmp_path / "target", text={"max_position_embeddings": prompts.ROOM})
     folder, output = tmp_path / "study", tmp_path / "told"
     asked = ["--model", str(target), "--folder", str(folder), "--only", "base,pool-2,latents-all"]
     asked += ["--examples", "20", "--steps", "2", "--held-out", "1"]
