@@ -95,14 +95,17 @@ def test_the_trial_before_use_tells_right_from_wrong(kernel: TreeAttention, dtyp
 
 @pytest.mark.slow
 def test_an_engine_says_the_same_with_it(
-    kernel: TreeAttention, tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: TreeAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the target's passes and the draft's, and in graphs, which then need no shapes for the number of keys."""
+    """In the target's passes and the draft's, and in graphs, which then need no shapes for the number of keys. Of few
+    layers: interpreted, a kernel takes a thousand times as long."""
+    checkpoint = tiny.save_checkpoint(tmp_path / "target", kv_heads=1, layers=2)
+    draft = tiny.save_draft(tmp_path / "draft", checkpoint, num_layers=1)
     monkeypatch.setattr(library, "load", lambda: None)
-    settings = {"draft": str(tiny_gqa_draft), "max_num_seqs": 2, "device": DEVICE.type, "graphs": True, "max_nodes": 3}
+    settings = {"draft": str(draft), "max_num_seqs": 2, "device": DEVICE.type, "graphs": True, "max_nodes": 3}
     requests = [r for r in mixed() if r.params.max_tokens <= 8][:3]
     monkeypatch.setattr(choice, "tree_attention", lambda *_: None)
-    plain = Engine(tiny.config(tiny_gqa_checkpoint, **settings))
+    plain = Engine(tiny.config(checkpoint, **settings))
     expected = tiny.answers(plain, requests)
     calls = []
 
@@ -111,7 +114,7 @@ def test_an_engine_says_the_same_with_it(
         return kernel(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(choice, "tree_attention", lambda *_: listening)
-    engine = Engine(tiny.config(tiny_gqa_checkpoint, **settings))
+    engine = Engine(tiny.config(checkpoint, **settings))
     ahead = tiny.replays(engine).shapes
     assert {shape.keys for shape in ahead} == {engine.cache.stride}
     assert tiny.answers(engine, requests) == expected
