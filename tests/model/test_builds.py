@@ -179,6 +179,8 @@ def test_a_compiler_that_fails_fails_the_setup_in_its_own_words(
         tmp_path / "broken",
         f"""
 if {fails}:
+    if "-o" in sys.argv:
+        open(sys.argv[sys.argv.index("-o") + 1], "w").write("half of it")
     sys.exit("cc1plus: fatal error: the disk is on fire")
 import subprocess
 sys.exit(subprocess.run([{good!r}, *sys.argv[1:]]).returncode)
