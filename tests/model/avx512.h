@@ -16,6 +16,9 @@
 #define __AVX512BF16__ 1
 #endif
 
+// Kernels keep a vector in a register by it; here there is none that would hold one.
+#define asm(...)
+
 namespace emulated {
 
 typedef uint32_t Bits __attribute__((vector_size(64)));
