@@ -57,7 +57,7 @@ namespace {
 
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_PATCH = 32;
-constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product
+constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product at most
 constexpr int WIDENING_ROWS = 48;  // for so many it pays to keep bfloat16 weights as float32 for a while
 constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
 constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
@@ -158,12 +158,14 @@ void product_rows(const Kept<T>* x, long stride, int first, int end, const Panel
 // then: the weights that this member goes on with.
 template <class T, class Epilogue>
 void product_stage(Member& team, const Kept<T>* x, long stride, int rows, const Panels<T>& w, const void* then, const Epilogue& epilogue) {
-  const int chunks = chunks_of(rows), tasks = w.tasks(chunks), last = team.end(tasks) - 1;
+  const int chunks = chunks_of(rows);
+  const int chunk = chunks ? round_up((rows + chunks - 1) / chunks, TILE_ROWS) : 0;  // as even as whole tiles allow
+  const int tasks = w.tasks(chunks), last = team.end(tasks) - 1;
   team.share(tasks, [&](int task) {
-    const int panel = task / chunks * w.group, first = task % chunks * CHUNK_ROWS;
+    const int panel = task / chunks * w.group, first = task % chunks * chunk;
     const int num = w.num - panel < w.group ? w.num - panel : w.group;
     const void* ahead = task < last ? w.at((task + 1) / chunks * w.group) : then;
-    product_rows<T>(x, stride, first, first + CHUNK_ROWS < rows ? first + CHUNK_ROWS : rows, w, panel, num, ahead, epilogue);
+    product_rows<T>(x, stride, first, first + chunk < rows ? first + chunk : rows, w, panel, num, ahead, epilogue);
   });
 }
 
