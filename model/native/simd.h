@@ -154,7 +154,7 @@ INLINE Register exponential(Register x) {
   p = multiply_add(p, r, broadcast_register(5.0000001201e-1f));
   p = multiply_add(p * r, r, r) + 1.0f;
   const Register y = (Register)((Bits)p + ((Bits)shifted << 23));
-  return x < -87.0f ? Register{} : y;
+  return x >= -87.0f ? y : larger(Register{}, x);  // a NaN stays one
 }
 
 // --- sixteen lanes

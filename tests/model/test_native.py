@@ -230,6 +230,21 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
     assert torch.equal(grown[0, branch], whole[0, :6]), "on a branch of a tree"
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("payload", [1, 0x80, 0x123, 0x1FF])
+def test_no_arithmetic_makes_a_number_of_what_is_none(dtype: torch.dtype, payload: int, rows: int) -> None:
+    """Whatever the bits of a NaN: else a broken model's answers would look like answers."""
+    shape = Shape(HIDDEN, HEADS, HEADS, 32, INNER, 1e-5)
+    stack = Stack(shape, [cast(layer(1, HEADS, HEADS, 32, bias=False, clip=False), dtype)])
+    starts = np.array([40], np.int32)
+    kept = cache(shape, 1, dtype)
+    wide = dtype is torch.float32
+    bits = kept.data.view(torch.int32 if wide else torch.int16)
+    bits[:, 0, :, :, 5] = 0x7FC00000 + payload if wide else 0x7FC0 + payload % 0x40
+    hidden = decoded(stack, kept, starts, normal(1, rows, HIDDEN, seed=3).to(dtype), np.arange(rows), Sight.CAUSAL)
+    assert hidden.isnan().all()
+
+
 def test_threads_that_lose_their_cores_change_nothing(dtype: torch.dtype) -> None:
     """Helpers that others push aside are left behind by the jobs they took part in, and join later ones: of other
     stages, and of other tasks."""
