@@ -27,8 +27,8 @@ def command(module: str, *arguments: str, settings: dict[str, Any] | None = None
 
 
 def test_a_soak_leaves_nothing_behind(tiny_settings: dict[str, Any]) -> None:
-    # So few requests have not yet filled caches and arenas: the bound on memory is a loose one here. Answers are long enough
-    # that whoever leaves does so before their end, however fast the processor is.
+    # So few requests have not yet filled caches and arenas: the bound on memory is a loose one here. Answers are long
+    # enough that whoever leaves does so before their end, however fast the processor is.
     arguments = ("--requests", "80", "--max-tokens", "96", "--max-growth", "0.15")
     result = command("loadtest.soak", *arguments, settings=tiny_settings)
     assert result["ok"]
