@@ -105,7 +105,15 @@ INLINE void in_register(Register& x) { asm("" : "+v"(x)); }
 
 INLINE Register widened(Bfloats x) { return (Register)(__builtin_convertvector(x, Bits) << 16); }
 
-// To the nearest bfloat16, ties to even, as torch rounds; as it lies in memory.
+#if !defined(__AVX512BF16__)
+// To the nearest bfloat16, ties to even, as torch rounds: in the upper half of each lane. A NaN would be rounded to an infinity, or to 0.
+INLINE Bits nearest_bf16(Register x) {
+  const Bits bits = (Bits)x;
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
+}
+#endif
+
+// Rounded to bfloat16, as it lies in memory.
 INLINE Bfloats narrowed(Register x) {
 #if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
@@ -113,8 +121,7 @@ INLINE Bfloats narrowed(Register x) {
   memcpy(&y, &rounded, sizeof y);
   return y;
 #else
-  const Bits bits = (Bits)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0, Bfloats);  // a NaN would be rounded to an infinity, or to 0
+  return __builtin_convertvector(nearest_bf16(x) >> 16, Bfloats);
 #endif
 }
 
@@ -123,8 +130,7 @@ INLINE Register through_bf16(Register x) {
 #if defined(__AVX512BF16__)
   return widened(narrowed(x));
 #else
-  const Bits bits = (Bits)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
-  return x == x ? (Register)rounded : (Register)(Bits{} + 0x7fc00000);
+  return (Register)(nearest_bf16(x) & 0xffff0000);
 #endif
 }
 
