@@ -16,7 +16,7 @@ from service.schemas.openai import ChatRequest, StreamOptions
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path
-    for folder in ("docker", "k8s", "loadtest", "model", "service")
+    for folder in ("docker", "docs", "k8s", "loadtest", "model", "service")
     for path in (ROOT / folder).rglob("*.md")
     if "weights" not in path.parts
 )
@@ -143,9 +143,9 @@ def test_commands_are_found_where_they_stand() -> None:
     assert found == ["flashserve serve --port 1", "kubectl get pods", "make demo"]
 
 
-# --- service/API.md is whole: what the code takes and says, it names
+# --- docs/api.md is whole: what the code takes and says, it names
 
-API = (ROOT / "service/API.md").read_text()
+API = (ROOT / "docs/api.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted({*GenerateRequest.__struct_fields__, *ChatRequest.__struct_fields__}))

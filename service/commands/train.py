@@ -127,7 +127,7 @@ def train(
 
     The target writes the answers, the draft learns to foretell them, and OUTPUT is what `serve --draft` takes. Stop it
     with Ctrl-C, or kill it: the same command goes on. Several GPUs: `accelerate launch -m service.cli train ...`.
-    model/train/GUIDE.md shows the whole way.
+    docs/training.md in the repository shows the whole way.
     """
     if drafter not in TRAINED:
         fail(f"--drafter must be one of {', '.join(TRAINED)}; got {drafter!r}", 2)

@@ -156,5 +156,5 @@ def test_help_loads_no_torch() -> None:
         text=True,
         check=True,
     )
-    assert "GUIDE.md" in result.stdout
+    assert "docs/training.md" in result.stdout
     assert " torch\n" not in result.stderr
