@@ -1,7 +1,7 @@
 """The FLASH draft as a network: fuse the target's hidden states, compress the visual ones, draft a block per pass.
 
 Source of the method: arXiv 2505.12728, sections "latent-aware token compression" and "semi-autoregressive
-drafting". Ours departs from the paper in three ways (see DECISIONS.md): the context enters every layer as keys and
+drafting". Ours departs from the paper in three ways (docs/decisions/0012): the context enters every layer as keys and
 values, a recurrent sequential head restores the dependence between the tokens of a block, and text positions of the
 context keep their full resolution.
 

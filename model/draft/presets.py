@@ -18,7 +18,7 @@ from model.targets.base import Target
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"flash": (-1,), "medusa": (-1,)}
 # As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0, "vocabulary": 0}
-# What the study of shapes showed: means of neighbouring positions, and long blocks; see DECISIONS.md.
+# What the study of shapes showed: means of neighbouring positions, and long blocks (docs/decisions/0012).
 FLASH = {"pooled": 16, "num_latents": ALL, "block": 10}
 HEAD_DIM = 64
 SHAPES: dict[str, dict[str, int]] = {"flash": FLASH, "flash-paper": PAPER}
