@@ -179,8 +179,7 @@ def test_the_border_check_sees_what_it_should() -> None:
 @pytest.mark.parametrize("path", python_files("model"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_model_runs_where_there_is_nothing_but_torch_and_its_few(path: Path) -> None:
     # Triton comes with torch where there is a GPU; what is written in it is imported nowhere else.
-    # What asks vLLM is run by an interpreter that has it.
-    allowed = {"triton"} if path.parent.name == "kernels" else {"vllm"} if path.name == "vllm_peer.py" else set()
+    allowed = {"triton"} if path.parent.name == "kernels" else set()
     assert foreign_to_model(path.read_text()) <= allowed
 
 

@@ -1,1 +1,2 @@
-"""Measures how fast (`python -m model.bench`), and whether every way of decoding says the same (`.equality`)."""
+"""Measures how fast the engine answers (`python -m model.bench`), checks that every way of decoding gives the same
+tokens (`.equality`), and measures what a GPU could do (`.gpu`)."""

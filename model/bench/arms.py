@@ -10,8 +10,7 @@ from itertools import zip_longest
 from typing import Protocol, TypeVar
 
 from model.bench.reference import Conversation, Reference
-from model.drafters.base import Drafter
-from model.drafters.replay import PaidReplay, ReplayDrafter
+from model.bench.replay import ReplayDrafter
 from model.engine import Engine
 from model.request import Request, SamplingParams
 
@@ -143,16 +142,14 @@ class EngineArm:
 
 
 class ReplayArm:
-    """A simulated draft that is right with probability `accuracy` a token: see drafters/replay.py.
+    """A simulated draft that is right with probability `accuracy` a token: see replay.py.
 
     What is new to it is answered without a draft first, which does not count.
     """
 
-    def __init__(self, accuracy: float, plain: EngineArm, engine: Engine, beside: Drafter | None = None) -> None:
-        """engine: at work with the simulation while this arm runs; others may have it in between. beside: a drafter of
-        that engine whose cost is paid."""
-        vocabulary = engine.target.vocab_size
-        self._drafter = PaidReplay(accuracy, vocabulary, beside) if beside else ReplayDrafter(accuracy, vocabulary)
+    def __init__(self, accuracy: float, plain: EngineArm, engine: Engine) -> None:
+        """engine: at work with the simulation while this arm runs; others may have it in between."""
+        self._drafter = ReplayDrafter(accuracy, engine.target.vocab_size)
         self._plain, self._replaying = plain, EngineArm(self._drafter.name, engine)
         self._learnt: set[tuple[int, SamplingParams]] = set()
         self._conversations: list[Conversation] = []  # held, so that no other gets the same id

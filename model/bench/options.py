@@ -165,11 +165,6 @@ def _is_replay(arm: str) -> bool:
         return False
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Of an option such as 1,4,8."""
-    return tuple(int(part) for part in _split(text))
-
-
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

@@ -6,8 +6,6 @@ import inspect
 import json
 import math
 import runpy
-import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typer.testing import CliRunner
 
 from model import sampling
 from model.bench import __main__ as bench
-from model.bench import equality, figures, load, profile, table
+from model.bench import equality, figures, profile
 from model.bench.arms import Run
 from model.bench.margins import margin
 from model.bench.reference import Reference
@@ -37,8 +35,6 @@ from service.cli import app
 from service.commands.generate import generate
 from service.schemas.sampling import SamplingFields
 from tests.model import tiny
-
-SHORT = 16  # tokens
 
 
 def models(checkpoint: Path, draft: Path) -> list[str]:
@@ -263,11 +259,8 @@ def test_a_close_call_of_top_p_itself_is_seen() -> None:
 @pytest.mark.parametrize(
     ("module", "asked"),
     [
-        *(
-            (module, "--device cuda")
-            for module in ("__main__", "ceiling", "equality", "gpu", "load", "streams", "table")
-        ),
-        *((module, "--model /nowhere") for module in ("__main__", "equality", "load", "streams")),
+        *((module, "--device cuda") for module in ("__main__", "equality", "gpu")),
+        *((module, "--model /nowhere") for module in ("__main__", "equality")),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -378,64 +371,3 @@ def test_over_http_the_same_tokens_come_as_in_process(tiny_checkpoint: Path, tin
         expected = service["tokens_per_second"] / other["tokens_per_second"]
         assert service[name] == pytest.approx(expected, rel=0.01)
     assert files["tokens_per_second"] < engine["tokens_per_second"]
-
-
-# -- drafting by load
-
-
-def test_drafting_by_load_is_measured_beside_every_fixed_way(
-    tiny_draft: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    file, model = tmp_path / "load.json", tiny.save_checkpoint(tmp_path / "target", positions=load.LONGEST)
-    asked = ["--batches", "1,3", "--nodes", "2,5", "--repeats", "1", "--max-tokens", "6", "--output", str(file)]
-    load.main(["--model", str(model), "--draft", str(tiny_draft), "--dtype", "float32", *asked])
-    printed = capsys.readouterr().out.splitlines()
-    result = json.loads(printed[-1])
-    assert result == json.loads(file.read_text())
-    assert {(row["batch"], row["drafting"]) for row in result["rows"]} == {
-        (batch, name) for batch in (1, 3) for name in ("off", "2 nodes", "5 nodes", "load-aware")
-    }
-    for row in result["rows"]:
-        if row["drafting"] == "off":
-            assert row["over_plain"] == 1.0
-        assert row["tokens_per_second"] > 0
-    fixed = [row for row in result["rows"] if row["drafting"] != "load-aware"]
-    best = {batch: max(row["tokens_per_second"] for row in fixed if row["batch"] == batch) for batch in (1, 3)}
-    for row in result["rows"]:
-        assert row["over_best_fixed"] == pytest.approx(row["tokens_per_second"] / best[row["batch"]], rel=0.01)
-
-
-# -- the table of drafters
-
-
-def test_the_table_sets_every_drafter_there_is_beside_every_other(
-    tiny_checkpoint: Path,
-    tiny_draft: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = table._options
-    monkeypatch.setattr(table, "_options", lambda *given: replace(whole(*given), max_tokens=SHORT))
-    medusa = tiny.save_network(tmp_path / "drafts" / "medusa", "medusa", tiny_checkpoint)
-    shutil.copytree(tiny_draft, tmp_path / "drafts" / "flash")
-    target = str(tiny_checkpoint)
-    asked = ["--targets", target, "--drafts", f"{target}={medusa.parent}", "--prompts", "1", "--repeats", "1"]
-    table.main([*asked, "--dtype", "float32", "--output", str(tmp_path / "made")])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["drafter"] for row in result["rows"]} == {
-        *("generate", "off", "flash", "medusa", "ngram"),
-        "replay:0.8 (simulation)",
-    }
-    assert len(table.cells(result["rows"])) == len(table.TASKS) * len(table.SAMPLING)
-    for row in result["rows"]:
-        if row["drafter"] != "generate":
-            assert row["same_tokens_as_plain"] == 1.0, row
-        if row["accepted_at"]:
-            assert row["acceptance_length"] == pytest.approx(1 + sum(row["accepted_at"]), abs=0.01)
-            assert row["accepted_at"] == sorted(row["accepted_at"], reverse=True)
-    for name, each in result["summary"]["lead"].items():
-        assert each["best_other"] in ("medusa", "ngram"), name
-    assert {path.name for path in (tmp_path / "made").iterdir()} == {
-        *("table.txt", "table.json", "speedup.png", "positions.png")
-    }

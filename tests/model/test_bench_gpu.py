@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.attention import Plan
-from model.bench import ceiling, gpu, untrained
+from model.bench import gpu, untrained
 from model.config import EngineConfig
 from model.kv_cache import KVCache
 from model.native import library
@@ -69,28 +69,6 @@ def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() ->
     hidden, taps = target.run(target.embed(ids), ids[None], plan)
     assert target.logits(hidden).shape == (2, 16, 152064)
     assert taps.shape == (2, 16, 3584), "of the last layer alone"
-
-
-def test_what_a_draft_of_an_accuracy_gains_is_measured_beside_what_it_costs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Chains of n are accepted as a + a^2 + .. + a^n says, whoever pays for them, and the answers stay the same."""
-    output = tmp_path / "figures.json"
-    shape = ["--size", "tiny", "--device", "cpu", "--batches", "2", "--context", "40", "--tokens", "90"]
-    found = ceiling.main([*shape, "--nodes", "1,4", "--accuracies", "0.5,1", "--repeats", "1", "--output", str(output)])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(output.read_text()) == found
-    rows = {(row["drafter"], row["nodes"]): row for row in found["rows"]}
-    assert len(rows) == 9, "plain decoding; two lengths, two accuracies, each with and without a draft's cost"
-    for (name, nodes), row in rows.items():
-        accuracy = float(name.removeprefix("replay:").split()[0]) if nodes else 0.0
-        assert row["same_tokens_as_plain"] == 1.0, name
-        expected = sum(accuracy**n for n in range(nodes + 1))
-        assert row["acceptance_length"] == pytest.approx(expected, rel=0.25), (name, nodes)
-        speedup = row["decode_speedup_over_plain"]
-        # Both are rounded to three digits behind the point.
-        assert row["of_ideal"] == pytest.approx(speedup / row["acceptance_length"], rel=0.01, abs=1e-3)
-    shown = ceiling.fastest(found["rows"])
-    assert [row["drafter"] for row in shown].count("replay:1 + flash (simulation)") == 1
 
 
 @pytest.mark.gpu

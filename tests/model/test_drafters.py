@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.bench.replay import ReplayDrafter
 from model.config import TRAINED, ConfigError
 from model.draft import checkpoint
 from model.draft.eagle import EagleNetwork
@@ -19,7 +20,6 @@ from model.draft.medusa import MedusaNetwork
 from model.drafters.eagle import EagleDrafter, Expansion
 from model.drafters.medusa import MedusaDrafter
 from model.drafters.ngram import LONGEST, NgramDrafter, Text
-from model.drafters.replay import ReplayDrafter
 from model.engine import Engine
 from model.native import library
 from model.train import loss

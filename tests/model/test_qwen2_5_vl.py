@@ -21,9 +21,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from model.bench.inputs import Qwen25VL
 from model.bench.reference import Reference
+from model.bench.replay import ReplayDrafter
 from model.config import TRAINED, ConfigError
 from model.draft import checkpoint
-from model.drafters.replay import ReplayDrafter
 from model.engine import Engine
 from model.native import library
 from model.request import Area, Medium, Message, Request, RequestError, SamplingParams

@@ -1,9 +1,8 @@
 """A simulation, for measuring: replays the target's known answers with a per-token accuracy chosen beforehand.
 
 It tells what a draft of a given accuracy that costs nothing would gain on this target and machine, in this engine: the
-ceiling for drafters of that accuracy; or what it would gain at the cost of a drafter beside it. It serves nobody, since
-it must be told every answer before; so no configuration names it, only whoever builds an engine in process, and it is
-marked as a simulation wherever its name shows.
+ceiling for drafters of that accuracy. It serves nobody, since it must be told every answer before; so no configuration
+names it, only whoever builds an engine in process, and it is marked as a simulation wherever its name shows.
 
 With accuracy a, a chain of n tokens is accepted up to its first wrong one: a + a^2 + ... + a^n tokens on average.
 """
@@ -17,7 +16,6 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from torch import Tensor
 
-from model.drafters.base import Drafter
 from model.drafters.layers import exchange_items
 from model.sampling import uniform
 from model.targets.base import Prompt
@@ -106,45 +104,3 @@ class ReplayDrafter:
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
         assert self._tellings.keys() == held.keys(), "answers of other sequences than there are"
-
-
-class PaidReplay(ReplayDrafter):
-    """The same, at the cost of `beside`: that one does all that it would do, and what it proposes is thrown away."""
-
-    native = False  # or not; it is not asked
-
-    def __init__(self, accuracy: float, vocab_size: int, beside: Drafter, seed: int = 0) -> None:
-        super().__init__(accuracy, vocab_size, seed)
-        self.name = f"replay:{accuracy:g} + {beside.name} (simulation)"
-        self.num_bytes, self.cache_bytes = beside.num_bytes, beside.cache_bytes
-        self._beside = beside
-
-    def start(self, slot: int, prompt: Prompt) -> None:
-        super().start(slot, prompt)
-        self._beside.start(slot, prompt)
-
-    def share(self, source: int, slot: int, length: int) -> bool:
-        return self._beside.share(source, slot, length)
-
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        self._beside.prefill(slot, start, taps, embeds)
-
-    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        self._beside.propose(newest, budgets)
-        return super().propose(newest, budgets)
-
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        super().observe(trees, paths, taps)
-        self._beside.observe(trees, paths, taps)
-
-    def free(self, slot: int) -> None:
-        super().free(slot)
-        self._beside.free(slot)
-
-    def exchange(self, one: int, other: int) -> None:
-        super().exchange(one, other)
-        self._beside.exchange(one, other)
-
-    def check_integrity(self, held: Mapping[int, int]) -> None:
-        super().check_integrity(held)
-        self._beside.check_integrity(held)
