@@ -40,8 +40,8 @@ setup: $(READY) ## create .venv with everything pinned (TORCH=cuda for a GPU mac
 demo: $(READY) ## start the service, caption an image and a video over HTTP, compare speeds
 	$(BIN)/python -m service.demo $(ARGS)
 
-test: $(READY) ## run the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the whole test suite; its slowest twenty tests are listed at the end
+	$(BIN)/python -m pytest --durations=20 $(ARGS)
 
 serve: $(READY) ## run the service
 	$(BIN)/flashserve serve $(ARGS)

@@ -58,7 +58,7 @@ RUN_BY = {
     "curl http://127.0.0.1:8000/v1/chat/completions": "tests/service/test_openai.py",
     "curl http://127.0.0.1:8000/admin/draft": "tests/e2e/test_hot_swap.py",
     "curl http://127.0.0.1:8000/v1/models": "tests/service/test_openai.py",
-    "python -m pytest": "tests/test_project.py::test_ci_runs_the_same_tests_as_a_person",
+    "python -m pytest": "tests/test_project.py::test_ci_checks_and_tests_as_a_person_does_and_fails_if_either_fails",
     "kubectl kustomize": "tests/k8s/test_manifests.py",
 }
 GONE = "a finished study that has left the tree; its result is kept"
