@@ -14,7 +14,7 @@ $(error TORCH is cpu or cuda, not '$(TORCH)')
 endif
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-# Which builds of the native library are compiled (model/native/builds.py): auto (the best that this machine runs), all,
+# Which builds of the native library are compiled (model/backends/native/builds.py): auto (the best that this machine runs), all,
 # none, or names separated by commas. What was chosen last stays.
 empty :=
 space := $(empty) $(empty)
@@ -64,7 +64,7 @@ lock: $(STAMP) ## pin today's newest versions within pyproject.toml's ranges
 	mv constraints.new constraints.txt
 
 clean: ## remove caches and build leftovers
-	rm -rf build dist *.egg-info model/native/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info model/backends/native/*.so .pytest_cache .mypy_cache .ruff_cache
 	@for choice in $(wildcard $(VENV)/.builds-*); do touch -t 200001010000 $$choice; done
 	find service model tests loadtest -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -82,9 +82,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@rm -f $(VENV)/.setup-*
 	@touch $@
 
-$(BUILT): $(STAMP) setup.py $(wildcard model/native/*.cpp model/native/*.h model/native/builds.py)
-	@FLASH_BUILDS='$(FLASH_BUILDS)' $(BIN)/python -m model.native.builds
-	@$(BIN)/python -m model.native
+$(BUILT): $(STAMP) setup.py $(wildcard model/backends/native/*.cpp model/backends/native/*.h model/backends/native/builds.py)
+	@FLASH_BUILDS='$(FLASH_BUILDS)' $(BIN)/python -m model.backends.native.builds
+	@$(BIN)/python -m model.backends.native
 	@rm -f $(VENV)/.builds-*
 	@touch $@
 

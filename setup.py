@@ -1,4 +1,4 @@
-"""Compiles the native library (model/native/builds.py) as part of an installation; pyproject.toml says all else."""
+"""Compiles the native library as part of an installation; pyproject.toml says all else."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from model.native import builds  # noqa: E402
+from model.backends.native import builds  # noqa: E402
 
 
 class BuildNative(build_ext):
@@ -28,7 +28,7 @@ class BuildNative(build_ext):
 
 
 def _name(build: builds.Build) -> str:
-    return f"model.native._{build.name}"
+    return f"model.backends.native._{build.name}"
 
 
 try:

@@ -197,7 +197,7 @@ def prove_image(proof: Proof, builder: Builder, image: str) -> dict[str, Any]:
         found = sorted(str(path.relative_to(root)) for path in programs(root) if path.name in BUILD_TOOLS)
         proof.check("no compiler, no pip", not found, ", ".join(found) or "none found")
         site = next(root.glob("opt/flashserve/lib/python3*/site-packages"))
-        native = sorted(path.name for path in site.glob("model/native/*.so"))
+        native = sorted(path.name for path in site.glob("model/backends/native/*.so"))
         proof.check("every build of the native library is there", len(native) == 4, ", ".join(native))
         names = {path.name for path in (*site.iterdir(), *root.iterdir(), *(root / "opt").iterdir())}
         strays = names & {"docker", "k8s", "loadtest", "tests", "runs", ".git", ".venv", "pytest", "ruff", "mypy"}
@@ -233,7 +233,7 @@ def prove_running(proof: Proof, container: Container, config: dict[str, Any]) ->
         proof.check(f"{folder} cannot be written to", "Read-only file system" in done.stderr, done.stderr.strip())
     done = container.execute("touch", "/tmp/probe")
     proof.check("/tmp can", done.returncode == 0, "touch /tmp/probe")
-    done = container.execute("python", "-m", "model.native")
+    done = container.execute("python", "-m", "model.backends.native")
     used = (done.stdout or done.stderr).partition("\n")[0]
     best = "the best that this processor runs" in used or "runs none of its builds" in used
     proof.check("of the native library the best build is used", best, used)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from model.errors import ConfigError
+
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 # The bundled models by name: folders of target and draft in DEMO_WEIGHTS.
@@ -19,10 +21,6 @@ MAX_NODES, PAPER_NODES = 15, 25  # draft nodes per sequence and step; of flash-p
 DEFAULT_MAX_MODEL_LEN = 4096
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name": what reads otherwise can only be a path
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it and says what would do."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class EngineConfig:
         """The same configuration with bundled models' names and "auto" replaced by what they stand for here."""
         import torch
 
-        from model.native import library
+        from model.backends.native import library
 
         device = self.device
         if device == "auto":

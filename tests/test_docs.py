@@ -159,7 +159,7 @@ def test_the_api_reference_names_every_field_of_stream_options() -> None:
 
 
 def test_the_api_reference_names_every_error_code() -> None:
-    files = [*(ROOT / "service").rglob("*.py"), *(ROOT / "model/targets").glob("*.py"), ROOT / "model/engine.py"]
+    files = [*(ROOT / "service").rglob("*.py"), *(ROOT / "model/targets").glob("*.py"), ROOT / "model/engine/engine.py"]
     said = "".join(file.read_text() for file in files)
     codes = set(re.findall(r'\b(?:default_)?code(?:: [^=\n]*)? ?= ?"(\w+)"', said))
     codes |= set(refusal._SENTENCES)

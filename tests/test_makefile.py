@@ -40,7 +40,7 @@ def make(project: Path, verb: str, **env: str) -> tuple[int, list[str]]:
     done = subprocess.run(["make", verb], cwd=project, env=clean | env, capture_output=True, text=True)
     calls = (project / "calls").read_text().splitlines()
     assert all(call.startswith("none ") for call in calls if "--editable" in call)
-    return done.returncode, [call.split()[0] for call in calls if call.endswith("-m model.native.builds")]
+    return done.returncode, [call.split()[0] for call in calls if call.endswith("-m model.backends.native.builds")]
 
 
 def age(project: Path) -> None:

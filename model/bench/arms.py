@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from model.bench.reference import Conversation, Reference
 from model.bench.replay import ReplayDrafter
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Request, SamplingParams
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ from model.bench.options import program
 from model.bench.reference import Conversation, Reference
 from model.config import DRAFTERS, DTYPES, EngineConfig
 from model.demo import prompts
-from model.engine import Engine
+from model.engine.engine import Engine
 
 QUICK = (GREEDY, Setting(1.0, 0.9))
 SEED = 20_26

@@ -29,17 +29,17 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from model.attention import Rows, Sight
+from model.backends.attention import Rows, Sight
+from model.backends.graphs import Replays, recorder
+from model.backends.kernels import choice
 from model.bench import report, untrained
 from model.bench.options import program
 from model.bench.untrained import SIZES, TEMPLATE, limits, make_draft, make_target, seconds
 from model.config import DTYPES, EngineConfig
-from model.drafters.flash import FlashDrafter
-from model.engine import Engine
-from model.graphs import Replays, recorder
-from model.kernels import choice
+from model.drafters.flash.drafter import FlashDrafter
+from model.engine.engine import Engine
+from model.engine.round import TorchRound
 from model.request import Message, Request, SamplingParams
-from model.round import TorchRound
 
 NODES = 16  # rows of a verified tree, the root included
 RATIOS = ("pass_over_floor", "step_over_floor", "rows_16_over_1", "idle_share")

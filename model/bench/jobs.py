@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from model.bench.reference import Conversation
 from model.demo.prompts import TASKS, Task
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Request, SamplingParams
 
 Answer = tuple[int, ...]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model import sampling
+from model.decoding import sampling
 from model.request import SamplingParams
 
 

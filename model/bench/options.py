@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-from model.config import DRAFTERS, DTYPES, ConfigError, DrafterName, EngineConfig, drafter_of
+from model.config import DRAFTERS, DTYPES, DrafterName, EngineConfig, drafter_of
+from model.errors import ConfigError
 from model.request import SamplingParams
 
 ARMS = ("generate", "off", *(name for name in DRAFTERS if name not in ("auto", "off")))

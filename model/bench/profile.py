@@ -21,19 +21,19 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from model import sampling
-from model.attention import Rows, Sight
+from model.backends.attention import Rows, Sight
+from model.backends.native.library import Matrix
+from model.backends.native.stack import Stack
+from model.backends.native.step import DraftStep
 from model.bench import report, workload
 from model.bench.arms import EngineArm
 from model.bench.options import Options
-from model.config import ConfigError
-from model.engine import Engine
-from model.native.library import Matrix
-from model.native.round import NativeRound
-from model.native.stack import Stack
-from model.native.step import DraftStep
-from model.scheduler import Chunk, Decoding
-from model.tree import Trees
+from model.decoding import sampling
+from model.decoding.tree import Trees
+from model.engine.engine import Engine
+from model.engine.native_round import NativeRound
+from model.engine.scheduler import Chunk, Decoding
+from model.errors import ConfigError
 
 READ_BYTES = 1 << 30  # far beyond any cache
 SQUARE = 2048  # side of the matrices that the rate is measured with

@@ -16,13 +16,13 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from torch import Tensor
 
+from model.decoding.sampling import uniform
+from model.decoding.tree import Trees, chains
 from model.drafters.layers import exchange_items
-from model.sampling import uniform
-from model.targets.base import Prompt
-from model.tree import Trees, chains
+from model.targets.prompt import TokenizedPrompt
 
 
-def prompt_key(prompt: Prompt) -> bytes:
+def prompt_key(prompt: TokenizedPrompt) -> bytes:
     """Of its tokens and media."""
     digest = hashlib.sha256(np.array(prompt.ids, np.int64).tobytes())
     for medium in prompt.media:
@@ -67,13 +67,13 @@ class ReplayDrafter:
         self._known: dict[bytes, list[tuple[int, ...]]] = {}  # by prompt
         self._tellings: dict[int, Telling] = {}  # by slot
 
-    def learn(self, prompt: Prompt, answer: Seq[int]) -> None:
+    def learn(self, prompt: TokenizedPrompt, answer: Seq[int]) -> None:
         """What the target says to this prompt, as a run without a draft has shown."""
         known = self._known.setdefault(prompt_key(prompt), [])
         if tuple(answer) not in known:
             known.append(tuple(answer))
 
-    def start(self, slot: int, prompt: Prompt) -> None:
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         key = prompt_key(prompt)
         salted = hashlib.sha256(key + self._seed.to_bytes(8, "little")).digest()
         self._tellings[slot] = Telling(salted, self._known.get(key, []))

@@ -15,7 +15,7 @@ from model.bench.arms import Arm, EngineArm, GenerateArm, ReplayArm, Run, in_tur
 from model.bench.options import REPLAY, Options
 from model.bench.reference import Conversation, Reference
 from model.config import EngineConfig
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import SamplingParams
 
 WARM_UP_TOKENS = 32

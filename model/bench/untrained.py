@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
+from model.backends.kv_cache import KVCache
 from model.config import EngineConfig
 from model.demo import checkpoint as demo
-from model.draft import checkpoint, presets
-from model.draft.presets import Sizes
-from model.kv_cache import KVCache
+from model.drafters import checkpoint, presets
+from model.drafters.presets import Sizes
 from model.targets.llava import LlavaTarget
 
 TEMPLATE = 64  # positions at most of a conversation's template

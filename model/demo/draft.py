@@ -13,7 +13,7 @@ from pathlib import Path
 
 from model.config import EngineConfig
 from model.demo.prompts import LONG_FRAMES, ROOM, Scenes
-from model.draft import checkpoint
+from model.drafters import checkpoint
 from model.train import interrupt, team
 from model.train.data import Interrupted
 from model.train.run import Settings, open_target, run

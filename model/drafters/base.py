@@ -1,4 +1,4 @@
-"""What the engine asks of a drafter. One file per kind implements it; `model.drafters.load` picks by name.
+"""What the engine asks of a drafter. One file per kind implements it; registry.py picks by name.
 
 A drafter knows of every sequence what the target has computed *and kept*, and of the newest token only when it is to
 propose: so it is never rolled back. Whatever it proposes, the answer stays the same (see verify.py).
@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from model.graphs import Recorder
-from model.targets.base import Prompt
-from model.tree import Trees
+from model.backends.graphs import Recorder
+from model.decoding.tree import Trees
+from model.targets.prompt import TokenizedPrompt
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Drafter(Proposing, Protocol):
         """Of what it holds of sequences, allocated at start."""
         ...
 
-    def start(self, slot: int, prompt: Prompt) -> None:
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         """A sequence begins in this slot."""
         ...
 

@@ -1,96 +1,120 @@
-"""What trained drafters share: whether and how they run in the native library, what tokens put into their layers, paths
-as an index, and the last of what was kept."""
+"""What draft networks are built of: fusing the target's hidden states, rotary positions, one transformer layer.
+
+Attention is a function handed in, so that training (many drafts over one context, at once) and serving (one draft over
+a KV cache) run the same layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from model.draft.layers import LayerConfig, rotary_table
-from model.native import library
-from model.native.candidates import MAX_WIDTH
-from model.native.library import K_STEP
-from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
-from model.targets.base import Target
-
-MAX_TABLE = 1 << 24  # numbers in a table made at load
+# (layer, queries, keys, values) -> mixed values, all (batch, heads, rows, head_dim)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def steps_natively(target: Target, width: int) -> bool:
-    """Whether steps that read the target's hidden states can be native here, with trees of so many nodes a depth."""
-    whole = target.hidden_size % K_STEP == 0  # states lie one behind the other, and are read in such steps
-    return library.supports(target.dtype, target.device) and whole and width <= MAX_WIDTH
+class LayerConfig(Protocol):
+    """What a draft's configuration says of its layers."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def target_hidden_size(self) -> int: ...
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def rope_theta(self) -> float: ...
 
 
-def native_layers(layers: nn.ModuleList, norm: nn.RMSNorm, config: LayerConfig, positions: int) -> Stack | None:
-    """Draft layers and the norm behind them in the native stack, where that can run them; released from the list."""
-    weight = norm.weight
-    shape = Shape(
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        kv_heads=config.num_heads,
-        head_dim=config.head_dim,
-        intermediate=config.intermediate_size,
-        eps=1e-6,
-    )
-    if not (shape.fits and library.supports(weight.dtype, weight.device)):
-        return None
-    held: list[Any] = list(layers)
-    cos, sin = rotary_table(config, torch.arange(positions)[None], weight.dtype)
-    stack = Stack(
-        shape,
-        [
-            LayerWeights(
-                norm1=Norm(layer.attention_norm.weight),
-                qkv=torch.cat((layer.q.weight, layer.kv.weight)),
-                out=layer.out.weight,
-                norm2=Norm(layer.mlp_norm.weight),
-                up=layer.gate_up.weight,
-                down=layer.down.weight,
-            )
-            for layer in held
-        ],
-        rotary=Rotary(cos[0, 0], sin[0, 0], np.zeros(config.head_dim, np.int32)),
-        final_norm=Norm(norm.weight),
-    )
-    del layers[:]
-    return stack
+def first_tokens(vocabulary: int) -> Tensor | None:
+    """(vocabulary,) ids of the tokens that a new draft may propose, ascending; None for 0: all.
+
+    With few of them its hidden states need not be read by the target's whole lm_head, which would be most of a draft's
+    work for a large vocabulary (FR-Spec, arXiv 2502.14856). Training says which are frequent.
+    """
+    return torch.arange(vocabulary) if vocabulary else None
 
 
-@torch.inference_mode()
-def token_table(target: Target, width: int, entry: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """`entry` of every token's embedding, (vocab, target_hidden) -> (vocab, width), where a table of it is small."""
-    if target.vocab_size * width > MAX_TABLE:
-        return None
-    return entry(target.embed(torch.arange(target.vocab_size, device=target.device))).clone()
+class Fuse(nn.Module):
+    """Hidden states of several target layers to one context vector: linear, then RMSNorm."""
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        width = config.target_hidden_size
+        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=1e-6) for _ in config.tap_layers])
+        self.linear = nn.Linear(width * len(config.tap_layers), config.hidden_size, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+
+    def forward(self, taps: Tensor) -> Tensor:
+        """(..., num_taps * target_hidden) -> (..., hidden)."""
+        parts = taps.unflatten(-1, (len(self.norms), -1))
+        weights = torch.stack([norm.weight for norm in self.norms])  # type: ignore[misc]
+        scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all at once: it runs at every step
+        fused: Tensor = self.norm(self.linear(scaled.flatten(-2)))
+        return fused
 
 
-def take_last(held: Tensor, rows: Tensor, counts: Tensor) -> None:
-    """held (batch, width) becomes the last of counts (batch,) int64 rows (batch, rows, width), where there are any."""
-    last = rows.gather(1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]
-    held.copy_(torch.where(counts[:, None] > 0, last, held))
+def rotary_table(config: LayerConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions (batch, rows), computed in float32: each (batch, 1, rows, head_dim), sin's first half
+    negated, so that `rotate` need only swap halves."""
+    half = config.head_dim // 2
+    speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
+    angle = positions[:, None, :, None] * speed
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
-def exchange_rows(rows: Tensor, one: int, other: int) -> None:
-    """Exchange two rows of a tensor."""
-    kept = rows[one].clone()
-    rows[one], rows[other] = rows[other], kept
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (batch, heads, rows, head_dim) by the tables of `rotary_table`."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((right, left), -1) * sin
 
 
-def exchange_items(by_slot: dict[int, Any], one: int, other: int) -> None:
-    """Exchange what a table has for two slots, either of which may be missing."""
-    found = {slot: by_slot.pop(slot) for slot in (one, other) if slot in by_slot}
-    by_slot.update({one + other - slot: item for slot, item in found.items()})
+class DraftLayer(nn.Module):
+    """One transformer layer whose queries are the block and whose keys and values are context and block."""
 
+    def __init__(self, config: LayerConfig, index: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.index, self.heads = index, config.num_heads
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, width, bias=False)
 
-def indexed(paths: Seq[list[int]]) -> np.ndarray:
-    """(batch, longest path) int32; nought behind the end of a shorter one."""
-    index = np.zeros((len(paths), max(map(len, paths))), np.int32)
-    for b, path in enumerate(paths):
-        index[b, : len(path)] = path
-    return index
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.kv(x).chunk(2, -1)
+        return rotate(self.split(keys), cos, sin), self.split(values)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x: (batch, rows, hidden), the block(s) being drafted; cos, sin: see `rotary_table`."""
+        y = self.attention_norm(x)
+        keys, values = self.keys_values(y, cos, sin)
+        mixed = attend(self.index, rotate(self.split(self.q(y)), cos, sin), keys, values)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        result: Tensor = x + self.down(F.silu(gate) * up)
+        return result

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed when the same words were said before. No training, no model.
+"""TokenizedPrompt lookup: what followed when the same words were said before. No training, no model.
 
 Source: the idea of "prompt lookup decoding" (A. Saxena, 2023), as transformers and vLLM have it: of the suffixes of the
 text the longest that occurred before is found, and what followed its latest occurrence is proposed, as a chain.
@@ -16,9 +16,9 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from model.drafters.layers import exchange_items
-from model.targets.base import Prompt
-from model.tree import Trees, chains
+from model.decoding.tree import Trees, chains
+from model.drafters.native_parts import exchange_items
+from model.targets.prompt import TokenizedPrompt
 
 LONGEST = 4  # tokens of a suffix at most
 
@@ -57,9 +57,9 @@ class NgramDrafter:
 
     def __init__(self) -> None:
         self._texts: dict[int, Text] = {}  # by slot
-        self._prompts: dict[int, Prompt] = {}
+        self._prompts: dict[int, TokenizedPrompt] = {}
 
-    def start(self, slot: int, prompt: Prompt) -> None:
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         self._texts[slot], self._prompts[slot] = Text(), prompt
 
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""What the engine needs of a target model. One file per family implements it; `load` picks by the checkpoint's type.
+"""What the engine needs of a target model. One file per family implements it; registry.py picks one.
 
 An adapter holds only what differs between families: where the visual tokens are, how features are computed, position
 ids, the chat template, how a video becomes tokens. The layers are transformers' own and stay unforked.
@@ -6,30 +6,20 @@ ids, the chat template, how a video becomes tokens. The layers are transformers'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from model.attention import Plan, Rows
-from model.config import ConfigError, EngineConfig
-from model.native.step import Verifier
-from model.parallel import Group
+from model.backends.attention import Plan, Rows
+from model.backends.native.step import Verifier
+from model.errors import ConfigError
 from model.request import Geometry, Medium, Message
 from model.targets.head import Head
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenised conversation. `spans[i]` is the half-open range of `ids` that media[i] takes: visual tokens and
-    nothing else. media are the conversation's; a video with text between its frames is several."""
-
-    ids: list[int]
-    media: tuple[Medium, ...]
-    spans: tuple[tuple[int, int], ...]
+from model.targets.parallel import Group
+from model.targets.prompt import TokenizedPrompt
 
 
 class Target(Protocol):
@@ -61,7 +51,7 @@ class Target(Protocol):
         """Of its weights, as they are held."""
         ...
 
-    def prompt(self, messages: tuple[Message, ...]) -> Prompt:
+    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
         """Template and tokenise; user text never becomes special tokens. Raises RequestError."""
         ...
 
@@ -77,7 +67,7 @@ class Target(Protocol):
         """Token embeddings: (...,) -> (..., hidden)."""
         ...
 
-    def positions(self, prompt: Prompt) -> np.ndarray:
+    def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
         """Position ids of the prompt: (axes, tokens) int32, below `max_positions`. Its last token has the same on every
         axis, and generated tokens go on from there."""
         ...
@@ -112,27 +102,3 @@ def tapped(num_layers: int, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     if not all(-num_layers <= layer < num_layers for layer in wanted):
         raise ConfigError(f"a draft that reads layers {wanted} is for another target: this one has {num_layers}")
     return tuple(sorted({layer % num_layers for layer in wanted}))
-
-
-def family(config: EngineConfig) -> Any:
-    """The class of the target that a resolved config names. ConfigError."""
-    from model.targets.llava import LlavaTarget
-    from model.targets.qwen2_5_vl import Qwen25VLTarget
-
-    families: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
-    try:
-        kind = AutoConfig.from_pretrained(config.model).model_type
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
-    if kind not in families:
-        raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(families)}")
-    return families[kind]
-
-
-def load(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
-    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
-    evenly spaced."""
-    named = family(config)
-    group = Group(config, tap_layers) if config.tensor_parallel > 1 else None
-    target: Target = named(config, tap_layers=tap_layers, group=group)
-    return target

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model.native import library
-from model.native.library import Matrix
+from model.backends.native import library
+from model.backends.native.library import Matrix
 
 
 class Head:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model import attention
-from model.attention import Plan, Rows
+from model.backends import attention
+from model.backends.attention import Plan, Rows
+from model.backends.native.step import Verifier
 from model.config import EngineConfig
-from model.native.step import Verifier
-from model.parallel import Group, local
-from model.targets import native
+from model.targets import packed
 from model.targets.base import tapped
 from model.targets.head import Head
+from model.targets.parallel import Group, local
 from model.transfer import upload
 
 
@@ -63,9 +63,9 @@ class LanguageModel:
         # The last trees reach beyond the last position; what they hold there is never kept.
         alone = config.tensor_parallel == 1
         reach = self.max_positions + config.nodes
-        self.decoder = native.decoder(language, self.tap_layers, reach) if alone else None
+        self.decoder = packed.decoder(language, self.tap_layers, reach) if alone else None
         self.group = group
-        self.recordable = alone and self.decoder is None and native.rope_is_fixed(text)
+        self.recordable = alone and self.decoder is None and packed.rope_is_fixed(text)
         head = self.model.lm_head
         self.head = Head(local(head.weight), None if head.bias is None else local(head.bias))
         self.verifier = None

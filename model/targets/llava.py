@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from model.backends.native import library
 from model.config import EngineConfig
-from model.native import library
-from model.parallel import Group, loading
 from model.request import Geometry, Medium, Message
-from model.targets import native, pixels
-from model.targets.base import Prompt
+from model.targets import packed, pixels
 from model.targets.language import LanguageModel
-from model.targets.prompt import Conversations, Place, media_of, widened
+from model.targets.parallel import Group, loading
+from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
 
 FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 
@@ -43,7 +42,7 @@ class LlavaTarget(LanguageModel):
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
         super().__init__(config, model, self.processor.tokenizer, tap_layers, num_axes=1, group=group)
-        self.tower = native.tower(self.model.model, self.model.config)
+        self.tower = packed.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
         self.image_id: int = self.model.config.image_token_index
         self.geometry = self._geometry()
@@ -75,12 +74,12 @@ class LlavaTarget(LanguageModel):
     def _parts(medium: Medium) -> list[dict[str, str]]:
         return [{"type": "video"}] * (medium.kind == "video") + [{"type": "image"}] * len(medium.frames)
 
-    def prompt(self, messages: tuple[Message, ...]) -> Prompt:
+    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
         media, placeholder = media_of(messages), Place(self.image_id, self.tokens_per_image)
         places = [[placeholder] * len(medium.frames) for medium in media]
         return widened(self._conversations.ids(messages), media, places, frozenset([self.image_id]))
 
-    def positions(self, prompt: Prompt) -> np.ndarray:
+    def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
         return np.arange(len(prompt.ids), dtype=np.int32)[None]
 
     # --- tensors

@@ -16,10 +16,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from model.request import Medium, Message, RequestError
-from model.targets.base import Prompt
 
 Turns = list[dict[str, Any]]
 STAND_IN = re.compile("\ue000(\\d+)\ue001")
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A tokenised conversation. `spans[i]` is the half-open range of `ids` that media[i] takes: visual tokens and
+    nothing else. media are the conversation's; a video with text between its frames is several."""
+
+    ids: list[int]
+    media: tuple[Medium, ...]
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
 
 def widened(
     ids: list[int], media: tuple[Medium, ...], places: Sequence[Sequence[Place]], placeholders: frozenset[int]
-) -> Prompt:
+) -> TokenizedPrompt:
     """Make every placeholder as wide as what stands there. `places[i]`: those of media[i], in order; `placeholders`:
     all tokens that are one. A video with text between its frames, as LLaVA-1.5's template writes it, becomes several.
     Raises RequestError where the template has not written them so."""
@@ -118,7 +127,7 @@ def widened(
         cuts = [0, *(i for i in range(1, len(each)) if ends[i - 1] != starts[i]), len(each)]
         spans += [(starts[i], ends[j - 1]) for i, j in pairwise(cuts)]
         parts += [medium] if len(cuts) == 2 else [replace(medium, frames=medium.frames[i:j]) for i, j in pairwise(cuts)]
-    return Prompt(wide, tuple(parts), tuple(spans))
+    return TokenizedPrompt(wide, tuple(parts), tuple(spans))
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -19,14 +19,14 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from model.config import ConfigError, EngineConfig
-from model.native import library
-from model.parallel import Group, loading
+from model.backends.native import library
+from model.config import EngineConfig
+from model.errors import ConfigError
 from model.request import Area, Geometry, Medium, Message, RequestError
 from model.targets import pixels, windows
-from model.targets.base import Prompt
 from model.targets.language import LanguageModel
-from model.targets.prompt import Conversations, Place, media_of, widened
+from model.targets.parallel import Group, loading
+from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
 
 PATCHES_AT_ONCE = 8192  # that pass through the tower together
 SECONDS_PER_FRAME = 0.5  # of a video of which nobody knows it: two frames a second, as Qwen samples them
@@ -108,7 +108,7 @@ class Qwen25VLTarget(LanguageModel):
 
     # --- prompt
 
-    def prompt(self, messages: tuple[Message, ...]) -> Prompt:
+    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
         media = tuple(map(self._at_geometry, media_of(messages)))
         places = [[Place(self._placeholders[medium.kind], math.prod(self.grid(medium)))] for medium in media]
         ids = self._conversations.ids(messages)
@@ -144,7 +144,7 @@ class Qwen25VLTarget(LanguageModel):
         unit = self.patch * self.merge
         return -(-num_frames // self.together), height // unit, width // unit
 
-    def positions(self, prompt: Prompt) -> np.ndarray:
+    def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
         """Text counts on all axes alike. A medium's tokens count along each axis from where the text has come to, time
         in parts of a second; what follows goes on behind its height and width, whatever time it took."""
         places = np.empty((3, len(prompt.ids)), np.int32)

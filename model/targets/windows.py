@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.attention import Rows, Sight
-from model.native import library
-from model.native.library import Matrix
-from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
-from model.targets.native import joined
+from model.backends.attention import Rows, Sight
+from model.backends.native import library
+from model.backends.native.library import Matrix
+from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
+from model.targets.packed import joined
 
 
 class WindowTower:

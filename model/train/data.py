@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Message, Request, RequestError, SamplingParams
 
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)

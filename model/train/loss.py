@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model.draft.checkpoint import Network
-from model.draft.eagle import EagleNetwork
-from model.draft.medusa import MedusaNetwork
-from model.draft.network import DraftNetwork
-from model.targets.base import Prompt, Target
+from model.drafters.checkpoint import Network
+from model.drafters.eagle.network import EagleNetwork
+from model.drafters.flash.network import DraftNetwork
+from model.drafters.medusa.network import MedusaNetwork
+from model.targets.base import Target
+from model.targets.prompt import TokenizedPrompt
 from model.train.seen import Seen
 
 
@@ -145,7 +146,7 @@ def flash_logits(learner: Learner, network: DraftNetwork, seen: list[Seen], anch
     return drafted if head is None else drafted + head.bias(hidden.flatten(0, 1), anchors.previous)
 
 
-def context_of(network: DraftNetwork, taps: Tensor, prompt: Prompt) -> tuple[Tensor, list[int]]:
+def context_of(network: DraftNetwork, taps: Tensor, prompt: TokenizedPrompt) -> tuple[Tensor, list[int]]:
     """The draft's context of one sequence: its rows (rows, hidden); for each position, how many rows lie before it."""
     parts, read = list[Tensor](), list[tuple[int, bool]]()  # what is fused; rows of each part, and whether visual
     at = 0

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.request import Medium, Message
 from model.train.data import Unusable
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Message, Request, RequestError, SamplingParams
 from model.train.data import Unusable
 
@@ -44,7 +44,7 @@ class Acceptance:
 
 
 def miscalibration(calibration: Sequence[tuple[float, float, int]]) -> float:
-    """By how much what a draft says of its nodes is off on average; as `model.load.Load.calibration` tells it."""
+    """Average the error of a draft's confidences; `calibration` as `Load.calibration` has it."""
     nodes = sum(count for _, _, count in calibration)
     return sum(count * abs(said - seen) for said, seen, count in calibration) / max(1, nodes)
 

@@ -19,13 +19,14 @@ import torch
 import transformers
 
 from model import __version__
-from model.config import ConfigError, EngineConfig
-from model.draft import checkpoint, presets
-from model.draft.checkpoint import DraftShape, Network
-from model.draft.presets import Sizes
-from model.engine import Engine
+from model.config import EngineConfig
+from model.drafters import checkpoint, presets
+from model.drafters.checkpoint import DraftShape, Network
+from model.drafters.presets import Sizes
+from model.engine.engine import Engine
+from model.errors import ConfigError
 from model.targets.base import Target
-from model.targets.base import load as load_target
+from model.targets.registry import load_target
 from model.train import card, plots
 from model.train.data import (
     MAX_TOKENS,

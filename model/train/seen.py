@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import Rows, Sight
-from model.draft.checkpoint import Network
-from model.draft.eagle import EagleNetwork
-from model.kv_cache import KVCache
+from model.backends.attention import Rows, Sight
+from model.backends.kv_cache import KVCache
+from model.drafters.checkpoint import Network
+from model.drafters.eagle.network import EagleNetwork
 from model.request import Message
-from model.targets.base import Prompt, Target
+from model.targets.base import Target
+from model.targets.prompt import TokenizedPrompt
 from model.train.data import Example
 
 
@@ -32,14 +33,16 @@ class Seen:
     embeds: Tensor
     taught: Tensor
     ids: list[int]
-    prompt: Prompt
+    prompt: TokenizedPrompt
 
     @property
     def num_bytes(self) -> int:
         return self.taps.nbytes + self.embeds.nbytes + self.taught.nbytes
 
 
-def capture(target: Target, prompts: list[Prompt], answers: list[tuple[int, ...]], network: Network) -> list[Seen]:
+def capture(
+    target: Target, prompts: list[TokenizedPrompt], answers: list[tuple[int, ...]], network: Network
+) -> list[Seen]:
     """One causal pass of the target over prompts and answers, padded on the right; what this draft learns from."""
     ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
     width, batch = max(map(len, ids)), len(ids)

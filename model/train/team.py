@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from model.config import ConfigError
+from model.errors import ConfigError
 
 
 class Team(Protocol):

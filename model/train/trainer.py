@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.draft.checkpoint import Network
+from model.drafters.checkpoint import Network
 from model.request import Message
 from model.targets.base import Target
 from model.train.data import Example, Interrupted

@@ -13,7 +13,7 @@ from service.settings import complaints
 def bench(context: typer.Context) -> None:
     """Compare transformers' generate, the engine without speculation and with FLASH; or, --service, HTTP's cost."""
     from model.bench import options
-    from model.config import ConfigError
+    from model.errors import ConfigError
 
     prog = "flashserve bench"
     made = options.parser(prog)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from model.config import DRAFTERS, ConfigError, EngineConfig
+from model.config import DRAFTERS, EngineConfig
+from model.errors import ConfigError
 from model.request import Geometry, Medium, Message, Request, RequestError, RequestOutput, RequestStats
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
@@ -22,7 +23,7 @@ from service.settings import Settings, complaints
 from service.usage import speculation, timings, usage
 
 if TYPE_CHECKING:
-    from model.engine import Engine
+    from model.engine.engine import Engine
     from service.schemas.sampling import SamplingFields
 
 ENGINE, SAMPLING, VIDEO = "Model", "Sampling", "Video"
@@ -77,7 +78,7 @@ def generate(
         **{"num_frames": num_frames, "fps": fps},
     }
     options = {"model": model, "draft": draft, "drafter": drafter, "device": device, "dtype": dtype}
-    from model.engine import Engine
+    from model.engine.engine import Engine
     from service.body import Form
     from service.prompt import check_sampling_used
     from service.schemas import generate as schema

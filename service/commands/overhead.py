@@ -48,7 +48,7 @@ def run(options: Options, command: str) -> dict[str, Any]:
     """Measure; print the table and, last, the JSON object."""
     from model.bench import report
     from model.bench.arms import EngineArm
-    from model.engine import Engine
+    from model.engine.engine import Engine
 
     if any(not task.startswith("image") for task in options.tasks):
         raise OSError("--service sends images: choose among the image tasks")

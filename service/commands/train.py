@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from model.config import DTYPES, TRAINED, ConfigError, EngineConfig
+from model.config import DTYPES, TRAINED, EngineConfig
+from model.errors import ConfigError
 from model.request import Geometry, Medium
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
@@ -148,8 +149,8 @@ def train(
         fail("--rate, --gamma and --epochs must be above 0, --evaluate-every not below", 2)
     heats = _temperatures(temperatures)
 
-    from model.draft import presets
-    from model.frames import most_frames
+    from model.drafters import presets
+    from model.targets.frames import most_frames
     from model.train import interrupt, manifest
     from model.train import run as training
     from model.train import team as teams

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.request import EngineInfo
 from service import cores
 from service.pool import messages as m

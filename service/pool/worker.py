@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams
 from service import cores
 from service.pool import incoming
@@ -56,7 +56,7 @@ Arrived = m.ToWorker | Prepared | Refusal | DraftRead
 
 
 class Engine(incoming.Engine, Protocol):
-    """What a worker asks of an engine: `model.engine.Engine`, or a stand-in for it in tests."""
+    """What a worker asks of an engine: `model.engine.engine.Engine`, or a stand-in for it in tests."""
 
     @property
     def has_work(self) -> bool: ...
@@ -69,7 +69,7 @@ class Engine(incoming.Engine, Protocol):
 
 def load_engine(options: dict[str, Any]) -> Engine:
     from model.config import EngineConfig
-    from model.engine import Engine as RealEngine
+    from model.engine.engine import Engine as RealEngine
 
     engine: Engine = RealEngine(EngineConfig(**options, share_cores=True))
     return engine

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from model.native import builds
+from model.backends.native import builds
 from service.routes.ops import ROUTES
 from service.settings import Settings
 from tests.docker.image import DOCKERFILE, ROOT, TARGETS, environment, health_command, last, stages, steps
@@ -112,7 +112,7 @@ def test_it_insists_on_every_build_of_the_native_stack():
     (names,) = re.findall(r"for build in ([\w ]+);", command)
     assert names.split() == list(builds.NAMES)
     assert {f"_{name}.so" for name in names.split()} == {build.path.name for build in builds.BUILDS}
-    assert "model/native/_$build.so" in command
+    assert "model/backends/native/_$build.so" in command
 
 
 def test_its_label_tells_the_version():
@@ -134,9 +134,9 @@ def test_what_it_copies_reaches_the_builder_and_nothing_else_does():
 )
 def test_a_builder_reads_dockerignore_as_meant(tmp_path):
     context, into = tmp_path / "context", tmp_path / "out"
-    kept = {"pyproject.toml", "service/app.py", "model/demo/weights/a.safetensors", "model/native/step.h"}
+    kept = {"pyproject.toml", "service/app.py", "model/demo/weights/a.safetensors", "model/backends/native/step.h"}
     left = {".git/config", "runs/1/draft", ".env", "tests/test.py", "docker/Dockerfile", "key.pem", "service/debug.log"}
-    left |= {"service/__pycache__/app.pyc", "model/native/_amx.so", "model/.mypy_cache/a", "service/pool/.env"}
+    left |= {"service/__pycache__/app.pyc", "model/backends/native/_amx.so", "model/.mypy_cache/a", "service/pool/.env"}
     for name in kept | left:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         (context / name).write_text(name)

@@ -10,7 +10,7 @@ import pytest
 from loadtest import media
 from loadtest.asking import Question, Way
 from loadtest.media import File
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Medium
 from service.media import MediaDecoder, MediaLimits
 from tests.e2e.server import EngineServer

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from model.config import EngineConfig
-from model.engine import Engine
+from model.engine.engine import Engine
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import OracleDrafter
 

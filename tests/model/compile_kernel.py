@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.kernels import tree_attention as kernels
+from model.backends.kernels import tree_attention as kernels
 
 
 class Launch:

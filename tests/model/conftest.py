@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.config import TRAINED
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.targets.base import Target
 from tests.model import tiny, tiny_qwen
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence as Seq
 import numpy as np
 from torch import Tensor
 
+from model.decoding.tree import Trees
 from model.drafters.base import Drafter
-from model.engine import Engine
-from model.targets.base import Prompt
-from model.tree import Trees
+from model.engine.engine import Engine
+from model.targets.prompt import TokenizedPrompt
 from tests.model.oracle import OracleDrafter
 
 
@@ -29,7 +29,7 @@ class Guided:
         self.name, self.num_bytes, self.cache_bytes = drafter.name, drafter.num_bytes, drafter.cache_bytes
         self.native = False
 
-    def start(self, slot: int, prompt: Prompt) -> None:
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         self.drafter.start(slot, prompt)
         self.oracle.start(slot, prompt)
 

@@ -13,8 +13,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from model.native.builds import BUILDS, NAMES, Build, compiler
-from model.native.library import Library, lacking_features, opened
+from model.backends.native.builds import BUILDS, NAMES, Build, compiler
+from model.backends.native.library import Library, lacking_features, opened
 
 HERE = Path(__file__).parent
 HURRIED = ("-Og",)  # a third of the time to compile, and the same bits: the compiler joins and reorders nothing

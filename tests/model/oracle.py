@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.engine import Engine
-from model.kv_cache import KVCache
-from model.targets.base import Prompt
-from model.tree import Trees, roots
+from model.backends.kv_cache import KVCache
+from model.decoding.tree import Trees, roots
+from model.engine.engine import Engine
+from model.targets.prompt import TokenizedPrompt
 
 
 class OracleDrafter:
@@ -41,7 +41,7 @@ class OracleDrafter:
         self.shapes: set[tuple[int, int]] = set()  # (nodes proposed, accepted)
         self._sizes: list[int] = []  # nodes of this step's trees, if there are any
 
-    def start(self, slot: int, prompt: Prompt) -> None:
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         self.cache.take(slot)
 
     def share(self, source: int, slot: int, length: int) -> bool:

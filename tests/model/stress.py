@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from model import sampling
-from model.engine import Engine
-from model.native import library
+from model.backends.native import library
+from model.decoding import sampling
+from model.engine.engine import Engine
 from model.request import Request, RequestError, SamplingParams
 from tests.model import tiny
 from tests.model.oracle import with_oracle

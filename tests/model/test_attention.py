@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from model import attention
-from model.attention import Rows, Sight, prompt_rows
-from model.engine import Engine
-from model.kv_cache import KVCache
-from model.tree import Trees
+from model.backends import attention
+from model.backends.attention import Rows, Sight, prompt_rows
+from model.backends.kv_cache import KVCache
+from model.decoding.tree import Trees
+from model.engine.engine import Engine
 from tests.model import tiny
 
 DIM = 8

@@ -16,21 +16,21 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from model import sampling
+from model.backends.native import library
+from model.backends.native.stack import Stack
+from model.backends.native.step import DraftStep
 from model.bench import __main__ as bench
 from model.bench import equality, figures, profile
 from model.bench.arms import Run
 from model.bench.margins import margin
 from model.bench.reference import Reference
 from model.config import EngineConfig
-from model.engine import Engine
-from model.load import Load
-from model.native import library
-from model.native.round import NativeRound
-from model.native.stack import Stack
-from model.native.step import DraftStep
+from model.decoding import sampling
+from model.engine.engine import Engine
+from model.engine.native_round import NativeRound
+from model.engine.round import TorchRound
+from model.engine.speculation import Load
 from model.request import Message, SamplingParams
-from model.round import TorchRound
 from service.cli import app
 from service.commands.generate import generate
 from service.schemas.sampling import SamplingFields

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from model.attention import Plan
+from model.backends.attention import Plan
+from model.backends.kv_cache import KVCache
+from model.backends.native import library
 from model.bench import gpu, untrained
 from model.config import EngineConfig
-from model.kv_cache import KVCache
-from model.native import library
 
 
 def figures(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:

@@ -21,14 +21,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import model.native
-from model.config import ConfigError, EngineConfig
-from model.native import builds, library
-from model.native.__main__ import report
-from model.native.builds import BUILDS, NAMES, compiler, plan
+import model.backends.native
+from model.backends.native import builds, library
+from model.backends.native.__main__ import report
+from model.backends.native.builds import BUILDS, NAMES, compiler, plan
+from model.config import EngineConfig
+from model.errors import ConfigError
 from tests.model.libraries import every_library
 
 ROOT = Path(__file__).parents[2]
+NATIVE = "model/backends/native/"
 AVX2 = "__AVX2__ __FMA__ __F16C__"
 AVX512 = f"{AVX2} __AVX512F__ __AVX512BW__ __AVX512VL__ __AVX512DQ__"
 BF16 = f"{AVX512} __AVX512BF16__"
@@ -110,7 +112,7 @@ def make(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """As the Makefile compiles, in that folder's project."""
     root = folder.parents[1]
     clean = {key: value for key, value in os.environ.items() if key not in (builds.CHOICE, "CXX", "PYTHONPATH")}
-    command = [sys.executable, "-m", "model.native.builds"]
+    command = [sys.executable, "-m", "model.backends.native.builds"]
     return subprocess.run(command, cwd=root, env=clean | env, capture_output=True, text=True)
 
 
@@ -217,9 +219,11 @@ def test_an_installation_by_pip_fails_in_the_compilers_own_words(copy: Path, tmp
     assert "FLASH_BUILDS=none" in done.stderr + done.stdout
     done, names = wheel(stand_in(tmp_path, AVX2), "all")
     assert done.returncode == 0, done.stderr
-    carried = {name.removeprefix("model/native/") for name in names if name.startswith("model/native/")}
+    carried = {
+        name.removeprefix("model/backends/native/") for name in names if name.startswith("model/backends/native/")
+    }
     assert {f"_{name}.so" for name in NAMES} <= carried, "a wheel can carry every build"
-    sources = {path.name for path in (*ROOT.glob("model/native/*.h"), *ROOT.glob("model/native/*.cpp"))}
+    sources = {path.name for path in (*ROOT.glob(f"{NATIVE}*.h"), *ROOT.glob(f"{NATIVE}*.cpp"))}
     assert sources <= carried, "what a library was compiled from has to be there to be compared"
 
 
@@ -454,8 +458,8 @@ def test_where_there_is_no_compiler_it_says_what_to_install(
 
 
 def structures() -> set[type[ctypes.Structure]]:
-    names = [found.name for found in pkgutil.iter_modules(model.native.__path__) if found.name[0] != "_"]
-    modules = [importlib.import_module(f"model.native.{name}") for name in names]
+    names = [found.name for found in pkgutil.iter_modules(model.backends.native.__path__) if found.name[0] != "_"]
+    modules = [importlib.import_module(f"model.backends.native.{name}") for name in names]
     kinds = (kind for module in modules for kind in vars(module).values() if isinstance(kind, type))
     return {kind for kind in kinds if issubclass(kind, ctypes.Structure)} - {library.Mirror}
 

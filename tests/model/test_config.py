@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import ConfigError, EngineConfig
-from model.engine import Engine
-from model.kv_cache import KVCache
+from model.backends.kv_cache import KVCache
+from model.config import EngineConfig
+from model.engine.engine import Engine
+from model.errors import ConfigError
 from model.targets.base import evenly_spaced
 from tests.model import tiny
 

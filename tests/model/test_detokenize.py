@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from model.decoding.detokenize import REPLACEMENT, Detokenizer, StopStrings, Vocabulary
 from model.demo import checkpoint as demo
-from model.detokenize import REPLACEMENT, Detokenizer, StopStrings, Vocabulary
 from model.targets.base import Target
 from tests.model import tiny
 

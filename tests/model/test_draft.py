@@ -15,23 +15,25 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.config import ConfigError, EngineConfig
+from model.backends.native import library
+from model.config import EngineConfig
+from model.decoding.tree import Trees
 from model.demo import prompts
-from model.draft import checkpoint, presets
-from model.draft import network as network_file
-from model.draft.layers import rotary_table, rotate
-from model.draft.network import ALL, DraftConfig, DraftNetwork, SequentialHead
-from model.draft.presets import Sizes
-from model.drafters.flash import FlashDrafter
-from model.engine import Engine
-from model.native import library
-from model.native.round import NativeRound
+from model.drafters import checkpoint, presets
+from model.drafters.flash import network as network_file
+from model.drafters.flash.drafter import FlashDrafter
+from model.drafters.flash.network import ALL, DraftConfig, DraftNetwork, SequentialHead
+from model.drafters.layers import rotary_table, rotate
+from model.drafters.presets import Sizes
+from model.engine.engine import Engine
+from model.engine.native_round import NativeRound
+from model.errors import ConfigError
 from model.request import Message, Request, SamplingParams
-from model.targets.base import Prompt, Target
+from model.targets.base import Target
+from model.targets.prompt import TokenizedPrompt
 from model.train import loss
 from model.train.loss import Learner, block_loss, draft_loss
 from model.train.seen import capture
-from model.tree import Trees
 from tests.model import tiny
 from tests.model.oracle import OracleDrafter
 
@@ -52,7 +54,7 @@ class Watched(FlashDrafter):
         self.engine = engine
         self.served: dict[tuple[str, int], Tensor] = {}
 
-    def start(self, slot: int, prompt: Prompt) -> None:
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         super().start(slot, prompt)
         self.oracle.start(slot, prompt)
 

@@ -12,20 +12,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.backends.native import library
 from model.bench.replay import ReplayDrafter
-from model.config import TRAINED, ConfigError
-from model.draft import checkpoint
-from model.draft.eagle import EagleNetwork
-from model.draft.medusa import MedusaNetwork
+from model.config import TRAINED
+from model.decoding.tree import Trees
+from model.drafters import checkpoint
 from model.drafters.eagle import EagleDrafter, Expansion
+from model.drafters.eagle.network import EagleNetwork
 from model.drafters.medusa import MedusaDrafter
+from model.drafters.medusa.network import MedusaNetwork
 from model.drafters.ngram import LONGEST, NgramDrafter, Text
-from model.engine import Engine
-from model.native import library
+from model.engine.engine import Engine
+from model.errors import ConfigError
 from model.train import loss
 from model.train.loss import Anchors, Learner
 from model.train.seen import capture
-from model.tree import Trees
 from tests.model import tiny
 from tests.model.guided import Guided, guided
 from tests.model.test_equality import mixed

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import Sight
-from model.native import library
-from model.native.builds import BUILDS, FLAGS, NAMES, compiler
-from model.native.library import Library, Matrix
-from model.native.stack import Shape, Stack
+from model.backends.attention import Sight
+from model.backends.native import library
+from model.backends.native.builds import BUILDS, FLAGS, NAMES, compiler
+from model.backends.native.library import Library, Matrix
+from model.backends.native.stack import Shape, Stack
 from tests.model.libraries import AVX512_BF16, emulated, every_library
 from tests.model.test_native import HIDDEN, INNER, cache, cast, decoded, layer, normal, rotary, some_tree
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import ConfigError
-from model.drafters.flash import FlashDrafter
-from model.encoder_cache import EncoderCache
-from model.engine import Engine
+from model.drafters.flash.drafter import FlashDrafter
+from model.engine.encoder_cache import EncoderCache
+from model.engine.engine import Engine
+from model.errors import ConfigError
 from model.request import EngineStats, Medium, Request, RequestError, RequestOutput
 from tests.model import tiny
 from tests.model.oracle import with_oracle

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from model.drafters import flash, layers
-from model.engine import Engine
-from model.native import library
+from model.backends.native import library
+from model.drafters import native_parts as layers
+from model.drafters.flash import drafter as flash
+from model.engine.engine import Engine
+from model.engine.scheduler import Chunk, Decoding
 from model.request import Medium, Message, Request
-from model.scheduler import Chunk, Decoding
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 

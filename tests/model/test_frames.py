@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.engine import Engine
-from model.frames import SHARE, fitting_frames, most_frames
+from model.engine.engine import Engine
 from model.request import Medium, Message, RequestError
 from model.targets.base import Target
+from model.targets.frames import SHARE, fitting_frames, most_frames
 from model.targets.qwen2_5_vl import Qwen25VLTarget
 from tests.model import tiny, tiny_qwen
 from tests.model.tiny_qwen import UNIT

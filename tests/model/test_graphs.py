@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from model import graphs
-from model.attention import Plan, Rows, Sight, attend
-from model.drafters.flash import FlashDrafter
-from model.engine import Engine
-from model.graphs import Replays, Shape
-from model.kernels import choice
-from model.kv_cache import KVCache
-from model.native import library
-from model.targets.base import load
+from model.backends import graphs
+from model.backends.attention import Plan, Rows, Sight, attend
+from model.backends.graphs import Replays, Shape
+from model.backends.kernels import choice
+from model.backends.kv_cache import KVCache
+from model.backends.native import library
+from model.drafters.flash.drafter import FlashDrafter
+from model.engine.engine import Engine
 from model.targets.llava import LlavaTarget
-from model.targets.native import rope_is_fixed
+from model.targets.packed import rope_is_fixed
+from model.targets.registry import load_target
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 from tests.model.test_equality import mixed
@@ -334,9 +334,9 @@ def test_only_rotations_that_depend_on_a_position_alone_are_recorded(
     config["text_config"]["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, **parameters}
     (folder / "config.json").write_text(json.dumps(config))
     if library.load() is not None:
-        assert load(tiny.config(folder).resolved()).native == fixed
+        assert load_target(tiny.config(folder).resolved()).native == fixed
     monkeypatch.setattr(library, "load", lambda: None)
-    assert load(tiny.config(folder).resolved()).recordable == fixed
+    assert load_target(tiny.config(folder).resolved()).recordable == fixed
 
 
 def test_of_parameters_for_each_kind_of_layer_all_must_be_fixed() -> None:

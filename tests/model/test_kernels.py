@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import Plan, Rows, Sight, attend
-from model.engine import Engine
-from model.kernels import choice
-from model.kernels.choice import TreeAttention
-from model.kv_cache import KVCache
-from model.native import library
+from model.backends.attention import Plan, Rows, Sight, attend
+from model.backends.kernels import choice
+from model.backends.kernels.choice import TreeAttention
+from model.backends.kv_cache import KVCache
+from model.backends.native import library
+from model.engine.engine import Engine
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 from tests.model.test_attention import random_tree
@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture(scope="module")
 def kernel() -> TreeAttention:
     pytest.importorskip("triton")
-    from model.kernels.tree_attention import tree_attention
+    from model.backends.kernels.tree_attention import tree_attention
 
     return tree_attention
 

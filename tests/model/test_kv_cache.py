@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from model.kv_cache import ALIGNED, KVCache
+from model.backends.kv_cache import ALIGNED, KVCache
 
 LAYERS, HEADS, DIM = 2, 3, 4
 

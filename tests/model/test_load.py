@@ -10,15 +10,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from model.backends.native import library
 from model.config import EngineConfig
+from model.decoding.tree import Trees, admitted, roots
 from model.demo import prompts
-from model.engine import Engine
-from model.load import BINS, FIRST_PAUSE, LONGEST_PAUSE, PLAIN_EVERY, PROBE, Load
-from model.native import library
-from model.native.round import NativeRound
+from model.engine.engine import Engine
+from model.engine.native_round import NativeRound
+from model.engine.sequence import Sequence
+from model.engine.speculation import BINS, FIRST_PAUSE, LONGEST_PAUSE, PLAIN_EVERY, PROBE, Load
 from model.request import Request, SamplingParams
-from model.sequence import Sequence
-from model.tree import Trees, admitted, roots
 from tests.model import tiny
 from tests.model.oracle import OracleDrafter
 

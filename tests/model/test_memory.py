@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import memory
+from model.backends import memory
 
 MIB = 1 << 20
 

@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model import tree, verify
-from model.attention import Rows, Sight, attend
-from model.draft.network import DraftConfig, SequentialHead
-from model.engine import Engine
-from model.kv_cache import KVCache
-from model.load import Load
-from model.native import library
-from model.native.builds import BUILDS
-from model.native.candidates import Candidates, Sequential
-from model.native.library import Matrix
-from model.native.round import NativeRound
-from model.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
-from model.native.step import Verifier
-from model.stats import Counters
-from model.tree import IDLE
+from model.backends.attention import Rows, Sight, attend
+from model.backends.kv_cache import KVCache
+from model.backends.native import library
+from model.backends.native.builds import BUILDS
+from model.backends.native.candidates import Candidates, Sequential
+from model.backends.native.library import Matrix
+from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
+from model.backends.native.step import Verifier
+from model.decoding import tree, verify
+from model.decoding.tree import IDLE
+from model.drafters.flash.network import DraftConfig, SequentialHead
+from model.engine.engine import Engine
+from model.engine.native_round import NativeRound
+from model.engine.speculation import Load
+from model.engine.stats import Counters
 from tests.model import tiny
 from tests.model.libraries import every_library
 

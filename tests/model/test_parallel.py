@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from model.config import ConfigError, EngineConfig
-from model.parallel import share_of
+from model.config import EngineConfig
+from model.errors import ConfigError
+from model.targets.parallel import share_of
 from service.settings import Settings
 from tests.model import tiny, tiny_qwen
 from tests.model.comings import answers
@@ -59,7 +60,7 @@ def test_another_family_and_load_aware_drafting_say_the_same(tmp_path: Path) -> 
 
 def test_who_loses_a_follower_ends_and_followers_end_with_their_leader(tiny_checkpoint: Path) -> None:
     program = (
-        "import json, sys, time\nfrom model.config import EngineConfig\nfrom model.engine import Engine\n"
+        "import json, sys, time\nfrom model.config import EngineConfig\nfrom model.engine.engine import Engine\n"
         "engine = Engine(EngineConfig(**json.loads(sys.argv[1])))\nprint('ready', flush=True)\ntime.sleep(120)"
     )
     command = [sys.executable, "-c", program, json.dumps(options(tiny_checkpoint, None, tensor_parallel=2))]

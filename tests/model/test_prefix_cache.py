@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.backends.native import library
 from model.config import TRAINED
-from model.engine import Engine
-from model.native import library
-from model.prefix_cache import LEAST, Contents, PrefixCache
+from model.engine.engine import Engine
+from model.engine.prefix_cache import LEAST, Contents, PrefixCache
 from model.request import Medium, Message, Request, SamplingParams
-from model.targets.base import Prompt
+from model.targets.prompt import TokenizedPrompt
 from tests.model import tiny, tiny_qwen
 from tests.model.guided import guided
 from tests.model.test_equality import CONTENTS
@@ -35,7 +35,7 @@ def contents(*parts: str | Medium, salt: str = "") -> Contents:
             ids += [0] * 4
         else:
             ids += map(ord, part)
-    return Contents.of(Prompt(ids, tuple(media), tuple(spans)), salt)
+    return Contents.of(TokenizedPrompt(ids, tuple(media), tuple(spans)), salt)
 
 
 RED, BLUE = tiny.image(1), tiny.image(2)

@@ -25,12 +25,12 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
-from model import tree
-from model.detokenize import Vocabulary
-from model.engine import Engine
-from model.processors import process
+from model.decoding import tree
+from model.decoding.detokenize import Vocabulary
+from model.decoding.processors import process
+from model.decoding.sampling import likeliest_of
+from model.engine.engine import Engine
 from model.request import Likelihoods, Message, Request, RequestError, RequestOutput, SamplingParams
-from model.sampling import likeliest_of
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import with_oracle
 from tests.model.test_equality import CONTENTS

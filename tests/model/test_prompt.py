@@ -12,8 +12,9 @@ from PIL import Image
 from model.demo import checkpoint as demo
 from model.request import Medium, Message, RequestError
 from model.targets import pixels
-from model.targets.base import Prompt, Target
+from model.targets.base import Target
 from model.targets.llava import LlavaTarget
+from model.targets.prompt import TokenizedPrompt
 from tests.model import tiny
 from tests.model.tiny import TOKENS_PER_IMAGE as EACH
 
@@ -39,7 +40,7 @@ def theirs(target: Target, messages: tuple[Message, ...]) -> list[int]:
     return tiny.ids_by_processor(target.processor, messages)
 
 
-def check_spans(target: Target, prompt: Prompt) -> None:
+def check_spans(target: Target, prompt: TokenizedPrompt) -> None:
     """Each span holds nothing but placeholders, as many as its frames need; outside the spans there are none."""
     image = ids_of(target, demo.IMAGE)[0]
     assert len(prompt.spans) == len(prompt.media)

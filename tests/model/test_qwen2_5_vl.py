@@ -19,13 +19,14 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from model.backends.native import library
 from model.bench.inputs import Qwen25VL
 from model.bench.reference import Reference
 from model.bench.replay import ReplayDrafter
-from model.config import TRAINED, ConfigError
-from model.draft import checkpoint
-from model.engine import Engine
-from model.native import library
+from model.config import TRAINED
+from model.drafters import checkpoint
+from model.engine.engine import Engine
+from model.errors import ConfigError
 from model.request import Area, Medium, Message, Request, RequestError, SamplingParams
 from model.targets.qwen2_5_vl import Qwen25VLTarget
 from model.train.loss import Learner, draft_loss

@@ -15,8 +15,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.decoding.sampling import choose, distribution, invert, uniform
 from model.request import RequestError, SamplingParams
-from model.sampling import choose, distribution, invert, uniform
 
 
 def params(**settings: float) -> SamplingParams:

@@ -7,19 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from model.config import EngineConfig
-from model.detokenize import StopStrings
-from model.load import Load
+from model.decoding.detokenize import StopStrings
+from model.engine.scheduler import Chunk, Decoding, Scheduler
+from model.engine.sequence import Sequence
+from model.engine.speculation import Load
 from model.request import Request, SamplingParams
-from model.scheduler import Chunk, Decoding, Scheduler
-from model.sequence import Sequence
-from model.targets.base import Prompt
+from model.targets.prompt import TokenizedPrompt
 
 CHUNK = 64
 
 
 def sequence(name: str, length: int) -> Sequence:
     request = Request(name, (), SamplingParams(max_tokens=10_000))
-    return Sequence(request, Prompt([0] * length, (), ()), None, StopStrings(()))  # type: ignore[arg-type]
+    return Sequence(request, TokenizedPrompt([0] * length, (), ()), None, StopStrings(()))  # type: ignore[arg-type]
 
 
 class Day:

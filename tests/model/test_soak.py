@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Medium, Request, RequestError, RequestOutput
 from tests.model import tiny
 from tests.model.oracle import with_oracle

@@ -17,11 +17,11 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from model.bench.reference import Reference
 from model.demo import checkpoint as demo
-from model.engine import Engine
+from model.engine.engine import Engine
 from model.request import Medium, Message, SamplingParams
 from model.targets.base import Target
-from model.targets.base import load as load_target
 from model.targets.qwen2_5_vl import Qwen25VLTarget
+from model.targets.registry import load_target
 from tests.model import tiny, tiny_qwen
 from tests.model.test_prompt import HOSTILE
 

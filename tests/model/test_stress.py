@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import sampling
+from model.decoding import sampling
 from model.request import SamplingParams
 from tests.model import tiny
 from tests.model.stress import NOISE, Stress, noise_between

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.config import ConfigError
-from model.draft.network import DraftNetwork
-from model.engine import Engine
-from model.load import Load
-from model.native import library
+from model.backends.native import library
+from model.drafters.flash.network import DraftNetwork
+from model.engine.engine import Engine
+from model.engine.speculation import Load
+from model.errors import ConfigError
 from model.request import Request
 from tests.model import tiny
 from tests.model.test_equality import mixed

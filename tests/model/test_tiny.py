@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from model.engine import Engine
+from model.engine.engine import Engine
 from tests.model import tiny
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from model.config import TRAINED
-from model.draft import checkpoint, presets
-from model.draft.network import DraftNetwork
-from model.engine import Engine
+from model.drafters import checkpoint, presets
+from model.drafters.flash.network import DraftNetwork
+from model.engine.engine import Engine
 from model.request import Medium, Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import loss as taught

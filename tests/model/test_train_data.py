@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.request import Medium
 from model.train import manifest
 from model.train.data import Unusable

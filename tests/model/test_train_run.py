@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.config import ConfigError
-from model.draft.network import DraftConfig
-from model.draft.presets import Sizes, width
-from model.engine import Engine
+from model.drafters.flash.network import DraftConfig
+from model.drafters.presets import Sizes, width
+from model.engine.engine import Engine
+from model.errors import ConfigError
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import plots

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import verify
-from model.attention import Rows, Sight
+from model.backends.attention import Rows, Sight
+from model.backends.kv_cache import KVCache
 from model.config import PAPER_NODES
-from model.drafters.flash import PAPER_TREE
-from model.kv_cache import KVCache
-from model.load import Load
-from model.tree import Along, FixedTree, Trees, best_first, fill, planted, roots
+from model.decoding import verify
+from model.decoding.tree import Along, FixedTree, Trees, best_first, fill, planted, roots
+from model.drafters.flash.drafter import PAPER_TREE
+from model.engine.speculation import Load
 
 VOCAB = 12
 NO_ENDS = torch.tensor((), dtype=torch.int64)

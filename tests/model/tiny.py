@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from model.backends.graphs import Replays
 from model.config import EngineConfig
 from model.demo import checkpoint as demo
-from model.draft import checkpoint, presets
-from model.draft.checkpoint import Network
-from model.draft.eagle import EagleConfig, EagleNetwork
-from model.draft.medusa import MedusaConfig, MedusaNetwork
-from model.draft.network import DraftConfig, DraftNetwork
-from model.engine import Engine
-from model.graphs import Replays
+from model.drafters import checkpoint, presets
+from model.drafters.checkpoint import Network
+from model.drafters.eagle.network import EagleConfig, EagleNetwork
+from model.drafters.flash.network import DraftConfig, DraftNetwork
+from model.drafters.medusa.network import MedusaConfig, MedusaNetwork
+from model.engine.engine import Engine
+from model.engine.round import TorchRound
 from model.request import Medium, Message, Request, RequestOutput, SamplingParams
-from model.round import TorchRound
 from model.targets.base import Target
-from model.targets.base import load as load_target
+from model.targets.registry import load_target
 
 SIDE, PATCH = 32, 8
 TOKENS_PER_IMAGE = (SIDE // PATCH) ** 2

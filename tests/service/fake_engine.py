@@ -1,4 +1,4 @@
-"""A stand-in for `model.engine.Engine`: the same interface, no tensors, text that depends on the request alone.
+"""A stand-in for `model.engine.engine.Engine`: the same interface, no tensors, text that depends on the request alone.
 
 Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th token of that request, but only where no
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigError
+from model.errors import ConfigError
 from model.request import (
     EngineInfo,
     EngineStats,

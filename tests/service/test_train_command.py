@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from model.engine import Engine
+from model.engine.engine import Engine
 from service.cli import app
 from tests.model import tiny
 

@@ -1,0 +1,216 @@
+"""The one attention of FlashServe: rows of consecutive slots against our KV cache.
+
+`Rows` says where the rows of one forward pass live and what they see; plain decoding, tree verification, chunked
+prefill and the draft's own blocks are all the same thing. Two implementations read it: the native one on CPUs
+(native/), and the one here in torch, for every other device and processor. Registered with transformers under the name
+`kv_slots`, the latter serves every model family unforked: the model hands it raw queries, keys and values, and the
+keyword argument `plan` with which it was called.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import AttentionInterface
+
+from model.backends.kernels import choice
+from model.backends.kernels.choice import TreeAttention
+from model.backends.kv_cache import KVCache
+from model.transfer import upload
+
+NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
+KERNEL_ROWS = 64  # more rows of a slot than these are a piece of a prompt, at which torch's kernels are good
+KEY_BUCKET = 64  # torch: key lengths are rounded up to this, so that kernels see few shapes
+
+
+class Sight(IntEnum):
+    """What the rows of one sequence see of each other; of what came before them they see everything."""
+
+    CAUSAL = 0  # themselves and earlier rows
+    TREE = 1  # themselves and their ancestors
+    WHOLE = 2  # all
+
+
+@dataclass(eq=False)
+class Rows:
+    """The rows of one forward pass: as many for every one of some consecutive slots, written from `starts` on.
+
+    starts: (batch,) int32, position of each slot's first row; counts: (batch,) int32, how many of a slot's rows are
+    real (0: the slot idles, and keeps what it holds); what is computed for the others does not matter. parents:
+    (batch, rows) int32, TREE only: a row's parent, which comes before it, or -1.
+    """
+
+    cache: KVCache
+    first_slot: int
+    num: int  # rows per slot
+    starts: np.ndarray
+    counts: np.ndarray
+    sight: Sight
+    parents: np.ndarray | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """These rows for torch; made when first asked for."""
+        device = self.cache.data.device
+        starts, targets = upload(np.stack((self.seen_from, self.written_from)), device).long()
+        return Plan(
+            self.cache,
+            self.first_slot,
+            starts,
+            targets,
+            upload(self.visible(), device),
+            min(-(-self.longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride),
+        )
+
+    @cached_property
+    def seen_from(self) -> np.ndarray:
+        """(batch,) int32: how many positions before its rows a slot's rows see; none where the slot idles."""
+        return np.where(self.counts > 0, self.starts, 0).astype(np.int32)
+
+    @cached_property
+    def written_from(self) -> np.ndarray:
+        """(batch,) int32: where a slot's first row is written; behind the capacity where the slot idles."""
+        return np.where(self.counts > 0, self.starts, self.cache.capacity).astype(np.int32)
+
+    @property
+    def longest(self) -> int:
+        """Keys that are to be read of every slot."""
+        return int(self.seen_from.max()) + self.num
+
+    def visible(self) -> np.ndarray:
+        """(batch or 1, rows, rows) bool: what each row sees of the others; every row sees itself."""
+        if self.sight is Sight.CAUSAL:
+            return np.tri(self.num, dtype=bool)[None]
+        if self.sight is Sight.WHOLE:
+            return np.ones((1, self.num, self.num), bool)
+        assert self.parents is not None
+        seen = np.zeros((self.batch, self.num, self.num), bool)
+        every = np.arange(self.batch)
+        for row in range(self.num):
+            parent = self.parents[:, row]
+            seen[:, row] = seen[every, parent] & (parent >= 0)[:, None]
+            seen[:, row, row] = True
+        return seen
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What torch reads of Rows: tensors on the cache's device, so that a pass over them can be recorded.
+
+    starts: (batch,) int64, positions before its rows that a slot's rows see; targets: (batch,) int64, where the first
+    of them is written: the same number, or the capacity where the slot idles; visible: (batch or 1, rows, rows) bool,
+    what each row sees of the others, itself included; key_length: how many keys are read of every slot.
+    """
+
+    cache: KVCache
+    first_slot: int
+    starts: Tensor
+    targets: Tensor
+    visible: Tensor
+    key_length: int
+
+    @property
+    def batch(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num(self) -> int:
+        """Rows per slot."""
+        return int(self.visible.shape[-1])
+
+    @property
+    def kernel(self) -> TreeAttention | None:
+        """What attends instead of torch, if anything does."""
+        data = self.cache.data
+        return choice.tree_attention(data.dtype, data.shape[-1], data.device) if self.num <= KERNEL_ROWS else None
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(batch, rows) int64: which position of its slot a row is, if the slot does not idle."""
+        return self.starts[:, None] + torch.arange(self.num, device=self.starts.device)
+
+    @cached_property
+    def locations(self) -> Tensor:
+        """See KVCache.locations."""
+        rows = torch.arange(self.num, device=self.starts.device)
+        return self.cache.locations(self.first_slot, self.targets[:, None] + rows)
+
+    @cached_property
+    def _mask(self) -> Tensor:
+        """(batch, 1, rows, key length) additive: 0 where a row may look and -inf elsewhere."""
+        batch, rows = self.batch, self.num
+        behind = torch.arange(self.key_length, device=self.starts.device) - self.starts[:, None]  # (batch, key length)
+        among = behind.clamp(0, rows - 1)[:, None].expand(batch, rows, -1)
+        visible = self.visible.expand(batch, rows, rows).gather(2, among) & (behind < rows)[:, None]
+        allowed = visible | (behind < 0)[:, None]
+        mask = torch.zeros(allowed.shape, dtype=self.cache.data.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, float("-inf"))[:, None]
+
+    @cached_property
+    def _masks(self) -> dict[int, Tensor]:
+        return {}
+
+    def mask(self, groups: int) -> Tensor:
+        """(batch, 1, groups * rows, key length): the rows' mask for as many query heads, one after the other.
+
+        Made once a pass, not once a layer. A multiple of KEY_BUCKET keys is as aligned as CUDA's kernels want a mask.
+        """
+        if groups not in self._masks:
+            self._masks[groups] = self._mask.repeat(1, 1, groups, 1) if groups > 1 else self._mask
+        return self._masks[groups]
+
+
+def prompt_rows(cache: KVCache, slot: int, start: int, count: int) -> Rows:
+    """A piece of one sequence, row by row."""
+    return Rows(cache, slot, count, np.array([start], np.int32), np.array([count], np.int32), Sight.CAUSAL)
+
+
+def attend(plan: Plan, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+    """Write keys and values, then attend. All (batch, heads, rows, head_dim); queries may have more heads (GQA)."""
+    plan.cache.write(layer, plan.locations, keys, values)
+    keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.key_length)
+    if (kernel := plan.kernel) is not None:
+        return kernel(queries, keys, values, plan.starts, plan.visible, scale)
+    groups = queries.shape[1] // keys.shape[1]
+    num_rows = queries.shape[2]
+    if groups > 1:  # query heads that share keys become further rows: nothing is copied
+        queries = queries.reshape(plan.batch, keys.shape[1], groups * num_rows, -1)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask(groups), scale=scale)
+    if groups > 1:
+        mixed = mixed.reshape(plan.batch, -1, num_rows, mixed.shape[-1])
+    return mixed
+
+
+def _kv_slots(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    *,
+    plan: Plan,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    mixed = attend(plan, int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+    return mixed.transpose(1, 2), None
+
+
+def register() -> None:
+    """Make `kv_slots` known to transformers; idempotent.
+
+    No mask function goes with it: transformers then makes no mask at all. With one, it would first look for packed
+    sequences in the position ids, and wait for a GPU's answer in every pass.
+    """
+    AttentionInterface.register(NAME, _kv_slots)

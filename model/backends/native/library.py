@@ -1,0 +1,249 @@
+"""The native library: which build runs here, its threads, and the smallest things it computes. Knows no model family.
+
+Its builds, one for each kind of processor, are compiled when FlashServe is installed (builds.py); without a compiler,
+or elsewhere than on x86-64, `load` returns None and models run through torch. Its threads and memory are one for the
+whole process: not to be called by two threads at once.
+
+The environment variable FLASH_NATIVE chooses a build, for tests and comparison: `auto` (the default: the best one that
+is there and that this processor runs), `off` (torch), or the name of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backends import memory
+from model.backends.native.builds import BUILDS, NAMES, Build
+from model.backends.native.builds import CHOICE as COMPILED
+from model.errors import ConfigError
+
+CHOICE = "FLASH_NATIVE"
+DTYPES = (torch.float32, torch.bfloat16)  # that every build computes in
+LANES, K_STEP = 16, 32  # as in product.h
+MAX_PATCH = 32  # as in pass.h
+
+
+@dataclass(frozen=True)
+class Library:
+    name: str
+    functions: ctypes.CDLL
+
+
+class Mirror(ctypes.Structure):
+    """A structure that the library reads too: field by field as it is there."""
+
+    NAME: ClassVar[str] = ""  # there, where it is not the class's own without underscore
+
+
+@cache
+def load() -> Library | None:
+    """Load the build that FLASH_NATIVE chooses, by default the best one that runs here; None where there is none.
+
+    Raises ConfigError where FLASH_NATIVE names no build or one that does not run here, and where a library that would
+    run was compiled from other sources than those beside it."""
+    choice = _choice()
+    if choice not in ("auto", "off", *NAMES):
+        raise ConfigError(f"{CHOICE}={choice} is none of auto, off, {', '.join(NAMES)}")
+    for build in BUILDS:
+        if choice not in ("auto", build.name):
+            continue
+        if (obstacle := obstacle_to(build)) is None:
+            if (found := opened(build, build.path)) is not None:
+                return found
+            obstacle = "the system does not let this process use what it takes of the processor"
+        if choice == build.name:
+            raise ConfigError(f"{CHOICE}={choice} does not run: {obstacle}")
+    return None
+
+
+def obstacle_to(build: Build) -> str | None:
+    """Say why this build cannot be used here, if so. Raises ConfigError where it was compiled from other sources."""
+    if lacking := lacking_features(build):
+        return f"this processor lacks {', '.join(lacking)}"
+    if not build.path.exists():
+        return f"it is not compiled; '{COMPILED}={build.name} make setup' does that"
+    if not build.is_current():
+        raise ConfigError(
+            f"{build.path} was compiled from other sources, or with other flags, than are there now; run 'make setup'"
+        )
+    return None
+
+
+def lacking_features(build: Build) -> list[str]:
+    """What the build takes of the processor that it does not have."""
+    present = torch.cpu.get_capabilities()
+    return [name for name in build.features if not present.get(name)]
+
+
+def opened(build: Build, path: Path) -> Library | None:
+    """Load a library that was compiled to `path`; None where the system does not let this process use it."""
+    functions = ctypes.CDLL(str(path))
+    _check_structures(functions)
+    functions.flash_begin.restype = ctypes.c_bool
+    if not functions.flash_begin(1):
+        return None
+    return Library(build.name, functions)
+
+
+def _check_structures(functions: ctypes.CDLL) -> None:
+    """Structures are as large there as here: else each would write into what lies behind the other's."""
+    for name in ("medusa", "round"):  # with what these import, all that describe any
+        import_module(f"model.backends.native.{name}")
+    functions.flash_size.restype = ctypes.c_long
+    for mirror in Mirror.__subclasses__():
+        name = mirror.NAME or mirror.__name__.removeprefix("_")
+        size = functions.flash_size(name.encode())
+        assert size == ctypes.sizeof(mirror), f"{name}: {size} bytes in C++, {ctypes.sizeof(mirror)} in Python"
+
+
+def name() -> str:
+    """The build that is loaded."""
+    library = load()
+    assert library is not None, "supports() was not asked"
+    return library.name
+
+
+def is_off() -> bool:
+    """Whether FLASH_NATIVE asks for torch."""
+    return _choice() == "off"
+
+
+def is_chosen() -> bool:
+    """Whether FLASH_NATIVE names a build."""
+    return _choice() in NAMES
+
+
+def _choice() -> str:
+    return os.environ.get(CHOICE) or "auto"
+
+
+def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether stacks of this type can run natively here."""
+    return device.type == "cpu" and dtype in DTYPES and load() is not None
+
+
+def use_threads(number: int) -> None:
+    """At least so many threads from now on, the caller's included: those that are there stay."""
+    library = load()
+    if library is not None:
+        library.functions.flash_begin(number)
+
+
+def share_cores(yes: bool) -> None:
+    """Whether the threads offer their cores to other processes between any two stages of a pass.
+
+    It costs a few percent where nobody wants them. Where others do, and give way (see service/cores.py), it spares
+    the pass from being interrupted in the middle of a task, for which all other threads would have to wait.
+    """
+    library = load()
+    if library is not None:
+        library.functions.flash_share_cores(yes)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Torch's own threads stay out of the way: after each operation they spin for a while, on cores that ours need."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def functions() -> ctypes.CDLL:
+    library = load()
+    assert library is not None, "supports() was not asked"
+    return library.functions
+
+
+def pointer(array: Tensor | np.ndarray | None, dtype: type = np.int32) -> int | None:
+    if array is None:
+        return None
+    if isinstance(array, Tensor):
+        assert array.is_contiguous()
+        return array.data_ptr()
+    assert array.flags.c_contiguous
+    assert array.dtype == dtype, f"the library would misread {array.dtype}"
+    if array.size and array.flags.writeable:  # a third of the time that numpy's own way takes, many times a step
+        return ctypes.addressof(ctypes.c_char.from_buffer(cast("Any", array)))
+    return int(array.ctypes.data)
+
+
+def round_up(number: int, to: int) -> int:
+    return -(-number // to) * to
+
+
+def _filled_up(bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor | None:
+    if bias is None:
+        return None
+    filled = torch.zeros(round_up(outputs, LANES), dtype=dtype)
+    filled[:outputs] = bias.detach()
+    return filled
+
+
+class Matrix:
+    """A linear layer, packed: (..., inputs) -> (..., outputs). A row's bits do not depend on the number of rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        weight = weight.detach().contiguous()
+        self.outputs, self.inputs = weight.shape
+        self.dtype = weight.dtype
+        self.bias = _filled_up(bias, self.outputs, weight.dtype)
+        self.packed = memory.empty(round_up(self.outputs, LANES) * round_up(self.inputs, K_STEP), weight.dtype)
+        functions().flash_pack(
+            ctypes.c_bool(self.dtype is torch.bfloat16),
+            ctypes.c_void_p(weight.data_ptr()),
+            self.inputs,
+            self.outputs,
+            ctypes.c_void_p(self.packed.data_ptr()),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        assert x.dtype is self.dtype
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        functions().flash_linear(
+            ctypes.c_bool(self.dtype is torch.bfloat16),
+            ctypes.c_void_p(x.data_ptr()),
+            x.numel() // self.inputs,
+            self.inputs,
+            self.outputs,
+            ctypes.c_void_p(self.packed.data_ptr()),
+            ctypes.c_void_p(pointer(self.bias)),
+            ctypes.c_void_p(y.data_ptr()),
+        )
+        return y
+
+
+def patches(pictures: np.ndarray, patch: int, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pictures (images, height, width, 3) uint8 cut into patches: (images, patches, 3 * patch * patch), the numbers of
+    each by channel, y and x, as a convolution has its weights. table: (3, 256) float32, what a byte stands for."""
+    images, height, width, _ = pictures.shape
+    assert patch <= MAX_PATCH
+    pictures, table = np.ascontiguousarray(pictures), table.contiguous()
+    assert table.dtype is torch.float32
+    cut = torch.empty(images, (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
+    functions().flash_patches(
+        ctypes.c_bool(dtype is torch.bfloat16),
+        ctypes.c_void_p(pointer(pictures, np.uint8)),
+        images,
+        height,
+        width,
+        patch,
+        ctypes.c_void_p(table.data_ptr()),
+        ctypes.c_void_p(cut.data_ptr()),
+    )
+    return cut

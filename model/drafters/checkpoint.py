@@ -1,0 +1,126 @@
+"""A trained draft on disk: `config.json` (drafter, shape, target's fingerprint, versions, command) and
+`model.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from model import __version__
+from model.drafters.eagle.network import EagleConfig, EagleNetwork
+from model.drafters.flash.network import DraftConfig, DraftNetwork
+from model.drafters.medusa.network import MedusaConfig, MedusaNetwork
+from model.errors import ConfigError
+from model.targets.base import Target
+
+DraftShape = DraftConfig | EagleConfig | MedusaConfig
+Network = DraftNetwork | EagleNetwork | MedusaNetwork
+KINDS: dict[str, tuple[type[Any], type[Any]]] = {
+    "flash": (DraftConfig, DraftNetwork),
+    "flash-paper": (DraftConfig, DraftNetwork),
+    "eagle": (EagleConfig, EagleNetwork),
+    "medusa": (MedusaConfig, MedusaNetwork),
+}
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a draft's config.json says that is needed to load it."""
+
+    drafter: str
+    config: DraftShape
+    target_fingerprint: str
+
+
+def fingerprint(target: Target) -> str:
+    """What a draft is bound to: SHA-256 over the target's shape and samples of its embeddings and output weights."""
+    ids = torch.arange(0, target.vocab_size, max(1, target.vocab_size // 64), device=target.device)
+    rows = target.embed(ids).to(torch.bfloat16).float().cpu()  # the same in every dtype that it may be loaded in
+    shape = f"{target.num_layers} {target.hidden_size} {target.vocab_size} {target.num_kv_heads} {target.head_dim}"
+    return hashlib.sha256(shape.encode() + rows.numpy().tobytes()).hexdigest()
+
+
+def save(folder: Path, network: Network, target: Target, *, drafter: str | None = None, **notes: Any) -> None:
+    """Write the draft, its weights in bfloat16. drafter: whose it is, where its network serves several; `notes`
+    (command, data, figures...) are kept in config.json as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: (value.to(torch.bfloat16) if value.is_floating_point() else value).contiguous()
+        for name, value in network.state_dict().items()
+    }
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    written = {
+        "drafter": drafter or next(name for name, (_, kind) in KINDS.items() if type(network) is kind),
+        "draft": asdict(network.config),
+        "target_fingerprint": fingerprint(target),
+        "flashserve_version": __version__,
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
+        **notes,
+    }
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
+
+
+def described(folder: Path) -> Described:
+    """The draft in `folder`, but for its weights. ConfigError if it cannot be read."""
+    try:
+        told = json.loads((folder / "config.json").read_text())
+        config_type, _ = KINDS[told["drafter"]]
+        config = config_type(**{**told["draft"], "tap_layers": tuple(told["draft"]["tap_layers"])})
+        return Described(told["drafter"], config, told["target_fingerprint"])
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+
+
+def load(folder: Path, target: Target) -> Network:
+    """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target, or if
+    its weights are no finite numbers there."""
+    told = described(folder)
+    _, network_type = KINDS[told.drafter]
+    try:
+        network: Network = network_type(told.config)
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"draft {str(folder)!r} must be trained again: this version has other weights in a {told.drafter!r} of its "
+            f"shape; {error}"
+        ) from error
+    if told.target_fingerprint != fingerprint(target):
+        raise ConfigError(
+            f"draft {str(folder)!r} was trained for another target than the one being served; "
+            "train one for this target, or serve with --drafter off"
+        )
+    if told.config.tap_layers != target.tap_layers:
+        raise ConfigError(
+            f"draft {str(folder)!r} reads layers {told.config.tap_layers}; the target offers {target.tap_layers}"
+        )
+    offered = network.offered
+    if offered is not None and (offered.min() < 0 or offered.max() >= target.vocab_size):
+        raise _unreadable(folder, ValueError("it proposes tokens that the target has not"))
+    network.to(target.device, target.dtype).eval().requires_grad_(False)
+    for name, weight in network.state_dict().items():
+        if not weight.isfinite().all():
+            raise ConfigError(
+                f"draft {str(folder)!r} cannot be used: its {name} holds what is no finite number in {target.dtype}; "
+                "train it again"
+            )
+    return network
+
+
+def _unreadable(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"draft {str(folder)!r} cannot be read: {error}")

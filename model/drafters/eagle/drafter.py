@@ -1,0 +1,220 @@
+"""The EAGLE drafter at work: its layer's keys and values of every position of a sequence, and a pass for every depth.
+
+Row p of its context joins the feature of position p with the token (or the piece of a medium) at p + 1. So the last
+kept position has no row yet: its feature is *pending* until the token after it is kept, or proposed from:
+
+    target has computed    0 1 2 ... n-1                 newest: position n, known but not computed
+    context rows           0 1 2 ... n-2                 pending: the feature of n-1
+    tree                   root = (pending, newest), below it rows of the draft's own features, a pass per depth
+
+The tree grows by confidence, as in arXiv 2406.16858 (EAGLE-2), section "Dynamic draft tree": at every depth the nodes
+with the highest cumulative probability are expanded, and of all nodes the best become the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backends import attention
+from model.backends.attention import Rows, Sight, prompt_rows
+from model.backends.kv_cache import KVCache
+from model.backends.linear import Packed, held_by, pack
+from model.backends.native.candidates import Candidates
+from model.backends.native.eagle import EagleStep
+from model.backends.native.step import DraftStep
+from model.decoding import tree
+from model.decoding.tree import Trees
+from model.drafters.base import Room
+from model.drafters.eagle.network import EagleNetwork
+from model.drafters.native_parts import exchange_rows, indexed, native_layers, steps_natively, take_last, token_table
+from model.targets.base import Target
+from model.targets.prompt import TokenizedPrompt
+from model.transfer import upload
+
+
+class EagleDrafter:
+    """See `model.drafters.base.Drafter`."""
+
+    def __init__(
+        self, name: str, target: Target, network: EagleNetwork, room: Room, cache: KVCache | None = None
+    ) -> None:
+        """cache: what `new_cache` made, where someone had the time to make it before."""
+        config = network.config
+        self.name = name
+        self.target, self.network, self.width = target, network, room.width
+        self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
+        self._head = target.head.of(network.offered)
+        self.cache = cache or self.new_cache(target, network, room)
+        self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
+        self._entries = token_table(target, config.hidden_size, network.entry)  # what tokens add to what enters
+        self._step = self._native_step()
+
+    @staticmethod
+    def new_cache(target: Target, network: EagleNetwork, room: Room) -> KVCache:
+        config = network.config
+        most_rows = 1 + (config.block - 1) * room.width  # of a tree while it grows: the root's and those expanded
+        return KVCache(
+            num_layers=1,
+            num_slots=room.num_slots,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            capacity=room.capacity,
+            margin=max(room.margin, most_rows),
+            dtype=target.dtype,
+            device=target.device,
+        )
+
+    def _native_step(self) -> EagleStep | None:
+        """All of a step in two native calls, where everything it takes is there. Its weights are then packed."""
+        network, target, config = self.network, self.target, self.network.config
+        if self._entries is None or not steps_natively(target, self.width):
+            return None
+        self._norm1: Any = network.layers[0].attention_norm
+        layers = native_layers(network.layers, network.norm, config, self.cache.stride)
+        if layers is None:
+            return None
+        self._layers = layers
+        pack(network)
+        fuse = network.fuse
+        assert isinstance(network.out, Packed)
+        assert isinstance(network.feature, Packed)
+        assert isinstance(fuse.linear, Packed)
+        assert self._head.matrix is not None
+        draft = DraftStep(
+            layers,
+            entries=self._entries,
+            feature=network.feature.matrix,
+            out=network.out.matrix,
+            head=self._head.matrix,
+            tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
+            fuse=fuse.linear.matrix,
+            fuse_norm=fuse.norm.weight,
+            candidates=Candidates(self.width, target.eos_ids, offered=network.offered),
+        )
+        return EagleStep(draft, config.block)
+
+    @property
+    def native(self) -> bool:
+        return self._step is not None
+
+    @property
+    def num_bytes(self) -> int:
+        table = self._entries.nbytes if self._entries is not None else 0
+        own = self._head.num_bytes if self.network.offered is not None else 0
+        return held_by(self.network) + table + own + (self._layers.num_bytes if self._step is not None else 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.data.nbytes + self._pending.nbytes
+
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:  # noqa: ARG002
+        self.cache.take(slot)
+
+    def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        return False  # what is pending, the feature of the position before the next, is not kept of any but the last
+
+    def free(self, slot: int) -> None:
+        self.cache.free(slot)
+
+    def exchange(self, one: int, other: int) -> None:
+        self.cache.exchange(one, other)
+        exchange_rows(self._pending, one, other)
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        self.cache.check_integrity()
+        assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
+        for slot, computed in held.items():
+            assert self.cache.lengths[slot] == max(0, computed - 1), "the draft's context is not what the target kept"
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+        fused = self.network.fuse(taps) if self._step is None else self._step.fused(taps)
+        features, entries = torch.cat((self._pending[slot][None], fused[:-1])), self.network.entry(embeds)
+        if start == 0:  # nothing comes before the first position
+            features, entries = features[1:], entries[1:]
+        self._pending[slot] = fused[-1]
+        if (count := len(features)) == 0:
+            return
+        rows = prompt_rows(self.cache, slot, self.cache.lengths[slot], count)
+        entering = self.network.entering(features, entries)[None]
+        self._write(rows, entering)
+        self.cache.lengths[slot] += count
+
+    def _write(self, rows: Rows, entering: Tensor) -> None:
+        """Keys and values of what enters the layer, (batch, rows, hidden)."""
+        if self._step is not None:
+            self._layers.hold(self._norm1(entering), None, rows)
+            return
+        keys, values = self.network.context_keys_values(entering, rows.plan.positions)
+        self.cache.write(0, rows.plan.locations, keys, values)
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+        index = indexed(paths)
+        starts = np.array(self.cache.lengths[: len(paths)], np.int32)
+        counts = np.array([len(path) for path in paths], np.int32)
+        rows = Rows(self.cache, 0, index.shape[1], starts, counts, Sight.CAUSAL)
+        if self._step is not None:
+            self._step.observe(trees.tokens, taps, index, rows, self._pending)
+        else:
+            self._read(rows, np.take_along_axis(trees.tokens, index.astype(np.int64), 1), index, taps)
+        for slot, path in enumerate(paths):
+            self.cache.lengths[slot] += len(path)
+
+    def _read(self, rows: Rows, tokens: np.ndarray, index: np.ndarray, taps: Tensor) -> None:
+        """The same by torch. tokens, index: (batch, rows), the kept ones and where their taps are."""
+        places = upload(index, taps.device).long()
+        fused = self.network.fuse(taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1])))
+        pending = self._pending[: len(fused)]
+        features = torch.cat((pending[:, None], fused[:, :-1]), 1)
+        self._write(rows, self.network.entering(features, self._entry(upload(tokens, taps.device))))
+        take_last(pending, fused, upload(rows.counts, taps.device).long())
+
+    def _entry(self, tokens: Tensor) -> Tensor:
+        """(...,) -> (..., hidden)."""
+        return self._entries[tokens] if self._entries is not None else self.network.entry(self.target.embed(tokens))
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        starts = np.array(self.cache.lengths[: len(newest)], np.int32)
+        if self._step is not None:
+            rows = Rows(self.cache, 0, 1, starts, (budgets > 0).astype(np.int32), Sight.TREE)
+            return self._step.propose(newest, budgets, rows, self._pending)
+        last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
+        offered = self.network.offered
+        expansion = Expansion(self, starts, budgets > 0)
+        found = tree.levels(last, expansion, self._ends, depths=depths, width=self.width, offered=offered)
+        return tree.pruned(newest, found.cpu().numpy(), width=self.width, budgets=budgets)
+
+
+class Expansion:
+    """By torch: the logits behind each depth's nodes, by a pass over all that were expanded so far."""
+
+    def __init__(self, drafter: EagleDrafter, starts: np.ndarray, drafting: np.ndarray) -> None:
+        """starts: (batch,) int32, where each slot's context ends; drafting: (batch,) bool, whose trees are wanted."""
+        self._drafter, self._starts, self._drafting = drafter, starts, drafting
+        batch = len(starts)
+        self._entering: list[Tensor] = []  # of each depth, (batch, nodes, hidden)
+        self._parents = np.zeros((batch, 0), np.int32)
+        self._depths = np.zeros(0, np.int32)
+        self._features = drafter._pending[:batch, None]  # of all nodes expanded so far: (batch, nodes, hidden)
+
+    def __call__(self, depth: int, tokens: Tensor, parents: Tensor) -> Tensor:
+        drafter, network = self._drafter, self._drafter.network
+        wide = self._features.shape[-1]
+        from_parents = self._features.gather(1, parents.clamp(min=0)[:, :, None].expand(-1, -1, wide))
+        self._entering.append(network.entering(from_parents, drafter._entry(tokens)))
+        self._parents = np.concatenate((self._parents, parents.cpu().numpy().astype(np.int32)), 1)
+        self._depths = np.concatenate((self._depths, np.full(tokens.shape[1], depth, np.int32)))
+        num = self._parents.shape[1]
+        counts = np.where(self._drafting, num, 0).astype(np.int32)
+        rows = Rows(drafter.cache, 0, num, self._starts, counts, Sight.TREE, self._parents)
+        plan = rows.plan
+        positions = plan.starts[:, None] + upload(self._depths, plan.starts.device)
+        self._features = network.step(
+            torch.cat(self._entering, 1), positions, lambda layer, q, k, v: attention.attend(plan, layer, q, k, v)
+        )
+        return drafter._head(network.hidden(self._features[:, -tokens.shape[1] :]))

@@ -1,0 +1,88 @@
+"""The EAGLE draft as a network: one decoder layer that goes on in the target's hidden states, token by token.
+
+Source: arXiv 2401.15077 (EAGLE), section "Drafting phase": the draft reads pairs of a feature and the token after it,
+and predicts the next feature, which the target's lm_head turns into a token; arXiv 2503.01840 (EAGLE-3): the feature
+fuses several of the target's layers, and training goes on along the draft's own features, as serving does. Every
+position of the sequence stays in the draft's context, visual ones uncompressed.
+
+    row of position p    feature p, fused from the target's layers, or the draft's own where the target has not been yet
+                       + embedding of what stands at p + 1: a token, or a piece of a medium
+
+Knows nothing of requests, caches or trees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from model.drafters.layers import Attend, DraftLayer, Fuse, first_tokens, rotary_table
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """Shape of a draft. `tap_layers` are the target's decoder layers whose outputs it reads."""
+
+    hidden_size: int
+    target_hidden_size: int
+    vocab_size: int
+    tap_layers: tuple[int, ...]
+    num_heads: int = 4
+    intermediate_size: int = 512
+    block: int = 7  # tokens drafted ahead at most: as many passes
+    rope_theta: float = 10000.0
+    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class EagleNetwork(nn.Module):
+    """Everything that is trained. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.offered: Tensor | None
+        self.register_buffer("offered", first_tokens(config.vocabulary))
+        self.fuse = Fuse(config)
+        self.feature = nn.Linear(width, width, bias=False)
+        self.embed_norm = nn.RMSNorm(config.target_hidden_size, eps=1e-6)
+        self.embed = nn.Linear(config.target_hidden_size, width, bias=False)
+        self.layers = nn.ModuleList([DraftLayer(config, 0)])
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, config.target_hidden_size, bias=False)
+
+    def entry(self, embedded: Tensor) -> Tensor:
+        """What the embedding after a position, (..., target_hidden), adds to what enters the layer: (..., hidden)."""
+        added: Tensor = self.embed(self.embed_norm(embedded))
+        return added
+
+    def entering(self, features: Tensor, entries: Tensor) -> Tensor:
+        """Rows for the layer: features and entries (..., hidden) -> (..., hidden)."""
+        rows: Tensor = self.feature(features) + entries
+        return rows
+
+    def context_keys_values(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows (batch, rows, hidden) at positions (batch, rows): each (batch, heads, rows,
+        head_dim)."""
+        (layer,) = self.layers
+        cos, sin = rotary_table(self.config, positions, rows.dtype)
+        keys, values = layer.keys_values(layer.attention_norm(rows), cos, sin)  # type: ignore[operator]
+        return keys, values
+
+    def step(self, rows: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One pass: rows (batch, rows, hidden) at positions (batch, rows) to features of their own, (batch, rows,
+        hidden), which `hidden` reads and the rows after them begin from."""
+        (layer,) = self.layers
+        cos, sin = rotary_table(self.config, positions, rows.dtype)
+        features: Tensor = self.norm(layer(rows, cos, sin, attend))
+        return features
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """Features (..., hidden) to (..., target_hidden), to be read by the target's lm_head."""
+        read: Tensor = self.out(features)
+        return read

@@ -1,0 +1,306 @@
+"""The FLASH drafter at work: keeps the draft's context of every sequence and proposes a tree per step.
+
+Context of a sequence, one row each, in the order of the prompt:  text | latents of a medium | text | answer tokens.
+Its keys and values live in a KV cache of their own, slot for slot beside the target's. Only what the target has
+computed *and kept* enters it, so it is rolled back together with the target's cache; the newest token is not in it yet
+(its hidden state does not exist) and is handed to the block pass as an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backends import attention
+from model.backends.attention import Plan, Rows, Sight
+from model.backends.graphs import MAX_ROWS, Replays
+from model.backends.kv_cache import KVCache
+from model.backends.linear import Packed, held_by, pack
+from model.backends.native import library
+from model.backends.native.candidates import MAX_WIDTH, Candidates, Sequential
+from model.backends.native.step import DraftStep
+from model.decoding import tree
+from model.decoding.tree import FixedTree, Trees
+from model.drafters.base import Room
+from model.drafters.flash.network import DraftNetwork
+from model.drafters.native_parts import (
+    exchange_items,
+    exchange_rows,
+    indexed,
+    native_layers,
+    steps_natively,
+    take_last,
+    token_table,
+)
+from model.targets.base import Target
+from model.targets.prompt import TokenizedPrompt
+from model.transfer import upload
+
+# The tree of `flash-paper`, children by path of ranks: 25 nodes over five positions, as the paper has. Which they are
+# is taken from EAGLE (arXiv 2401.15077), whose static tree has as many of both.
+PAPER_TREE = {
+    (): 4,
+    (0,): 3, (1,): 2, (2,): 2, (3,): 1,
+    (0, 0): 3, (0, 1): 2, (0, 2): 2, (1, 0): 1,
+    (0, 0, 0): 3,
+    (0, 0, 0, 0): 2,
+}  # fmt: skip
+
+
+class FlashDrafter:
+    """See `model.drafters.base.Drafter`."""
+
+    def __init__(
+        self, name: str, target: Target, network: DraftNetwork, room: Room, cache: KVCache | None = None
+    ) -> None:
+        """cache: what `new_cache` made, where someone had the time to make it before."""
+        config = network.config
+        self.name = name
+        self.target, self.network, self.width = target, network, room.width
+        self.block = config.block
+        self._fixed = FixedTree.of(PAPER_TREE, config.block) if name == "flash-paper" else None
+        self.cache = cache or self.new_cache(target, network, room)
+        self.tails = self.cache.data.new_zeros(self.cache.num_slots, config.hidden_size)  # last row of each context
+        self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
+        self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
+        self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
+        self._head = target.head.of(network.offered)
+        self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
+        pack(network)
+        self._candidates = self._native_candidates()
+        self.step = self._native_step()  # with which proposing and observing are part of the native round
+        self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
+        self._proposals = self._observations = None
+        if room.recorder is not None and self._layers is None and self._candidates is None and room.margin <= MAX_ROWS:
+            self._proposals = Replays(self._propose, self.cache, room.recorder, max_rows=self.block)
+            self._observations = Replays(self._observe, self.cache, room.recorder, max_rows=room.margin)
+            with torch.inference_mode():
+                self._proposals.prepare(1, [self.block])
+                width = len(config.tap_layers) * config.target_hidden_size
+                self._observations.prepare(0, range(1, room.margin + 1), width)
+
+    @staticmethod
+    def new_cache(target: Target, network: DraftNetwork, room: Room) -> KVCache:
+        config = network.config
+        return KVCache(
+            num_layers=config.num_layers,
+            num_slots=room.num_slots,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            capacity=room.capacity,
+            margin=max(room.margin, config.block),
+            dtype=target.dtype,
+            device=target.device,
+        )
+
+    def _native_candidates(self) -> Candidates | None:
+        if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
+            return None
+        head, ends = self.network.sequential, self.target.eos_ids
+        offered = self.network.offered
+        if self._fixed is not None:
+            return Candidates(self._fixed.width, ends, fixed=self._fixed, offered=offered)
+        if head is None:
+            return Candidates(self.width, ends, offered=offered)
+        assert isinstance(head.context, Packed)
+        assert isinstance(head.state, Packed)
+        assert isinstance(head.after, Packed)
+        own = Sequential(head.before.weight, head.context.matrix, head.state.matrix, head.after.matrix)
+        return Candidates(self.width, ends, own, offered=offered)
+
+    def _native_step(self) -> DraftStep | None:
+        """What a native round needs of the draft, where all of it is native."""
+        head, fuse = self._head.matrix, self.network.fuse
+        fits = steps_natively(self.target, self.width)
+        if self._layers is None or self._candidates is None or head is None or not fits:
+            return None
+        entries = token_table(self.target, self.network.config.hidden_size, self.network.embed)
+        if entries is None:
+            return None
+        assert isinstance(self.network.feature, Packed)
+        assert isinstance(self.network.out, Packed)
+        assert isinstance(fuse.linear, Packed)
+        return DraftStep(
+            self._layers,
+            entries=entries,
+            masks=self.network.masks,
+            entry_norm=self.network.embed_norm.weight,
+            feature=self.network.feature.matrix,
+            out=self.network.out.matrix,
+            head=head,
+            tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
+            fuse=fuse.linear.matrix,
+            fuse_norm=fuse.norm.weight,
+            candidates=self._candidates,
+        )
+
+    @property
+    def native(self) -> bool:
+        return self.step is not None
+
+    @property
+    def num_bytes(self) -> int:
+        own = self._head.num_bytes if self.network.offered is not None else 0
+        parts = (part.num_bytes for part in (self._layers, self.step) if part is not None)
+        return held_by(self.network) + own + sum(parts)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.data.nbytes + self.tails.nbytes
+
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
+        self.cache.take(slot)
+        self._spans[slot], self._visual[slot] = prompt.spans, []
+
+    def share(self, source: int, slot: int, length: int) -> bool:
+        media = [last - first for first, last in self._spans[slot] if last <= length]
+        self.cache.share(source, slot, length - sum(media) + sum(map(self.network.rows_of, media)))
+        return True
+
+    def free(self, slot: int) -> None:
+        self.cache.free(slot)
+        del self._spans[slot], self._visual[slot]
+
+    def exchange(self, one: int, other: int) -> None:
+        self.cache.exchange(one, other)
+        exchange_rows(self.tails, one, other)
+        exchange_items(self._spans, one, other)
+        exchange_items(self._visual, one, other)
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        self.cache.check_integrity()
+        assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
+        assert self._spans.keys() == self._visual.keys() == held.keys(), "a medium of a sequence that is gone"
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        rows = []
+        at, end = start, start + len(taps)
+        for first, last in self._spans[slot]:
+            if last <= start or first >= end:
+                continue
+            if first > at:
+                rows.append(self._fused(taps[at - start : first - start]))
+            at = max(first, at)
+            upto = min(last, end)
+            if self.network.config.num_latents:
+                self._visual[slot].append(self._seen(taps[at - start : upto - start], at - first, last - first))
+                if upto == last:
+                    rows.append(self._latents(self._visual[slot], last - first))
+                    self._visual[slot] = []
+            at = upto
+        if at < end:
+            rows.append(self._fused(taps[at - start :]))
+        if rows:
+            context = torch.cat(rows)
+            self._write(self._behind(slot, len(context), [len(context)]), context[None])
+            self.tails[slot] = context[-1]
+            self._advance(slot, [len(context)])
+
+    def _fused(self, taps: Tensor) -> Tensor:
+        return self.network.fuse(taps) if self.step is None else self.step.fused(taps)
+
+    def _seen(self, taps: Tensor, at: int, total: int) -> Tensor:
+        """What is kept of some positions of a medium until all of it is known."""
+        return self.network.read(taps, at, total).clone() if self.network.config.pooled else self._fused(taps)
+
+    def _latents(self, seen: list[Tensor], total: int) -> Tensor:
+        """Of a medium of so many positions, of which that was kept."""
+        rows = torch.cat(seen)
+        if self.network.config.pooled:
+            rows = self._fused(self.network.averaged(rows, total))
+        return rows if self.network.compressor is None else self.network.compressor(rows[None])[0]
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+        index = indexed(paths)
+        counts = [len(path) for path in paths]
+        rows = self._behind(0, index.shape[1], counts)
+        told = upload(np.concatenate((index, rows.counts[:, None]), 1), taps.device).long()
+        kept = taps.gather(1, told[:, :-1, None].expand(-1, -1, taps.shape[-1]))
+        if self._observations is not None:
+            (context,) = self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
+        else:
+            context = self.network.fuse(kept)
+            self._write(rows, context)
+        self._advance(0, counts)
+        take_last(self.tails[: len(counts)], context, told[:, -1])
+
+    def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        assert kept is not None
+        context = self.network.fuse(kept)
+        self._hold(plan, context)
+        return (context,)
+
+    def _hold(self, plan: Plan, context: Tensor) -> None:
+        """Write keys and values of context (batch, rows, hidden)."""
+        for layer, (keys, values) in enumerate(self.network.context_keys_values(context, plan.positions)):
+            self.cache.write(layer, plan.locations, keys, values)
+
+    def _write(self, rows: Rows, context: Tensor) -> None:
+        """The same, by whatever computes here."""
+        if self._layers is not None:
+            self._layers.hold(context, None, rows)
+        else:
+            self._hold(rows.plan, context)
+
+    def _behind(self, first_slot: int, num: int, counts: list[int]) -> Rows:
+        """`num` rows, of which counts[b] are real, behind what slots first_slot.. hold."""
+        starts = np.array(self.cache.lengths[first_slot : first_slot + len(counts)], np.int32)
+        return Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+
+    def _advance(self, first_slot: int, counts: list[int]) -> None:
+        for b, count in enumerate(counts):
+            self.cache.lengths[first_slot + b] += count
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        starts = np.array(self.cache.lengths[: len(newest)], np.int32)
+        counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
+        rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
+        if self._proposals is not None:
+            (found,) = self._proposals(rows, np.repeat(newest[None, :, None], self.block, 2))
+            return self._trees(newest, found, budgets)
+        last = upload(newest, self.target.device)
+        if self._layers is not None:
+            entering = self.network.block_input(self.target.embed(last)[:, None], self.tails[: len(newest), None])[:, 0]
+            mixed, _ = self._layers.forward(entering, None, rows)
+            hidden = self.network.out(mixed)
+        else:
+            hidden = self._block_hidden(rows.plan, last)
+        self.drafted = logits = self._head(hidden)
+        if self._candidates is not None:
+            return self._candidates.grow(hidden, logits, newest, budgets)
+        return self._trees(newest, self._nodes(last, hidden, logits), budgets)
+
+    def _nodes(self, newest: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        """What trees are made of, as `tree.levels` returns it. newest: (batch,); hidden: (batch, block, target_hidden),
+        of which the logits (batch, block, vocab) were read."""
+        if self._fixed is not None:
+            return tree.fill(self._fixed, logits, self.network.offered)
+        head = self.network.sequential
+        along = None if head is None else head.along(hidden)
+        return tree.candidates(newest, logits, along, self._ends, width=self.width, offered=self.network.offered)
+
+    def _trees(self, newest: np.ndarray, nodes: Tensor, budgets: np.ndarray) -> Trees:
+        found = nodes.cpu().numpy()
+        if self._fixed is not None:
+            return tree.planted(newest, found, self._fixed, budgets)
+        return tree.pruned(newest, found, width=self.width, budgets=budgets)
+
+    def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+        """See _nodes. numbers: (1, batch, block), the newest token of each slot, repeated."""
+        newest = numbers[0, :, 0]
+        hidden = self._block_hidden(plan, newest)
+        return (self._nodes(newest, hidden, self._head(hidden)),)
+
+    def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
+        """(batch,) tokens -> (batch, block, target_hidden), to be read by the head."""
+        hidden: Tensor = self.network.block_hidden(
+            self.target.embed(last)[:, None],
+            self.tails[: len(last), None],
+            plan.positions[:, :1],
+            lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
+        )[:, 0]
+        return hidden

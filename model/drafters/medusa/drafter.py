@@ -1,0 +1,98 @@
+"""The Medusa drafter at work: holds what the target's last layer gave at each sequence's last kept position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backends.linear import Packed, held_by, pack
+from model.backends.native.candidates import Candidates
+from model.backends.native.medusa import MedusaStep
+from model.decoding import tree
+from model.decoding.tree import Trees
+from model.drafters.base import Room
+from model.drafters.medusa.network import MedusaNetwork
+from model.drafters.native_parts import exchange_items, exchange_rows, steps_natively
+from model.targets.base import Target
+from model.targets.prompt import TokenizedPrompt
+from model.transfer import upload
+
+
+class MedusaDrafter:
+    """See `model.drafters.base.Drafter`."""
+
+    def __init__(self, name: str, target: Target, network: MedusaNetwork, room: Room, cache: None = None) -> None:  # noqa: ARG002
+        self.name = name
+        self.target, self.network, self.width = target, network, room.width
+        self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
+        self._head = target.head.of(network.offered)
+        pack(network)
+        self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
+        self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
+        self._step = self._native_step()
+
+    @staticmethod
+    def new_cache(target: Target, network: MedusaNetwork, room: Room) -> None:  # noqa: ARG004
+        """It has no keys and values."""
+
+    def _native_step(self) -> MedusaStep | None:
+        target, heads, head = self.target, self.network.heads, self._head.matrix
+        if head is None or not steps_natively(target, self.width):
+            return None
+        assert isinstance(heads, Packed)
+        candidates = Candidates(self.width, target.eos_ids, offered=self.network.offered)
+        return MedusaStep(self.network.norm.weight, heads.matrix, head, self.network.config.block, candidates)
+
+    @property
+    def native(self) -> bool:
+        return self._step is not None
+
+    @property
+    def num_bytes(self) -> int:
+        return held_by(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._last.nbytes
+
+    def start(self, slot: int, prompt: TokenizedPrompt) -> None:  # noqa: ARG002
+        self._held[slot] = 0
+
+    def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        self._held[slot] = length  # of these it needs nothing: what follows is read before it proposes
+        return True
+
+    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        self._held[slot] = start + len(taps)
+        self._last[slot] = taps[-1]
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        last = self._last[: len(newest)]
+        if self._step is not None:
+            return self._step.propose(last, newest, budgets)
+        logits, offered = self._head(self.network(last)), self.network.offered
+        return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets, offered=offered)
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+        slots = [slot for slot, path in enumerate(paths) if path]
+        for slot in slots:
+            self._held[slot] += len(paths[slot])
+        rows = [slot * taps.shape[1] + paths[slot][-1] for slot in slots]
+        if self._step is not None:
+            return self._step.observe(taps, rows, self._last, slots)
+        where = upload(np.array((slots, rows)), taps.device)
+        self._last.index_copy_(0, where[0], taps.flatten(0, 1).index_select(0, where[1]))
+
+    def free(self, slot: int) -> None:
+        del self._held[slot]
+
+    def exchange(self, one: int, other: int) -> None:
+        exchange_items(self._held, one, other)
+        exchange_rows(self._last, one, other)
+
+    def check_integrity(self, held: Mapping[int, int]) -> None:
+        assert self._held == held, "the draft stands elsewhere than the target"

@@ -1,0 +1,560 @@
+"""The FLASH engine: schedule, prefill or draft and verify, emit. Knows nothing of HTTP, processes or wall clocks.
+
+A request's way: `prepare` (template, tokenise, refuse what cannot be served) -> `add` -> waiting -> steps that give it
+a slot of the KV cache, encode its media and prefill its prompt, chunk by chunk -> from then on steps that draft a tree
+for it and for all that decode beside it, verify the trees in one pass of the target, and emit what the target agrees
+with plus one token -> finished, the slot is free again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from model.backends import graphs
+from model.backends.attention import prompt_rows
+from model.backends.kv_cache import KVCache
+from model.backends.native import library
+from model.config import EngineConfig
+from model.decoding import processors, sampling, verify
+from model.decoding.detokenize import Detokenizer, StopStrings, Vocabulary
+from model.decoding.tree import IDLE, PLAIN, Trees
+from model.drafters import hot_swap, registry
+from model.drafters.base import Drafter, Room
+from model.drafters.flash.drafter import FlashDrafter
+from model.drafters.hot_swap import Incoming, Packed
+from model.engine.encoder_cache import EncoderCache
+from model.engine.native_round import NativeRound
+from model.engine.prefix_cache import PrefixCache
+from model.engine.round import Round, TorchRound
+from model.engine.scheduler import Chunk, Decoding, Scheduler
+from model.engine.sequence import Sequence
+from model.engine.speculation import Load
+from model.engine.stats import Counters
+from model.engine.warm_up import Chains, rehearse
+from model.errors import ConfigError
+from model.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Likelihood,
+    Likelihoods,
+    Request,
+    RequestError,
+    RequestOutput,
+    Token,
+)
+from model.targets.base import Target
+from model.targets.frames import fitting_frames, most_frames
+from model.targets.parallel import share_of
+from model.targets.registry import load_target
+
+
+class Engine:
+    """One target and its draft on one device. Not thread-safe: one caller at a time."""
+
+    def __init__(self, config: EngineConfig, target: Target | None = None, drafter: Drafter | None = None) -> None:
+        """The target and the drafter that `config` names; or these, which it only tells how to run."""
+        self._asked, self.config = config, config.resolved()
+        config = self.config
+        if config.device == "cpu":
+            if config.threads:
+                torch.set_num_threads(config.threads)
+            library.use_threads(torch.get_num_threads())
+            library.share_cores(config.share_cores)
+        self.target = target = target or load_target(config, registry.tap_layers(config))
+        self.max_model_len = config.context(target.max_positions)
+        margin = config.nodes + 1
+        num_slots = self._num_slots(margin)
+        self.cache = (KVCache if target.group is None else target.group.cache)(
+            num_layers=target.num_layers,
+            num_slots=num_slots,
+            num_heads=share_of(config, target.num_kv_heads),
+            head_dim=target.head_dim,
+            capacity=self.max_model_len,
+            margin=margin,
+            dtype=target.dtype,
+            device=target.device,
+        )
+        if target.device.index is not None and target.device.type == "cuda":
+            torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
+        recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
+        self.counters, self.load = Counters(), Load(num_slots, config.nodes)
+        self.prefixes = PrefixCache(enabled=config.prefix_cache)
+        self.round: Round
+        if target.verifier is not None:
+            self.round = NativeRound(target.verifier, self.cache, self.counters, self.load)
+        else:
+            self.round = TorchRound(target, self.cache, self.counters, self.load, recorder)
+        self._room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
+        self.use(drafter or registry.load_drafter(config, target, self._room))
+        self._verified = 0  # nodes of the latest round
+        self.vocabulary = Vocabulary(target.tokenizer)
+        self.scheduler = Scheduler(config, self.load)
+        self.features = EncoderCache(
+            config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
+        )
+        self.info = EngineInfo(
+            model=config.model,
+            device=config.device,
+            dtype=config.dtype,
+            backend=library.name() if target.native else "torch",
+            drafter=self.drafter.name if self.drafter else "off",
+            max_model_len=self.max_model_len,
+            max_num_seqs=num_slots,
+            tokens_per_image=target.tokens_per_image,
+            geometry=target.geometry,
+            max_frames=most_frames(target, self.max_model_len),
+            memory=self._memory(),
+        )
+
+    def use(self, drafter: Drafter | None) -> None:
+        """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
+        self.prefixes.clear()  # what is rehearsed is written over them
+        if drafter is not None and self.config.load_aware and self.load.nodes and not self.load.known:
+            self._rehearse(drafter)
+        self._draft_with(drafter)
+
+    def _draft_with(self, drafter: Drafter | None) -> None:
+        self.drafter: Drafter | None = drafter
+        self.round.use(drafter)
+        self._native = self.round.native and (drafter is None or drafter.native)
+
+    def _rehearse(self, drafter: Drafter) -> None:
+        """Learn what rounds take, of FLASH's in the native stack with what drafting takes."""
+        caches = [self.cache]
+        if self.round.native and isinstance(drafter, FlashDrafter) and drafter.step is not None:
+            self.round.use(drafter)
+            caches.append(drafter.cache)
+        else:
+            self.round.use(Chains())
+        with nullcontext() if self.round.native else self._torch():
+            rehearse(self.round, self.load, caches)
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
+        memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.data.nbytes}
+        if self.drafter is not None:
+            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
+        return memory | {"encoder_cache": self.config.encoder_cache_bytes}
+
+    def _num_slots(self, margin: int) -> int:
+        """As many slots as were asked for and as the KV budget holds."""
+        if self.config.kv_cache_bytes is None:
+            return self.config.max_num_seqs
+        each = KVCache.bytes_per_slot(
+            num_layers=self.target.num_layers,
+            num_heads=share_of(self.config, self.target.num_kv_heads),
+            head_dim=self.target.head_dim,
+            capacity=self.max_model_len,
+            margin=margin,
+            dtype=self.target.dtype,
+        )
+        fitting = self.config.kv_cache_bytes // each
+        if fitting < 1:
+            raise ConfigError(
+                f"kv_cache_bytes {self.config.kv_cache_bytes} holds no sequence; "
+                f"one of {self.max_model_len} tokens takes {each}"
+            )
+        return min(self.config.max_num_seqs, fitting)
+
+    # --- another draft while it runs
+
+    def read_draft(self, folder: str) -> Incoming:
+        """A draft that may take the present one's place. Any thread may call it, at any moment; nothing is changed.
+        ConfigError if it does not fit."""
+        return hot_swap.read(folder, self._asked, self.config, self.target, self._room)
+
+    def pack_draft(self, draft: Incoming) -> Packed:
+        """All of the work that must be done between two steps. Nothing is changed yet."""
+        with library.alone() if self.target.native else nullcontext():
+            return hot_swap.pack(draft, self.target, self._room)
+
+    def swap(self, draft: Packed) -> None:
+        """Draft with this one from the next step on. Sequences under way, whose context it does not have, go on without
+        a draft to their end; those that wait will have the new one."""
+        for sequence in self.scheduler.running:
+            sequence.speculates = False
+        self.load.forget_draft()
+        self.prefixes.forget_drafts()
+        self.config = draft.config
+        self._draft_with(draft.drafter)
+        self.info = replace(self.info, drafter=draft.drafter.name, memory=self._memory())
+
+    # --- requests
+
+    def prepare(self, request: Request) -> Sequence:
+        """Do all of taking a request in that needs nothing of the engine's state: make its prompt, refuse what cannot
+        be served. Any thread may call it, one at a time. Raises RequestError."""
+        prompt = self.target.prompt(request.messages)
+        length, wanted = len(prompt.ids), request.params.max_tokens
+        if request.fit and 0 < (room := self.max_model_len - length) < wanted:
+            wanted = room
+            fewest = min(request.params.min_tokens, room)
+            request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=fewest))
+        if length + wanted > self.max_model_len:
+            raise RequestError(
+                # Clients know the case by these words, up to "is".
+                f"the prompt is too long: this model's maximum context length is {self.max_model_len} tokens, the "
+                f"prompt takes {length} and max_tokens is {wanted}; send fewer or shorter media, a shorter prompt, "
+                f"or a smaller max_tokens{self._frames_hint(request, wanted)}",
+                param="max_tokens" if length < self.max_model_len else "messages",
+                code="context_length_exceeded",
+            )
+        if unknown := [token for token, _ in request.params.logit_bias if not 0 <= token < self.target.vocab_size]:
+            raise RequestError(
+                f"logit_bias names token {unknown[0]}; tokens are 0 to {self.target.vocab_size - 1}", param="logit_bias"
+            )
+        for medium in prompt.media:
+            _ = medium.digest  # kept there, for when its features are looked up
+        detokenizer = Detokenizer(self.vocabulary, self.target.eos_ids)
+        return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop))
+
+    def _frames_hint(self, request: Request, max_tokens: int) -> str:
+        """What to ask for where a request with videos does not fit."""
+        answer = min(max_tokens, self.max_model_len // 4) if request.fit else max_tokens
+        fitting = fitting_frames(self.target, request.messages, self.max_model_len - answer)
+        return f"; with num_frames {fitting} it would fit" if fitting else ""
+
+    def add(self, request: Request | Sequence) -> None:
+        """Take a request in, prepared or not. RequestError, and nothing taken, if it cannot be served."""
+        sequence = request if isinstance(request, Sequence) else self.prepare(request)
+        if self.scheduler.find(sequence.request.request_id):
+            raise RequestError(f"request id {sequence.request.request_id!r} is already in use", param="request_id")
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request at once and free all it holds; its last output, or None if it is not here."""
+        sequence = self.scheduler.find(request_id)
+        return None if sequence is None else self._finish(sequence, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def pop_stats(self) -> EngineStats:
+        """Gauges of now and counts since the last call."""
+        return self.counters.pop(
+            running=len(self.scheduler.running), waiting=len(self.scheduler.waiting), kv_cache_usage=self.cache.usage
+        )
+
+    # --- the step
+
+    def step(self) -> list[RequestOutput]:
+        """One pass of the target, over a chunk of a prompt or over all that decode; at most one output per request."""
+        begun = self.counters.now()
+        match work := self.scheduler.schedule(self.cache.num_free):
+            case Chunk():
+                with self._torch():
+                    if work.sequence.slot is None:
+                        work = work.moved(self._begin(work.sequence))
+                    outputs = self._prefill(work)
+            case Decoding() if self._native:  # torch has no part in it, but for what is sampled
+                outputs = self._decode(work)
+            case Decoding():
+                with self._torch():
+                    self._compact()
+                    outputs = self._decode(work)
+            case None:
+                return []
+        seconds = self.counters.now() - begun
+        self.scheduler.took(work, seconds)
+        if isinstance(work, Decoding):
+            drafting = len(work.nodes) - work.nodes.count(0)
+            self.load.took(len(work.nodes), drafting, self._verified, seconds)
+        return outputs
+
+    @contextmanager
+    def _torch(self) -> Iterator[None]:
+        """Around whatever torch computes."""
+        with torch.inference_mode(), library.alone() if self.target.native else nullcontext():
+            yield
+
+    def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
+        """Compute one chunk of a prompt; after the last one the first token is known."""
+        sequence, target = chunk.sequence, self.target
+        slot, count = sequence.slot, chunk.end - chunk.start
+        assert slot is not None
+        assert sequence.embeds is not None
+        assert sequence.positions is not None
+        try:
+            self._see(sequence, chunk.end)
+        except Exception as error:  # whatever a processor or tower may raise; the others must not suffer for it
+            reason = f"the request's media could not be encoded: {type(error).__name__}"
+            return [self._finish(sequence, "error", reason)]
+        with self.counters.timed("prefill"):
+            rows = prompt_rows(self.cache, slot, chunk.start, count)
+            embeds = sequence.embeds[None, chunk.start : chunk.end]
+            positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
+            hidden, taps = target.forward(embeds, positions, rows)
+            self.cache.keep([slot], [range(count)])
+            if self.drafter and sequence.speculates:
+                begun = self.counters.now()
+                self.drafter.prefill(slot, chunk.start, taps[0], embeds[0])
+                self.load.read(count, self.counters.now() - begun)
+        sequence.computed = chunk.end
+        self.prefixes.hold(slot, sequence.contents, chunk.end, drafted=sequence.speculates)
+        self.counters.prompt_tokens += count
+        if sequence.prefilling:
+            return []
+        sequence.embeds = sequence.positions = None
+        logits = target.logits(hidden[:, -1:])
+        process = self._processing([sequence], lambda _: [[]])
+        first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
+        return [self._emit(sequence, first, 0, self._likelihoods(sequence, logits[0], first))]
+
+    def _begin(self, sequence: Sequence) -> int:
+        """Give it a slot, what of its prompt has been computed for others, and its prompt's embeddings, with gaps where
+        the media will be. How many prompt tokens it need not compute."""
+        prompt, target = sequence.prompt, self.target
+        sequence.started = self.counters.now()
+        sequence.cached = sequence.computed = sequence.seen = cached = self._take_slot(sequence)
+        spared = sum(end <= cached for _, end in prompt.spans)  # media that need not even be looked up
+        self.counters.encoder_cache_queries += spared
+        self.counters.encoder_cache_hits += spared
+        self.counters.prefix_cache_queries += len(prompt.ids)
+        self.counters.prefix_cache_hits += cached
+        self.counters.prompt_tokens += cached
+        sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
+        sequence.positions = target.positions(prompt)
+        sequence.next_position = int(sequence.positions[0, -1]) + 1
+        return cached
+
+    def _take_slot(self, sequence: Sequence) -> int:
+        """Give it a slot; the number of its prompt's tokens that another sequence has left there, or elsewhere."""
+        prompt, drafter = sequence.prompt, self.drafter if sequence.request.speculation else None
+        contents, most = sequence.contents, len(prompt.ids) - 1  # the last one's logits are needed
+        source, shared = self.prefixes.best(contents, most, drafted=drafter is not None)
+        if drafter and self.load.begins(len(self.scheduler.running), len(prompt.ids) - shared):
+            sequence.speculates = True
+        elif drafter:
+            source, shared = self.prefixes.best(contents, most, drafted=False)
+        cache = self.cache
+        slot, lowest = self.prefixes.choose(cache.free_slots, source, shared), cache.free_slots[0]
+        if slot != lowest and not self._native:
+            # Torch computes every slot below the highest in use: the lowest one is taken, with what lies in the other.
+            self._exchange(lowest, slot)
+            source = {slot: lowest, lowest: slot}.get(source, source)
+            slot = lowest
+        sequence.slot = cache.take(slot)
+        if drafter and sequence.speculates:
+            drafter.start(slot, prompt)
+            shared = shared if shared and drafter.share(source, slot, shared) else 0
+        if shared:
+            cache.share(source, slot, shared)
+        self.prefixes.forget(slot)
+        return shared
+
+    def _see(self, sequence: Sequence, end: int) -> None:
+        """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes
+        no longer at a time than the chunk of the prompt that it belongs to."""
+        embeds, target = sequence.embeds, self.target
+        assert embeds is not None
+        for medium, (first, last) in zip(sequence.prompt.media, sequence.prompt.spans, strict=True):
+            if first >= end or sequence.seen >= min(last, end):
+                continue
+            if sequence.seen <= first:
+                self.counters.encoder_cache_queries += 1
+                sequence.medium_key = self.features.key(medium, sequence.request.salt)
+                if (known := self.features.get(sequence.medium_key)) is not None:
+                    self.counters.encoder_cache_hits += 1
+                    embeds[first:last] = known
+                    sequence.seen = last
+                    continue
+            pieces = target.pieces(medium)
+            size = (last - first) // pieces  # tokens
+            begin, upto = max(0, sequence.seen - first) // size, min(pieces, -(-(end - first) // size))
+            with self.counters.timed("vision"):
+                embeds[first + begin * size : first + upto * size] = target.encode(medium, begin, upto)
+            sequence.seen = first + upto * size
+            if upto == pieces:
+                self.features.put(sequence.medium_key, embeds[first:last].clone())
+
+    def _decode(self, decoding: Decoding) -> list[RequestOutput]:
+        """One round of draft and verify over slots from 0 to the highest decoding one."""
+        now, load = self.round, self.load
+        batch = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
+        now.budgets[:batch] = IDLE
+        by_slot: list[Sequence | None] = [None] * batch
+        for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
+            slot = sequence.slot
+            assert slot is not None
+            by_slot[slot] = sequence
+            now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes if sequence.speculates else PLAIN
+            now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
+        active, most = len(decoding.sequences), max(decoding.nodes)
+        self.counters.batch_sizes.append(active)
+        trees, likeliest, logits = now.look(batch, most)
+        chosen = self._chosen(by_slot, trees, likeliest, logits)
+        sizes = trees.sizes.tolist()
+        told = now.accept(chosen)
+        self._verified = sum(sizes) - batch
+        outputs = []
+        for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
+            assert sequence.slot is not None
+            tokens, size = told[sequence.slot], sizes[sequence.slot]
+            sequence.computed += len(tokens)
+            if nodes:
+                load.drafted(sequence, len(tokens) - 1)
+            likelihoods = None
+            if sequence.request.params.logprobs is not None:
+                path = verify.walk(trees, sequence.slot, chosen[sequence.slot]).path
+                with self._torch():
+                    likelihoods = self._likelihoods(sequence, logits[sequence.slot, path], tokens)
+            outputs.append(self._emit(sequence, tokens, size - 1, likelihoods))
+        return outputs
+
+    def _chosen(
+        self, by_slot: list[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor
+    ) -> np.ndarray:
+        """What the target says at every node of the trees: (batch, rows)."""
+        if likeliest is not None and all(s is None or s.takes_likeliest for s in by_slot):
+            return likeliest
+        params = [s.request.params if s else sampling.GREEDY for s in by_slot]
+
+        def answered(b: int) -> list[int]:
+            sequence, depths = by_slot[b], trees.depths[b, : trees.sizes[b]]
+            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
+
+        with self._torch():
+            return sampling.choose(logits, params, answered, likeliest, self._processing(by_slot, trees.paths))
+
+    def _processing(
+        self, by_slot: Seq[Sequence | None], paths: Callable[[int], list[list[int]]]
+    ) -> Callable[[int, Tensor], Tensor]:
+        """What sampling asks of requests that change their logits."""
+
+        def processed(b: int, logits: Tensor) -> Tensor:
+            sequence = by_slot[b]
+            assert sequence is not None
+            return processors.process(
+                logits,
+                sequence.request.params,
+                prompt=sequence.prompt.ids,
+                answer=sequence.tokens,
+                paths=paths(b),
+                ends=self.target.eos_ids,
+            )
+
+        return processed
+
+    def _likelihoods(self, sequence: Sequence, logits: Tensor, tokens: list[int]) -> list[Likelihoods] | None:
+        """Of tokens that rows of logits (rows, vocab) decided; None where nobody asks."""
+        num = sequence.request.params.logprobs
+        if num is None:
+            return None
+
+        def told(token: int, logprob: float) -> Likelihood:
+            return Likelihood(token, self.vocabulary.bytes_of(token), logprob)
+
+        return [
+            Likelihoods(told(token, own), tuple(told(*one) for one in best))
+            for token, (own, best) in zip(tokens, sampling.likeliest_of(logits, tokens, num), strict=True)
+        ]
+
+    # --- what comes of it
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        proposed: int,
+        likelihoods: list[Likelihoods] | None = None,
+    ) -> RequestOutput:
+        """Append tokens, as far as the request wants them. The draft brought all but the last: that one is what the
+        target says after them, also where the answer ends before the step does."""
+        params, eos = sequence.request.params, self.target.eos_ids
+        sequence.last_token = self.counters.now()
+        sequence.first_token = sequence.first_token or sequence.last_token
+        decode, stops = sequence.detokenizer.decode, sequence.stops
+        emitted: list[Token] = []
+        text = ""
+        finish: FinishReason | None = None
+        for index, token in enumerate(tokens[: sequence.remaining]):
+            piece = decode(token)
+            emitted.append(Token(token, piece, "draft"))
+            searched = params.stop and len(sequence.tokens) + index >= params.min_tokens
+            text += stops.decode(piece) if searched else piece
+            if stops.stopped or (token in eos and not params.ignore_eos):
+                finish = "stop"
+                break
+        emitted[-1].source = "target"
+        sequence.tokens += tokens[: len(emitted)]
+        if finish is None and sequence.remaining == 0:
+            finish = "length"
+        self.counters.generation_tokens += len(emitted)
+        if proposed:
+            self.counters.drafted(proposed, len(emitted))
+            sequence.drafts += 1
+            sequence.draft_tokens += proposed
+            sequence.accepted_tokens += len(emitted) - 1
+        output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
+        if likelihoods is not None:
+            output.logprobs = tuple(likelihoods[: len(emitted)])
+        if finish:
+            return self._finish(sequence, finish, so_far=output)
+        if sequence.request.running_stats:
+            output.stats = sequence.stats()
+        return output
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, error: str | None = None, so_far: RequestOutput | None = None
+    ) -> RequestOutput:
+        """End a sequence, whatever state it is in, and free its slot."""
+        self.scheduler.remove(sequence)
+        sequence.finish_reason = reason
+        if reason in ("stop", "length"):
+            self.load.finished(len(sequence.tokens))
+        sequence.embeds = sequence.positions = None
+        if sequence.slot is not None:
+            if self.cache.free(sequence.slot) and reason != "error":
+                contents = sequence.contents.followed_by(sequence.tokens)
+                self.prefixes.hold(sequence.slot, contents, sequence.computed, drafted=sequence.speculates)
+            else:
+                self.prefixes.forget(sequence.slot)
+            if self.drafter and sequence.speculates:
+                self.drafter.free(sequence.slot)
+            sequence.slot = None
+        text, tokens, logprobs = (so_far.text, so_far.tokens, so_far.logprobs) if so_far else ("", (), None)
+        if reason in ("stop", "length"):
+            text += sequence.stops.decode(sequence.detokenizer.flush()) + sequence.stops.flush()
+        return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error, logprobs)
+
+    def _compact(self) -> None:
+        """Move sequences from high slots into low free ones, so that a batch spans no more slots than it needs.
+
+        For torch, which computes idle slots too; and not where those will soon be taken.
+        """
+        running = self.scheduler.running
+        if self.scheduler.waiting:
+            return
+        for sequence in sorted(running, key=lambda s: -(s.slot or 0)):
+            lowest = self.cache.lowest_free()
+            if lowest is None or sequence.slot is None or sequence.slot < len(running) or lowest >= sequence.slot:
+                break
+            self._exchange(sequence.slot, lowest)
+            sequence.slot = lowest
+
+    def _exchange(self, one: int, other: int) -> None:
+        """Exchange two slots, with what they hold or what is left in them."""
+        self.cache.exchange(one, other)
+        self.prefixes.exchange(one, other)
+        if self.drafter:
+            self.drafter.exchange(one, other)
+
+    def check_integrity(self) -> None:
+        """Slots, lengths and sequences agree; for tests and debugging."""
+        self.cache.check_integrity()
+        held = {s.slot: s.computed for s in self.scheduler.running if s.slot is not None}
+        assert len(held) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
+        assert all(self.cache.lengths[slot] == computed for slot, computed in held.items()), "a slot's length is off"
+        if self.drafter:
+            knows = {s.slot for s in self.scheduler.running if s.speculates}
+            self.drafter.check_integrity({slot: computed for slot, computed in held.items() if slot in knows})

@@ -1,0 +1,201 @@
+"""A round of draft and verify (round.py) in two native calls (step.h), for targets whose decoder runs natively.
+
+All that a round needs lies in one structure that is filled once; from step to step a few numbers change. The draft's
+share is computed in the same calls where it is FLASH's and native too; other drafters give their trees, and are shown
+what was kept, in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backends.kv_cache import KVCache
+from model.backends.native.candidates import TreeArrays
+from model.backends.native.library import Mirror, functions, pointer
+from model.backends.native.step import Linear, Verifier, linear
+from model.decoding.tree import PLAIN, Trees
+from model.drafters.base import Proposing
+from model.drafters.flash.drafter import FlashDrafter
+from model.engine.speculation import Load
+from model.engine.stats import Counters
+
+PARTS = ("propose", "grow", "verify", "accept", "observe")
+
+
+class _Cache(Mirror):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
+        ("lengths", ctypes.c_void_p),
+    ]
+
+
+class _Round(Mirror):
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in "target embeddings".split()),
+        ("head", Linear),
+        ("draft", ctypes.c_void_p),
+        *((n, _Cache) for n in "target_cache draft_cache".split()),
+        *((n, ctypes.c_int32) for n in "batch rows axes given".split()),
+        *((n, ctypes.c_void_p) for n in "newest budgets roots".split()),
+        ("trees", TreeArrays),
+        *((n, ctypes.c_void_p) for n in "curve chance tried held".split()),
+        *(
+            (n, ctypes.c_void_p)
+            for n in "counts positions paths accepted shown taps logits drafted tails chosen emitted".split()
+        ),
+        ("seconds", ctypes.c_void_p),
+    ]
+
+
+def _described(cache: KVCache) -> _Cache:
+    return _Cache(cache.address, *cache.strides, cache.lengths.buffer_info()[0])
+
+
+class _Shape:
+    """Views of a round's memory for one shape, (batch, rows) and what more there is."""
+
+    def __init__(self, memory: NativeRound, batch: int, rows: int) -> None:
+        count = batch * rows
+
+        def numbers(array: np.ndarray) -> np.ndarray:
+            return array[:count].reshape(batch, rows)
+
+        def states(tensor: Tensor, width: int) -> Tensor:
+            return tensor[: count * width].view(batch, rows, width)
+
+        self.trees = Trees(
+            numbers(memory.tokens),
+            numbers(memory.parents),
+            numbers(memory.depths),
+            memory.sizes[:batch],
+            numbers(memory.scores),
+        )
+        self.chosen, self.emitted = numbers(memory.chosen), numbers(memory.emitted)
+        self.paths, self.accepted = numbers(memory.paths), memory.accepted[:batch]
+        self.logits = states(memory.logits, memory.verifier.head.outputs)
+        self.taps = states(memory.taps, memory.tap_width)
+
+
+class NativeRound:
+    """See `model.engine.round.Round`."""
+
+    native = True
+
+    def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, load: Load) -> None:
+        self.verifier, self.cache, self.load, self._counters = verifier, cache, load, counters
+        self.drafter: Proposing | None = None
+        self.flash: FlashDrafter | None = None  # the same, where it has its part in the native calls
+        like, stack, slots = verifier.embeddings, verifier.stack, cache.num_slots
+        most = slots * (1 + load.nodes)
+        self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self.roots = np.zeros(slots, np.int32)
+        self.tap_width = stack.num_taps * stack.shape.hidden
+        self.taps, self.logits = like.new_empty(most * self.tap_width), like.new_empty(most * verifier.head.outputs)
+        self.tokens, self.chosen, self.emitted = (np.zeros(most, np.int64) for _ in range(3))
+        self.parents, self.depths, self.paths = (np.zeros(most, np.int32) for _ in range(3))
+        self.scores, self.sizes = np.zeros(most), np.zeros(slots, np.int64)
+        self.counts, self.accepted, self._shown = (np.zeros(slots, np.int32) for _ in range(3))
+        self._seconds = np.zeros(len(PARTS))
+        self._positions = np.zeros(verifier.num_axes * most, np.int32)
+        self._drafted = like.new_empty(0)
+        self._shapes: dict[tuple[int, int], _Shape] = {}
+        self._now = _Shape(self, 1, 1)
+        self._struct = _Round(
+            target=ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
+            embeddings=pointer(like),
+            head=linear(verifier.head),
+            target_cache=_described(cache),
+            axes=verifier.num_axes,
+            newest=pointer(self.newest, np.int64),
+            budgets=pointer(self.budgets, np.int64),
+            roots=pointer(self.roots),
+            trees=TreeArrays.of(self._now.trees, self.budgets),
+            chance=pointer(load.chance, np.float64),
+            tried=pointer(load.tried, np.int64),
+            held=pointer(load.held, np.int64),
+            counts=pointer(self.counts),
+            positions=pointer(self._positions),
+            paths=pointer(self.paths),
+            accepted=pointer(self.accepted),
+            shown=pointer(self._shown),
+            taps=pointer(self.taps),
+            logits=pointer(self.logits),
+            chosen=pointer(self.chosen, np.int64),
+            emitted=pointer(self.emitted, np.int64),
+            seconds=pointer(self._seconds, np.float64),
+        )
+        self._given = ctypes.c_bool(like.dtype is torch.bfloat16), ctypes.byref(self._struct)
+        self._look, self._accept = functions().flash_look, functions().flash_accept
+
+    def use(self, drafter: Proposing | None) -> None:
+        self.drafter, self.flash, struct = drafter, None, self._struct
+        struct.draft = None
+        if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
+            self.flash, held, self._most_nodes = drafter, drafter.cache, step.most_nodes
+            self._vocabulary = step.head.outputs
+            self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self._vocabulary)
+            struct.drafted, struct.tails = pointer(self._drafted), pointer(drafter.tails)
+            struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
+            struct.draft_cache = _described(held)
+
+    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
+        struct, flash, trees = self._struct, self.flash, None
+        rows = 1
+        if flash is not None:
+            rows += min(nodes, self._most_nodes)
+            struct.curve = self.load.curve_at
+        elif nodes and self.drafter is not None:
+            with self._counters.timed("draft"):
+                trees = self.drafter.propose(self.newest[:batch], self.budgets[:batch].clip(0))
+                trees = self.load.admitted(trees, self.budgets[:batch])
+            rows = trees.rows
+        shape = self._shapes.get((batch, rows))
+        if shape is None:
+            shape = self._shapes[batch, rows] = _Shape(self, batch, rows)
+        if shape is not self._now:
+            self._now = shape
+            struct.batch = struct.trees.batch = batch
+            struct.rows = struct.trees.rows = rows
+        if trees is not None:
+            shape.trees.fill(trees)
+        struct.given = trees is not None
+        self._look(*self._given)
+        return shape.trees, shape.chosen, shape.logits
+
+    def accept(self, chosen: np.ndarray) -> list[list[int]]:
+        shape, drafter, counters = self._now, self.drafter, self._counters
+        if chosen is not shape.chosen:
+            shape.chosen[:] = chosen
+        self._accept(*self._given)
+        counts = shape.accepted.tolist()
+        propose, grow, verify, accept, observe = self._seconds.tolist()
+        counters.step_seconds.append(("verify", verify + accept))
+        if self.flash is not None:
+            counters.step_seconds.append(("draft", propose + grow + observe))
+        elif drafter is not None:
+            budgets = self.budgets[: len(counts)].tolist()
+            told = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
+            if any(told):
+                paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
+                with counters.timed("draft"):
+                    drafter.observe(shape.trees, paths, shape.taps)
+        return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each part of the latest round took."""
+        return dict(zip(PARTS, self._seconds.tolist(), strict=True))
+
+    @property
+    def drafted(self) -> Tensor:
+        """(batch, block, vocab): the draft's logits of the latest round, unset where a slot did not draft; empty where
+        drafting is no part of the native calls."""
+        if self.flash is None:
+            return self._drafted[:0]
+        batch, block, vocab = self._struct.batch, self.flash.block, self._vocabulary
+        return self._drafted[: batch * block * vocab].view(batch, block, vocab)

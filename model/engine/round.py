@@ -1,0 +1,126 @@
+"""One round of draft and verify: a tree behind the newest token of every sequence, one pass of the target over all of
+them, and what it agrees with kept in both caches.
+
+A round has two halves, between which the caller decides what the target says at every node (its likeliest token, or
+one that is drawn). Two implementations: the one here, of the parts as they are in torch, and native_round.py.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.backends.attention import Plan, Rows, Sight
+from model.backends.graphs import MAX_ROWS, Recorder, Replays
+from model.backends.kv_cache import KVCache
+from model.decoding import tree, verify
+from model.decoding.tree import IDLE, PLAIN, Trees
+from model.drafters.base import Proposing
+from model.engine.speculation import Load
+from model.engine.stats import Counters
+from model.targets.base import Target
+
+
+class Round(Protocol):
+    """For each slot from 0 on the caller sets newest (slots,) int64, its last token; budgets (slots,) int64, how many
+    nodes it may verify beside that, or IDLE, or PLAIN (its drafter knows nothing of it); roots (slots,) int32, the
+    newest token's position id."""
+
+    native: bool  # no part of it runs in torch
+    newest: np.ndarray
+    budgets: np.ndarray
+    roots: np.ndarray
+
+    def use(self, drafter: Proposing | None) -> None:
+        """Trees are this one's from now on; None: roots alone, which is plain decoding."""
+        ...
+
+    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+        """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind
+        each node (batch, rows) int64, if it is known, and its logits (batch, rows, vocab). Good until the next round;
+        what stands in rows that are not real is no matter."""
+        ...
+
+    def accept(self, chosen: np.ndarray) -> list[list[int]]:
+        """Keep what the target's own tokens, chosen (batch, rows) int64, agree with. For every slot what is emitted:
+        tokens of accepted nodes, then one that the target adds; nothing where it idles."""
+        ...
+
+
+class TorchRound:
+    """See `Round`."""
+
+    native = False
+
+    def __init__(
+        self,
+        target: Target,
+        cache: KVCache,
+        counters: Counters,
+        load: Load,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """With a `recorder`, the target's passes are recorded and replayed: see graphs.py."""
+        self.target, self.cache, self.load, self._counters = target, cache, load, counters
+        self.drafter: Proposing | None = None
+        slots = cache.num_slots
+        self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self.roots = np.zeros(slots, np.int32)
+        self._trees = tree.roots(self.newest)
+        self._taps = torch.empty(0)
+        self.passes = None
+        if recorder is not None and load.nodes < MAX_ROWS:
+            self.passes = Replays(self.run, cache, recorder, max_rows=load.nodes + 1)
+            with torch.inference_mode():
+                self.passes.prepare(1 + target.num_axes, range(1, load.nodes + 2))
+
+    def use(self, drafter: Proposing | None) -> None:
+        self.drafter = drafter
+
+    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+        newest, budgets = self.newest[:batch], self.budgets[:batch]
+        if self.drafter is None or not nodes:
+            trees = tree.roots(newest)
+        else:
+            with self._counters.timed("draft"):
+                trees = self.load.admitted(self.drafter.propose(newest, budgets.clip(0)), budgets)
+        with self._counters.timed("verify"):
+            starts = np.array(self.cache.lengths[:batch], np.int32)
+            counts = np.where(budgets == IDLE, 0, trees.sizes).astype(np.int32)
+            rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
+            places = (self.roots[:batch, None] + trees.depths)[None]
+            logits, taps = self.answers(trees.tokens, np.repeat(places, self.target.num_axes, 0), rows)
+        self._trees, self._taps = trees, taps
+        return trees, None, logits
+
+    def accept(self, chosen: np.ndarray) -> list[list[int]]:
+        batch = len(chosen)
+        verdicts = [
+            verify.IDLE if self.budgets[b] == IDLE else verify.walk(self._trees, b, chosen[b]) for b in range(batch)
+        ]
+        paths = [verdict.path for verdict in verdicts]
+        self.load.saw(self._trees, paths)
+        with self._counters.timed("verify"):
+            self.cache.keep(range(batch), paths)
+        if self.drafter is not None:
+            told = [[] if self.budgets[b] == PLAIN else path for b, path in enumerate(paths)]
+            if any(told):
+                with self._counters.timed("draft"):
+                    self.drafter.observe(self._trees, told, self._taps)
+        return [verdict.tokens for verdict in verdicts]
+
+    def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+        """tokens (batch, rows), positions (axes, batch, rows): logits (batch, rows, vocab), and what is tapped."""
+        if self.passes is not None:
+            hidden, taps = self.passes(rows, np.concatenate((tokens[None], positions)))
+            return self.target.logits(hidden[:, : rows.num]), taps[:, : rows.num]
+        embeds = self.target.embed(torch.from_numpy(tokens).to(self.target.device))
+        hidden, taps = self.target.forward(embeds, positions, rows)
+        return self.target.logits(hidden), taps
+
+    def run(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        """numbers: (1 + axes, batch, rows), tokens and position ids."""
+        return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)

@@ -1,0 +1,70 @@
+"""Rounds over nothing, timed when an engine starts: its load (load.py) knows prices before the first request."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Sequence as Seq
+from itertools import product
+
+import numpy as np
+from torch import Tensor
+
+from model.backends.kv_cache import KVCache
+from model.decoding import tree
+from model.decoding.tree import Trees
+from model.engine.round import Round
+from model.engine.speculation import Load
+
+SECONDS = 0.4  # that it may take; what is not timed by then is interpolated
+CONTEXT = 256  # tokens that each sequence pretends to hold
+ATTEMPTS = 3  # the quicker of so many
+
+
+class Chains:
+    """Stands in for a drafter that can propose nothing for sequences it does not know."""
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        return tree.chains(newest, [[0] * int(budget) for budget in budgets])
+
+    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+        raise AssertionError("nothing is accepted in a rehearsal")
+
+
+def rehearse(now: Round, load: Load, caches: list[KVCache]) -> None:
+    """Time rounds of few and of many sequences and nodes, and let the load learn from it. caches: those that rounds
+    read; all their slots are free, and are so again."""
+    until, held = time.perf_counter() + SECONDS, min(CONTEXT, caches[0].capacity // 2)
+
+    def timed(batch: int, nodes: int) -> float:
+        for cache in caches:
+            cache.lengths[:batch] = array("i", [held] * batch)
+        now.newest[:batch], now.budgets[:batch], now.roots[:batch] = 0, nodes, held
+        taken = []
+        for _ in range(ATTEMPTS):
+            begun = time.perf_counter()
+            _, likeliest, logits = now.look(batch, nodes)
+            if likeliest is None:
+                logits[0, 0].argmax().item()  # a GPU is done by then
+            taken.append(time.perf_counter() - begun)
+        return min(taken)
+
+    batches, places = np.array(load.batches), np.array(load.places)
+    plain, drafting = np.full(len(batches), np.nan), np.full((len(batches), len(places)), np.nan)
+    corners = list(product((0, len(batches) - 1), (0, len(places) - 1)))
+    timed(1, load.nodes)  # the very first one is slow
+    for i, j in (*corners, *product(range(len(batches)), (0, len(places) - 1)), *np.ndindex(drafting.shape)):
+        if (i, j) not in corners and time.perf_counter() > until:
+            break
+        if np.isnan(plain[i]):
+            plain[i] = timed(int(batches[i]), 0)
+        if np.isnan(drafting[i, j]):
+            drafting[i, j] = timed(int(batches[i]), max(1, int(places[j])))
+    for cache in caches:
+        cache.lengths[:] = array("i", [0] * cache.num_slots)
+    # Few and many nodes first, so that every row has both of its ends.
+    lines = [(plain, batches), *((drafting[:, end], batches) for end in (0, -1)), *((row, places) for row in drafting)]
+    for line, at in lines:
+        there = ~np.isnan(line)
+        line[:] = np.interp(at, at[there], line[there])
+    load.learn(plain, drafting)

@@ -1,0 +1,79 @@
+"""The process of a further device of a tensor-parallel target (`python -m model.targets.follower`): see parallel.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import distributed
+
+from model.backends.attention import Rows, Sight
+from model.backends.kv_cache import KVCache, Move
+from model.config import EngineConfig
+from model.targets.parallel import join, read
+from model.targets.registry import target_class
+
+log = logging.getLogger("flashserve.parallel")
+
+
+class Follower:
+    """One further device's share of the target: orders in, nothing out."""
+
+    def __init__(self, given: dict[str, Any], tap_layers: tuple[int, ...] | None, rank: int, address: str) -> None:
+        config = EngineConfig(**given)
+        join(config, rank, address)
+        self._target = target_class(config)(config, tap_layers=tap_layers)
+        self._cache: KVCache | None = None
+
+    @torch.inference_mode()
+    def obey(self, orders: BinaryIO) -> None:
+        """Until the leader is gone."""
+        while (order := read(orders)) is not None:
+            name, given = order
+            getattr(self, f"_{name}")(*given)
+
+    def _cache_of(self) -> KVCache:
+        if self._cache is None:
+            raise RuntimeError("the leader has not said how large its cache is")
+        return self._cache
+
+    def _make(self, shape: dict[str, Any]) -> None:
+        self._cache = KVCache(**shape, dtype=self._target.dtype, device=self._target.device)
+
+    def _pass(self, shape: tuple[int, ...], positions: np.ndarray, told: tuple[Any, ...]) -> None:
+        first_slot, num, starts, counts, sight, parents = told
+        embeds = torch.empty(shape, dtype=self._target.dtype, device=self._target.device)
+        distributed.broadcast(embeds, src=0)
+        rows = Rows(self._cache_of(), first_slot, num, starts, counts, Sight(sight), parents)
+        self._target.forward(embeds, positions, rows)
+
+    def _swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
+        self._cache_of().swap(one, other, from_one, from_other)
+
+    def _clear(self, slot: int, first: int, end: int) -> None:
+        self._cache_of().clear(slot, first, end)
+
+    def _rearrange(self, moves: Sequence[Move]) -> None:
+        self._cache_of().rearrange(moves)
+
+
+def main() -> None:
+    orders = os.fdopen(os.dup(0), "rb")
+    begin = read(orders)
+    if begin is None:
+        return
+    _, given = begin
+    try:
+        Follower(*given).obey(orders)
+    except Exception:
+        log.exception("a tensor-parallel follower cannot go on")
+        os._exit(1)
+    os._exit(0)  # not torch's own way out, which would wait for the others
+
+
+if __name__ == "__main__":
+    main()

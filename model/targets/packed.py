@@ -1,0 +1,191 @@
+"""The target's own weights in the native stack: what transformers' layers compute, in one call.
+
+Nothing is approximated. Where a decoder or a tower is not built as expected, `decoder` and `tower` return None, and the
+model runs through transformers' own layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.backends.attention import Rows, Sight
+from model.backends.native import library
+from model.backends.native.library import Matrix
+from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
+
+LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer")
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
+
+
+def joined(*parts: Tensor | None) -> Tensor | None:
+    return None if parts[0] is None else torch.cat([part.detach() for part in parts if part is not None])
+
+
+def rope_is_fixed(config: Any) -> bool:
+    """Tell whether a position's rotation depends on the position alone. "dynamic" and "longrope" choose frequencies by
+    the largest position of a pass, and wait for it. Some models have parameters for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)
+
+
+def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stack | None:
+    """A Llama-like language model for position ids below `num_positions`, its own layers released; None where it is
+    not one."""
+    config, first = model.config, model.layers[0]
+    shape = Shape(
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=first.self_attn.head_dim,
+        intermediate=config.intermediate_size,
+        eps=config.rms_norm_eps,
+    )
+    weight = first.mlp.gate_proj.weight
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    fits = (
+        all(type(layer).__name__ in LLAMA_LIKE for layer in model.layers)
+        and config.hidden_act == "silu"
+        and rope_is_fixed(config)
+        and not windowed
+    )
+    if not (fits and shape.fits and library.supports(weight.dtype, weight.device)):
+        return None
+    places = torch.arange(num_positions, device=weight.device)[None]
+    cos, sin = model.rotary_emb(weight.new_zeros(1), position_ids=places)
+    first_half, second_half = sin[0].chunk(2, -1)
+    stack = Stack(
+        shape,
+        _released(model.layers),
+        rotary=Rotary(
+            cos[0],
+            torch.cat((-first_half, second_half), -1),
+            _axes(rope_parameters.get("mrope_section"), shape.head_dim),
+        ),
+        final_norm=Norm(model.norm.weight),
+        taps=tap_layers,
+    )
+    return stack
+
+
+def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
+    """What is packed need not be held twice, which for a large model would be most of a machine's memory."""
+    while len(layers):
+        yield _llama_layer(layers.pop(0))
+
+
+def _axes(sections: list[int] | None, head_dim: int) -> np.ndarray:
+    """(head_dim,) which axis of the position ids turns each place. Sections of half a head take the axes in turn; where
+    there are none, there is one axis."""
+    if sections is None:
+        return np.zeros(head_dim, np.int32)
+    half = np.concatenate([np.full(size, i % NUM_AXES, np.int32) for i, size in enumerate(sections)])
+    assert 2 * len(half) == head_dim
+    return np.tile(half, 2)
+
+
+def _llama_layer(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = joined(*(part.weight for part in heads))
+    up = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
+    assert qkv is not None
+    assert up is not None
+    return LayerWeights(
+        norm1=Norm(layer.input_layernorm.weight),
+        qkv=qkv,
+        qkv_bias=joined(*(part.bias for part in heads)),
+        out=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        norm2=Norm(layer.post_attention_layernorm.weight),
+        up=up,
+        up_bias=joined(mlp.gate_proj.bias, mlp.up_proj.bias),
+        down=mlp.down_proj.weight,
+        down_bias=mlp.down_proj.bias,
+    )
+
+
+class Tower:
+    """A CLIP tower up to the layer whose output is wanted, and the projector: pixels to features."""
+
+    def __init__(self, tower: Any, projector: Any, shape: Shape, num_layers: int, *, drop_class: bool) -> None:
+        self.norm, self.drop_class, self.shape = tower.pre_layrnorm, drop_class, shape
+        convolution, embeddings = tower.embeddings.patch_embedding, tower.embeddings
+        self.patch = convolution.kernel_size[0]
+        self.patches = Matrix(convolution.weight.flatten(1), convolution.bias)
+        self.places = embeddings.position_embedding.weight.detach()
+        self.first_place = embeddings.class_embedding.detach() + self.places[0]
+        self.stack = Stack(shape, [_clip_layer(layer) for layer in tower.encoder.layers[:num_layers]])
+        self.first = Matrix(projector.linear_1.weight, projector.linear_1.bias)
+        self.act = projector.act
+        self.second = Matrix(projector.linear_2.weight, projector.linear_2.bias)
+        tower.encoder.layers = nn.ModuleList()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stack.num_bytes + sum(m.packed.nbytes for m in (self.patches, self.first, self.second))
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """(images, patches, numbers) -> (images, tokens, hidden of the language model)."""
+        batch, num = patches.shape[0], patches.shape[1] + 1
+        x = patches.new_empty(batch, num, self.shape.hidden)
+        x[:, 0] = self.first_place
+        torch.add(self.patches(patches), self.places[1:], out=x[:, 1:])
+        x = self.norm(x)
+        cache = scratch(self.shape, batch, num, x.dtype)
+        starts, counts = np.zeros(batch, np.int32), np.full(batch, num, np.int32)
+        places = np.zeros((1, batch, num), np.int32)
+        seen, _ = self.stack.forward(x, places, Rows(cache, 0, num, starts, counts, Sight.WHOLE))
+        projected: Tensor = self.second(self.act(self.first(seen[:, 1:] if self.drop_class else seen)))
+        return projected
+
+
+def tower(model: Any, config: Any) -> Tower | None:
+    """The vision tower and projector of a LLaVA model, their own layers released; None where they are not CLIP's."""
+    vision, projector = model.vision_tower, model.multi_modal_projector
+    if type(vision).__name__ != "CLIPVisionModel" or not isinstance(config.vision_feature_layer, int):
+        return None
+    weight = vision.embeddings.patch_embedding.weight
+    settings = vision.config
+    shape = Shape(
+        hidden=settings.hidden_size,
+        heads=settings.num_attention_heads,
+        kv_heads=settings.num_attention_heads,
+        head_dim=settings.hidden_size // settings.num_attention_heads,
+        intermediate=settings.intermediate_size,
+        eps=settings.layer_norm_eps,
+        norm="layer",
+        activation=settings.hidden_act,
+    )
+    known = settings.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh") and settings.num_channels == 3
+    if not (known and shape.fits and library.supports(weight.dtype, weight.device)):
+        return None
+    # hidden_states has the embeddings first: layer -1 is what the last layer gives, -2 what the one before does.
+    wanted = config.vision_feature_layer % (settings.num_hidden_layers + 1)
+    return Tower(vision, projector, shape, wanted, drop_class=config.vision_feature_select_strategy == "default")
+
+
+def _clip_layer(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+    qkv = joined(*(part.weight for part in heads))
+    assert qkv is not None
+    return LayerWeights(
+        norm1=Norm(layer.layer_norm1.weight, layer.layer_norm1.bias),
+        qkv=qkv,
+        qkv_bias=joined(*(part.bias for part in heads)),
+        out=attention.out_proj.weight,
+        out_bias=attention.out_proj.bias,
+        norm2=Norm(layer.layer_norm2.weight, layer.layer_norm2.bias),
+        up=mlp.fc1.weight,
+        up_bias=mlp.fc1.bias,
+        down=mlp.fc2.weight,
+        down_bias=mlp.fc2.bias,
+    )

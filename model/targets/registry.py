@@ -1,0 +1,36 @@
+"""The model families that can be served, by the `model_type` of their checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from model.config import EngineConfig
+from model.errors import ConfigError
+from model.targets.base import Target
+from model.targets.llava import LlavaTarget
+from model.targets.parallel import Group
+from model.targets.qwen2_5_vl import Qwen25VLTarget
+
+FAMILIES: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
+
+
+def target_class(config: EngineConfig) -> Any:
+    """The class of the target that a resolved config names. ConfigError."""
+    try:
+        kind = AutoConfig.from_pretrained(config.model).model_type
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
+    if kind not in FAMILIES:
+        raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def load_target(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
+    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
+    evenly spaced."""
+    named = target_class(config)
+    group = Group(config, tap_layers) if config.tensor_parallel > 1 else None
+    target: Target = named(config, tap_layers=tap_layers, group=group)
+    return target
