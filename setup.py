@@ -39,6 +39,6 @@ print(f"Native library: {', '.join(build.name for build in chosen) or 'none'} ({
 setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[
-        Extension(_name(build), [str(builds.SOURCE.relative_to(builds.FOLDER.parents[1]))]) for build in chosen
+        Extension(_name(build), [str(builds.SOURCE.relative_to(builds.FOLDER.parents[2]))]) for build in chosen
     ],
 )

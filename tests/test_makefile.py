@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make he
 def project(tmp_path: Path) -> Path:
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "model" / "native").mkdir(parents=True)
+    (tmp_path / "model" / "backends" / "native").mkdir(parents=True)
     for name in ("transformer.cpp", "step.h", "builds.py"):
-        (tmp_path / "model" / "native" / name).write_text(name)
+        (tmp_path / "model" / "backends" / "native" / name).write_text(name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
     python.write_text(
@@ -66,18 +66,18 @@ def test_every_verb_sees_to_it(project: Path, verb: str) -> None:
         shutil.copy(project / ".venv" / "bin" / "python", project / ".venv" / "bin" / name)
     for name in ("step.h", "transformer.cpp", "builds.py"):
         age(project)
-        (project / "model" / "native" / name).touch()
+        (project / "model" / "backends" / "native" / name).touch()
         assert make(project, verb) == (0, ["avx2"]), name
         assert make(project, verb) == (0, [])
 
 
 def test_what_is_cleaned_away_is_compiled_again(project: Path) -> None:
     assert make(project, "setup", FLASH_BUILDS="avx2") == (0, ["avx2"])
-    (project / "model" / "native" / "_avx2.so").write_text("")
+    (project / "model" / "backends" / "native" / "_avx2.so").write_text("")
     for name in ("service", "tests", "loadtest"):
         (project / name).mkdir()
     assert make(project, "clean") == (0, [])
-    assert not (project / "model" / "native" / "_avx2.so").exists()
+    assert not (project / "model" / "backends" / "native" / "_avx2.so").exists()
     assert make(project, "serve")[1] == ["avx2"]
 
 

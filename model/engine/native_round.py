@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.backends.kv_cache import KVCache
 from model.backends.native.candidates import TreeArrays
-from model.backends.native.library import Mirror, functions, pointer
-from model.backends.native.step import Linear, Verifier, linear
+from model.backends.native.library import functions, pointer
+from model.backends.native.step import CacheArrays, RoundArrays, Verifier, linear
 from model.decoding.tree import PLAIN, Trees
 from model.drafters.base import Proposing
 from model.drafters.flash.drafter import FlashDrafter
@@ -26,34 +26,8 @@ from model.engine.stats import Counters
 PARTS = ("propose", "grow", "verify", "accept", "observe")
 
 
-class _Cache(Mirror):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
-        ("lengths", ctypes.c_void_p),
-    ]
-
-
-class _Round(Mirror):
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in "target embeddings".split()),
-        ("head", Linear),
-        ("draft", ctypes.c_void_p),
-        *((n, _Cache) for n in "target_cache draft_cache".split()),
-        *((n, ctypes.c_int32) for n in "batch rows axes given".split()),
-        *((n, ctypes.c_void_p) for n in "newest budgets roots".split()),
-        ("trees", TreeArrays),
-        *((n, ctypes.c_void_p) for n in "curve chance tried held".split()),
-        *(
-            (n, ctypes.c_void_p)
-            for n in "counts positions paths accepted shown taps logits drafted tails chosen emitted".split()
-        ),
-        ("seconds", ctypes.c_void_p),
-    ]
-
-
-def _described(cache: KVCache) -> _Cache:
-    return _Cache(cache.address, *cache.strides, cache.lengths.buffer_info()[0])
+def _described(cache: KVCache) -> CacheArrays:
+    return CacheArrays(cache.address, *cache.strides, cache.lengths.buffer_info()[0])
 
 
 class _Shape:
@@ -105,7 +79,7 @@ class NativeRound:
         self._drafted = like.new_empty(0)
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._now = _Shape(self, 1, 1)
-        self._struct = _Round(
+        self._struct = RoundArrays(
             target=ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
             embeddings=pointer(like),
             head=linear(verifier.head),

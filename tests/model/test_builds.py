@@ -67,9 +67,10 @@ else:
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The sources in a folder of their own, of which nothing is compiled."""
-    folder = tmp_path / "model" / "native"
+    folder = tmp_path / "model" / "backends" / "native"
     shutil.copytree(builds.FOLDER, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(ROOT / "model" / "__init__.py", tmp_path / "model")
+    for package in ("model", "model/backends"):
+        shutil.copy(ROOT / package / "__init__.py", tmp_path / package)
     monkeypatch.setattr(builds, "FOLDER", folder)
     monkeypatch.setattr(builds, "SOURCE", folder / "transformer.cpp")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -110,7 +111,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def make(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """As the Makefile compiles, in that folder's project."""
-    root = folder.parents[1]
+    root = folder.parents[2]
     clean = {key: value for key, value in os.environ.items() if key not in (builds.CHOICE, "CXX", "PYTHONPATH")}
     command = [sys.executable, "-m", "model.backends.native.builds"]
     return subprocess.run(command, cwd=root, env=clean | env, capture_output=True, text=True)

@@ -99,7 +99,7 @@ def opened(build: Build, path: Path) -> Library | None:
 
 def _check_structures(functions: ctypes.CDLL) -> None:
     """Structures are as large there as here: else each would write into what lies behind the other's."""
-    for name in ("medusa", "round"):  # with what these import, all that describe any
+    for name in ("medusa", "eagle", "step"):  # with what these import, all that describe any
         import_module(f"model.backends.native.{name}")
     functions.flash_size.restype = ctypes.c_long
     for mirror in Mirror.__subclasses__():

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from model.backends.native.candidates import Candidates
+from model.backends.native.candidates import Candidates, TreeArrays
 from model.backends.native.library import K_STEP, Matrix, Mirror, functions, pointer
 from model.backends.native.stack import Stack
 
@@ -60,6 +60,34 @@ class _DraftNetwork(Mirror):
         *((n, Linear) for n in "fuse feature context".split()),
         ("num_taps", ctypes.c_int32),
         ("candidates", Candidates.STRUCT),
+    ]
+
+
+class CacheArrays(Mirror):
+    NAME = "Cache"
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
+        ("lengths", ctypes.c_void_p),
+    ]
+
+
+class RoundArrays(Mirror):
+    NAME = "Round"
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in "target embeddings".split()),
+        ("head", Linear),
+        ("draft", ctypes.c_void_p),
+        *((n, CacheArrays) for n in "target_cache draft_cache".split()),
+        *((n, ctypes.c_int32) for n in "batch rows axes given".split()),
+        *((n, ctypes.c_void_p) for n in "newest budgets roots".split()),
+        ("trees", TreeArrays),
+        *((n, ctypes.c_void_p) for n in "curve chance tried held".split()),
+        *(
+            (n, ctypes.c_void_p)
+            for n in "counts positions paths accepted shown taps logits drafted tails chosen emitted".split()
+        ),
+        ("seconds", ctypes.c_void_p),
     ]
 
 
