@@ -1,2 +1,4 @@
-"""Measures how fast the engine answers (`python -m model.bench`), checks that every way of decoding gives the same
-tokens (`.equality`), and measures what a GPU could do (`.gpu`)."""
+"""Measurements: the benchmark (`python -m model.bench`), the equality check (`.equality`), a script for GPUs (`.gpu`).
+
+May import every other folder of model.
+"""

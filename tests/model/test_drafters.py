@@ -17,9 +17,9 @@ from model.bench.replay import ReplayDrafter
 from model.config import TRAINED
 from model.decoding.tree import Trees
 from model.drafters import checkpoint
-from model.drafters.eagle import EagleDrafter, Expansion
+from model.drafters.eagle.drafter import EagleDrafter, Expansion
 from model.drafters.eagle.network import EagleNetwork
-from model.drafters.medusa import MedusaDrafter
+from model.drafters.medusa.drafter import MedusaDrafter
 from model.drafters.medusa.network import MedusaNetwork
 from model.drafters.ngram import LONGEST, NgramDrafter, Text
 from model.engine.engine import Engine
