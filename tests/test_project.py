@@ -237,16 +237,6 @@ def test_every_folder_with_code_is_a_package(package: str) -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-
-
-@pytest.mark.parametrize("name", sorted(path.relative_to(ROOT).as_posix() for path in DOCUMENTS))
-def test_links_into_the_repository_lead_somewhere(name: str) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())
-    files = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
-    assert [file for file in files if not ((ROOT / name).parent / file).exists()] == []
-
-
 def test_every_decision_record_is_numbered_and_in_the_index() -> None:
     folder = ROOT / "docs/decisions"
     records = sorted(path.name for path in folder.glob("[0-9]*.md"))
