@@ -72,6 +72,27 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
+def rows_in_two_places(texts: dict[str, str]) -> list[tuple[str, str]]:
+    """Find rows of tables that have three measured figures in a row which another document's row has too."""
+    places: dict[tuple[str, ...], str] = {}
+    found = []
+    for document, text in texts.items():
+        for row in re.findall(r"^ *\|.*$", text, re.MULTILINE):
+            figures = re.findall(r"(?<![\w.,])(?:\d[\d,]*\.\d+|\d,\d{3}|\d{2,})", row)
+            for three in zip(figures, figures[1:], figures[2:], strict=False):
+                if places.setdefault(three, document) != document:
+                    found.append((document, row))
+    return found
+
+
+def test_no_row_of_figures_stands_in_two_documents() -> None:
+    assert rows_in_two_places({name(path): path.read_text() for path in DOCUMENTS}) == []
+    table = "| a | 1,134 | 2.03 | 79 |\n"
+    assert rows_in_two_places({"a.md": table, "b.md": f"Text.\n{table}", "c.md": "| 2.03 | 79 |"}) == [
+        ("b.md", table[:-1])
+    ]
+
+
 def test_commands_are_found_where_they_stand() -> None:
     block = "```\nFLASH_X=1 flashserve serve \\\n  --port 1\n   python printed.py\n```"
     listed = "1. Look.\n\n   ```\n   until curl -sf URL; do sleep 1; done\n   ```"
