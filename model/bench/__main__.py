@@ -8,18 +8,15 @@ from model.bench import options
 
 
 def main(argv: list[str], prog: str = "python -m model.bench") -> None:
-    made = options.parser(prog)
-    asked = options.read(made, made.parse_args(argv))
+    parser = options.build_parser(prog)
+    chosen = options.read_options(parser, parser.parse_args(argv))
     command = shlex.join([*prog.split(), *argv])
-    if asked.profile:  # imports come after the options: torch takes seconds to load
-        from model.bench.profile import profile
-
-        profile(asked, command)
+    if chosen.profile:  # imports come after the options: torch takes seconds to load
+        from model.bench.profile import profile as measure
     else:
-        from model.bench.run import run
-
-        run(asked, command)
+        from model.bench.run import run as measure
+    measure(chosen, command)
 
 
 if __name__ == "__main__":
-    options.program(main)
+    options.run_program(main)

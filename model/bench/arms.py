@@ -20,7 +20,7 @@ PHASES = ("vision", "prefill", "draft", "verify")
 
 @dataclass(frozen=True)
 class Run:
-    """What a number of requests took, all together. Times in seconds."""
+    """What answering some requests took, all together. Times in seconds."""
 
     answers: tuple[tuple[int, ...], ...]
     seconds: float
@@ -41,18 +41,19 @@ class Run:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """The first token of an answer comes out of prefill. 0 where no answer has a second one."""
+        """Without the first token of each answer, which comes out of prefill. 0 where no answer has a second one."""
         tokens = self.num_tokens - len(self.answers)
         return tokens / self.decode_seconds if tokens and self.decode_seconds > 0 else 0.0
 
 
-def in_turn(arms: Sequence[T], repeat: int) -> tuple[T, ...]:
-    """All of them, in each repeat from another on: nobody always goes first."""
+def rotated(arms: Sequence[T], repeat: int) -> tuple[T, ...]:
+    """All arms, beginning with another one in each repeat, so that none always goes first."""
     first = repeat % len(arms)
     return (*arms[first:], *arms[:first])
 
 
-def joined(runs: Sequence[Run]) -> Run:
+def combined(runs: Sequence[Run]) -> Run:
+    """Sum runs up to one."""
     phases: Counter[str] = Counter()
     for run in runs:
         phases.update(run.phases)
@@ -71,49 +72,56 @@ def joined(runs: Sequence[Run]) -> Run:
 class Arm(Protocol):
     name: str
 
-    def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
-        """Answer all of them, submitted at once. Request i is sampled with seed `params.seed + i`."""
+    def run(self, requests: Sequence[Request]) -> Run:
+        """Answer all requests, submitted at once."""
         ...
 
 
 class GenerateArm:
+    """transformers' `generate`, one call for all requests. It samples with the seed of the first."""
+
     name = "generate"
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
 
-    def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
+    def run(self, requests: Sequence[Request]) -> Run:
+        longest = max(request.params.max_tokens for request in requests)
+        params = replace(requests[0].params, max_tokens=longest)
         begun = time.perf_counter()
-        generated = self._reference.generate(list(conversations), params)
+        generated = self._reference.generate([request.messages for request in requests], params)
         ended = time.perf_counter()
+        answers = zip(generated.tokens, requests, strict=True)
         first = generated.first_token_at - begun
-        return Run(generated.tokens, ended - begun, ended - generated.first_token_at, first * len(conversations))
+        return Run(
+            tuple(tokens[: request.params.max_tokens] for tokens, request in answers),
+            ended - begun,
+            ended - generated.first_token_at,
+            first * len(requests),
+        )
 
 
 class EngineArm:
+    """The engine with one drafter."""
+
     def __init__(self, name: str, engine: Engine) -> None:
         self.name = name
         self.engine = engine
 
-    def run(
-        self, conversations: Sequence[Conversation], params: SamplingParams, *, in_flight: int | None = None
-    ) -> Run:
-        """With `in_flight`, not all at once: that many are kept going until none is left."""
+    def run(self, requests: Sequence[Request], *, in_flight: int | None = None) -> Run:
+        """Answer all requests, submitted at once; with `in_flight`, so many are kept running until none is left."""
         engine = self.engine
         engine.pop_stats()
-        answers: dict[str, list[int]] = {str(i): [] for i in range(len(conversations))}
-        unsent = deque(
-            Request(str(i), conversation, replace(params, seed=params.seed + i))
-            for i, conversation in enumerate(conversations)
-        )
+        answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        pending = deque(requests)
         drafts = accepted = 0
         first_token_seconds = adding = 0.0
         begun = time.perf_counter()
         running = 0
-        while unsent or engine.has_work:
+        while pending or engine.has_work:
             before = time.perf_counter()
-            while unsent and (in_flight is None or running < in_flight):
-                engine.add(unsent.popleft())
+            while pending and (in_flight is None or running < in_flight):
+                engine.add(pending.popleft())
                 running += 1
             adding += time.perf_counter() - before
             for output in engine.step():
@@ -144,30 +152,24 @@ class EngineArm:
 class ReplayArm:
     """A simulated draft that is right with probability `accuracy` a token: see replay.py.
 
-    What is new to it is answered without a draft first, which does not count.
+    Requests that are new to it are answered without a draft first, which is not measured.
     """
 
     def __init__(self, accuracy: float, plain: EngineArm, engine: Engine) -> None:
-        """engine: at work with the simulation while this arm runs; others may have it in between."""
+        """plain: gives the answers to replay. engine: works with the simulated draft while this arm runs."""
         self._drafter = ReplayDrafter(accuracy, engine.target.vocab_size)
         self._plain, self._replaying = plain, EngineArm(self._drafter.name, engine)
-        self._learnt: set[tuple[int, SamplingParams]] = set()
-        self._conversations: list[Conversation] = []  # held, so that no other gets the same id
+        self._known: set[tuple[int, SamplingParams]] = set()
+        self._conversations: list[Conversation] = []  # kept, so that no other gets the same id
         self.name = self._drafter.name
 
-    def run(self, conversations: Sequence[Conversation], params: SamplingParams) -> Run:
-        self._learn(conversations, params)
+    def run(self, requests: Sequence[Request]) -> Run:
+        keys = {(id(request.messages), request.params) for request in requests}
+        if not keys <= self._known:
+            answers = self._plain.run(requests).answers
+            for request, answer in zip(requests, answers, strict=True):
+                self._drafter.learn(self._plain.engine.target.prompt(request.messages), answer)
+            self._known |= keys
+            self._conversations += [request.messages for request in requests]
         self._replaying.engine.use(self._drafter)
-        return self._replaying.run(conversations, params)
-
-    def _learn(self, conversations: Sequence[Conversation], params: SamplingParams) -> None:
-        keys = [
-            (id(conversation), replace(params, seed=params.seed + i)) for i, conversation in enumerate(conversations)
-        ]
-        if self._learnt.issuperset(keys):
-            return
-        answers = self._plain.run(conversations, params).answers
-        for conversation, answer in zip(conversations, answers, strict=True):
-            self._drafter.learn(self._plain.engine.target.prompt(conversation), answer)
-        self._learnt.update(keys)
-        self._conversations += conversations
+        return self._replaying.run(requests)

@@ -1,14 +1,15 @@
-"""What differs between two ways of decoding, where it begins, and whether rounding may be blamed."""
+"""Finds what differs between two ways of decoding, where it begins, and whether rounding may be the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.bench.jobs import GREEDY, Answer, Job, task_of
+from model.bench.jobs import GREEDY, Answer, Job
 from model.bench.margins import margin
-from model.bench.reference import Conversation, Reference
+from model.bench.reference import Reference
+from model.bench.workload import Sample
 
 # Below these margins rounding may decide: (greedy: a share of the logits' range, sampled: a probability).
 EPSILON = {"float64": (1e-12, 1e-12), "float32": (1e-5, 1e-5), "bfloat16": (0.02, 0.02), "float16": (0.005, 0.005)}
@@ -29,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`jobs[i]` must have answered `got[i]`; an aborted one the beginning of `expected[i]`."""
+    """`jobs[i]` should answer `expected[i]`, an aborted one its beginning, and answered `got[i]`."""
 
     name: str
     jobs: Sequence[Job]
@@ -44,31 +45,27 @@ class Comparison:
         ]
 
 
-def differences(
-    comparisons: Sequence[Comparison],
-    conversations: Mapping[int, Conversation],
-    judge: Reference,
-    max_tokens: int,
-    epsilon: tuple[float, float],
+def find_differences(
+    comparisons: Sequence[Comparison], samples: Sequence[Sample], judge: Reference, epsilon: tuple[float, float]
 ) -> list[Difference]:
-    """Every difference with its margin, by teacher forcing in `judge`."""
+    """List every difference with its margin, by teacher forcing in `judge`."""
     found = []
     for comparison in comparisons:
         for i in comparison.differing():
             job, expected, got = comparison.jobs[i], comparison.expected[i], comparison.got[i]
-            ends = min(len(expected), len(got))
+            sample, ends = samples[job.case], min(len(expected), len(got))
             at = next((p for p in range(ends) if expected[p] != got[p]), ends)
             ours, theirs = (answer[at] if at < len(answer) else None for answer in (got, expected))
             near = None
             if ours is not None and theirs is not None:  # an answer that only ended too early was not a close call
-                logits = judge.logits(conversations[job.case], expected[:at])
-                near = margin(logits, job.params(max_tokens), at, (theirs, ours))
+                logits = judge.logits(sample.conversation, expected[:at])
+                near = margin(logits, job.params(sample), at, (theirs, ours))
             found.append(
                 Difference(
                     comparison.name,
                     str(job.setting),
                     job.case,
-                    task_of(job.case),
+                    sample.task,
                     at,
                     theirs,
                     ours,
@@ -79,17 +76,18 @@ def differences(
     return found
 
 
-def summary(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
-    made = []
+def summarize(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Count requests, tokens and differences of every comparison and setting."""
+    rows = []
     for comparison in comparisons:
         differing = set(comparison.differing())
         for setting in dict.fromkeys(job.setting for job in comparison.jobs):
-            mine = [i for i, job in enumerate(comparison.jobs) if job.setting == setting]
-            made.append({
+            numbers = [i for i, job in enumerate(comparison.jobs) if job.setting == setting]
+            rows.append({
                 "comparison": comparison.name,
                 "setting": str(setting),
-                "requests": len(mine),
-                "tokens": sum(len(comparison.got[i]) for i in mine),
-                "differences": len(differing.intersection(mine)),
+                "requests": len(numbers),
+                "tokens": sum(len(comparison.got[i]) for i in numbers),
+                "differences": len(differing.intersection(numbers)),
             })  # fmt: skip
-    return made
+    return rows

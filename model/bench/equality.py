@@ -1,6 +1,6 @@
-"""Does every way of decoding say the same? `python -m model.bench.equality` answers for a whole model.
+"""Checks that every way of decoding gives the same tokens: `python -m model.bench.equality`.
 
-On held-out media and prompts of all four tasks:
+On held-out scenes of all four tasks, or on a user's own files (--dataset):
 
     greedy, alone, without speculation   ==  transformers' `generate`
     without speculation, alone           ==  with speculation, alone
@@ -19,7 +19,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,79 +29,80 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from model.bench import report
-from model.bench.differences import EPSILON, Comparison, Difference, differences, summary
-from model.bench.jobs import GREEDY, SETTINGS, Job, Setting, alone, crowd_of, mixed, task_of
-from model.bench.options import program
-from model.bench.reference import Conversation, Reference
+from model.bench.differences import EPSILON, Comparison, Difference, find_differences, summarize
+from model.bench.jobs import GREEDY, SETTINGS, Answer, Job, Setting, answer_alone, answer_in_crowd, crowd_of
+from model.bench.options import run_program
+from model.bench.reference import Reference
+from model.bench.workload import Decoding, Sample, decode_items, pillow, read_dataset, scene
 from model.config import DRAFTERS, DTYPES, EngineConfig
-from model.demo import prompts
+from model.demo.prompts import TASKS
 from model.engine.engine import Engine
 
 QUICK = (GREEDY, Setting(1.0, 0.9))
 SEED = 20_26
+PROG = "python -m model.bench.equality"
 
 
 class Check:
     """The comparisons, in one dtype."""
 
-    def __init__(self, config: EngineConfig, max_tokens: int, *, progress: bool = True) -> None:
-        self.config, self.max_tokens, self.progress = config.resolved(), max_tokens, progress
+    def __init__(self, config: EngineConfig, *, progress: bool = True) -> None:
+        self.config, self.progress = config.resolved(), progress
         self.reference = Reference(self.config.model, device=self.config.device, dtype=self.config.dtype)
         self.plain = Engine(replace(self.config, drafter="off", max_num_seqs=1))
         self.drafting = Engine(self.config)
 
-    def run(self, conversations: Mapping[int, Conversation], settings: Sequence[Setting]) -> list[Comparison]:
-        """All comparisons, for every case under every setting."""
-        plain_jobs = [Job(case, setting, speculation=False) for setting in settings for case in conversations]
+    def run(self, samples: Sequence[Sample], cases: Sequence[int], settings: Sequence[Setting]) -> list[Comparison]:
+        """Make all comparisons, for each of these samples under every setting."""
+        plain_jobs = [Job(case, setting, speculation=False) for setting in settings for case in cases]
         drafted_jobs = [replace(job, speculation=True) for job in plain_jobs]
         greedy = [job for job in plain_jobs if job.setting == GREEDY]
-        crowd = crowd_of(conversations, settings, seed=SEED)
+        crowd = crowd_of(cases, settings, seed=SEED)
         total = len(greedy) + 2 * len(plain_jobs) + len(crowd)
         with tqdm(total=total, unit="request", disable=None if self.progress else True) as bar:
             bar.set_description("without speculation, alone")
-            told = alone(self.plain, plain_jobs, conversations, self.max_tokens, bar.update)
-            plain = {(job.case, job.setting): answer for job, answer in zip(plain_jobs, told, strict=True)}
+            alone = answer_alone(self.plain, plain_jobs, samples, bar.update)
+            plain = {(job.case, job.setting): answer for job, answer in zip(plain_jobs, alone, strict=True)}
             bar.set_description("transformers' generate")
-            generated = []
+            generated: list[Answer] = []
             for job in greedy:
-                answers = self.reference.generate([conversations[job.case]], job.params(self.max_tokens)).tokens
-                generated.append(answers[0])
+                sample = samples[job.case]
+                generated += self.reference.generate([sample.conversation], job.params(sample)).tokens
                 bar.update()
             bar.set_description("with speculation, alone")
-            drafted = alone(self.drafting, drafted_jobs, conversations, self.max_tokens, bar.update)
+            drafted = answer_alone(self.drafting, drafted_jobs, samples, bar.update)
             bar.set_description("in a crowd")
-            together = mixed(self.drafting, crowd, conversations, self.max_tokens, seed=SEED, done=bar.update)
+            crowded = answer_in_crowd(self.drafting, crowd, samples, seed=SEED, done=bar.update)
         return [
             Comparison("generate = plain", greedy, generated, [plain[j.case, j.setting] for j in greedy]),
-            Comparison(f"plain = {self.config.drafter}, alone", drafted_jobs, told, drafted),
-            Comparison("plain = in a crowd", crowd, [plain[j.case, j.setting] for j in crowd], together),
+            Comparison(f"plain = {self.config.drafter}, alone", drafted_jobs, alone, drafted),
+            Comparison("plain = in a crowd", crowd, [plain[j.case, j.setting] for j in crowd], crowded),
         ]
 
 
-def check(config: EngineConfig, settings: Sequence[Setting], cases: int, max_tokens: int) -> dict[str, Any]:
-    """The whole check; `passed` says whether nothing differs without excuse."""
-    conversations = {case: prompts.messages(case, split="heldout", task=task_of(case)) for case in range(cases)}
-    config = config.resolved()
+def run_check(check: Check, settings: Sequence[Setting], samples: Sequence[Sample]) -> dict[str, Any]:
+    """Run the whole check; `passed` says whether nothing differs without excuse."""
+    config = check.config
     epsilon = EPSILON[config.dtype]
     machine = report.machine(config.device, config.dtype)
-    comparisons = Check(config, max_tokens).run(conversations, settings)
+    comparisons = check.run(samples, range(len(samples)), settings)
     found: list[Difference] = []
     again = None
     if any(comparison.differing() for comparison in comparisons):
         # A finer type tells how near it truly was; for 16-bit models float32, in which large ones still fit.
         finer = "float64" if config.dtype in ("float32", "float64") else "float32"
         judge = Reference(config.model, device=config.device, dtype=finer)
-        found = differences(comparisons, conversations, judge, max_tokens, epsilon)
+        found = find_differences(comparisons, samples, judge, epsilon)
         if config.dtype == "float32":
             excused = {d.case for d in found if d.excused}
-            cases_again = excused | set(sorted({d.case for d in found} - excused)[:8])
-            again = _in_float64(config, {c: conversations[c] for c in sorted(cases_again)}, settings, judge, max_tokens)
+            cases = sorted(excused | set(sorted({d.case for d in found} - excused)[:8]))
+            again = _in_float64(config, samples, cases, settings, judge)
     return {
         "machine": machine,
-        "cases": cases,
-        "max_tokens": max_tokens,
+        "cases": len(samples),
+        "max_tokens": max(sample.max_tokens for sample in samples),
         "epsilon": dict(zip(("greedy", "sampled"), epsilon, strict=True)),
-        "comparisons": summary(comparisons),
+        "comparisons": summarize(comparisons),
         "differences": [asdict(difference) for difference in found],
         "largest_margin": {
             kind: max(
@@ -116,22 +117,23 @@ def check(config: EngineConfig, settings: Sequence[Setting], cases: int, max_tok
 
 def _in_float64(
     config: EngineConfig,
-    conversations: Mapping[int, Conversation],
+    samples: Sequence[Sample],
+    cases: Sequence[int],
     settings: Sequence[Setting],
     judge: Reference,
-    max_tokens: int,
 ) -> dict[str, Any]:
-    """The cases that differed in float32, once more where rounding is too small to decide anything."""
-    fine = Check(replace(config, dtype="float64"), max_tokens).run(conversations, settings)
-    found = differences(fine, conversations, judge, max_tokens, EPSILON["float64"])
+    """Repeat the cases that differed in float32 where rounding is too small to decide anything."""
+    fine = Check(replace(config, dtype="float64")).run(samples, cases, settings)
+    found = find_differences(fine, samples, judge, EPSILON["float64"])
     return {
-        "cases": list(conversations),
-        "comparisons": summary(fine),
+        "cases": list(cases),
+        "comparisons": summarize(fine),
         "differences": [asdict(difference) for difference in found],
     }
 
 
 def show(result: dict[str, Any]) -> str:
+    """Write the result as tables."""
     lines: list[tuple[str, ...]] = [("comparison", "setting", "requests", "tokens", "differ")]
     lines += [tuple(str(value) for value in row.values()) for row in result["comparisons"]]
     text = report.aligned(lines)
@@ -146,39 +148,49 @@ def show(result: dict[str, Any]) -> str:
     return f"{text}\n\n{'passed' if result['passed'] else 'FAILED: something differs without excuse'}"
 
 
-def main(argv: list[str]) -> int:
+def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "model.bench.equality", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog, description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", default="demo", help="path or id of the target (default: the bundled one)")
-    parser.add_argument("--drafter", default="flash", choices=DRAFTERS[1:-1], help="default: flash")
-    parser.add_argument("--draft", help="path of its draft")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--cases", type=int, help="media x prompts (default: 200)")
-    parser.add_argument("--max-tokens", type=int, help="longest answer (default: 160)")
-    parser.add_argument("--output", type=Path, help="write the figures to this file, as JSON")
-    parser.add_argument("--quick", action="store_true", help="12 cases, 48 tokens, two settings")
-    given = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--model", default="demo", help="path or id of the target (default: the bundled one)")
+    add("--drafter", default="flash", choices=DRAFTERS[1:-1], help="default: flash")
+    add("--draft", help="path of its draft")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add("--dtype", default="float32", choices=DTYPES)
+    add("--threads", type=int, help="CPU threads (default: as torch chooses)")
+    add("--dataset", type=Path, metavar="FILE", help="check on these images, videos and prompts: JSONL, or a folder")
+    add("--cases", type=int, help="number of prompts (default: 200 of the bundled scenes; all of --dataset)")
+    add("--max-tokens", type=int, help="longest answer (default: 160)")
+    add("--output", type=Path, help="write the figures to this file, as JSON")
+    add("--quick", action="store_true", help="12 scenes, 48 tokens, two settings")
+    return parser
+
+
+def main(argv: list[str], prog: str = PROG, decoding: Decoding = pillow) -> int:
+    """Run the check with these options; 0 where it passed. decoding: how the files of --dataset become media."""
+    args = build_parser(prog).parse_args(argv)
     logging.disable_progress_bar()
-    if given.threads:
-        torch.set_num_threads(given.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     config = EngineConfig(
-        model=given.model, draft=given.draft, device=given.device, dtype=given.dtype, drafter=given.drafter
+        model=args.model, draft=args.draft, device=args.device, dtype=args.dtype, drafter=args.drafter
     )
-    result = check(
-        config,
-        QUICK if given.quick else SETTINGS,
-        given.cases or (12 if given.quick else 200),
-        given.max_tokens or (48 if given.quick else 160),
-    )
-    result["command"] = shlex.join(["python", "-m", "model.bench.equality", *argv])
+    max_tokens = args.max_tokens or (48 if args.quick else 160)
+    items = list(read_dataset(args.dataset)[: args.cases]) if args.dataset else []
+    check = Check(config)
+    if items:
+        samples = decode_items(items, check.plain, decoding, max_tokens)
+    else:
+        cases = args.cases or (12 if args.quick else 200)
+        samples = [scene(case, TASKS[case % len(TASKS)], max_tokens) for case in range(cases)]
+    result = run_check(check, QUICK if args.quick else SETTINGS, samples)
+    result["command"] = shlex.join([*prog.split(), *argv])
     print(show(result))
-    if given.output:
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if result["passed"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(program(main))
+    sys.exit(run_program(main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from model.bench.arms import Run, joined
+from model.bench.arms import Run, combined
 
 BASES = {"plain": "off", "generate": "generate"}  # speedup_over_<key>: over the arm of that name
 
@@ -43,7 +43,7 @@ def _speed(repeats: list[Run]) -> dict[str, Any]:
 def _speculation(repeats: list[Run]) -> dict[str, Any]:
     """Acceptance length: tokens a verify step with a draft emitted, the bonus token included. 1: nothing is drafted.
     accepted_at: the share of drafts whose first, second, ... token was accepted."""
-    every = joined(repeats)
+    every = combined(repeats)
     drafts, accepted = every.drafts, every.accepted
     seconds = sum(run.seconds for run in repeats)
     share = {phase: sum(run.phases[phase] for run in repeats) / seconds for phase in repeats[0].phases}

@@ -1,7 +1,7 @@
-"""What a step costs on this machine, and what it would have to cost: `python -m model.bench.gpu`.
+"""Measures what a step takes on a GPU, and the least that it could take: `python -m model.bench.gpu`.
 
 Needs a GPU with torch and transformers, and no checkpoint: a target and a draft are made with random weights (see
-untrained.py). First memory bandwidth and the rate of products are measured. Then, for every batch:
+random_weights.py). First memory bandwidth and the rate of products are measured. Then, for every batch:
 
     pass 1, pass 16      the target over 1 and over 16 rows per sequence, its output head and the best tokens, in
                          device time; recorded as a graph or not, with our attention kernel or torch's
@@ -18,12 +18,11 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -32,9 +31,10 @@ from transformers.utils import logging
 from model.backends.attention import Rows, Sight
 from model.backends.graphs import Replays, recorder
 from model.backends.kernels import choice
-from model.bench import report, untrained
-from model.bench.options import program
-from model.bench.untrained import SIZES, TEMPLATE, limits, make_draft, make_target, seconds
+from model.bench import report
+from model.bench.floor import bytes_per_position, measure_limits, seconds
+from model.bench.options import numbers, run_program
+from model.bench.random_weights import SIZES, TEMPLATE, make_draft, make_target
 from model.config import DTYPES, EngineConfig
 from model.drafters.flash.drafter import FlashDrafter
 from model.engine.engine import Engine
@@ -49,20 +49,20 @@ RATIOS = ("pass_over_floor", "step_over_floor", "rows_16_over_1", "idle_share")
 
 
 def wall(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one run, by the clock on the wall: the median, after a few to warm up."""
-    taken = []
+    """Time one call by the wall clock: the median, after a few to warm up."""
+    times = []
     for turn in range(3 + repeats):
         begun = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if turn >= 3:
-            taken.append(time.perf_counter() - begun)
-    return float(np.median(taken))
+            times.append(time.perf_counter() - begun)
+    return float(np.median(times))
 
 
 def busy(function: Callable[[], object], device: torch.device, repeats: int) -> float | None:
-    """Seconds of one run in which the GPU computes or copies, as its profiler counts them; None without one."""
+    """Seconds of one call in which the GPU computes or copies, as its profiler counts them; None without one."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -78,7 +78,7 @@ def busy(function: Callable[[], object], device: torch.device, repeats: int) -> 
 
 
 class Batch:
-    """So many sequences of one length, all of which decode."""
+    """A number of sequences of one length, all of which decode."""
 
     def __init__(self, engine: Engine, number: int, *, context: int, max_tokens: int, speculation: bool) -> None:
         self.engine, self.number = engine, number
@@ -94,7 +94,7 @@ class Batch:
             self.engine.abort(f"{index}")
 
     def rows(self, num: int) -> Rows:
-        """A chain of `num` rows behind what each sequence holds."""
+        """A chain of `num` rows after each sequence's tokens."""
         starts = np.array(self.engine.cache.lengths[: self.number], np.int32)
         parents = np.tile(np.arange(-1, num - 1, dtype=np.int32), (self.number, 1))
         counts = np.full(self.number, num, np.int32)
@@ -124,24 +124,31 @@ class Batch:
 
         @torch.inference_mode()
         def run() -> object:
-            held = drafter.cache.lengths[:]
+            lengths = drafter.cache.lengths[:]
             trees = drafter.propose(newest, budgets)
             drafter.observe(trees, [[0, 1]] * self.number, taps)
-            drafter.cache.lengths[:] = held  # the next run begins where this one did
+            drafter.cache.lengths[:] = lengths  # the next call begins where this one did
             return trees
 
         return run
 
 
 def _round(engine: Engine) -> TorchRound:
-    """Its target's passes in torch or, on a CPU, in the native stack, one by one."""
+    """What computes the target's passes one by one, in torch or, on a CPU, in the native stack."""
     if isinstance(engine.round, TorchRound):
         return engine.round
     return TorchRound(engine.target, engine.cache, engine.counters, engine.load)
 
 
-def without_kernel() -> AbstractContextManager[object]:
-    return mock.patch.object(choice, "tree_attention", return_value=None)
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """Compute attention in torch as long as this lasts."""
+    kernel = choice.tree_attention
+    choice.tree_attention = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        choice.tree_attention = kernel
 
 
 def passes(engine: Engine, batch: Batch, repeats: int) -> dict[str, float]:
@@ -157,13 +164,13 @@ def passes(engine: Engine, batch: Batch, repeats: int) -> dict[str, float]:
         if kernel:
             fresh = Replays(now.run, engine.cache, recorder(device), max_rows=NODES)
             ways["graph, torch attention"] = (fresh, without_kernel())
-    found, kept = {}, now.passes
+    found, recorded = {}, now.passes
     for name, (replays, context) in ways.items():
         now.passes = replays
         with context:
             for num in (1, NODES):
                 found[f"{name}, {num}"] = seconds(batch.run(num), device, repeats)
-    now.passes = kept
+    now.passes = recorded
     return found
 
 
@@ -172,24 +179,25 @@ def measure(
 ) -> dict[str, Any]:
     """One row of figures, in milliseconds."""
     device, room = engine.target.device, engine.max_model_len - context - TEMPLATE
-    taken: dict[str, float | None] = {}
+    times: dict[str, float | None] = {}
     for name, speculation in (("step", False), ("speculating step", True)):
         batch = Batch(engine, number, context=context, max_tokens=room, speculation=speculation)
         if not speculation:
             ways = passes(engine, batch, repeats)
-            least = untrained.floor(engine.cache, sum(engine.cache.lengths[:number]), weights, bandwidth)
+            keys_and_values = bytes_per_position(engine.cache) * sum(engine.cache.lengths[:number])
+            least = (weights + keys_and_values) / bandwidth
             drafting = batch.draft()
-            taken["draft"] = wall(drafting, device, repeats) if drafting else None
-        taken[name] = wall(engine.step, device, repeats)
-        taken[f"{name}, busy"] = busy(engine.step, device, repeats)
+            times["draft"] = wall(drafting, device, repeats) if drafting else None
+        times[name] = wall(engine.step, device, repeats)
+        times[f"{name}, busy"] = busy(engine.step, device, repeats)
         batch.end()
     best = "graph" if _round(engine).passes is not None else "plain"
-    step, working = taken["step"], taken["step, busy"]
+    step, working = times["step"], times["step, busy"]
     assert step is not None
     return {
         "batch": number,
         "context": context,
-        "milliseconds": {name: round(1e3 * value, 4) for name, value in (*ways.items(), *taken.items()) if value},
+        "milliseconds": {name: round(1e3 * value, 4) for name, value in (*ways.items(), *times.items()) if value},
         "floor_milliseconds": round(1e3 * least, 4),
         "pass_over_floor": round(ways[f"{best}, 1"] / least, 3),
         "step_over_floor": round(step / least, 3),
@@ -218,49 +226,48 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
-    parser.add_argument("--batches", default="1,8,32", help="default: 1,8,32")
+    parser.add_argument("--batches", type=numbers, default=(1, 8, 32), help="default: 1,8,32")
     parser.add_argument("--context", type=int, default=1024, help="prompt tokens of each sequence (default: 1024)")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", type=Path, help="write the JSON there too")
-    asked = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     logging.disable_progress_bar()
-    size, batches = SIZES[asked.size], [int(b) for b in asked.batches.split(",")]
+    size, batches = SIZES[args.size], args.batches
     # A speculating step may emit all of a tree. A batch is stepped 3 + repeats times by one clock and repeats times by
     # another, and its first sequence decodes while the others' prompts are read.
-    room = (3 + 2 * asked.repeats + max(batches)) * NODES
+    room = (3 + 2 * args.repeats + max(batches)) * NODES
     config = EngineConfig(
-        model=asked.size,
-        device=asked.device,
-        dtype=asked.dtype,
+        model=args.size,
+        device=args.device,
+        dtype=args.dtype,
         max_num_seqs=max(batches),
-        max_model_len=asked.context + room + TEMPLATE,
+        max_model_len=args.context + room + TEMPLATE,
         max_rows=NODES * max(batches),
         max_nodes=NODES - 1,
         graphs=True,
     ).resolved()
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     with torch.inference_mode():
-        possible = limits(size, device, dtype, asked.repeats)
-    target, read = make_target(size, config)
+        limits = measure_limits(device, dtype, bytes_moved=size.bytes_moved, matrix=size.matrix, repeats=args.repeats)
+    target, pass_bytes = make_target(size, config)
     with tempfile.TemporaryDirectory() as folder:
         make_draft(target, Path(folder))
         engine = Engine(replace(config, draft=folder, drafter="flash"), target)
-    bandwidth = untrained.bandwidth(possible)
-    sizes = {"context": asked.context, "repeats": asked.repeats, "bandwidth": bandwidth, "weights": read}
+    sizes = {"context": args.context, "repeats": args.repeats, "bandwidth": limits.bandwidth, "weights": pass_bytes}
     rows = [measure(engine, number, **sizes) for number in batches]
     kernel = choice.tree_attention(dtype, target.head_dim, device) is not None
     result = json.dumps({
         "machine": report.machine(config.device, config.dtype),
         "command": shlex.join(["python", "-m", "model.bench.gpu", *argv]),
-        "limits": {name: round(value) for name, value in possible.items()},
-        "bytes_read_per_pass": read,
+        "limits": limits.rounded(),
+        "bytes_read_per_pass": pass_bytes,
         "attention_kernel": kernel,
         "rows": rows,
     })  # fmt: skip
     print(f"\n{table(rows)}\n\n{result}")
-    if asked.output:
-        asked.output.write_text(result + "\n")
+    if args.output:
+        args.output.write_text(result + "\n")
 
 
 if __name__ == "__main__":
-    program(main)
+    run_program(main)

@@ -1,4 +1,4 @@
-"""What the benchmark can be asked, and its help. Imports no torch, so that `--help` is quick."""
+"""The benchmark's options and their help. Imports no torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from model.errors import ConfigError
 from model.request import SamplingParams
 
 ARMS = ("generate", "off", *(name for name in DRAFTERS if name not in ("auto", "off")))
+TASKS = ("image caption", "image question", "video caption", "video question")  # of the bundled scenes
 REPLAY = "replay:"
 T = TypeVar("T")
 DESCRIPTION = """\
 Compares, on the same prompts in one run: transformers' own generate (batched, left-padded), the engine without
 speculation (off) and the engine with FLASH (flash); or with other drafters: flash-paper, eagle, medusa (each needs its
 own --draft), ngram. replay:0.8 is a simulation: a draft that costs nothing and is right with probability 0.8 a token.
+
+Prompts are held-out scenes of the bundled models, or with --dataset your own: a JSONL file with one object a line,
+
+    {"image": "a.jpg", "prompt": "What is this?"}
+    {"video": ["b.mp4"], "prompt": "What happens?", "task": "clips", "max_tokens": 64}
+
+with paths relative to the file, or a folder of images and videos. "task" is the row of the table (default: what the
+media are). docs/training.md describes the same format in full. Videos are decoded by `flashserve bench` alone.
 
 A round submits BATCH prompts at once and ends with the last token of the last of them; a repeat is as many rounds as
 it takes for every prompt to have been answered once. tokens/s = tokens emitted (EOS included, padding not) / seconds of
@@ -38,12 +47,13 @@ class Options:
     dtype: str
     threads: int | None
     arms: tuple[str, ...]
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # empty: all of --dataset
     batches: tuple[int, ...]
     repeats: int
     prompts: int
     max_tokens: int
     sampling: Literal["greedy", "seeded"]
+    dataset: Path | None
     images: tuple[Path, ...]
     prompt: str | None
     output: Path | None
@@ -51,12 +61,12 @@ class Options:
 
     @property
     def draft(self) -> str | None:
-        """Of one drafter, where only one is looked at."""
+        """The first --draft: of one drafter, where only one is measured."""
         return self.drafts[0] if self.drafts else None
 
     @property
     def engine_config(self) -> EngineConfig:
-        """Nothing is kept of media: prompts return in every repeat, and no arm is to be spared the vision tower."""
+        """Without caches of media and prompts: these return in every repeat, and no arm is to be spared any work."""
         return EngineConfig(
             model=self.model,
             draft=self.draft,
@@ -68,7 +78,7 @@ class Options:
         )
 
     def config_of(self, drafter: str) -> EngineConfig:
-        """The engine with this drafter, and with the draft among those given that is its own."""
+        """The engine with this drafter, and with that --draft which is for it."""
         draft = next((draft for draft in self.drafts if drafter_of(Path(draft)) == drafter), None)
         return replace(self.engine_config, draft=draft, drafter=cast("DrafterName", drafter))
 
@@ -78,85 +88,102 @@ class Options:
         return SamplingParams(max_tokens=self.max_tokens, temperature=temperature, seed=1)
 
 
-def parser(prog: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    made.add_argument("--model", default="demo", help="path or id of the target; demo is the bundled one (default)")
-    made.add_argument("--draft", action="append", default=[], help="path of a draft; repeatable, one for each drafter")
-    made.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    made.add_argument("--dtype", default="auto", choices=DTYPES, help="of all three alike (default: auto)")
-    made.add_argument("--threads", type=_positive, help="CPU threads (default: as torch chooses)")
-    made.add_argument("--drafters", default="generate,off,flash", help="which to compare (default: generate,off,flash)")
-    made.add_argument(
+    add = parser.add_argument
+    add("--model", default="demo", help="path or id of the target; demo is the bundled one (default)")
+    add("--draft", action="append", default=[], help="path of a draft; repeatable, one for each drafter")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add("--dtype", default="auto", choices=DTYPES, help="of all arms alike (default: auto)")
+    add("--threads", type=_positive, help="CPU threads (default: as torch chooses)")
+    add("--drafters", default="generate,off,flash", help="which to compare (default: generate,off,flash)")
+    add("--dataset", type=Path, metavar="FILE", help="measure on these images, videos and prompts: JSONL, or a folder")
+    add(
         "--tasks",
-        default="image caption,image question,video caption",
-        help="of the demo: image caption, image question, video caption, video question (default: the first three)",
+        help=f"of the bundled scenes: {', '.join(TASKS)} (default: the first three); of --dataset (default: all)",
     )
-    made.add_argument("--batches", default="1,4,8,16", help="how many requests at once (default: 1,4,8,16)")
-    made.add_argument("--repeats", type=_positive, help="default: 5")
-    made.add_argument("--prompts", type=_positive, help="prompts per task (default: 16)")
-    made.add_argument("--max-tokens", type=_positive, help="longest answer (default: 160)")
-    made.add_argument(
+    add("--batches", default="1,4,8,16", help="how many requests at once (default: 1,4,8,16)")
+    add("--repeats", type=_positive, help="default: 5")
+    add("--prompts", type=_positive, help="prompts per task, the first of --dataset (default: 16)")
+    add("--max-tokens", type=_positive, help="longest answer (default: 160)")
+    add(
         "--sampling",
         default="greedy",
         choices=("greedy", "seeded"),
-        help="seeded: temperature 1; generate then draws its own answers, the other two the same as each other",
+        help="seeded: temperature 1; generate then draws its own answers, the other arms the same as each other",
     )
-    made.add_argument("--image", type=Path, action="append", default=[], help="measure on this file; repeatable")
-    made.add_argument("--prompt", help="what to ask about each --image")
-    made.add_argument("--output", type=Path, help="write the JSON object to this file too")
-    made.add_argument(
+    add("--image", type=Path, action="append", default=[], help="measure on this file; repeatable")
+    add("--prompt", help="the prompt for each --image")
+    add("--output", type=Path, help="write the JSON object to this file too")
+    add(
         "--profile",
         action="store_true",
-        help="instead: where a step's time goes, of off and flash, against what the machine's memory bandwidth and "
-        "matrix rate allow",
+        help="instead: where the time of a step goes, of off and flash, for the first of --tasks, against what the "
+        "machine's memory bandwidth and matrix rate allow; CPU only",
     )
-    made.add_argument("--quick", action="store_true", help="a first impression: 4 prompts, 2 repeats, batches 1 and 4")
-    return made
+    add("--quick", action="store_true", help="a first impression: 4 prompts, 2 repeats, batches 1 and 4")
+    return parser
 
 
-def read(made: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
-    """The options that were given, checked; exits with the parser's message where they cannot be used."""
-    arms = _split(given.drafters)
+def read_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Options:
+    """Check the options; exits with the parser's message where they cannot be used."""
+    arms = _split(args.drafters)
     if not arms or not all(arm in ARMS or _is_replay(arm) for arm in arms):
-        made.error(f"--drafters must be some of {', '.join(ARMS)}, {REPLAY}ACCURACY")
-    tasks = tuple(task.replace("-", " ") for task in _split(given.tasks))
-    if set(tasks) - {f"{kind} {what}" for kind in ("image", "video") for what in ("caption", "question")}:
-        made.error("--tasks must be some of image caption, image question, video caption, video question")
-    if bool(given.image) != bool(given.prompt):
-        made.error("--image and --prompt belong together")
-    batches = "1,4" if given.quick and given.batches == made.get_default("batches") else given.batches
+        parser.error(f"--drafters must be some of {', '.join(ARMS)}, {REPLAY}ACCURACY")
+    if args.dataset and args.image:
+        parser.error("give --dataset or --image, not both")
+    if bool(args.image) != bool(args.prompt):
+        parser.error("--image and --prompt belong together")
+    tasks = _split(args.tasks or "")
+    if not args.dataset and not args.image:
+        tasks = tuple(task.replace("-", " ") for task in tasks) or TASKS[:3]
+        if set(tasks) - set(TASKS):
+            parser.error(f"--tasks must be some of {', '.join(TASKS)}")
+    batches = "1,4" if args.quick and args.batches == parser.get_default("batches") else args.batches
     try:
-        sizes = tuple(_positive(batch) for batch in _split(batches))
-    except (ValueError, argparse.ArgumentTypeError):
-        made.error("--batches must be numbers, such as 1,4,8,16")
+        sizes = numbers(batches)
+    except argparse.ArgumentTypeError:
+        parser.error("--batches must be numbers, such as 1,4,8,16")
     return Options(
-        model=given.model,
-        drafts=tuple(given.draft),
-        device=given.device,
-        dtype=given.dtype,
-        threads=given.threads,
+        model=args.model,
+        drafts=tuple(args.draft),
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
         arms=(*(arm for arm in ARMS if arm in arms), *dict.fromkeys(arm for arm in arms if arm not in ARMS)),
-        tasks=("own image",) if given.image else tasks,
+        tasks=tasks,
         batches=sizes,
-        repeats=given.repeats or (2 if given.quick else 5),
-        prompts=given.prompts or (4 if given.quick else 16),
-        max_tokens=given.max_tokens or 160,
-        sampling=given.sampling,
-        images=tuple(given.image),
-        prompt=given.prompt,
-        output=given.output,
-        profile=given.profile,
+        repeats=args.repeats or (2 if args.quick else 5),
+        prompts=args.prompts or (4 if args.quick else 16),
+        max_tokens=args.max_tokens or 160,
+        sampling=args.sampling,
+        dataset=args.dataset,
+        images=tuple(args.image),
+        prompt=args.prompt,
+        output=args.output,
+        profile=args.profile,
     )
 
 
-def program(main: Callable[[list[str]], T]) -> T:
-    """Runs a benchmark with the options of its command line; ends it with one line where these cannot be used."""
+def run_program(main: Callable[[list[str]], T]) -> T:
+    """Run a benchmark with the options of its command line; end it with one message where these cannot be used."""
     try:
         return main(sys.argv[1:])
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read an option such as 1,4,8."""
+    try:
+        found = tuple(int(part) for part in _split(text))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers of at least 1, such as 1,4,8; got {text!r}")
+    return found
 
 
 def _is_replay(arm: str) -> bool:

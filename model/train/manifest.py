@@ -1,13 +1,16 @@
-"""A user's data: a folder of images and videos, or a manifest of them with prompts. Decodes nothing itself.
+"""Reads a user's data, for training and for the benchmark: a folder of images and videos, or a JSONL file that names
+them with prompts. Decodes nothing itself.
 
-A manifest is JSONL, one conversation a line; paths are relative to the manifest's folder:
+A JSONL file (a manifest) has one conversation a line; paths are relative to its folder:
 
     {"image": "cat.jpg", "prompt": "What is this?"}                    one file, or a list of them; also "video", or
     {"media": ["a.png", "b.mp4"], "prompt": "Compare the two."}        "media", told apart by what they are
     {"messages": [{"role": "user", "content": [                        a conversation of any length
         {"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]}]}
 
-Answers at the end of "messages" are dropped: the target writes its own. A line with any other key cannot be used.
+Answers at the end of "messages" are dropped: the target writes its own. Each line may also have "task", a name under
+which its figures are shown, and "max_tokens", the longest answer when it is measured (training has one for all lines).
+A line with any other key cannot be used.
 """
 
 from __future__ import annotations
@@ -56,14 +59,40 @@ class Turn:
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation up to where the target answers; `where` it was read, for messages."""
+    """One conversation up to where the target answers. `where` names its file and line in messages."""
 
     turns: tuple[Turn, ...]
     where: str
+    task: str | None = None
+    max_tokens: int | None = None
 
     @property
     def files(self) -> tuple[File, ...]:
         return tuple(part for turn in self.turns for part in turn.content if isinstance(part, File))
+
+    @property
+    def kind(self) -> str:
+        """The name under which figures of such prompts are put together: the task, else what the media are."""
+        if self.task is not None:
+            return self.task
+        if len(self.files) != 1:
+            return f"{len(self.files)} media" if self.files else "text"
+        return self.files[0].kind or SUFFIXES.get(self.files[0].path.suffix.lower(), "image")
+
+    def messages(self, decode: Decode) -> tuple[Message, ...]:
+        """Decode the media. Raises Unusable, which names line and file."""
+        return tuple(
+            Message(turn.role, tuple(self._decoded(part, decode) for part in turn.content)) for turn in self.turns
+        )
+
+    def _decoded(self, part: str | File, decode: Decode) -> str | Medium:
+        if isinstance(part, str):
+            return part
+        try:
+            return decode(part.path, part.kind)
+        except Unusable as error:
+            named = self.where if self.where == str(part.path) else f"{self.where}: {part.path}"
+            raise Unusable(f"{named}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,10 +113,10 @@ def read(path: Path, prompts: Sequence[str] = ()) -> Data:
             raise ConfigError("--prompt goes with a folder; a manifest says itself what is asked")
         data = _of_manifest(path)
     else:
-        raise ConfigError(f"data {str(path)!r} is neither a folder nor a manifest")
+        raise ConfigError(f"data {str(path)!r} is neither a folder nor a JSONL file")
     if not data.items:
         told = "".join(f"\n  {problem}" for problem in data.problems[:10])
-        raise ConfigError(f"data {str(path)!r} holds no image and no video that could be used{told}")
+        raise ConfigError(f"data {str(path)!r} holds no prompt that can be used{told}")
     return data
 
 
@@ -111,60 +140,79 @@ def _of_manifest(manifest: Path) -> Data:
             continue
         where = f"{manifest.name}:{number}"
         try:
-            item = Item(_turns(json.loads(line), manifest.parent), where)
-            if gone := [file.path for file in item.files if not file.path.is_file()]:
-                raise ValueError(f"no such file: {gone[0]}")
-        except (ValueError, TypeError, KeyError) as error:  # JSON's and UTF-8's errors are ValueErrors
+            item = _item(json.loads(line), where, manifest.parent)
+            if missing := [file for file in item.files if not file.path.is_file()]:
+                raise ValueError(f"{missing[0].kind or 'media'}: no such file: {missing[0].path}")
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}: not JSON: {error.msg} (column {error.colno})")
+        except ValueError as error:  # also of bytes that are not UTF-8
             problems.append(f"{where}: {error}")
-            continue
-        items.append(item)
+        else:
+            items.append(item)
     return Data(tuple(items), tuple(problems), manifest.parent)
 
 
-def _turns(row: Any, folder: Path) -> tuple[Turn, ...]:
-    """Raises ValueError."""
+def _item(row: Any, where: str, folder: Path) -> Item:
+    """Check one line. Raises ValueError, which names the field."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    known = {"messages"} if "messages" in row else {"prompt", *KINDS}
+    known = {"task", "max_tokens"} | ({"messages"} if "messages" in row else {"prompt", *KINDS})
     if unknown := sorted(row.keys() - known):  # a misspelt "image" would teach to answer without it
         raise ValueError(f"unknown key {unknown[0]!r}; known here: {', '.join(sorted(known))}")
+    task, max_tokens = row.get("task"), row.get("max_tokens")
+    if "task" in row:
+        _text(row, "task")
+    if "max_tokens" in row and (type(max_tokens) is not int or max_tokens < 1):
+        raise ValueError(f"max_tokens: must be a whole number, at least 1; got {max_tokens!r}")
+    return Item(_turns(row, folder), where, task, max_tokens)
+
+
+def _turns(row: dict[str, Any], folder: Path) -> tuple[Turn, ...]:
     if "messages" in row:
+        if not isinstance(row["messages"], list):
+            raise ValueError("messages: must be a list")
         turns = [_turn(message, folder) for message in row["messages"]]
         while turns and turns[-1].role == "assistant":
             turns.pop()
     else:
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError('no "prompt"')
-        files = [File(folder / path, kind) for name, kind in KINDS.items() for path in _paths(row.get(name, ()))]
+        prompt = _text(row, "prompt")
+        files = [File(folder / path, kind) for name, kind in KINDS.items() for path in _paths(row, name)]
         turns = [Turn("user", (*files, prompt))]
     if not turns or turns[-1].role != "user":
         raise ValueError("nothing for the target to answer: the last message must be the user's")
     return tuple(turns)
 
 
-def _paths(value: Any) -> list[str]:
-    paths = [value] if isinstance(value, str) else list(value)
-    if not all(isinstance(path, str) and path for path in paths):
-        raise ValueError("a path is a text")
+def _text(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}: must be a text that is not empty" if name in row else f"{name}: is missing")
+    return value
+
+
+def _paths(row: dict[str, Any], name: str) -> list[str]:
+    value = row.get(name, [])
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{name}: must be a path or a list of paths; got {json.dumps(value)}")
     return paths
 
 
 def _turn(message: Any, folder: Path) -> Turn:
-    role, content = message["role"], message["content"]
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"unknown role {role!r}")
+    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+        raise ValueError('messages: each needs a "role": system, user or assistant')
+    role, content = message["role"], message.get("content")
     if isinstance(content, str):
         return Turn(role, (content,))
+    if not isinstance(content, list):
+        raise ValueError("messages: content must be a text or a list of parts")
     parts: list[str | File] = []
     for part in content:
-        match part["type"]:
-            case "text":
-                parts.append(str(part["text"]))
-            case "image" | "video" as kind:
-                parts.append(File(folder / part[kind], kind))
-            case other:
-                raise ValueError(f"unknown part {other!r}: text, image or video")
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image", "video"):
+            raise ValueError('messages: a part\'s "type" must be text, image or video')
+        value = _text(part, kind)
+        parts.append(value if kind == "text" else File(folder / value, kind))
     return Turn(role, tuple(parts))
 
 
@@ -204,6 +252,8 @@ class FilePrompts:
                     [self._named(p), p.kind, p.path.stat().st_size] if isinstance(p, File) else p for p in turn.content
                 ]
                 digest.update(json.dumps([turn.role, parts]).encode())
+            if item.task is not None:
+                digest.update(json.dumps([item.task]).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -216,22 +266,7 @@ class FilePrompts:
         )
 
     def kind(self, number: int) -> str:
-        files = self._data.items[number].files
-        if not files:
-            return "text"
-        name = files[0].kind or SUFFIXES.get(files[0].path.suffix.lower(), "image")
-        return name if len(files) == 1 else f"{len(files)} media"
+        return self._data.items[number].kind
 
     def messages(self, number: int) -> tuple[Message, ...]:
-        item = self._data.items[number]
-        return tuple(
-            Message(turn.role, tuple(self._read(p, item.where) if isinstance(p, File) else p for p in turn.content))
-            for turn in item.turns
-        )
-
-    def _read(self, file: File, where: str) -> Medium:
-        try:
-            return self._decode(file.path, file.kind)
-        except Unusable as error:
-            named = where if where == str(file.path) else f"{where}: {file.path}"
-            raise Unusable(f"{named}: {error}") from error
+        return self._data.items[number].messages(self._decode)

@@ -1,49 +1,83 @@
-"""`flashserve bench`: the options and the work are `model.bench`'s; only `--service` needs the service."""
+"""`flashserve bench`: options and work are `model.bench`'s; here the service decodes a user's own files, and is itself
+measured with `--service`."""
 
 from __future__ import annotations
 
 import shlex
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import typer
 from pydantic import ValidationError
 
 from service.settings import complaints
 
+if TYPE_CHECKING:
+    from model.request import EngineInfo
+    from model.train.manifest import Decode
+
+PROG = "flashserve bench"
+
 
 def bench(context: typer.Context) -> None:
-    """Compare transformers' generate, the engine without speculation and with FLASH; or, --service, HTTP's cost."""
-    from model.bench import options
+    """Compare transformers' generate, the engine without speculation and with FLASH, on scenes or on your own files."""
     from model.errors import ConfigError
 
-    prog = "flashserve bench"
-    made = options.parser(prog)
-    made.add_argument(
-        "--service",
-        action="store_true",
-        help="instead: start the server, and compare tokens/s of streams over HTTP and of the engine in process; "
-        "--batches streams at a time (default: 8), image tasks only",
-    )
-    given = made.parse_args(context.args)
-    if given.service and given.batches == made.get_default("batches"):
-        given.batches = "8"
-    if given.service and given.tasks == made.get_default("tasks"):
-        given.tasks = "image caption,image question"
-    asked = options.read(made, given)
-    command = shlex.join([*prog.split(), *context.args])
     try:
-        if given.service:
-            from service.commands import overhead
-
-            overhead.run(asked, command)
-        elif asked.profile:
-            from model.bench.profile import profile
-
-            profile(asked, command)
-        else:
-            from model.bench.run import run
-
-            run(asked, command)
+        _bench(context.args)
     except (ConfigError, OSError, ValidationError) as error:
         for complaint in complaints(error) if isinstance(error, ValidationError) else (error,):
             typer.echo(f"flashserve: {complaint}", err=True)
         raise typer.Exit(1) from None
+
+
+def _bench(argv: list[str]) -> None:
+    from model.bench import options
+
+    if "--equality" in argv:
+        from model.bench import equality
+
+        others = [word for word in argv if word != "--equality"]
+        raise typer.Exit(equality.main(others, f"{PROG} --equality", decoding_for))
+    parser = options.build_parser(PROG)
+    parser.add_argument(
+        "--equality",
+        action="store_true",
+        help="instead: check that every way of decoding gives the same tokens; has options of its own: add --help",
+    )
+    parser.add_argument(
+        "--service",
+        action="store_true",
+        help="instead: start the server, and compare tokens/s of streams over HTTP and of the engine in process; "
+        "--batches streams at a time (default: 8), bundled images only",
+    )
+    args = parser.parse_args(argv)
+    if args.service and (args.dataset or args.image):
+        parser.error("--service sends the bundled scenes: leave out --dataset and --image")
+    if args.service and args.batches == parser.get_default("batches"):
+        args.batches = "8"
+    if args.service and args.tasks is None:
+        args.tasks = "image caption,image question"
+    chosen, command = options.read_options(parser, args), shlex.join([*PROG.split(), *argv])
+    if args.service:
+        from service.commands import overhead
+
+        overhead.run(chosen, command)
+    elif chosen.profile:
+        from model.bench.profile import profile
+
+        profile(chosen, command, decoding_for)
+    else:
+        from model.bench.run import run
+
+        run(chosen, command, decoding_for)
+
+
+def decoding_for(info: EngineInfo) -> AbstractContextManager[Decode]:
+    """Decoding as the service would do it for this engine: at its size, with as many frames as it has room for."""
+    from service.commands.decoding import decode_files
+    from service.media import MediaLimits
+
+    limits = MediaLimits()
+    return decode_files(replace(limits, max_frames=min(limits.max_frames, info.max_frames)), info.geometry)

@@ -85,19 +85,19 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
 
     Returns the speeds, and the share of requests in which both said the same.
     """
-    from model.bench import workload
+    from model.bench.workload import Workload, requests_of
 
-    params = options.sampling_params
+    workload, params = Workload(options), options.sampling_params
     speeds: Speeds = []
     same: list[bool] = []
     count = max(options.prompts, 2 * streams)
     for repeat in range(options.repeats + 1):  # the first warms up
-        prompts = workload.conversations(options, task, first=repeat * count, count=count)
-        files = [_encoded(messages) for messages in prompts]
+        samples = workload.samples(task, count, first=repeat * count)
+        files = [_encoded(sample.conversation) for sample in samples]
         requests = [
             _request(url, picture, question, params, number) for number, (picture, question) in enumerate(files)
         ]
-        inside = arm.run(prompts, params, in_flight=streams)
+        inside = arm.run(requests_of(samples, params), in_flight=streams)
         reading = _seconds_to_read([picture for picture, _ in files], arm)
         cores.give_way()  # as everything around an engine does
         begun = time.perf_counter()

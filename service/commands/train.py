@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +12,8 @@ import typer
 
 from model.config import DTYPES, TRAINED, EngineConfig
 from model.errors import ConfigError
-from model.request import Geometry, Medium
-from service.errors import ServiceError
-from service.media import Kind, MediaDecoder, MediaLimits
+from service.commands.decoding import decode_files
+from service.media import MediaLimits
 
 DATA, DRAFT, TRAINING, RUNNING = "Data", "Draft", "Training", "Running"
 TEMPERATURES = "0,0,0.7,1"
@@ -175,7 +171,7 @@ def train(
         limits = MediaLimits()
         fitting = most_frames(opened, config.context(opened.max_positions))
         limits = replace(limits, max_frames=min(limits.max_frames, fitting))
-        with _decoding(limits, opened.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
+        with decode_files(limits, opened.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
             prompts = manifest.FilePrompts(read, decode, held_out)
             each = batch * accumulate * team.size
             if epochs is not None:
@@ -251,26 +247,3 @@ def _tell(problems: tuple[str, ...], *, strict: bool, aloud: bool) -> None:
         typer.echo(f"flashserve: left out: {problem}", err=True)
     if strict and problems:
         raise ConfigError(f"{len(problems)} bad lines, and --strict")
-
-
-@contextmanager
-def _decoding(
-    limits: MediaLimits, geometry: Geometry, num_frames: int | None, fps: float | None
-) -> Iterator[Callable[[Path, Kind | None], Medium]]:
-    """Files to media by the same decoding, in the same confined child, as what comes over HTTP."""
-    from model.train.data import Unusable
-
-    decoder = MediaDecoder(limits, geometry, workers=1)
-    with asyncio.Runner() as runner:
-        runner.run(decoder.start())
-
-        def decode(path: Path, kind: Kind | None) -> Medium:
-            try:
-                return runner.run(decoder.decode(path.read_bytes(), kind=kind, num_frames=num_frames, fps=fps))
-            except (ServiceError, OSError) as error:
-                raise Unusable(str(error)) from error
-
-        try:
-            yield decode
-        finally:
-            runner.run(decoder.close())

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
-from model.backends.native import library
-from model.backends.native.stack import Stack
-from model.backends.native.step import DraftStep
 from model.bench import __main__ as bench
-from model.bench import equality, figures, profile
+from model.bench import equality, figures, floor, profile
 from model.bench.arms import Run
 from model.bench.margins import margin
 from model.bench.reference import Reference
@@ -93,30 +91,39 @@ def test_a_ratio_is_taken_within_a_repeat_and_never_across() -> None:
     assert flash["speedup_over_generate"] is None
 
 
-@pytest.mark.skipif(library.load() is None, reason="no native library here")
 def test_the_parts_of_a_profiled_step_make_up_the_whole(
     tiny_checkpoint: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile, "READ_BYTES", 1 << 22)
-    monkeypatch.setattr(profile, "SQUARE", 64)
+    monkeypatch.setattr(profile, "BYTES_MOVED", 1 << 22)
+    monkeypatch.setattr(profile, "MATRIX", 64)
     monkeypatch.setattr(Load, "known", False)  # an untrained draft brings nothing, and would not be used
-    before = Stack.forward, DraftStep.fused, Engine.step
-    asked = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
-    bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
-    assert before == (Stack.forward, DraftStep.fused, Engine.step), "the stopwatch was left behind"
+    options = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
+    bench.main([*models(tiny_checkpoint, tiny_draft), *options])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["memory_gb_per_second"] > 0
     steps = {(row["drafter"], row["batch"], row["step"]) for row in result["rows"]}
     assert steps == {(d, b, s) for d in ("off", "flash") for b in (1, 3) for s in ("prompt", "decode")}
+    floors = {}
     for step in steps:
-        *parts, whole = (row for row in result["rows"] if (row["drafter"], row["batch"], row["step"]) == step)
+        rows = [row for row in result["rows"] if (row["drafter"], row["batch"], row["step"]) == step]
+        parts, whole = {row["part"]: row for row in rows[:-1]}, rows[-1]
         assert whole["part"] == "all"
-        assert sum(row["ms"] for row in parts) == pytest.approx(whole["ms"], rel=0.02, abs=1e-3)
-        forwards = {row["part"] for row in parts if row["floor_ms"] is not None}
-        drafting = {"draft forward"} if step[0] == "flash" else set()
-        assert forwards == {"target forward"} | drafting | ({"vision forward"} if step[2] == "prompt" else set())
-        assert whole["around"] == pytest.approx(1 - sum(r["share"] for r in parts if r["part"] in forwards), abs=0.01)
-    assert any(row["part"] == "tree" and row["ms"] > 0 for row in result["rows"])
+        assert sum(row["ms"] for row in parts.values()) == pytest.approx(whole["ms"], rel=0.02, abs=1e-3)
+        assert sum(row["share"] for row in parts.values()) == pytest.approx(1.0, abs=0.01)
+        assert all(row["ms"] >= 0 for row in parts.values())
+        drafting = {"draft"} if step[0] == "flash" and step[2] == "decode" else set()
+        phases = {"vision", "prefill"} if step[2] == "prompt" else {"verify"}
+        assert set(parts) - {"other"} == phases | drafting
+        floors[step] = whole["floor_ms"]
+    assert floors["off", 3, "decode"] > floors["off", 1, "decode"] > 0, "more sequences have more keys and values"
+
+
+def test_the_floor_counts_the_weights_that_a_pass_reads(tiny_checkpoint: Path) -> None:
+    """All but the table of embeddings, of which a pass reads a few rows, and the tower."""
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    beside = [model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model.embed_tokens]
+    expected = sum(w.numel() for w in model.parameters()) - sum(w.numel() for m in beside for w in m.parameters())
+    assert floor.count_weights(str(tiny_checkpoint)) == expected
 
 
 def test_drafters_are_compared_on_the_same_prompts(

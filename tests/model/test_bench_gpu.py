@@ -12,7 +12,7 @@ import torch
 from model.backends.attention import Plan
 from model.backends.kv_cache import KVCache
 from model.backends.native import library
-from model.bench import gpu, untrained
+from model.bench import gpu, random_weights
 from model.config import EngineConfig
 
 
@@ -55,8 +55,8 @@ def test_a_native_target_has_no_graphs_to_measure(capsys: pytest.CaptureFixture[
 
 def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() -> None:
     """On tensors without contents: nothing of it fits here, and whatever asks for a number on the way fails."""
-    size = untrained.SIZES["7b"]
-    target, read = untrained.make_target(size, EngineConfig(model="7b", device="meta", dtype="bfloat16"))
+    size = random_weights.SIZES["7b"]
+    target, read = random_weights.make_target(size, EngineConfig(model="7b", device="meta", dtype="bfloat16"))
     assert read == pytest.approx(2 * 7.07e9, rel=0.01), "Qwen2.5-7B has 7.6e9 weights, of which 0.54e9 are embeddings"
     assert target.recordable
     kv = KVCache(

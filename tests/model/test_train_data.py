@@ -55,6 +55,7 @@ def test_a_manifest_names_files_and_prompts_in_each_of_its_ways(tmp_path: Path) 
     assert any_kind.files == (File(c, None),)
     assert [turn.role for turn in talk.turns] == ["system", "user"], "the target writes the answer"
     assert words.files == ()
+    assert [item.kind for item in data.items] == ["image", "3 media", "video", "image", "text"]
 
 
 def test_a_bad_line_is_named_and_the_others_are_used(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_bad_line_is_named_and_the_others_are_used(tmp_path: Path) -> None:
     )
     assert len(data.items) == 1
     assert [problem.split(":")[1] for problem in data.problems] == [*"13456789", "10", "11"]
-    assert "unknown key 'imagee'; known here: image, media, prompt, video" in data.problems[-3]
+    assert "unknown key 'imagee'; known here: image, max_tokens, media, prompt, task, video" in data.problems[-3]
     assert "gone.png" in data.problems[1]
 
 
@@ -95,7 +96,7 @@ def test_a_folder_is_read_to_its_depths_with_every_prompt(tmp_path: Path) -> Non
 def test_nothing_to_read_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither"):
         manifest.read(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="holds no image"):
+    with pytest.raises(ConfigError, match="holds no prompt"):
         manifest.read(tmp_path)
     (tmp_path / "data.jsonl").write_text("oops\n")
     with pytest.raises(ConfigError, match=r"data\.jsonl:1"):

@@ -1,14 +1,12 @@
-"""Targets of real sizes that are on no disk, with drafts for them and what the machine could do at best.
+"""Makes targets of real sizes that are on no disk, and drafts for them.
 
-A LLaVA with a language model of the size of a Qwen2.5 and a FLASH draft, made on the device with random weights: how
-long they take is what trained ones of that size take. What they say is worth nothing, but certain: behind every token
-the next one of the vocabulary, by a wide margin, in any precision.
+A LLaVA with a language model of the size of a Qwen2.5 and a FLASH draft, made on the device with random weights: they
+take as long as trained ones of that size. What they answer is worth nothing, but certain: after every token the next
+one of the vocabulary, by a wide margin, in any precision.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,23 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
-from model.backends.kv_cache import KVCache
 from model.config import EngineConfig
 from model.demo import checkpoint as demo
 from model.drafters import checkpoint, presets
-from model.drafters.presets import Sizes
 from model.targets.llava import LlavaTarget
 
 TEMPLATE = 64  # positions at most of a conversation's template
-DEFAULT = Sizes()
 LOUD = 50.0  # times the usual size of an embedding: it outweighs what all layers add to it
 
 
 @dataclass(frozen=True)
 class Size:
-    """The shapes that are made, and how much memory is moved to measure bandwidth."""
+    """The shapes of a target, and with how much memory and which matrices the machine's limits are measured."""
 
     text: dict[str, Any]
     vision: dict[str, Any]
     bytes_moved: int
-    matrix: int  # side of the matrices multiplied
+    matrix: int  # rows and columns
 
 
 SIZES = {
@@ -79,13 +74,14 @@ SIZES = {
 
 
 def make_target(size: Size, config: EngineConfig) -> tuple[LlavaTarget, int]:
-    """The target, and how many bytes of its weights each pass must read. Its tokenizer writes every byte as a token."""
+    """Make the target; also returns how many bytes of its weights each pass must read. Its tokenizer writes every byte
+    as a token."""
     tokenizer = demo.train_tokenizer((), vocabulary=256 + len(demo.SPECIAL))
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in demo.SPECIAL}
     special = {"bos_token_id": ids[demo.BOS], "eos_token_id": ids[demo.END], "pad_token_id": ids[demo.PAD]}
     family = Qwen2Config if size.text["hidden_size"] % 128 == 0 else LlamaConfig
     side, patch = size.vision["image_size"], size.vision["patch_size"]
-    described = LlavaConfig(
+    model_config = LlavaConfig(
         vision_config=CLIPVisionConfig(**size.vision),
         text_config=family(**size.text, tie_word_embeddings=False, **special),
         image_token_index=ids[demo.IMAGE],
@@ -98,58 +94,16 @@ def make_target(size: Size, config: EngineConfig) -> tuple[LlavaTarget, int]:
     with torch.device(config.device), torch.no_grad():
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration._from_config(
-            described, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+            model_config, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
         )
         text = model.model.language_model
         model.lm_head.weight.copy_(text.embed_tokens.weight.roll(1, 0))
         text.embed_tokens.weight.mul_(LOUD)
-    read = sum(w.nbytes for module in (text.layers, text.norm, model.lm_head) for w in module.parameters())
+    pass_bytes = sum(w.nbytes for module in (text.layers, text.norm, model.lm_head) for w in module.parameters())
     processor = demo.processor(tokenizer, side, patch)
-    return LlavaTarget(config, model, processor, presets.TAP_LAYERS["flash"]), read
+    return LlavaTarget(config, model, processor, presets.TAP_LAYERS["flash"]), pass_bytes
 
 
-def make_draft(target: LlavaTarget, folder: Path, sizes: Sizes = DEFAULT) -> None:
-    """What `flashserve train` would begin with."""
-    checkpoint.save(folder, presets.new("flash", target, sizes=sizes).to(target.dtype), target)
-
-
-def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one run, in device time on a GPU: runs follow one another without a wait. The mean after a few to warm up."""
-    for _ in range(3):
-        function()
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        return (time.perf_counter() - begun) / repeats
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(repeats):
-        function()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3 / repeats
-
-
-def limits(size: Size, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """What the machine can do: bytes/s read and copied, multiply-adds counted as two operations/s."""
-    here = torch.ones(size.bytes_moved // 4, device=device)
-    left, right = here.chunk(2)
-    there = torch.empty_like(here)
-    square = torch.randn(size.matrix, size.matrix, device=device).to(dtype)
-    return {
-        "read_bytes_per_second": size.bytes_moved / seconds(lambda: torch.dot(left, right), device, repeats),
-        "copy_bytes_per_second": 2 * size.bytes_moved / seconds(lambda: there.copy_(here), device, repeats),
-        "operations_per_second": 2 * size.matrix**3 / seconds(lambda: square @ square, device, repeats),
-    }
-
-
-def bandwidth(possible: dict[str, float]) -> float:
-    """Bytes/s, of `limits`."""
-    return max(possible["read_bytes_per_second"], possible["copy_bytes_per_second"])
-
-
-def floor(cache: KVCache, positions: int, weights: int, bytes_per_second: float) -> float:
-    """Seconds in which a pass can be read: its weights, and the keys and values of so many positions."""
-    each = cache.data.shape[0] * 2 * cache.num_heads * cache.data.shape[-1] * cache.data.element_size()
-    return (weights + each * positions) / bytes_per_second
+def make_draft(target: LlavaTarget, folder: Path) -> None:
+    """Write the FLASH draft with which `flashserve train` would begin."""
+    checkpoint.save(folder, presets.new("flash", target).to(target.dtype), target)
