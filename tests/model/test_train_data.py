@@ -46,16 +46,18 @@ def test_a_manifest_names_files_and_prompts_in_each_of_its_ways(tmp_path: Path) 
         "",
         {"messages": [{"role": "system", "content": "Be brief."}, asked, {"role": "assistant", "content": "A cat."}]},
         {"prompt": "Only words."},
+        {"image": "b.png", "prompt": "What?", "task": "shapes", "max_tokens": 9},
     )
     assert not data.problems
-    one, several, any_kind, talk, words = data.items
+    one, several, any_kind, talk, words, named = data.items
     a, b, c = (tmp_path / name for name in ("a.png", "b.png", "c.mp4"))
     assert one.turns[0].content == (File(a, "image"), "What?")
     assert several.files == (File(a, "image"), File(b, "image"), File(c, "video"))
     assert any_kind.files == (File(c, None),)
     assert [turn.role for turn in talk.turns] == ["system", "user"], "the target writes the answer"
     assert words.files == ()
-    assert [item.kind for item in data.items] == ["image", "3 media", "video", "image", "text"]
+    assert [item.kind for item in data.items] == ["image", "3 media", "video", "image", "text", "shapes"]
+    assert (words.max_tokens, named.max_tokens) == (None, 9)
 
 
 def test_a_bad_line_is_named_and_the_others_are_used(tmp_path: Path) -> None:
