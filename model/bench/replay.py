@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.decoding.sampling import uniform
 from model.decoding.tree import Trees, chains
-from model.drafters.native_parts import exchange_items
+from model.drafters.slots import exchange_items
 from model.targets.prompt import TokenizedPrompt
 
 

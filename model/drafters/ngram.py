@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from model.decoding.tree import Trees, chains
-from model.drafters.native_parts import exchange_items
+from model.drafters.slots import exchange_items
 from model.targets.prompt import TokenizedPrompt
 
 LONGEST = 4  # tokens of a suffix at most

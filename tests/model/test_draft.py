@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +29,16 @@ from model.engine.native_round import NativeRound
 from model.errors import ConfigError
 from model.request import Message, Request, SamplingParams
 from model.targets.base import Target
-from model.targets.prompt import TokenizedPrompt
 from model.train import loss
 from model.train.loss import Learner, block_loss, draft_loss
 from model.train.seen import capture
 from tests.model import tiny
-from tests.model.oracle import OracleDrafter
+from tests.model.guided import Guided
 
 # -- serving and training
 
 
-class Watched(FlashDrafter):
+class Watched(Guided):
     """The real drafter, context and all, whose trees are an oracle's: paths of every length enter its context.
 
     served: (request, answer tokens known) -> the logits of its block.
@@ -48,39 +46,18 @@ class Watched(FlashDrafter):
 
     def __init__(self, engine: Engine, known: dict[str, list[int]], seed: int) -> None:
         assert isinstance(engine.drafter, FlashDrafter)
-        self.__dict__.update(engine.drafter.__dict__)
-        self.step = None  # its parts one by one, so that trees can be others than its own
-        self.oracle = OracleDrafter(engine, known, seed, truth=0.3)
-        self.engine = engine
+        super().__init__(engine, engine.drafter, known, seed)
         self.served: dict[tuple[str, int], Tensor] = {}
 
-    def start(self, slot: int, prompt: TokenizedPrompt) -> None:
-        super().start(slot, prompt)
-        self.oracle.start(slot, prompt)
-
-    def free(self, slot: int) -> None:
-        super().free(slot)
-        self.oracle.free(slot)
-
-    def exchange(self, one: int, other: int) -> None:
-        super().exchange(one, other)
-        self.oracle.exchange(one, other)
-
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        super().prefill(slot, start, taps, embeds)
-        self.oracle.prefill(slot, start, taps, embeds)
-
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        super().observe(trees, paths, taps)
-        self.oracle.observe(trees, paths, taps)
-
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        super().propose(newest, budgets)
-        assert self.drafted is not None
+        trees = super().propose(newest, budgets)
+        assert isinstance(self.drafter, FlashDrafter)
+        assert self.drafter.drafted is not None
         for sequence in self.engine.scheduler.running:
             if not sequence.prefilling and sequence.slot is not None:
-                self.served[sequence.request.request_id, len(sequence.tokens)] = self.drafted[sequence.slot].clone()
-        return self.oracle.propose(newest, budgets)
+                known = sequence.request.request_id, len(sequence.tokens)
+                self.served[known] = self.drafter.drafted[sequence.slot].clone()
+        return trees
 
 
 class Places(random.Random):
@@ -189,6 +166,16 @@ def test_the_sequential_head_says_along_a_path_what_it_was_taught_to() -> None:
     assert not torch.allclose(head.bias(moved, tokens)[:, -1], taught[:, -1]), "a path is remembered to its end"
 
 
+class Apart:
+    """A drafter that a native round does not know as FLASH's: so it is asked for its trees between two native calls."""
+
+    def __init__(self, drafter: FlashDrafter) -> None:
+        self._drafter = drafter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+
 @pytest.mark.skipif(library.load() is None, reason="no native library here")
 def test_a_native_round_drafts_what_its_parts_draft() -> None:
     """The bundled draft, whose long paths are mostly accepted: what it reads of them, in one call or in several."""
@@ -200,13 +187,14 @@ def test_a_native_round_drafts_what_its_parts_draft() -> None:
         assert isinstance(drafter, FlashDrafter)
         assert isinstance(now, NativeRound)
         if not native:
-            drafter.step = None
-            engine.use(drafter)
+            engine.use(Apart(drafter))
         seen: dict[tuple[str, int], Tensor] = {}
 
-        def watched(*given: int, look: Any = now.look, seen: Any = seen, engine: Any = engine) -> Any:
+        def watched(
+            *given: int, look: Any = now.look, seen: Any = seen, engine: Any = engine, drafter: Any = drafter
+        ) -> Any:
             result = look(*given)
-            logits = engine.round.drafted if engine.round.flash is not None else engine.drafter.drafted
+            logits = engine.round.drafted if engine.round.flash is not None else drafter.drafted
             for s in engine.scheduler.running:
                 if not s.prefilling and engine.round.budgets[s.slot] > 0:
                     seen[s.request.request_id, len(s.tokens)] = logits[s.slot].clone()

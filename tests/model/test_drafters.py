@@ -19,6 +19,8 @@ from model.decoding.tree import Trees
 from model.drafters import checkpoint
 from model.drafters.eagle.drafter import EagleDrafter, Expansion
 from model.drafters.eagle.network import EagleNetwork
+from model.drafters.flash import native as flash_native
+from model.drafters.flash.drafter import FlashDrafter
 from model.drafters.medusa.drafter import MedusaDrafter
 from model.drafters.medusa.network import MedusaNetwork
 from model.drafters.ngram import LONGEST, NgramDrafter, Text
@@ -104,18 +106,26 @@ def test_paths_of_every_length_enter_its_context(
     assert len(watched.trees) > 30 or name == "ngram"
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("table", [True, False], ids=["table", "no table"])
+@pytest.mark.parametrize("name", ["flash", "flash-paper"])
 def test_the_native_step_proposes_what_torch_does(
     name: str,
+    table: bool,
     tiny_checkpoint: Path,
     drafts: dict[str, Path],
     expected: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same trees, node by node, wherever rounding does not decide which node is the last to get in."""
-    engine = tiny.engine_of(name, tiny_checkpoint, drafts)
-    if engine.drafter is None or not engine.drafter.native:
+    """The same trees, node by node, wherever rounding does not decide which node is the last to get in; and where the
+    vocabulary is too large for a table of what its tokens put into the layers."""
+    if library.load() is None:
         pytest.skip("no native library here")
+    if not table:
+        monkeypatch.setattr(flash_native, "MAX_TABLE", 0)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts)
+    assert isinstance(engine.drafter, FlashDrafter)
+    assert engine.drafter.step is not None
+    assert (engine.drafter.step.num_bytes > 0) == table
     ours = trees_of(engine, expected)
     monkeypatch.setattr(library, "load", lambda: None)
     assert_alike(ours, trees_of(tiny.engine_of(name, tiny_checkpoint, drafts), expected))

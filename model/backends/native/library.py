@@ -99,8 +99,7 @@ def opened(build: Build, path: Path) -> Library | None:
 
 def _check_structures(functions: ctypes.CDLL) -> None:
     """Structures are as large there as here: else each would write into what lies behind the other's."""
-    for name in ("medusa", "eagle", "step"):  # with what these import, all that describe any
-        import_module(f"model.backends.native.{name}")
+    import_module("model.backends.native.step")  # with what it imports, all that describe any
     functions.flash_size.restype = ctypes.c_long
     for mirror in Mirror.__subclasses__():
         name = mirror.NAME or mirror.__name__.removeprefix("_")

@@ -39,8 +39,7 @@ struct Stack {
   const void *final_norm, *final_bias;
 };
 
-// Rows lie in (batch, rows); of sequence b the first counts[b] are real, the others are left alone. Those below done[b] are
-// seen, and not computed again.
+// Rows lie in (batch, rows); of sequence b the first counts[b] are real, the others are left alone.
 struct Rows {
   int32_t batch, rows, first_slot, sight;
   const int32_t* starts;   // (batch,) position in its slot of a sequence's first row
@@ -49,7 +48,6 @@ struct Rows {
   const int32_t* positions;  // (axes, batch, rows) for the rotary embedding; null: where a row lies in its slot
   void* cache;               // [layer][keys, values][slot][head][position][head_dim]
   int64_t layer_stride, values_stride, slot_stride, head_stride;  // in numbers
-  const int32_t* done;  // (batch,) of a sequence's rows the first that an earlier pass left in the cache; null: none
 };
 }
 
@@ -246,9 +244,9 @@ struct Pass {
   Pass(const Stack& stack, const Rows& rows) : stack(stack), rows(rows) {
     long listed = 0;
     for (int b = 0; b < rows.batch; b++) {
-      const int fresh = rows.counts[b] - (rows.done ? rows.done[b] : 0);
-      num += fresh;
-      listed += rows.sight == TREE ? fresh * (KEYS + rows.counts[b]) : 0;
+      const int count = rows.counts[b];
+      num += count;
+      listed += rows.sight == TREE ? count * (KEYS + count) : 0;
     }
     const long most = round_up(num, MANY_ROWS), head_dim = stack.head_dim;
     wide = stack.hidden, wide_heads = stack.heads * head_dim, wide_inner = stack.intermediate;
@@ -274,11 +272,11 @@ struct Pass {
     int32_t* list = lists;
     int row = 0;
     for (int b = 0; b < rows.batch; b++) {
-      const int start = rows.starts[b], count = rows.counts[b], done = rows.done ? rows.done[b] : 0;
-      for (int r = done; r < count; r++, row++) {
+      const int start = rows.starts[b], count = rows.counts[b];
+      for (int r = 0; r < count; r++, row++) {
         where[row] = b * rows.rows + r, slot[row] = rows.first_slot + b, at[row] = start + r;
         ends[row] = rows.sight == CAUSAL ? at[row] + 1 : start + count;
-        if ((r - done) % together == 0) blocks[num_blocks++] = {row, 0, (rows.sight == CAUSAL ? at[row] : start) / KEYS * KEYS, 0};
+        if (r % together == 0) blocks[num_blocks++] = {row, 0, (rows.sight == CAUSAL ? at[row] : start) / KEYS * KEYS, 0};
         Block& block = blocks[num_blocks - 1];
         block.rows++;
         block.end = ends[row];

@@ -103,7 +103,6 @@ class _Rows(Mirror):
         *((n, ctypes.c_int32) for n in "batch rows first_slot sight".split()),
         *((n, ctypes.c_void_p) for n in "starts counts parents positions cache".split()),
         *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
-        ("done", ctypes.c_void_p),
     ]
 
 

@@ -13,10 +13,13 @@ struct Linear {
   int32_t inputs, outputs;
 };
 
-// The FLASH draft (model/drafters/flash/network.py) around its layers; EAGLE's has all of it but masks and entry_norm.
+// The FLASH draft (model/drafters/flash/network.py) around its layers.
 struct DraftNetwork {
   const Stack* stack;
-  const void *entries, *masks, *entry_norm;  // (vocab, hidden), (block - 1, hidden), (hidden): what enters the layers
+  // What enters the layers: of a token its row of token_table (vocab, hidden), or where that is null, `embed` of its row of
+  // embeddings (vocab, target's hidden); then masks (block - 1, hidden); normalised by input_norm (hidden).
+  const void *token_table, *embeddings, *masks, *input_norm;
+  Linear embed;
   Linear out, head;                   // to the target's hidden state, and from there to the vocabulary
   const void *tap_norms, *fuse_norm;  // (num_taps, target's hidden), (hidden)
   // fuse: of the taps; feature: of the last row of the context, to what enters; context: of `out`, to the sequential
@@ -111,15 +114,18 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
              double& growing) {
   const Stack& stack = *draft.stack;
   const long wide = stack.hidden, block = rows.rows, count = rows.batch * block, most = round_up(count, MANY_ROWS);
+  const long wide_in = draft.token_table ? 0 : draft.embed.inputs;
   const long wide_out = draft.out.outputs, vocab = draft.head.outputs, rank = draft.candidates.rank;
   const int nodes = draft.candidates.block * draft.candidates.width;  // of a tree at most
   const long sequences = round_up(rows.batch, MANY_ROWS);
   scratch.reserve(Arena::bytes<T>(count * wide) + 2 * Arena::bytes<Kept<T>>(sequences * wide) + Arena::bytes<Kept<T>>(most * wide_out) +
-                  Arena::bytes<T>(count * rank) + Arena::bytes<Candidate>(rows.batch * nodes) +
+                  Arena::bytes<Kept<T>>(sequences * wide_in) + Arena::bytes<T>(sequences * wide) + Arena::bytes<T>(count * rank) + Arena::bytes<Candidate>(rows.batch * nodes) +
                   Arena::bytes<int32_t>(rows.batch * nodes) + Arena::bytes<Growth>(rows.batch) + Arena::bytes<int64_t>(rows.batch));
   T *embeds = scratch.take<T>(count * wide), *contexts = scratch.take<T>(count * rank);
   Kept<T>* hidden = scratch.take<Kept<T>>(most * wide_out);
   Kept<T> *read = scratch.take<Kept<T>>(sequences * wide), *features = scratch.take<Kept<T>>(sequences * wide);
+  Kept<T>* embeddings = scratch.take<Kept<T>>(sequences * wide_in);
+  T* embedded = scratch.take<T>(sequences * wide);  // of the newest tokens
   Candidate* candidate = scratch.take<Candidate>(rows.batch * nodes);
   int32_t* level_of = scratch.take<int32_t>(rows.batch * nodes);
   Growth* growths = scratch.take<Growth>(rows.batch);
@@ -129,17 +135,24 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* tails, con
   Draft candidates = draft.candidates;
   candidates.logits = logits, candidates.contexts = contexts;
   const int drafting = pass.num / block;  // sequences
-  for (int i = 0; i < drafting; i++)
-    copy(read + i * wide, (const T*)tails + pass.where[i * block] / block * wide, wide);
+  for (int i = 0; i < drafting; i++) {
+    const long b = pass.where[i * block] / block, token = trees.tokens[b * trees.rows];
+    copy(read + i * wide, (const T*)tails + b * wide, wide);
+    if (draft.token_table)
+      memcpy((void*)(embedded + i * wide), (const T*)draft.token_table + token * wide, wide * sizeof(T));
+    else
+      copy(embeddings + i * wide_in, (const T*)draft.embeddings + token * wide_in, wide_in);
+  }
   const pthread_t caller = pthread_self();
   team.run([&](Member& member) {
     linear_stage<T>(member, read, drafting, draft.feature, [&](int i) { return features + i * wide; });
+    if (!draft.token_table) linear_stage<T>(member, embeddings, drafting, draft.embed, [&](int i) { return embedded + i * wide; });
     row_stage(member, pass.num, [&](int row) {
-      const int b = pass.where[row] / block, r = pass.where[row] % block;
-      const T* from = r ? (const T*)draft.masks + (r - 1) * wide : (const T*)draft.entries + trees.tokens[b * (long)trees.rows] * wide;
+      const int r = pass.where[row] % block;
+      const T* from = r ? (const T*)draft.masks + (r - 1) * wide : embedded + row / block * wide;
       T* to = embeds + pass.where[row] * wide;
       for (long i = 0; i < wide; i += LANES) store(to + i, load(from + i) + load(features + row / block * wide + i));
-      normalise<T>(to, draft.entry_norm, nullptr, RMS, stack.eps, wide, to);
+      normalise<T>(to, draft.input_norm, nullptr, RMS, stack.eps, wide, to);
     });
     pass.run(member, embeds, (T*)nullptr);
     const Kept<T>* normed = pass.final_norm(member);

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from model.backends.attention import Rows
 from model.backends.native.candidates import Candidates, TreeArrays
 from model.backends.native.library import K_STEP, Matrix, Mirror, functions, pointer
 from model.backends.native.stack import Stack
+from model.decoding.tree import Trees, roots
 
 
 class Linear(Mirror):
@@ -34,28 +37,10 @@ class Verifier:
         self.embeddings = embeddings.detach().contiguous()
 
 
-class Results:
-    """Memory for what passes of changing shapes give, (batch, rows, width): made once, and good until the next pass."""
-
-    def __init__(self, like: Tensor, width: int) -> None:
-        self._memory, self._width = like.new_empty(0), width
-        self._views: dict[tuple[int, int], Tensor] = {}
-
-    def of(self, batch: int, rows: int) -> Tensor:
-        view = self._views.get((batch, rows))
-        if view is None:
-            count = batch * rows * self._width
-            if count > len(self._memory):
-                self._memory = self._memory.new_empty(count)
-                self._views.clear()
-            self._views[batch, rows] = view = self._memory[:count].view(batch, rows, self._width)
-        return view
-
-
 class _DraftNetwork(Mirror):
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in "stack entries masks entry_norm".split()),
-        *((n, Linear) for n in "out head".split()),
+        *((n, ctypes.c_void_p) for n in "stack token_table embeddings masks input_norm".split()),
+        *((n, Linear) for n in "embed out head".split()),
         *((n, ctypes.c_void_p) for n in "tap_norms fuse_norm".split()),
         *((n, Linear) for n in "fuse feature context".split()),
         ("num_taps", ctypes.c_int32),
@@ -94,8 +79,9 @@ class RoundArrays(Mirror):
 class DraftStep:
     """The FLASH draft's pass from newest tokens to trees, and its reading of what the target kept.
 
-    entries: (vocab, hidden), masks: (block - 1, hidden): what enters the layers, with `feature` of the last row of the
-    context; tap_norms: (taps, target's hidden). EAGLE's goes another way, with neither masks nor an entry_norm.
+    embeddings: (vocab, target's hidden), the target's, which `embed` maps to the draft's width; token_table: (vocab,
+    hidden), what `embed` would give, or None where that would be too large; masks: (block - 1, hidden); input_norm:
+    (hidden,); tap_norms: (taps, target's hidden).
     """
 
     STRUCT = _DraftNetwork
@@ -104,7 +90,11 @@ class DraftStep:
         self,
         stack: Stack,
         *,
-        entries: Tensor,
+        token_table: Tensor | None,
+        embeddings: Tensor,
+        masks: Tensor,
+        input_norm: Tensor,
+        embed: Matrix,
         feature: Matrix,
         out: Matrix,
         head: Matrix,
@@ -112,39 +102,82 @@ class DraftStep:
         fuse: Matrix,
         fuse_norm: Tensor,
         candidates: Candidates,
-        masks: Tensor | None = None,
-        entry_norm: Tensor | None = None,
     ) -> None:
-        self.stack, self.out, self.head, self.fuse, self.feature = stack, out, head, fuse, feature
-        self.block = 1 if masks is None else 1 + len(masks)
+        self.stack, self.out, self.head, self.fuse, self.embed, self.feature = stack, out, head, fuse, embed, feature
+        self.block = 1 + len(masks)
         self.most_nodes = candidates.most(self.block)
-        given = (entries, masks, entry_norm, tap_norms, fuse_norm)
-        tensors = [None if tensor is None else tensor.detach().contiguous() for tensor in given]
-        self.candidates, self._kept, self._entries = candidates, tensors, entries
+        self.candidates, self._token_table = candidates, token_table
+        self._kept: list[Tensor] = []  # whatever the library holds pointers to
         self.struct = _DraftNetwork(
-            ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
-            *map(pointer, tensors[:3]),
-            linear(out),
-            linear(head),
-            *map(pointer, tensors[3:]),
-            linear(fuse),
-            linear(feature),
-            Linear() if candidates.head is None else linear(candidates.head.context),
-            len(tap_norms),
-            candidates.struct(block=self.block, vocab=head.outputs),
+            stack=ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
+            token_table=None if token_table is None else self._keep(token_table),
+            embeddings=self._keep(embeddings),
+            masks=self._keep(masks),
+            input_norm=self._keep(input_norm),
+            embed=linear(embed),
+            out=linear(out),
+            head=linear(head),
+            tap_norms=self._keep(tap_norms),
+            fuse_norm=self._keep(fuse_norm),
+            fuse=linear(fuse),
+            feature=linear(feature),
+            context=Linear() if candidates.head is None else linear(candidates.head.context),
+            num_taps=len(tap_norms),
+            candidates=candidates.struct(block=self.block, vocab=head.outputs),
         )
+        self._bfloat16 = ctypes.c_bool(stack.dtype is torch.bfloat16)
+
+    def _keep(self, tensor: Tensor) -> int | None:
+        self._kept.append(tensor.detach().contiguous())
+        return pointer(self._kept[-1])
 
     @property
     def num_bytes(self) -> int:
         """Of the table of what tokens put into it, which it alone holds."""
-        return self._entries.nbytes
+        return 0 if self._token_table is None else self._token_table.nbytes
+
+    def propose(self, newest: np.ndarray, budgets: np.ndarray, rows: Rows, tails: Tensor) -> tuple[Trees, Tensor]:
+        """Draft a block behind the newest token of each slot, and grow a tree from it.
+
+        newest, budgets: (batch,) int64; rows: the block's, none where a slot does not draft; tails: (slots, hidden),
+        the last row of each context. Returns the trees, and the logits (batch, block, vocab) they are grown from.
+        """
+        trees = roots(newest, 1 + min(int(budgets.max()), self.most_nodes))
+        logits = tails.new_empty(len(newest), self.block, self.head.outputs)
+        functions().flash_propose(
+            self._bfloat16,
+            ctypes.byref(self.struct),
+            ctypes.byref(self.stack.described(rows, None)),
+            ctypes.c_void_p(tails.data_ptr()),
+            ctypes.c_void_p(logits.data_ptr()),
+            ctypes.byref(TreeArrays.of(trees, budgets)),
+        )
+        return trees, logits
+
+    def observe(self, taps: Tensor, paths: np.ndarray, rows: Rows, tails: Tensor) -> None:
+        """Add what the target kept to each context.
+
+        taps: (batch, num, taps * target's hidden); paths: (batch, num) int32, which of those rows were kept, in order;
+        rows: how many they are, and where they go; tails: (slots, hidden), brought up to date.
+        """
+        assert paths.shape == taps.shape[:2]
+        taps = taps.contiguous()
+        functions().flash_observe(
+            self._bfloat16,
+            ctypes.byref(self.struct),
+            ctypes.byref(self.stack.described(rows, None)),
+            ctypes.c_void_p(taps.data_ptr()),
+            taps.shape[1],
+            ctypes.c_void_p(pointer(paths)),
+            ctypes.c_void_p(tails.data_ptr()),
+        )
 
     def fused(self, taps: Tensor) -> Tensor:
         """(rows, taps * hidden) -> context (rows, hidden)."""
         taps = taps.contiguous()
         context = taps.new_empty(len(taps), self.fuse.outputs)
         functions().flash_fuse(
-            ctypes.c_bool(self.stack.dtype is torch.bfloat16),
+            self._bfloat16,
             ctypes.byref(self.struct),
             ctypes.c_void_p(taps.data_ptr()),
             len(taps),

@@ -1,6 +1,5 @@
 // What Python calls (library.py, stack.py, candidates.py, step.py): forward passes, and the steps made of them.
-#include "eagle.h"
-#include "medusa.h"
+#include "step.h"
 
 namespace {
 
@@ -89,7 +88,7 @@ const char* flash_stamp() { return FLASH_STAMP; }
 long flash_size(const char* name) {
 #define SIZE(type) \
   if (!strcmp(name, #type)) return sizeof(type);
-  SIZE(Layer) SIZE(Stack) SIZE(Rows) SIZE(Draft) SIZE(Trees) SIZE(Linear) SIZE(DraftNetwork) SIZE(MedusaNetwork) SIZE(Cache) SIZE(Round)
+  SIZE(Layer) SIZE(Stack) SIZE(Rows) SIZE(Draft) SIZE(Trees) SIZE(Linear) SIZE(DraftNetwork) SIZE(Cache) SIZE(Round)
 #undef SIZE
   return 0;
 }
@@ -135,18 +134,15 @@ void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* taps, int 
   BY_TYPE(fuse, *draft, taps, rows, context);
 }
 
-// last (batch, hidden) -> logits (batch, block, vocab), and trees.
-void flash_propose_medusa(bool bfloat16, const MedusaNetwork* draft, const void* last, void* logits, const Trees* trees) {
-  BY_TYPE(propose_medusa, *draft, last, logits, *trees);
+// Draft a block behind the newest token of every sequence: logits (batch, block, vocab), and trees grown from them.
+void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* tails, void* logits, const Trees* trees) {
+  double growing;
+  BY_TYPE(propose, *draft, *rows, tails, Worth{}, logits, *trees, growing);
 }
 
-void flash_propose_eagle(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* pending, const Trees* trees) {
-  BY_TYPE(propose_eagle, *draft, *rows, pending, *trees);
-}
-
-void flash_observe_eagle(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths,
-                         const int64_t* tokens, void* pending) {
-  BY_TYPE(observe_eagle, *draft, *rows, taps, num, paths, tokens, pending);
+// Add the accepted rows of taps (batch, num, num_taps, target's hidden), paths (batch, num), to the draft's context.
+void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths, void* tails) {
+  BY_TYPE(observe, *draft, *rows, taps, num, paths, tails);
 }
 
 void flash_look(bool bfloat16, Round* round) { BY_TYPE(look, *round); }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,22 +23,21 @@ from torch import Tensor
 from model.backends import attention
 from model.backends.attention import Rows, Sight, prompt_rows
 from model.backends.kv_cache import KVCache
-from model.backends.linear import Packed, held_by, pack
-from model.backends.native.candidates import Candidates
-from model.backends.native.eagle import EagleStep
-from model.backends.native.step import DraftStep
+from model.backends.linear import held_by, pack
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.drafters.base import Room
 from model.drafters.eagle.network import EagleNetwork
-from model.drafters.native_parts import exchange_rows, indexed, native_layers, steps_natively, take_last, token_table
+from model.drafters.slots import exchange_rows, indexed, take_last
 from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
 from model.transfer import upload
 
 
 class EagleDrafter:
-    """See `model.drafters.base.Drafter`."""
+    """See `model.drafters.base.Drafter`. It runs in torch, also beside a native target: it exists for comparison."""
+
+    native = False
 
     def __init__(
         self, name: str, target: Target, network: EagleNetwork, room: Room, cache: KVCache | None = None
@@ -52,8 +50,7 @@ class EagleDrafter:
         self._head = target.head.of(network.offered)
         self.cache = cache or self.new_cache(target, network, room)
         self._pending = torch.zeros(room.num_slots, config.hidden_size, dtype=target.dtype, device=target.device)
-        self._entries = token_table(target, config.hidden_size, network.entry)  # what tokens add to what enters
-        self._step = self._native_step()
+        pack(network)
 
     @staticmethod
     def new_cache(target: Target, network: EagleNetwork, room: Room) -> KVCache:
@@ -70,44 +67,9 @@ class EagleDrafter:
             device=target.device,
         )
 
-    def _native_step(self) -> EagleStep | None:
-        """All of a step in two native calls, where everything it takes is there. Its weights are then packed."""
-        network, target, config = self.network, self.target, self.network.config
-        if self._entries is None or not steps_natively(target, self.width):
-            return None
-        self._norm1: Any = network.layers[0].attention_norm
-        layers = native_layers(network.layers, network.norm, config, self.cache.stride)
-        if layers is None:
-            return None
-        self._layers = layers
-        pack(network)
-        fuse = network.fuse
-        assert isinstance(network.out, Packed)
-        assert isinstance(network.feature, Packed)
-        assert isinstance(fuse.linear, Packed)
-        assert self._head.matrix is not None
-        draft = DraftStep(
-            layers,
-            entries=self._entries,
-            feature=network.feature.matrix,
-            out=network.out.matrix,
-            head=self._head.matrix,
-            tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
-            fuse=fuse.linear.matrix,
-            fuse_norm=fuse.norm.weight,
-            candidates=Candidates(self.width, target.eos_ids, offered=network.offered),
-        )
-        return EagleStep(draft, config.block)
-
-    @property
-    def native(self) -> bool:
-        return self._step is not None
-
     @property
     def num_bytes(self) -> int:
-        table = self._entries.nbytes if self._entries is not None else 0
-        own = self._head.num_bytes if self.network.offered is not None else 0
-        return held_by(self.network) + table + own + (self._layers.num_bytes if self._step is not None else 0)
+        return held_by(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
 
     @property
     def cache_bytes(self) -> int:
@@ -133,7 +95,7 @@ class EagleDrafter:
             assert self.cache.lengths[slot] == max(0, computed - 1), "the draft's context is not what the target kept"
 
     def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        fused = self.network.fuse(taps) if self._step is None else self._step.fused(taps)
+        fused = self.network.fuse(taps)
         features, entries = torch.cat((self._pending[slot][None], fused[:-1])), self.network.entry(embeds)
         if start == 0:  # nothing comes before the first position
             features, entries = features[1:], entries[1:]
@@ -147,42 +109,30 @@ class EagleDrafter:
 
     def _write(self, rows: Rows, entering: Tensor) -> None:
         """Keys and values of what enters the layer, (batch, rows, hidden)."""
-        if self._step is not None:
-            self._layers.hold(self._norm1(entering), None, rows)
-            return
         keys, values = self.network.context_keys_values(entering, rows.plan.positions)
         self.cache.write(0, rows.plan.locations, keys, values)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        index = indexed(paths)
+        index = indexed(paths, max(map(len, paths)))
         starts = np.array(self.cache.lengths[: len(paths)], np.int32)
         counts = np.array([len(path) for path in paths], np.int32)
         rows = Rows(self.cache, 0, index.shape[1], starts, counts, Sight.CAUSAL)
-        if self._step is not None:
-            self._step.observe(trees.tokens, taps, index, rows, self._pending)
-        else:
-            self._read(rows, np.take_along_axis(trees.tokens, index.astype(np.int64), 1), index, taps)
-        for slot, path in enumerate(paths):
-            self.cache.lengths[slot] += len(path)
-
-    def _read(self, rows: Rows, tokens: np.ndarray, index: np.ndarray, taps: Tensor) -> None:
-        """The same by torch. tokens, index: (batch, rows), the kept ones and where their taps are."""
+        tokens = np.take_along_axis(trees.tokens, index.astype(np.int64), 1)
         places = upload(index, taps.device).long()
         fused = self.network.fuse(taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1])))
         pending = self._pending[: len(fused)]
         features = torch.cat((pending[:, None], fused[:, :-1]), 1)
         self._write(rows, self.network.entering(features, self._entry(upload(tokens, taps.device))))
-        take_last(pending, fused, upload(rows.counts, taps.device).long())
+        take_last(pending, fused, upload(counts, taps.device).long())
+        for slot, path in enumerate(paths):
+            self.cache.lengths[slot] += len(path)
 
     def _entry(self, tokens: Tensor) -> Tensor:
         """(...,) -> (..., hidden)."""
-        return self._entries[tokens] if self._entries is not None else self.network.entry(self.target.embed(tokens))
+        return self.network.entry(self.target.embed(tokens))
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
-        if self._step is not None:
-            rows = Rows(self.cache, 0, 1, starts, (budgets > 0).astype(np.int32), Sight.TREE)
-            return self._step.propose(newest, budgets, rows, self._pending)
         last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
         offered = self.network.offered
         expansion = Expansion(self, starts, budgets > 0)
@@ -191,7 +141,7 @@ class EagleDrafter:
 
 
 class Expansion:
-    """By torch: the logits behind each depth's nodes, by a pass over all that were expanded so far."""
+    """The logits behind each depth's nodes, by a pass over all that were expanded so far."""
 
     def __init__(self, drafter: EagleDrafter, starts: np.ndarray, drafting: np.ndarray) -> None:
         """starts: (batch,) int32, where each slot's context ends; drafting: (batch,) bool, whose trees are wanted."""

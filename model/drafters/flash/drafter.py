@@ -19,23 +19,13 @@ from model.backends import attention
 from model.backends.attention import Plan, Rows, Sight
 from model.backends.graphs import MAX_ROWS, Replays
 from model.backends.kv_cache import KVCache
-from model.backends.linear import Packed, held_by, pack
-from model.backends.native import library
-from model.backends.native.candidates import MAX_WIDTH, Candidates, Sequential
-from model.backends.native.step import DraftStep
+from model.backends.linear import held_by, pack
 from model.decoding import tree
 from model.decoding.tree import FixedTree, Trees
 from model.drafters.base import Room
+from model.drafters.flash.native import native_step
 from model.drafters.flash.network import DraftNetwork
-from model.drafters.native_parts import (
-    exchange_items,
-    exchange_rows,
-    indexed,
-    native_layers,
-    steps_natively,
-    take_last,
-    token_table,
-)
+from model.drafters.slots import exchange_items, exchange_rows, indexed, take_last
 from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
 from model.transfer import upload
@@ -52,7 +42,11 @@ PAPER_TREE = {
 
 
 class FlashDrafter:
-    """See `model.drafters.base.Drafter`."""
+    """See `model.drafters.base.Drafter`.
+
+    It runs in one of two ways: in the native library beside a native target (`step` is there), or in torch, where
+    passes are recorded and replayed if the engine does that. A native round calls `step` by itself.
+    """
 
     def __init__(
         self, name: str, target: Target, network: DraftNetwork, room: Room, cache: KVCache | None = None
@@ -69,13 +63,13 @@ class FlashDrafter:
         self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         self._head = target.head.of(network.offered)
-        self._layers = native_layers(network.layers, network.norm, config, self.cache.stride + config.block)
-        pack(network)
-        self._candidates = self._native_candidates()
-        self.step = self._native_step()  # with which proposing and observing are part of the native round
+        positions = self.cache.stride + config.block
+        self.step = native_step(target, network, self._head.matrix, self.width, self._fixed, positions)
         self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
         self._proposals = self._observations = None
-        if room.recorder is not None and self._layers is None and self._candidates is None and room.margin <= MAX_ROWS:
+        if self.step is None:
+            pack(network)
+        if self.step is None and room.recorder is not None and room.margin <= MAX_ROWS:
             self._proposals = Replays(self._propose, self.cache, room.recorder, max_rows=self.block)
             self._observations = Replays(self._observe, self.cache, room.recorder, max_rows=room.margin)
             with torch.inference_mode():
@@ -97,47 +91,6 @@ class FlashDrafter:
             device=target.device,
         )
 
-    def _native_candidates(self) -> Candidates | None:
-        if not library.supports(self.target.dtype, self.target.device) or self.width > MAX_WIDTH:
-            return None
-        head, ends = self.network.sequential, self.target.eos_ids
-        offered = self.network.offered
-        if self._fixed is not None:
-            return Candidates(self._fixed.width, ends, fixed=self._fixed, offered=offered)
-        if head is None:
-            return Candidates(self.width, ends, offered=offered)
-        assert isinstance(head.context, Packed)
-        assert isinstance(head.state, Packed)
-        assert isinstance(head.after, Packed)
-        own = Sequential(head.before.weight, head.context.matrix, head.state.matrix, head.after.matrix)
-        return Candidates(self.width, ends, own, offered=offered)
-
-    def _native_step(self) -> DraftStep | None:
-        """What a native round needs of the draft, where all of it is native."""
-        head, fuse = self._head.matrix, self.network.fuse
-        fits = steps_natively(self.target, self.width)
-        if self._layers is None or self._candidates is None or head is None or not fits:
-            return None
-        entries = token_table(self.target, self.network.config.hidden_size, self.network.embed)
-        if entries is None:
-            return None
-        assert isinstance(self.network.feature, Packed)
-        assert isinstance(self.network.out, Packed)
-        assert isinstance(fuse.linear, Packed)
-        return DraftStep(
-            self._layers,
-            entries=entries,
-            masks=self.network.masks,
-            entry_norm=self.network.embed_norm.weight,
-            feature=self.network.feature.matrix,
-            out=self.network.out.matrix,
-            head=head,
-            tap_norms=torch.stack([norm.weight for norm in fuse.norms]),  # type: ignore[misc]
-            fuse=fuse.linear.matrix,
-            fuse_norm=fuse.norm.weight,
-            candidates=self._candidates,
-        )
-
     @property
     def native(self) -> bool:
         return self.step is not None
@@ -145,8 +98,8 @@ class FlashDrafter:
     @property
     def num_bytes(self) -> int:
         own = self._head.num_bytes if self.network.offered is not None else 0
-        parts = (part.num_bytes for part in (self._layers, self.step) if part is not None)
-        return held_by(self.network) + own + sum(parts)
+        packed = 0 if self.step is None else self.step.stack.num_bytes + self.step.num_bytes
+        return held_by(self.network) + own + packed
 
     @property
     def cache_bytes(self) -> int:
@@ -196,7 +149,11 @@ class FlashDrafter:
             rows.append(self._fused(taps[at - start :]))
         if rows:
             context = torch.cat(rows)
-            self._write(self._behind(slot, len(context), [len(context)]), context[None])
+            behind = self._behind(slot, len(context), [len(context)])
+            if self.step is not None:
+                self.step.stack.hold(context[None], None, behind)
+            else:
+                self._hold(behind.plan, context[None])
             self.tails[slot] = context[-1]
             self._advance(slot, [len(context)])
 
@@ -215,18 +172,24 @@ class FlashDrafter:
         return rows if self.network.compressor is None else self.network.compressor(rows[None])[0]
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
-        index = indexed(paths)
         counts = [len(path) for path in paths]
-        rows = self._behind(0, index.shape[1], counts)
+        rows = self._behind(0, max(counts), counts)
+        if self.step is not None:
+            self.step.observe(taps, indexed(paths, taps.shape[1]), rows, self.tails)
+        else:
+            self._observe_in_torch(indexed(paths, rows.num), rows, taps)
+        self._advance(0, counts)
+
+    def _observe_in_torch(self, index: np.ndarray, rows: Rows, taps: Tensor) -> None:
+        """Add the rows of taps that index (batch, rows) names to each context."""
         told = upload(np.concatenate((index, rows.counts[:, None]), 1), taps.device).long()
         kept = taps.gather(1, told[:, :-1, None].expand(-1, -1, taps.shape[-1]))
         if self._observations is not None:
             (context,) = self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
             context = self.network.fuse(kept)
-            self._write(rows, context)
-        self._advance(0, counts)
-        take_last(self.tails[: len(counts)], context, told[:, -1])
+            self._hold(rows.plan, context)
+        take_last(self.tails[: rows.batch], context, told[:, -1])
 
     def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
         assert kept is not None
@@ -238,13 +201,6 @@ class FlashDrafter:
         """Write keys and values of context (batch, rows, hidden)."""
         for layer, (keys, values) in enumerate(self.network.context_keys_values(context, plan.positions)):
             self.cache.write(layer, plan.locations, keys, values)
-
-    def _write(self, rows: Rows, context: Tensor) -> None:
-        """The same, by whatever computes here."""
-        if self._layers is not None:
-            self._layers.hold(context, None, rows)
-        else:
-            self._hold(rows.plan, context)
 
     def _behind(self, first_slot: int, num: int, counts: list[int]) -> Rows:
         """`num` rows, of which counts[b] are real, behind what slots first_slot.. hold."""
@@ -259,48 +215,35 @@ class FlashDrafter:
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
+        if self.step is not None:
+            trees, self.drafted = self.step.propose(newest, budgets, rows, self.tails)
+            return trees
+        numbers = np.repeat(newest[None, :, None], self.block, 2)
         if self._proposals is not None:
-            (found,) = self._proposals(rows, np.repeat(newest[None, :, None], self.block, 2))
-            return self._trees(newest, found, budgets)
-        last = upload(newest, self.target.device)
-        if self._layers is not None:
-            entering = self.network.block_input(self.target.embed(last)[:, None], self.tails[: len(newest), None])[:, 0]
-            mixed, _ = self._layers.forward(entering, None, rows)
-            hidden = self.network.out(mixed)
+            (nodes,) = self._proposals(rows, numbers)
         else:
-            hidden = self._block_hidden(rows.plan, last)
-        self.drafted = logits = self._head(hidden)
-        if self._candidates is not None:
-            return self._candidates.grow(hidden, logits, newest, budgets)
-        return self._trees(newest, self._nodes(last, hidden, logits), budgets)
-
-    def _nodes(self, newest: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        """What trees are made of, as `tree.levels` returns it. newest: (batch,); hidden: (batch, block, target_hidden),
-        of which the logits (batch, block, vocab) were read."""
-        if self._fixed is not None:
-            return tree.fill(self._fixed, logits, self.network.offered)
-        head = self.network.sequential
-        along = None if head is None else head.along(hidden)
-        return tree.candidates(newest, logits, along, self._ends, width=self.width, offered=self.network.offered)
-
-    def _trees(self, newest: np.ndarray, nodes: Tensor, budgets: np.ndarray) -> Trees:
+            (nodes,) = self._propose(rows.plan, upload(numbers, self.target.device), None)
         found = nodes.cpu().numpy()
         if self._fixed is not None:
             return tree.planted(newest, found, self._fixed, budgets)
         return tree.pruned(newest, found, width=self.width, budgets=budgets)
 
     def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-        """See _nodes. numbers: (1, batch, block), the newest token of each slot, repeated."""
+        """Draft a block for every slot, and choose nodes from it, as `tree.levels` returns them. numbers: (1, batch,
+        block), the newest token of each slot, repeated."""
         newest = numbers[0, :, 0]
-        hidden = self._block_hidden(plan, newest)
-        return (self._nodes(newest, hidden, self._head(hidden)),)
-
-    def _block_hidden(self, plan: Plan, last: Tensor) -> Tensor:
-        """(batch,) tokens -> (batch, block, target_hidden), to be read by the head."""
         hidden: Tensor = self.network.block_hidden(
-            self.target.embed(last)[:, None],
-            self.tails[: len(last), None],
+            self.target.embed(newest)[:, None],
+            self.tails[: len(newest), None],
             plan.positions[:, :1],
             lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
         )[:, 0]
-        return hidden
+        logits = self._head(hidden)
+        if self._proposals is None:  # a recording's own tensors are its recorder's
+            self.drafted = logits
+        if self._fixed is not None:
+            return (tree.fill(self._fixed, logits, self.network.offered),)
+        head = self.network.sequential
+        along = None if head is None else head.along(hidden)
+        nodes = tree.candidates(newest, logits, along, self._ends, width=self.width, offered=self.network.offered)
+        return (nodes,)

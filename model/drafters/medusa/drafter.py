@@ -9,21 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.linear import Packed, held_by, pack
-from model.backends.native.candidates import Candidates
-from model.backends.native.medusa import MedusaStep
+from model.backends.linear import held_by, pack
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.drafters.base import Room
 from model.drafters.medusa.network import MedusaNetwork
-from model.drafters.native_parts import exchange_items, exchange_rows, steps_natively
+from model.drafters.slots import exchange_items, exchange_rows
 from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
 from model.transfer import upload
 
 
 class MedusaDrafter:
-    """See `model.drafters.base.Drafter`."""
+    """See `model.drafters.base.Drafter`. It runs in torch, also beside a native target: it exists for comparison."""
+
+    native = False
 
     def __init__(self, name: str, target: Target, network: MedusaNetwork, room: Room, cache: None = None) -> None:  # noqa: ARG002
         self.name = name
@@ -33,23 +33,10 @@ class MedusaDrafter:
         pack(network)
         self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
         self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
-        self._step = self._native_step()
 
     @staticmethod
     def new_cache(target: Target, network: MedusaNetwork, room: Room) -> None:  # noqa: ARG004
         """It has no keys and values."""
-
-    def _native_step(self) -> MedusaStep | None:
-        target, heads, head = self.target, self.network.heads, self._head.matrix
-        if head is None or not steps_natively(target, self.width):
-            return None
-        assert isinstance(heads, Packed)
-        candidates = Candidates(self.width, target.eos_ids, offered=self.network.offered)
-        return MedusaStep(self.network.norm.weight, heads.matrix, head, self.network.config.block, candidates)
-
-    @property
-    def native(self) -> bool:
-        return self._step is not None
 
     @property
     def num_bytes(self) -> int:
@@ -71,10 +58,7 @@ class MedusaDrafter:
         self._last[slot] = taps[-1]
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        last = self._last[: len(newest)]
-        if self._step is not None:
-            return self._step.propose(last, newest, budgets)
-        logits, offered = self._head(self.network(last)), self.network.offered
+        logits, offered = self._head(self.network(self._last[: len(newest)])), self.network.offered
         return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets, offered=offered)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
@@ -82,8 +66,6 @@ class MedusaDrafter:
         for slot in slots:
             self._held[slot] += len(paths[slot])
         rows = [slot * taps.shape[1] + paths[slot][-1] for slot in slots]
-        if self._step is not None:
-            return self._step.observe(taps, rows, self._last, slots)
         where = upload(np.array((slots, rows)), taps.device)
         self._last.index_copy_(0, where[0], taps.flatten(0, 1).index_select(0, where[1]))
 

@@ -1,0 +1,113 @@
+"""The FLASH draft described for the native library, which then computes all of a step: see native/step.h."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.backends.linear import Packed, pack
+from model.backends.native import library
+from model.backends.native.candidates import MAX_WIDTH, Candidates, Sequential
+from model.backends.native.library import K_STEP, Matrix
+from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
+from model.backends.native.step import DraftStep
+from model.decoding.tree import FixedTree
+from model.drafters.flash.network import DraftNetwork
+from model.drafters.layers import rotary_table
+from model.targets.base import Target
+
+MAX_TABLE = 1 << 24  # numbers in the table of what tokens put into the layers; a larger one is not made
+
+
+def native_step(
+    target: Target, network: DraftNetwork, head: Matrix | None, width: int, fixed: FixedTree | None, positions: int
+) -> DraftStep | None:
+    """Pack the network for the native library; None where some part of a step cannot run in it, with nothing changed.
+
+    head: the target's, for the tokens that the draft may propose; width: nodes kept at each depth; positions: of a
+    context at most. The network's own layers are released.
+    """
+    # States lie one behind the other, and are read in whole steps of a product.
+    if target.verifier is None or head is None or width > MAX_WIDTH or target.hidden_size % K_STEP:
+        return None
+    stack = _stack(network, positions)
+    if stack is None:
+        return None
+    pack(network)
+    return DraftStep(
+        stack,
+        token_table=_token_table(target, network),
+        embeddings=target.verifier.embeddings,
+        masks=network.masks,
+        input_norm=network.embed_norm.weight,
+        embed=_matrix(network.embed),
+        feature=_matrix(network.feature),
+        out=_matrix(network.out),
+        head=head,
+        tap_norms=torch.stack([norm.weight for norm in network.fuse.norms]),  # type: ignore[misc]
+        fuse=_matrix(network.fuse.linear),
+        fuse_norm=network.fuse.norm.weight,
+        candidates=_candidates(target, network, width, fixed),
+    )
+
+
+def _matrix(linear: nn.Module) -> Matrix:
+    assert isinstance(linear, Packed)
+    return linear.matrix
+
+
+def _stack(network: DraftNetwork, positions: int) -> Stack | None:
+    """The draft's layers and the norm behind them; None where the native stack cannot run such layers."""
+    config, norm = network.config, network.norm
+    shape = Shape(
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_heads,
+        head_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        eps=1e-6,
+    )
+    if not (shape.fits and library.supports(norm.weight.dtype, norm.weight.device)):
+        return None
+    layers: list[Any] = list(network.layers)
+    cos, sin = rotary_table(config, torch.arange(positions)[None], norm.weight.dtype)
+    stack = Stack(
+        shape,
+        [
+            LayerWeights(
+                norm1=Norm(layer.attention_norm.weight),
+                qkv=torch.cat((layer.q.weight, layer.kv.weight)),
+                out=layer.out.weight,
+                norm2=Norm(layer.mlp_norm.weight),
+                up=layer.gate_up.weight,
+                down=layer.down.weight,
+            )
+            for layer in layers
+        ],
+        rotary=Rotary(cos[0, 0], sin[0, 0], np.zeros(config.head_dim, np.int32)),
+        final_norm=Norm(norm.weight),
+    )
+    del network.layers[:]
+    return stack
+
+
+@torch.inference_mode()
+def _token_table(target: Target, network: DraftNetwork) -> Tensor | None:
+    """What every token puts into the layers, (vocab, hidden), where a table of it is small."""
+    if target.vocab_size * network.config.hidden_size > MAX_TABLE:
+        return None
+    table: Tensor = network.embed(target.embed(torch.arange(target.vocab_size, device=target.device)))
+    return table.clone()
+
+
+def _candidates(target: Target, network: DraftNetwork, width: int, fixed: FixedTree | None) -> Candidates:
+    offered, head = network.offered, network.sequential
+    if fixed is not None:
+        return Candidates(fixed.width, target.eos_ids, fixed=fixed, offered=offered)
+    own = None
+    if head is not None:
+        own = Sequential(head.before.weight, _matrix(head.context), _matrix(head.state), _matrix(head.after))
+    return Candidates(width, target.eos_ids, own, offered=offered)

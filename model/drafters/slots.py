@@ -1,0 +1,36 @@
+"""What drafters share: exchanging what they have for two slots, paths as an index, and the last of what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def take_last(held: Tensor, rows: Tensor, counts: Tensor) -> None:
+    """held (batch, width) becomes the last of counts (batch,) int64 rows (batch, rows, width), where there are any."""
+    last = rows.gather(1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]
+    held.copy_(torch.where(counts[:, None] > 0, last, held))
+
+
+def exchange_rows(rows: Tensor, one: int, other: int) -> None:
+    """Exchange two rows of a tensor."""
+    kept = rows[one].clone()
+    rows[one], rows[other] = rows[other], kept
+
+
+def exchange_items(by_slot: dict[int, Any], one: int, other: int) -> None:
+    """Exchange what a table has for two slots, either of which may be missing."""
+    found = {slot: by_slot.pop(slot) for slot in (one, other) if slot in by_slot}
+    by_slot.update({one + other - slot: item for slot, item in found.items()})
+
+
+def indexed(paths: Seq[list[int]], width: int) -> np.ndarray:
+    """Paths as an array (batch, width) int32, with zeros behind the end of each."""
+    index = np.zeros((len(paths), width), np.int32)
+    for b, path in enumerate(paths):
+        index[b, : len(path)] = path
+    return index
