@@ -1,7 +1,7 @@
-"""What goes into the engine and what comes out of it: plain frozen data, no tensors, no torch.
+"""The engine's inputs and outputs: plain dataclasses, no tensors.
 
-This module is the whole border between `model/` and whoever drives it (the service's worker, the
-command line, the benchmark). It can be imported without torch.
+This module is the whole interface between `model/` and its callers (the service, the command line, the benchmark).
+Importing it loads no torch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ TokenSource = Literal["draft", "target"]
 
 
 class RequestError(ValueError):
-    """The request cannot be served as asked; the message tells its sender what to change.
+    """The request is invalid; the message tells its sender what to change.
 
-    `param` names the offending field, `code` is a short machine-readable reason.
+    `param` names the field at fault, `code` is a short machine-readable reason.
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_request") -> None:
@@ -33,7 +33,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature == 0` is greedy; `seed` alone fixes all randomness."""
+    """How tokens are chosen. `temperature == 0` is greedy; all randomness depends on `seed` alone."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -43,16 +43,16 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    min_tokens: int = 0  # before so many the answer does not end by itself, nor at a stop string
+    min_tokens: int = 0  # fewer tokens end neither by an end-of-sequence token nor at a stop string
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit), each token once
-    logprobs: int | None = None  # how many of the likeliest tokens are told with each of the answer's; None: nothing
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias added to its logit), each token once
+    logprobs: int | None = None  # how many likeliest tokens to report with each token; None: no log-probabilities
 
     @property
     def processes(self) -> bool:
-        """Whether logits are changed before a token is chosen (processors.py)."""
+        """Whether logits processors apply (processors.py)."""
         return bool(
             self.logit_bias
             or self.min_tokens
@@ -83,10 +83,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class Medium:
-    """One image (one frame) or one video (its sampled frames), decoded and already at the target's geometry.
+    """One image (one frame) or one video (its sampled frames), decoded and at the target's geometry.
 
-    frames: (num_frames, height, width, 3) uint8 RGB. seconds_per_frame: of a video, the time from one of its frames to
-    the next, on average; None where nobody knows (a target that reads it then takes half a second).
+    frames: (num_frames, height, width, 3) uint8 RGB. seconds_per_frame: mean seconds between frames of a video; None:
+    unknown (a target that uses it then assumes half a second).
     """
 
     kind: Literal["image", "video"]
@@ -99,8 +99,8 @@ class Medium:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 over kind, shape and pixels: what features depend on. Takes milliseconds for a video: whoever has the
-        time may ask early."""
+        """SHA-256 of kind, shape and pixels, on which features depend. Takes milliseconds for a video, so it may be
+        computed early."""
         digest = hashlib.sha256(f"{self.kind}|{self.frames.shape}|{self.frames.dtype}|".encode())
         digest.update(np.ascontiguousarray(self.frames).data)
         return digest.digest()
@@ -108,7 +108,7 @@ class Medium:
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One chat turn. `content` holds text and media in the order in which the user gave them."""
+    """One chat turn. `content` has texts and media in the user's order."""
 
     role: Literal["system", "user", "assistant"]
     content: tuple[str | Medium, ...]
@@ -116,18 +116,20 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class Request:
+    """One prompt and how to decode it."""
+
     request_id: str
     messages: tuple[Message, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     speculation: bool = True
-    running_stats: bool = False  # whether every output says what the request has cost so far
-    salt: str = ""  # only requests with the same one share what is computed or seen once
-    fit: bool = False  # whether max_tokens may be lowered to what the context has room for
+    running_stats: bool = False  # put `stats` into every output, not only the last
+    salt: str = ""  # requests share the prefix and encoder caches only with those of the same salt
+    fit: bool = False  # lower max_tokens to what the context has room for
 
 
-@dataclass(slots=True)  # not frozen: one is made for every token, and that would take three times as long
+@dataclass(slots=True)  # not frozen: creation, once per token, would take three times as long
 class Token:
-    """One emitted token; `text` is what it added to the answer (may be empty, see detokenize.py)."""
+    """One emitted token; `text` is what it adds to the answer (may be empty, see detokenize.py)."""
 
     id: int
     text: str
@@ -136,16 +138,16 @@ class Token:
 
 @dataclass(slots=True)
 class Likelihood:
-    """Of a token the natural logarithm of its probability, as the target has it: before its logits are processed."""
+    """A token's log-probability (natural) in the target's distribution, before logits processors."""
 
     id: int
-    said: bytes  # what the token stands for; it may be a part of a character
+    said: bytes  # of the token's text; may be a part of a character
     logprob: float
 
 
 @dataclass(slots=True)
 class Likelihoods:
-    """Of a token of an answer; and of those that were likeliest there, the likeliest first."""
+    """The log-probabilities of a token of the answer and of the likeliest tokens at its position, likeliest first."""
 
     chosen: Likelihood
     top: tuple[Likelihood, ...]
@@ -153,74 +155,74 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one request cost: a finished one, or one so far. Times in seconds, measured inside the engine."""
+    """Counts and times of one request so far. Times in seconds, measured inside the engine."""
 
     prompt_tokens: int
     completion_tokens: int
-    drafts: int  # verify steps that carried draft tokens
-    draft_tokens: int  # tree nodes proposed and verified
+    drafts: int  # verify steps with draft tokens
+    draft_tokens: int  # draft tokens verified
     accepted_tokens: int
     queue: float  # from add() to the first prefill chunk
     time_to_first_token: float  # from add() to the first token
     decode: float  # from the first token to the last
-    cached_tokens: int = 0  # of the prompt, taken over from a request that began alike
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
 
 @dataclass(slots=True)  # not frozen, as Token
 class RequestOutput:
-    """What one step did for one request. Exactly one output per request carries a `finish_reason`; it is the last."""
+    """The result of one step for one request. Exactly one output per request, the last, has a `finish_reason`."""
 
     request_id: str
-    text: str  # the text this step added
+    text: str  # added in this step
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
-    stats: RequestStats | None = None  # with finish_reason; with every output where the request asks for it
+    stats: RequestStats | None = None  # in the last output; with `running_stats` in every one
     error: str | None = None  # with finish_reason == "error"
-    logprobs: tuple[Likelihoods, ...] | None = None  # one for every token, where the request asks for them
+    logprobs: tuple[Likelihoods, ...] | None = None  # one per token, where requested
 
 
 @dataclass(frozen=True)
 class Area:
-    """Sizes by area, as transformers' Qwen2-VL processors have them: sides become multiples of `multiple`, pixels a
-    number from `min_pixels` to `max_pixels`, and proportions stay about what they were."""
+    """Resizing by area, as in transformers' Qwen2-VL processors: sides become multiples of `multiple`, the pixels lie
+    between `min_pixels` and `max_pixels`, and the aspect ratio stays about the same."""
 
     multiple: int
     min_pixels: int
-    max_pixels: int  # of an image, or of a frame of a video
-    all_frames: int | None = None  # pixels that the frames of a video may have together; None: no such limit
+    max_pixels: int  # of an image, or of one frame of a video
+    all_frames: int | None = None  # maximum pixels of all frames of a video together; None: no limit
 
     MAX_RATIO: ClassVar[int] = 200  # of the longer side to the shorter
-    SLACK: ClassVar[float] = 1.05  # many frames share `all_frames`, but each may have this many times `min_pixels`
+    SLACK: ClassVar[float] = 1.05  # each of many frames may have this many times `min_pixels`, whatever `all_frames`
 
     def most(self, num_frames: int) -> int:
-        """Pixels of one frame of so many."""
+        """Return the target pixels of one of `num_frames` frames."""
         if self.all_frames is None:
             return self.max_pixels
         return max(min(self.max_pixels, self.all_frames // num_frames), int(self.min_pixels * self.SLACK))
 
     def fitted(self, height: int, width: int, num_frames: int = 1) -> tuple[int, int]:
-        """(height, width) that a picture of this size is to have. Rounding may lead out of the bounds by a multiple."""
-        sides, unit, most = (height, width), self.multiple, self.most(num_frames)
-        down, across = (round(side / unit) * unit for side in sides)
-        if down * across > most:
-            shrink = math.sqrt(height * width / most)
-            down, across = (max(unit, math.floor(side / shrink / unit) * unit) for side in sides)
-        elif down * across < self.min_pixels:
+        """Return (height, width) after resizing. Rounding may exceed the bounds by one multiple."""
+        sides, unit, max_pixels = (height, width), self.multiple, self.most(num_frames)
+        new_height, new_width = (round(side / unit) * unit for side in sides)
+        if new_height * new_width > max_pixels:
+            shrink = math.sqrt(height * width / max_pixels)
+            new_height, new_width = (max(unit, math.floor(side / shrink / unit) * unit) for side in sides)
+        elif new_height * new_width < self.min_pixels:
             grow = math.sqrt(self.min_pixels / (height * width))
-            down, across = (math.ceil(side * grow / unit) * unit for side in sides)
-        return down, across
+            new_height, new_width = (math.ceil(side * grow / unit) * unit for side in sides)
+        return new_height, new_width
 
     @property
     def longest(self) -> int:
-        """Pixels along a side, at most: narrow pictures may be half as narrow again after rounding."""
+        """The longest possible side, pixels; rounding may change a narrow picture's aspect ratio by half."""
         return math.isqrt(2 * self.MAX_RATIO * self.most(1)) + 2 * self.multiple
 
     def largest(self, num_frames: int) -> int:
-        """Pixels of one frame of so many, at most: rounding may lead beyond `most`, but by no more than a strip."""
+        """Return an upper bound on the pixels of one of `num_frames` frames: rounding adds at most one strip."""
         return self.most(num_frames) + self.multiple * self.longest
 
     def holds(self, height: int, width: int, num_frames: int = 1) -> bool:
-        """Whether `fitted` may have given this size."""
+        """Return whether this size may be a result of `fitted`."""
         unit = self.multiple
         within = (height - unit) * (width - unit) < self.most(num_frames) and self.min_pixels < (height + unit) * (
             width + unit
@@ -230,11 +232,11 @@ class Area:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The size to which the target's image processor brings a frame, so that decoding can do it early.
+    """How the target's image processor resizes a frame, so that the media decoder can do it early.
 
-    Same steps and order as transformers' CLIP-style processors: resize (with PIL's `resample` filter), then
-    centre-crop. `exact` resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`. Where sizes
-    go by area, `image` and `video` say how, and the three others are None.
+    Same steps as transformers' CLIP-style processors: resize (with PIL's `resample` filter), then centre-crop. `exact`
+    resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`. For resizing by area, `image` and
+    `video` are set and the first three are None.
     """
 
     exact: tuple[int, int] | None  # (height, width)
@@ -249,14 +251,14 @@ class Geometry:
         return self.image if kind == "image" else self.video
 
     def largest(self, kind: Literal["image", "video"], num_frames: int) -> int | None:
-        """Pixels of one frame of so many, at most; None where that depends on the file alone."""
+        """Return an upper bound on the pixels of one of `num_frames` frames; None where it depends on the file."""
         if (size := self.crop or self.exact) is not None:
             return size[0] * size[1]
         area = self.area(kind)
         return None if area is None else area.largest(num_frames)
 
     def fits(self, kind: Literal["image", "video"], num_frames: int, height: int, width: int) -> bool:
-        """Whether frames of this size may have been brought to it."""
+        """Return whether frames of this size may be a result of this geometry."""
         if (size := self.crop or self.exact) is not None:
             return (height, width) == size
         area = self.area(kind)
@@ -265,28 +267,28 @@ class Geometry:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a loaded engine tells about itself."""
+    """What a loaded engine reports about itself."""
 
     model: str  # name or path it was loaded from
     device: str
     dtype: str
-    backend: str  # what computes the layers: "torch", or the build of the native library
+    backend: str  # "torch", or the build of the native library
     drafter: str  # its name, or "off"
     max_model_len: int  # prompt + answer, tokens
     max_num_seqs: int
-    tokens_per_image: int  # at most, where that depends on the image
+    tokens_per_image: int  # the maximum, where it depends on the image
     geometry: Geometry
-    max_frames: int  # of one video, that the context has room for; fewer where frames are larger than they must be
-    memory: dict[str, int] = field(default_factory=dict)  # bytes that it takes at most, by what for
+    max_frames: int  # of one video that fit the context, at the smallest frame size
+    memory: dict[str, int] = field(default_factory=dict)  # maximum bytes, by purpose
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges now, and everything counted since the previous call of `Engine.pop_stats`."""
+    """Present gauges, and counts since the previous call of `Engine.pop_stats`."""
 
     running: int
     waiting: int
-    kv_cache_usage: float  # 0..1, exact: tokens held / tokens that fit
+    kv_cache_usage: float  # 0..1: tokens in the cache / tokens that fit
     prompt_tokens: int = 0
     generation_tokens: int = 0
     drafts: int = 0
@@ -297,6 +299,6 @@ class EngineStats:
     encoder_cache_hits: int = 0
     prefix_cache_queries: int = 0  # prompt tokens
     prefix_cache_hits: int = 0
-    acceptance_lengths: tuple[int, ...] = ()  # one per verify step and sequence that had a draft; bonus token included
-    batch_sizes: tuple[int, ...] = ()  # sequences of each step that decoded
+    acceptance_lengths: tuple[int, ...] = ()  # one per sequence with a draft and verify step; bonus token included
+    batch_sizes: tuple[int, ...] = ()  # sequences decoded in each step
     step_seconds: tuple[tuple[str, float], ...] = ()  # ("vision"|"prefill"|"draft"|"verify", seconds)

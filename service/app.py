@@ -1,4 +1,4 @@
-"""The application: routes, the one place where errors become HTTP, and the service's life around it all."""
+"""The ASGI application: routes, middleware, the mapping of errors to HTTP, and the start and stop of the service."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from service.origin import AllowedHosts, checks_hosts
 from service.routes import admin, generate, openai, ops, playground
 from service.settings import Settings
 from service.state import Service
-from service.stream import LastResponse
+from service.stream import ClosingResponse
 
 log = logging.getLogger("flashserve")
 
-SHORT_BODY = 64 * 1024  # bytes; so many may follow a refusal on a connection that stays open
+SHORT_BODY = 64 * 1024  # bytes that may follow a refusal on a connection that stays open
 
 
 def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
-    """`on_fatal`: told why the service can never become ready, once that is known."""
+    """Create the application. on_fatal: called with the reason when the service can never become ready."""
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.started = time.time()
         app.state.service = service = Service(settings, on_fatal)
         service.start()
@@ -42,12 +42,12 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         finally:
             await service.stop()
 
-    # Plain routes, and no generated documentation: handlers read their bodies themselves, so FastAPI has nothing to
-    # inject or to describe, and its page would load scripts from elsewhere.
+    # Plain routes and no generated documentation: handlers read their bodies themselves, so FastAPI has nothing to
+    # inject or describe, and its page would load scripts from other sites.
     routes: list[BaseRoute] = [*generate.ROUTES, *openai.ROUTES, *ops.ROUTES, *admin.ROUTES, *playground.ROUTES]
-    app = FastAPI(title="FlashServe", version=model.__version__, lifespan=life, openapi_url=None, routes=routes)
-    app.router.redirect_slashes = False  # it would redirect to whatever host the request names
-    refused = _map_errors(app)
+    app = FastAPI(title="FlashServe", version=model.__version__, lifespan=lifespan, openapi_url=None, routes=routes)
+    app.router.redirect_slashes = False  # it would redirect to any host that the request names
+    error_response = _map_errors(app)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -57,40 +57,38 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
             expose_headers=(REQUEST_ID, "Retry-After"),
         )
     if checks_hosts(settings):
-        app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=refused)
+        app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=error_response)
     return app
 
 
 def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Response]]:
-    """Every error a client can see passes through `refused`, which this returns."""
+    """Register the exception handlers; return the function through which every error response passes."""
 
     @app.exception_handler(ServiceError)
-    async def refused(request: Request, error: ServiceError) -> Response:
-        if not isinstance(error, EngineFailure | TimedOut):  # those had been taken, and are counted as such
+    async def error_response(request: Request, error: ServiceError) -> Response:
+        if not isinstance(error, EngineFailure | TimedOut):  # those had been accepted, and count as answered
             service_of(request).metrics.rejected(error.code or error.type)
         headers = error.headers() | {"Content-Type": "application/json"}
-        kind = LastResponse if _is_still_sent(request) else Response
+        kind = ClosingResponse if _body_still_arrives(request) else Response
         response = kind(msgspec.json.encode(error.envelope()), error.status, headers)
         if (request_id := getattr(request.state, "id", None)) is not None:
             response.headers[REQUEST_ID] = request_id
-        if error.code == "draining":  # a server that ends is not where it should ask again
+        if error.code == "draining":  # the client should retry at another server
             response.headers["Connection"] = "close"
         return response
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path[:128]
-        told: ServiceError = BadRequest("the request is not valid")
+        mapped: ServiceError = BadRequest("the request is not valid")
         if error.status_code == 404:
             bare = path.rstrip("/")
-            ends = (
-                any(isinstance(route, Route) and route.path_regex.match(bare) for route in app.routes) and bare != path
-            )
-            told = NotFound(f"there is nothing at {path}{f'; there is at {bare}, with no slash at its end' * ends}")
+            exists = bare != path and any(isinstance(r, Route) and r.path_regex.match(bare) for r in app.routes)
+            mapped = NotFound(f"there is nothing at {path}" + (f"; use {bare} without the slash" if exists else ""))
         if error.status_code == 405:
-            told = MethodNotAllowed(f"{path} does not take {request.method}")
-        response = await refused(request, told)
-        response.headers.update(error.headers or {})  # which methods it does take
+            mapped = MethodNotAllowed(f"{path} does not support {request.method}")
+        response = await error_response(request, mapped)
+        response.headers.update(error.headers or {})  # `Allow`, with the supported methods
         return response
 
     @app.exception_handler(ClientDisconnect)
@@ -99,14 +97,14 @@ def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Res
 
     @app.exception_handler(Exception)
     async def bug(request: Request, _: Exception) -> Response:
-        """Ours; Starlette logs it with its traceback. The client learns nothing about it."""
-        return await refused(request, EngineFailure("internal error", code="internal_error"))
+        """Hide the details of a bug from the client; Starlette logs it with its traceback."""
+        return await error_response(request, EngineFailure("internal error", code="internal_error"))
 
-    return refused
+    return error_response
 
 
-def _is_still_sent(request: Request) -> bool:
-    """Whether more of the body is on its way than is worth waiting for."""
+def _body_still_arrives(request: Request) -> bool:
+    """Return whether more of the body is still to come than is worth waiting for."""
     complete = getattr(request.state, "body_complete", None)
     if complete is not None:  # it was read, to its end or not
         return not complete

@@ -1,4 +1,4 @@
-"""Who may ask: wrapped around every /v1 and /admin handler, so that no comparison of paths decides."""
+"""Check keys. The decorators wrap every /v1 and /admin handler, so that access never depends on comparing paths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from service.errors import NotFound, Unauthorized
 from service.origin import check_origin
 
 
-def keyed(handler: Handler) -> Handler:
-    """Only for who has a key, where keys are set, and else for no page of another site, which could not have sent one.
-    `request.state.key` says which key it is, for its own limit; or None."""
+def require_api_key(handler: Handler) -> Handler:
+    """Require an API key where keys are set; without keys, refuse web pages of other origins.
+
+    Sets `request.state.key` to the key, for its own limits, or to None.
+    """
 
     @wraps(handler)
     async def guarded(request: Request) -> Response:
@@ -27,19 +29,19 @@ def keyed(handler: Handler) -> Handler:
     return guarded
 
 
-def admin(handler: Handler) -> Handler:
-    """Only for who has the admin key; where none is set, for nobody. Keys of the API are of no use here."""
+def require_admin_key(handler: Handler) -> Handler:
+    """Require the admin key; without one set, nobody may use the handler. API keys do not count."""
 
     @wraps(handler)
     async def guarded(request: Request) -> Response:
         key = service_of(request).settings.admin_key
         if key is None or not key.get_secret_value():
             raise NotFound(
-                f"{request.url.path} is off: start the service with --admin-key KEY (FLASH_ADMIN_KEY) to use it",
+                f"{request.url.path} is disabled: start the service with --admin-key KEY (FLASH_ADMIN_KEY) to use it",
                 code="admin_off",
             )
-        given = _given(request, "the admin key")
-        if not hmac.compare_digest(given, key.get_secret_value().encode()):
+        token = _bearer_token(request, "the admin key")
+        if not hmac.compare_digest(token, key.get_secret_value().encode()):
             raise Unauthorized("this is not the admin key")
         return await handler(request)
 
@@ -47,7 +49,7 @@ def admin(handler: Handler) -> Handler:
 
 
 def may_see_details(request: Request) -> bool:
-    """Whether it has a key, or none is needed."""
+    """Return whether a request has a key, or needs none."""
     try:
         _key_of(request)
     except Unauthorized:
@@ -56,21 +58,22 @@ def may_see_details(request: Request) -> bool:
 
 
 def _key_of(request: Request) -> str | None:
+    """Return the API key of a request, or None where no keys are set. Raises Unauthorized."""
     keys = service_of(request).settings.api_key
     if not keys:
         return None
-    given = _given(request, "an API key")
-    # Every key is compared, in constant time: how long it takes says nothing about which one is near.
+    token = _bearer_token(request, "an API key")
+    # Compare with every key, each in constant time, so that the duration says nothing about the keys.
     secrets = [key.get_secret_value() for key in keys]
-    matching = [secret for secret in secrets if hmac.compare_digest(given, secret.encode())]
+    matching = [secret for secret in secrets if hmac.compare_digest(token, secret.encode())]
     if not matching:
-        raise Unauthorized("the API key is not known here")
+        raise Unauthorized("the API key is not valid")
     return matching[0]
 
 
-def _given(request: Request, wanted: str) -> bytes:
-    """The bearer token that came along."""
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not given:
-        raise Unauthorized(f"{wanted} is needed: send 'Authorization: Bearer KEY'", code="missing_api_key")
-    return given.strip().encode()
+def _bearer_token(request: Request, required: str) -> bytes:
+    """Return the bearer token. Raises Unauthorized without one; `required` names the key in its message."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthorized(f"{required} is required: send 'Authorization: Bearer KEY'", code="missing_api_key")
+    return token.strip().encode()

@@ -1,9 +1,8 @@
-"""From a body's bytes to what a request says, under limits; how bytes and time are counted is in `uploads`.
+"""Read and parse JSON bodies and forms under limits; `uploads` limits their bytes and duration.
 
-What is no medium has a limit of its own, far below the body's: a parser makes objects of it, fifty times its size where
-the values are small, and holds the interpreter meanwhile. So it is counted before it is parsed.
-
-Knows nothing of what the body says, but for parsing off the event loop what is long.
+The part of a body that is not media has a much lower limit than the whole: a parser makes objects of it, up to fifty
+times its size, and holds the GIL meanwhile. So these bytes are counted before parsing. Long bodies are parsed in a
+thread. Knows nothing of the contents.
 """
 
 from __future__ import annotations
@@ -21,50 +20,51 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser, par
 
 from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media.data_uri import START_IN_JSON
-from service.schemas.invalid import as_bad_request
 from service.settings import Settings
 from service.uploads import Upload
+from service.validation import as_bad_request
 
 JSON, FORM = "application/json", "multipart/form-data"
-URLENCODED = "application/x-www-form-urlencoded"  # what `curl -d` says of anything
-PARSED_ON_THE_LOOP = 64 * 1024  # bytes; longer ones take milliseconds
+URLENCODED = "application/x-www-form-urlencoded"  # `curl -d` sends this for any body
+PARSED_ON_THE_LOOP = 64 * 1024  # bytes; longer bodies take milliseconds
 WIDE = re.compile(rb"\\u(?!00[0-7])")  # an escaped character that is not ASCII
 
 Schema = TypeVar("Schema", bound=msgspec.Struct)
 Parsed = TypeVar("Parsed")
 
-# One thread: a parser holds the interpreter from start to end, and several in turn would starve the event loop.
+# One thread: a parser holds the GIL from start to end, and several would starve the event loop.
 _parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
 
 
 async def read_json(upload: Upload, schema: type[Schema], settings: Settings) -> Schema:
+    """Read a JSON body into `schema`. Raises BadRequest, TooLarge, UnsupportedMedia, and what `Upload.read` raises."""
     kind, _ = parse_options_header(upload.content_type)
     if kind not in ("", JSON, URLENCODED) and not kind.endswith("+json"):
         raise _wrong_content_type(kind, JSON)
     body = bytearray()
     await upload.read(settings.max_body_bytes, body.extend)
 
-    def decoded(body: bytearray) -> Schema:
+    def decode(body: bytearray) -> Schema:
         if _num_text_bytes(body, settings.max_text_bytes) > settings.max_text_bytes:
             raise _too_much_text(settings)
         return msgspec.json.decode(body, type=schema)
 
     try:
-        return await _parse(decoded, body)
+        return await _parse(decode, body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise as_bad_request(error) from None
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a form says, in its order: texts by their names, and files by theirs."""
+    """A form's texts and files, as (name, value) in their order."""
 
     fields: list[tuple[str, str]] = field(default_factory=list)
     files: list[tuple[str, bytes]] = field(default_factory=list)
 
 
 async def read_form(upload: Upload, settings: Settings, *, max_files: int, max_fields: int) -> Form:
-    """One part more than allowed is left to the checks that name the limit."""
+    """Read a form. One part more than allowed still passes here, so that later checks can name the limit."""
     kind, options = parse_options_header(upload.content_type)
     try:
         if kind == FORM:
@@ -78,19 +78,21 @@ async def read_form(upload: Upload, settings: Settings, *, max_files: int, max_f
             return Form(fields=await _parse(lambda text: _pairs(text, max_fields + 1), body))
     except UnicodeDecodeError:
         raise BadRequest("a field is not valid UTF-8", code="invalid_text") from None
-    except (MultipartError, ValueError):  # what they say is a library's
+    except (MultipartError, ValueError):  # their messages are a library's
         message = f"the form is malformed, or has more than {max_files + max_fields} parts"
         raise BadRequest(message, code="invalid_form") from None
     raise _wrong_content_type(kind, FORM)
 
 
 class _FormReader:
+    """Parses a multipart body piece by piece."""
+
     def __init__(self, boundary: str, max_parts: int, settings: Settings) -> None:
         self.form = Form()
         self.parser = PushMultipartParser(boundary, max_segment_count=max_parts)
         self._settings = settings
         self._part: MultipartSegment | None = None
-        self._content = bytearray()  # of that part, so far
+        self._content = bytearray()  # of the current part
         self._num_text_bytes = 0
 
     def feed(self, chunk: bytes) -> None:
@@ -115,13 +117,13 @@ def _pairs(body: bytearray, max_fields: int) -> list[tuple[str, str]]:
     return parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=max_fields)
 
 
-def _num_text_bytes(body: bytearray, enough: int) -> int:
-    """Count the bytes of a JSON body that are not in its data: URIs, at least until they are more than `enough`.
+def _num_text_bytes(body: bytearray, limit: int) -> int:
+    """Count the bytes of a JSON body outside of its data: URIs; stop counting when they exceed `limit`.
 
-    A URI is one string, and has ASCII only: however long it is, it becomes one object of its own size. No more text is
-    searched than is enough: the search holds the interpreter."""
+    A URI is one ASCII string, so it becomes one object of its own size. No more text is searched than the limit, since
+    the search holds the GIL."""
     number = at = 0
-    while number <= enough and (start := START_IN_JSON.search(body, at, at + enough - number + 1)):
+    while number <= limit and (start := START_IN_JSON.search(body, at, at + limit - number + 1)):
         begin = start.end()
         end = body.find(b'"', begin)
         rest = body[begin:end]
@@ -137,10 +139,12 @@ async def _parse(parser: Callable[[bytearray], Parsed], body: bytearray) -> Pars
     return await asyncio.get_running_loop().run_in_executor(_parser, parser, body)
 
 
-def _wrong_content_type(kind: str, right: str) -> UnsupportedMedia:
-    was = f"not {kind[:64]}" if kind else "there was none"
-    return UnsupportedMedia(f"send Content-Type: {right}; {was}", param="content-type", code="invalid_content_type")
+def _wrong_content_type(kind: str, expected: str) -> UnsupportedMedia:
+    problem = f"not {kind[:64]}" if kind else "there was none"
+    message = f"send Content-Type: {expected}; {problem}"
+    return UnsupportedMedia(message, param="content-type", code="invalid_content_type")
 
 
 def _too_much_text(settings: Settings) -> TooLarge:
-    return TooLarge(f"the body has more than {settings.max_text_bytes} bytes beside its media", code="too_much_text")
+    message = f"the body has more than {settings.max_text_bytes} bytes besides its media"
+    return TooLarge(message, code="too_much_text")

@@ -1,6 +1,6 @@
-"""The command line. Each command imports what it needs when it runs: `flashserve --help` loads no torch.
+"""The command line. Each command imports what it needs when it runs, so that `flashserve --help` loads no torch.
 
-The options of `serve` are the fields of `Settings`, one for one; so are the `FLASH_*` variables.
+The options of `serve`, and the `FLASH_*` variables, are the fields of `Settings`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import model
 from service.commands.bench import bench
 from service.commands.generate import generate
 from service.commands.train import train
-from service.settings import Settings, complaints
+from service.settings import Settings, error_messages
 
 app = typer.Typer(
     name="flashserve",
@@ -30,10 +30,10 @@ app = typer.Typer(
 
 
 def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command an option for every setting; it gets those that were set on the command line, as text."""
+    """Add an option for every setting to a command; it gets those that are set, as text."""
 
-    def run(**given: str | None) -> None:
-        command(**{name: value for name, value in given.items() if value is not None})
+    def run(**options: str | None) -> None:
+        command(**{name: value for name, value in options.items() if value is not None})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -47,7 +47,7 @@ def with_settings_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    """Text to typer: that it is a number in range is for `Settings` to say, to option and variable alike."""
+    """Declare a setting as a text option: `Settings` validates options and variables alike."""
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     default = "" if field.default in (None, ()) else f" Default: {field.default}."
     return typer.Option(
@@ -70,16 +70,16 @@ def _metavar(field: FieldInfo) -> str:
 
 @app.command()
 @with_settings_options
-def serve(**given: Any) -> None:
+def serve(**options: Any) -> None:
     """Serve a model over HTTP.
 
-    Without options it serves the bundled model on http://127.0.0.1:8000, with a page to try it at /.
+    Without options it serves the bundled model on http://127.0.0.1:8000, with a web page to try it at /.
     """
     try:
-        settings = Settings(**given)
+        settings = Settings(**options)
     except ValidationError as error:
-        for complaint in complaints(error):
-            typer.echo(f"flashserve: {complaint}", err=True)
+        for message in error_messages(error):
+            typer.echo(f"flashserve: {message}", err=True)
         raise typer.Exit(2) from None
     from service.server import run
 
@@ -94,7 +94,7 @@ def version() -> None:
 
 app.command()(generate)
 app.command()(train)
-# The benchmark reads its own options, as `python -m model.bench` does.
+# The benchmark parses its own options, as `python -m model.bench` does.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 

@@ -1,4 +1,4 @@
-"""How many connections there may be, which of them goes where there are too many, and the descriptors they take.
+"""Limit the number of connections: close the one that has waited longest, and raise the limit on file descriptors.
 
 Knows nothing of HTTP.
 """
@@ -13,9 +13,9 @@ from typing import Protocol
 
 log = logging.getLogger("flashserve")
 
-MAX_DESCRIPTORS = 65_536  # more is never wanted, and some systems have no limit
-OTHER_DESCRIPTORS = 256  # for workers, media children, files and what is fetched
-QUIET = 10.0  # seconds between two lines of the log
+MAX_DESCRIPTORS = 65_536  # enough; some systems have no limit
+OTHER_DESCRIPTORS = 256  # for workers, media children, files and fetches
+LOG_INTERVAL = 10.0  # seconds between two log lines
 
 
 class Connection(Protocol):
@@ -23,26 +23,26 @@ class Connection(Protocol):
 
 
 class Connections:
-    """Those that wait for their client, to send a request or to read an answer, the longest wait first."""
+    """The connections that wait for their client to send a request or to read a response, the longest wait first."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
         self._waiting: dict[Connection, None] = {}
-        self._num_closed = 0  # since the last line of the log
-        self._logged = float("-inf")
+        self._num_closed = 0  # since the last log line
+        self._logged_at = float("-inf")
 
-    def waits(self, connection: Connection) -> None:
+    def mark_waiting(self, connection: Connection) -> None:
         self._waiting[connection] = None
 
-    def goes_on(self, connection: Connection) -> None:
+    def mark_active(self, connection: Connection) -> None:
         self._waiting.pop(connection, None)
 
-    def make_room(self, newcomer: Connection) -> bool:
-        """Close the one that has waited longest; whether there is any but the newcomer."""
-        longest = next((one for one in self._waiting if one is not newcomer), None)
+    def make_room(self, new: Connection) -> bool:
+        """Close the connection, other than the new one, that has waited longest; return whether there is one."""
+        longest = next((one for one in self._waiting if one is not new), None)
         if longest is not None:
-            self.goes_on(longest)
-            if longest.transport.get_write_buffer_size():  # closing it would wait for its client once more
+            self.mark_active(longest)
+            if longest.transport.get_write_buffer_size():  # close() would wait for the client again
                 longest.transport.abort()
             else:
                 longest.transport.close()
@@ -51,18 +51,18 @@ class Connections:
 
     def _log(self, closed: bool) -> None:
         self._num_closed += closed
-        if (now := time.monotonic()) < self._logged + QUIET:
+        if (now := time.monotonic()) < self._logged_at + LOG_INTERVAL:
             return
         log.warning(
-            "there are %d connections, as many as may be (--max-connections, and the limit on open files): closed %d "
-            "that waited for their clients%s",
-            *(self.most, self._num_closed, "" if closed else ", and refused new ones where none did"),
+            "there are %d connections, the maximum (--max-connections, and the limit on open files): closed %d that "
+            "waited for their clients%s",
+            *(self.maximum, self._num_closed, "" if closed else ", and refused new ones when none waited"),
         )
-        self._logged, self._num_closed = now, 0
+        self._logged_at, self._num_closed = now, 0
 
 
 def raise_descriptor_limit(max_connections: int) -> int:
-    """Let this process open as many files as it may; how many connections then fit, up to `max_connections`."""
+    """Raise the soft limit on open files; return how many connections then fit, up to `max_connections`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < limit:

@@ -1,9 +1,9 @@
-"""How many cores there are, and who waits for whom where the engine and the service share them.
+"""Count available cores, and set scheduling where engine and service share them.
 
-The engine's threads work through a pass in small tasks, and each waits for the other's last one. A process that wakes
-up and takes a core in the middle of a task stops them all. So everything around an engine on a CPU gives way: it does
-not push a running thread aside when it wakes, and the engine offers its cores between tasks (EngineConfig.share_cores).
-Shares of the processor stay as they were. Linux only; elsewhere nothing changes.
+The engine's threads work through a forward pass in small tasks and wait for each other after each. If another process
+wakes up and preempts one of them, all are delayed. So with an engine on the CPU, all other processes use batch
+scheduling, in which a thread that wakes up does not preempt a running one, and the engine yields its cores between
+tasks (`EngineConfig.share_cores`). Shares of processor time stay the same. Linux only; elsewhere nothing changes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container's own, as it sees it
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of this container, seen from within
 
 
 def available(group: Path = CONTROL_GROUP) -> int:
-    """Cores that this process may keep busy, at least one: of those that it may run on, what its container's quota of
-    processor time allows. A thread more than that would be stopped in every period."""
+    """Return the number of cores that this process may keep busy: its CPU affinity, limited by its container's quota.
+
+    One thread more would be throttled in every period of the quota."""
     cores = len(os.sched_getaffinity(0))
     try:
         if (file := group / "cpu.max").exists():  # version 2: "200000 100000", or "max 100000"
@@ -26,17 +27,17 @@ def available(group: Path = CONTROL_GROUP) -> int:
         if quota != "max" and int(quota) > 0:
             cores = min(cores, int(quota) // int(period))
     except (OSError, ValueError):
-        pass  # no control groups, or none that can be read
+        pass  # no control groups, or unreadable ones
     return max(1, cores)
 
 
-def give_way() -> None:
-    """The calling thread, and what it starts from now on, no longer pushes a running thread aside when it wakes."""
+def set_batch_scheduling() -> None:
+    """Set SCHED_BATCH for the calling thread and all that it starts: on waking it does not preempt running threads."""
     _schedule("SCHED_BATCH")
 
 
-def take_part() -> None:
-    """The calling thread is scheduled as any other again: the engine's, whose parent gives way."""
+def set_normal_scheduling() -> None:
+    """Set normal scheduling for the calling thread: an engine's, whose parent process has batch scheduling."""
     _schedule("SCHED_OTHER")
 
 

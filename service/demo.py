@@ -1,6 +1,6 @@
 """`make demo`: start the service, caption the bundled image and video over HTTP, compare speculation off and on, stop.
 
-A user of the service like any other: it knows the HTTP routes and nothing of what is behind them.
+Uses the HTTP routes alone, like any other client.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ DRAFTED, PLAIN = "\033[32m", "\033[0m"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Measurement:
+    """One answer and its times."""
+
     text: str
     tokens: int
-    seconds: float  # the whole request, as the client saw it
-    tokens_per_second: float  # of decoding
+    seconds: float  # of the whole request, measured by the client
+    tokens_per_second: float  # while decoding
     acceptance_length: float
 
 
 @contextmanager
 def running_service() -> Iterator[str]:
-    """A service on a free port of this machine; its base URL. Stopped, and waited for, on leaving."""
+    """Start a service on a free port and yield its base URL; stop it on exit."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -60,13 +62,14 @@ def running_service() -> Iterator[str]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    begun = time.monotonic()
-    while time.monotonic() - begun < START_SECONDS:
+    """Poll /readyz; exit with a message if the service ends or takes too long."""
+    started = time.monotonic()
+    while time.monotonic() - started < START_SECONDS:
         if process.poll() is not None:
             sys.exit(f"demo: the service ended with code {process.returncode}; its messages are above")
         try:
             if httpx.get(f"{url}/readyz").status_code == 200:
-                print(f"Ready after {time.monotonic() - begun:.1f} s.\n")
+                print(f"Ready after {time.monotonic() - started:.1f} s.\n")
                 return
         except httpx.TransportError:
             pass
@@ -74,12 +77,12 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     sys.exit(f"demo: the service was not ready within {START_SECONDS} s")
 
 
-def ask(client: httpx.Client, kind: str, *, speculation: str, show: bool = False) -> Answer:
-    """One streamed request to /v1/generate; with `show` the text is printed as it arrives."""
+def ask(client: httpx.Client, kind: str, *, speculation: str, show: bool = False) -> Measurement:
+    """Send one streamed request to /v1/generate; with `show`, print the text as it arrives."""
     name, prompt = MEDIA[kind]
     data = resources.files("model.demo").joinpath("media", name).read_bytes()
     form = {"prompt": prompt, "speculation": speculation, "stream": "true"}
-    text, done, begun = "", None, time.perf_counter()
+    text, done, started = "", None, time.perf_counter()
     with client.stream("POST", "/v1/generate", data=form, files={"media": (name, data)}) as response:
         if response.status_code != 200:
             sys.exit(f"demo: {response.status_code} {response.read().decode()}")
@@ -95,16 +98,15 @@ def ask(client: httpx.Client, kind: str, *, speculation: str, show: bool = False
             text += event["text"]
             if show:
                 _print_tokens(event["tokens"])
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     if done is None or done["text"] != text:
-        sys.exit("demo: the stream broke off, or its text is not the final text")
-    timings, speculated = done["timings"], done["speculation"]
-    tokens = done["usage"]["completion_tokens"]
-    return Answer(text, tokens, seconds, timings["tokens_per_second"], speculated["acceptance_length"])
+        sys.exit("demo: the stream ended early, or its text differs from the final text")
+    tokens, acceptance_length = done["usage"]["completion_tokens"], done["speculation"]["acceptance_length"]
+    return Measurement(text, tokens, seconds, done["timings"]["tokens_per_second"], acceptance_length)
 
 
 def _print_tokens(tokens: list[dict[str, Any]]) -> None:
-    """On a terminal, what the draft proposed is green."""
+    """Print tokens; on a terminal, those that the draft proposed in green."""
     colour = sys.stdout.isatty()
     for token in tokens:
         drafted = colour and token["source"] == "draft"
@@ -112,14 +114,14 @@ def _print_tokens(tokens: list[dict[str, Any]]) -> None:
 
 
 def compare(client: httpx.Client, kind: str) -> list[dict[str, Any]]:
-    """Off and on in turn; the median ratio of each pair is the speed-up."""
+    """Measure speculation off and on in turn; return two table rows. The speed-up is the median ratio of the pairs."""
     pairs = [(ask(client, kind, speculation="off"), ask(client, kind, speculation="auto")) for _ in range(REPEATS + 1)]
-    pairs = pairs[1:]  # the first warms up
+    pairs = pairs[1:]  # the first is a warm-up
     off, on = (([pair[i] for pair in pairs]) for i in (0, 1))
     if {a.text for a in off} != {a.text for a in on}:
         sys.exit("demo: the text differs with speculation on; this must never happen: please report it")
 
-    def row(name: str, answers: list[Answer], ratios: list[float]) -> dict[str, Any]:
+    def row(name: str, answers: list[Measurement], ratios: list[float]) -> dict[str, Any]:
         return {
             "": kind,
             "speculation": name,
@@ -150,8 +152,10 @@ def main() -> None:
             print("\n")
         print_table([row for kind in MEDIA for row in compare(client, kind)])
         print("\ntokens/s: while decoding. seconds: the whole request, upload and first token included.")
-        print(f"Both are medians of {REPEATS} requests. speed-up: median of the {REPEATS} ratios, off and on in turn;")
-        print("so not the ratio of the two medians.")
+        print(
+            f"Both are medians of {REPEATS} requests. speed-up: median of the {REPEATS} ratios of tokens/s, measured in"
+        )
+        print("turn, which is not the ratio of the two medians.")
 
 
 if __name__ == "__main__":

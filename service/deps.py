@@ -1,17 +1,16 @@
-"""What a route needs and does not make itself: the service, from the application's state, and its requests' ids."""
+"""Helpers of routes: the service from the application's state, and request ids."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-if TYPE_CHECKING:
-    from service.state import Service
+from service.state import Service
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -22,8 +21,8 @@ def service_of(request: Request) -> Service:
     return cast("Service", request.app.state.service)
 
 
-def identified(prefix: str) -> Callable[[Handler], Handler]:
-    """Gives each request an id, `request.state.id`, that its answer carries; what `service.app` refuses does so too."""
+def with_request_id(prefix: str) -> Callable[[Handler], Handler]:
+    """Give each request an id, `request.state.id`, and send it back in a header; `service.app` does so in errors."""
 
     def decorated(handler: Handler) -> Handler:
         @wraps(handler)

@@ -1,21 +1,21 @@
-"""Everything that can be said to a client about a request that was not served.
+"""The errors that a client can get, with their HTTP status and OpenAI's error envelope.
 
     ServiceError
-    ├── BadRequest            400  the request is wrong; `param` says where
-    ├── Unauthorized          401  no key, or not one of ours
-    ├── Forbidden             403  a web page, or a name, that may not use this service
+    ├── BadRequest            400  the request is invalid; `param` names the field
+    ├── Unauthorized          401  no valid key
+    ├── Forbidden             403  an origin or host name that is not allowed
     ├── UnknownModel          404  a model that is not served here
     ├── NotFound              404  a route that does not exist
-    ├── MethodNotAllowed      405  a route that exists, asked the wrong way
-    ├── TooSlow               408  the body did not come fast enough
-    ├── TooLarge              413  over one of the limits in bytes
-    ├── UnsupportedMedia      415  not a media type that we read, nor a body's
-    ├── ClientLimit           429  one key's own limit, or one address's
-    ├── EngineFailure         500  this one request failed inside; others go on
-    ├── NoCapacity            503  full, loading, draining or without a worker; carries Retry-After
-    └── TimedOut              504  longer than the request timeout
+    ├── MethodNotAllowed      405  a method that the route does not support
+    ├── TooSlow               408  the body arrives too slowly
+    ├── TooLarge              413  over a limit in bytes
+    ├── UnsupportedMedia      415  an unsupported media type or content type
+    ├── ClientLimit           429  over the limit of one API key or one address
+    ├── EngineFailure         500  this request failed; others continue
+    ├── NoCapacity            503  full, loading, draining or without a worker; has Retry-After
+    └── TimedOut              504  over the request timeout
 
-This module knows OpenAI's envelope and the status codes, and nothing about requests, media or workers.
+Knows nothing of requests, media or workers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ErrorEnvelope(TypedDict):
 
 
 class ServiceError(Exception):
-    """`message` is shown to the client as it stands: never put paths, addresses or library errors into it."""
+    """`message` is sent to the client: it must contain no paths, addresses or libraries' messages."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"

@@ -1,4 +1,4 @@
-"""How likely an answer's tokens were, in OpenAI's shape."""
+"""Convert log-probabilities of tokens to OpenAI's format."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any
 
 from model.request import Likelihood, Likelihoods
 
-LEAST = -9999.0  # JSON has no infinity; OpenAI writes this for what cannot be
+MIN_LOGPROB = -9999.0  # stands for minus infinity, as at OpenAI: JSON has none
 
 
-def told(tokens: Iterable[Likelihoods]) -> list[dict[str, Any]]:
+def to_openai(tokens: Iterable[Likelihoods]) -> list[dict[str, Any]]:
     return [_entry(token.chosen) | {"top_logprobs": [_entry(one) for one in token.top]} for token in tokens]
 
 
 def _entry(one: Likelihood) -> dict[str, Any]:
-    """`bytes` side by side are the text, where a `token` alone is a part of a character."""
-    return {"token": one.said.decode(errors="replace"), "logprob": max(one.logprob, LEAST), "bytes": list(one.said)}
+    """The concatenated `bytes` are the text; a single `token` may be only a part of a character."""
+    return {
+        "token": one.said.decode(errors="replace"),
+        "logprob": max(one.logprob, MIN_LOGPROB),
+        "bytes": list(one.said),
+    }

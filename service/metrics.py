@@ -1,6 +1,6 @@
-"""What is measured, under the names that dashboards rely on; all of it lives in the API process.
+"""Prometheus metrics, under the names that dashboards rely on. All live in the API process.
 
-Workers send what their engine counted (`EngineStats`); answers report their own times. Knows nothing of requests.
+Workers send their engines' counts (`EngineStats`); request contexts report times. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from prometheus_client.exposition import generate_latest
 
 from model.request import EngineStats
 
-# A third of all lines, and nobody asks for them.
+# The `_created` series would be a third of all lines, and nobody uses them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-RATE_WINDOW = 10.0
+RATE_WINDOW = 10.0  # seconds
 PHASES = ("vision", "prefill", "draft", "verify")
 
 SHORT = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -28,11 +28,13 @@ ACCEPTANCE = tuple(range(1, 18))
 
 
 class Metrics:
+    """Every metric of one service; implements `PoolObserver`."""
+
     def __init__(self, model: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self._model = model
         self._clock = clock
-        self._recent: deque[tuple[float, int]] = deque()  # (when, tokens) of the last RATE_WINDOW
+        self._recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last RATE_WINDOW seconds
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, ("model", *labels), registry=self.registry)
@@ -41,56 +43,62 @@ class Metrics:
             return Gauge(name, text, ("model", *labels), registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            made = Histogram(name, text, ("model", *labels), registry=self.registry, buckets=buckets)
-            return made if labels else made.labels(model)  # looked up once: these are on every request's way
+            metric = Histogram(name, text, ("model", *labels), registry=self.registry, buckets=buckets)
+            return metric if labels else metric.labels(model)  # looked up once: every request observes these
 
         # Speculation
         self._acceptance_length = histogram(
-            "flash_acceptance_length", "Tokens a verify step emitted, bonus token included.", ACCEPTANCE
+            "flash_acceptance_length", "Tokens emitted per verify step, bonus token included.", ACCEPTANCE
         )
-        self._drafts = counter("flash_spec_drafts_total", "Verify steps that carried a draft.", "worker")
+        self._drafts = counter("flash_spec_drafts_total", "Verify steps with a draft.", "worker")
         self._draft_tokens = counter("flash_spec_draft_tokens_total", "Draft tokens verified.", "worker")
         self._accepted = counter("flash_spec_accepted_tokens_total", "Draft tokens accepted.", "worker")
         self._accepted_at = counter(
-            "flash_spec_accepted_tokens_per_position_total", "Draft tokens accepted, by place in the draft.", "position"
+            "flash_spec_accepted_tokens_per_position_total",
+            "Draft tokens accepted, by position in the draft.",
+            "position",
         )
 
         # Work
-        self._tokens_per_second = gauge("flash_tokens_per_second", "Generated tokens a second over the last 10 s.")
-        self._prompt_tokens = counter("flash_prompt_tokens_total", "Prompt tokens computed.", "worker")
+        self._tokens_per_second = gauge("flash_tokens_per_second", "Tokens generated per second over the last 10 s.")
+        self._prompt_tokens = counter("flash_prompt_tokens_total", "Prompt tokens prefilled.", "worker")
         self._generated = counter("flash_generation_tokens_total", "Tokens generated.", "worker")
-        self._requests = counter("flash_requests_total", "Answers ended, by how.", "outcome")
-        self._rejected = counter("flash_requests_rejected_total", "Requests not taken, by why.", "reason")
-        self._cache_queries = counter("flash_encoder_cache_queries_total", "Media looked up in the cache.", "worker")
-        self._cache_hits = counter("flash_encoder_cache_hits_total", "Media found in the cache.", "worker")
+        self._requests = counter("flash_requests_total", "Answers that have ended, by outcome.", "outcome")
+        self._rejected = counter("flash_requests_rejected_total", "Requests rejected, by reason.", "reason")
+        self._cache_queries = counter(
+            "flash_encoder_cache_queries_total", "Media looked up in the encoder cache.", "worker"
+        )
+        self._cache_hits = counter("flash_encoder_cache_hits_total", "Media found in the encoder cache.", "worker")
         self._prefix_queries = counter(
-            "flash_prefix_cache_queries_total",
-            "Prompt tokens of which it was asked whether they are computed.",
-            "worker",
+            "flash_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", "worker"
         )
         self._prefix_hits = counter(
-            "flash_prefix_cache_hits_total", "Prompt tokens that were computed before.", "worker"
+            "flash_prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", "worker"
         )
 
         # State
         self._running = gauge("flash_requests_running", "Requests being decoded.", "worker")
-        self._waiting = gauge("flash_requests_waiting", "Requests taken in, not yet decoded.", "worker")
-        self._kv_usage = gauge("flash_kv_cache_usage_ratio", "Part of the KV memory in use, 0 to 1.", "worker")
-        self._worker_up = gauge("flash_worker_up", "1 where the worker can take requests.", "worker")
-        self._restarts = counter("flash_worker_restarts_total", "Workers that died and were replaced.", "worker")
+        self._waiting = gauge("flash_requests_waiting", "Requests admitted and not yet decoded.", "worker")
+        self._kv_usage = gauge("flash_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", "worker")
+        self._worker_up = gauge("flash_worker_up", "1 if the worker accepts requests, else 0.", "worker")
+        self._restarts = counter("flash_worker_restarts_total", "Restarts of workers that died.", "worker")
 
         # Times
-        self._ttft = histogram("flash_time_to_first_token_seconds", "From arrival to the first token.", LONG)
-        self._tpot = histogram(
-            "flash_time_per_output_token_seconds", "(Last - first) / tokens after the first output.", PER_TOKEN
+        self._ttft = histogram(
+            "flash_time_to_first_token_seconds", "Seconds from a request's arrival to its first token.", LONG
         )
-        self._latency = histogram("flash_request_latency_seconds", "From arrival to the end of the answer.", LONG)
-        self._queue = histogram("flash_queue_seconds", "From the engine's taking it to its first computation.", SHORT)
-        self._media = histogram("flash_media_seconds", "Fetching and decoding one medium.", SHORT, "kind")
-        self._step = histogram("flash_step_seconds", "Parts of an engine step.", SHORT, "phase")
+        self._tpot = histogram(
+            "flash_time_per_output_token_seconds", "Mean seconds per token after the first output.", PER_TOKEN
+        )
+        self._latency = histogram(
+            "flash_request_latency_seconds", "Seconds from a request's arrival to the end of its answer.", LONG
+        )
+        self._queue = histogram("flash_queue_seconds", "Seconds a request waits in the engine for its prefill.", SHORT)
+        self._media = histogram("flash_media_seconds", "Seconds to fetch and decode one medium.", SHORT, "kind")
+        self._step = histogram("flash_step_seconds", "Seconds of each phase of an engine step.", SHORT, "phase")
         self._batch_size = histogram("flash_batch_size", "Sequences decoded together in a step.", BATCH)
 
-        # A series that first appears with its first event has no rate: let all that are known be there from the start.
+        # A series that first appears with its first event has no rate, so create all known ones at the start.
         self._tokens_per_second.labels(model).set_function(self.tokens_per_second)
         for outcome in ("stop", "length", "abort", "error", "timeout"):
             self._requests.labels(model, outcome)
@@ -106,11 +114,12 @@ class Metrics:
         return generate_latest(self.registry)
 
     def tokens_per_second(self) -> float:
+        """Return the mean over the last RATE_WINDOW seconds."""
         while self._recent and self._recent[0][0] <= self._clock() - RATE_WINDOW:
             self._recent.popleft()
         return sum(tokens for _, tokens in self._recent) / RATE_WINDOW
 
-    # From the pool
+    # Called by the pool
 
     def worker_up(self, worker: int, up: bool) -> None:
         name = (self._model, str(worker))
@@ -120,7 +129,7 @@ class Metrics:
             *(self._cache_queries, self._cache_hits, self._restarts),
         ):
             counted.labels(*name)
-        if not up:  # a dead worker holds nothing
+        if not up:  # a dead worker has no requests
             for gauge in (self._running, self._waiting, self._kv_usage):
                 gauge.labels(*name).set(0)
 
@@ -152,10 +161,10 @@ class Metrics:
         if stats.generation_tokens:
             self._recent.append((self._clock(), stats.generation_tokens))
 
-    # From the way of a request
+    # Called by the service and its requests
 
     def watch_unassigned(self, count: Callable[[], float]) -> None:
-        """Requests that wait before any worker has them (media, no worker alive) are those of the worker ''."""
+        """Report requests that no worker has yet (loading media, no worker up) as waiting at the worker ''."""
         self._waiting.labels(self._model, "").set_function(count)
 
     def rejected(self, reason: str) -> None:

@@ -1,9 +1,9 @@
-"""Which web pages may make the service work, and under which names it answers.
+"""Check the Origin and Host headers of requests, against web pages that abuse a service without API keys.
 
-A browser sends a form or a text wherever a page tells it to, without asking anybody: so any page that somebody visits
-could use a service without keys on his machine or in his network. Browsers say where a request comes from. Who says
-nothing is no browser, and is let in. And a page whose own name was made to mean this machine (DNS rebinding) would
-even read the answers, but the browser still says that name.
+A browser sends simple requests (a form, a text) to any address that a web page names, without asking (CSRF). So any
+page that somebody visits could use a service on their machine or network. Browsers send the page's origin; a client
+without one is no browser, and is allowed. A page whose own name resolves to this machine (DNS rebinding) could even
+read the responses, but its requests have that name as Host.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.errors import Forbidden, ServiceError
 from service.settings import Settings
 
-LOCAL_DOMAINS = (".localhost", ".local", ".internal")  # nobody can register a name in them
+LOCAL_DOMAINS = (".localhost", ".local", ".internal")  # reserved: nobody can register a name in them
 
 
 def check_origin(request: Request, allowed: tuple[str, ...]) -> None:
-    """Raise Forbidden where another site's page sends something. `allowed`: origins that may; "*" is any."""
+    """Raise Forbidden for a POST from a web page of another origin. allowed: origins that may; "*" is any."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
     if request.method in ("GET", "HEAD") or site in ("same-origin", "none"):
         return
@@ -36,14 +36,14 @@ def check_origin(request: Request, allowed: tuple[str, ...]) -> None:
         foreign = not _is_loopback(name) and (site == "cross-site" or name != _hostname(_host_of(request)))
     if foreign and "*" not in allowed and origin not in allowed:
         raise Forbidden(
-            f"pages of {(origin or 'other sites')[:128]} may not use this service; allow them with --allowed-origins "
-            "(FLASH_ALLOWED_ORIGINS), or set an API key",
+            f"web pages of {(origin or 'other sites')[:128]} may not use this service; allow them with "
+            "--allowed-origins (FLASH_ALLOWED_ORIGINS), or set an API key",
             code="origin_not_allowed",
         )
 
 
 class AllowedHosts:
-    """Answers a request only if its Host is a name that no stranger can own, or one of those allowed."""
+    """Middleware that refuses requests unless their Host is a name that no stranger can own, or an allowed one."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class AllowedHosts:
 
 
 def checks_hosts(settings: Settings) -> bool:
-    """Whether names matter: where they are listed, and where nothing else keeps strangers from what is local."""
+    """Return whether to check Host: where names are listed, or on a loopback address without API keys."""
     return bool(settings.allowed_hosts) or (_is_loopback(settings.host) and not settings.api_key)
 
 
@@ -85,7 +85,7 @@ def _host_of(request: Request) -> str:
 
 
 def _hostname(authority: str) -> str:
-    """Of `example.com:8000` or `[::1]:8000`; what is malformed is a name that nobody has."""
+    """Return the host of `example.com:8000` or `[::1]:8000`; for a malformed one, a name that nobody has."""
     try:
         return (urlsplit(f"//{authority}").hostname or "").removesuffix(".")
     except ValueError:
@@ -104,5 +104,5 @@ def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return ":" in name  # an IPv6 address with its zone
+        return ":" in name  # an IPv6 address with a zone
     return True

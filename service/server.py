@@ -1,9 +1,9 @@
-"""The HTTP server's process: uvicorn with a bound on request heads, and an orderly end.
+"""The HTTP server process: uvicorn with limits on request heads and connections, and a graceful shutdown.
 
-On SIGTERM or SIGINT it drains: /readyz and new requests get 503 while running answers go on, up to the drain timeout;
-then it stops listening, ends workers and media children, and the exit code is 0. A second signal ends the drain.
+On SIGTERM or SIGINT it drains: /readyz and new requests get 503 while running requests continue, up to the drain
+timeout; then it stops listening and ends workers and media children. A second signal ends the drain at once.
 
-Exit codes: 0 told to stop; 1 nothing can be served, since the model cannot be loaded or every worker was given up;
+Exit codes: 0 stopped by a signal; 1 nothing can be served, since the model cannot be loaded or every worker has failed;
 2 a setting is wrong (cli.py); 3 it cannot listen on its address.
 """
 
@@ -33,13 +33,13 @@ log = logging.getLogger("flashserve")
 
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 EXIT_CANNOT_SERVE, EXIT_CANNOT_LISTEN = 1, 3
-LAST_WORDS = 5.0  # seconds for connections to close after the drain
+CLOSE_TIMEOUT = 5.0  # seconds for connections to close after the drain
 
 
 def run(settings: Settings) -> int:
-    """Serve until told to stop; the exit code."""
+    """Serve until stopped; return the exit code."""
     logs.configure(settings.log_level)
-    give_large_blocks_back()
+    return_large_blocks()
     if (reason := cannot_listen(settings.host, settings.port)) is not None:
         where = f"{settings.host} port {settings.port}"
         log.critical("cannot listen on %s: %s; choose another --port or --host", where, reason)
@@ -50,7 +50,7 @@ def run(settings: Settings) -> int:
 
 
 def cannot_listen(host: str, port: int) -> str | None:
-    """Why nothing can listen there, looked up before a model is loaded for it; None where something can."""
+    """Return why the server cannot listen there, or None; checked before the model is loaded."""
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -61,17 +61,20 @@ def cannot_listen(host: str, port: int) -> str | None:
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             return error.strerror
-    return None  # or uvicorn will say what is wrong with the host
+    return None  # uvicorn will report any other problem of the host
 
 
-def give_large_blocks_back() -> None:
-    """Map every block of a megabyte by itself, so that it goes back to the system when it is freed. glibc would learn
-    from the first large body that such blocks come often, and keep them: for ever, where a small one lies behind."""
+def return_large_blocks() -> None:
+    """Make malloc map every block from a megabyte on separately, so that freeing it returns it to the system.
+
+    Otherwise glibc raises its threshold after the first large body and keeps such blocks, often for ever."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_THRESHOLD, 1024 * 1024)
 
 
 class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which drains on the first signal."""
+
     def __init__(self, settings: Settings) -> None:
         self.failed = False
         self.app = create_app(settings, self._fail)
@@ -79,7 +82,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         bounds = {
             "max_head_bytes": settings.max_header_bytes,
-            "limit": Connections(raise_descriptor_limit(settings.max_connections)),
+            "connection_limit": Connections(raise_descriptor_limit(settings.max_connections)),
         }
         protocol = type("Protocol", (BoundedHttpProtocol,), bounds)
         super().__init__(
@@ -97,26 +100,26 @@ class DrainingServer(uvicorn.Server):
                 proxy_headers=bool(settings.trusted_proxies),
                 forwarded_allow_ips=list(settings.trusted_proxies),
                 timeout_keep_alive=settings.head_timeout,
-                timeout_graceful_shutdown=round(LAST_WORDS) + 1,
+                timeout_graceful_shutdown=round(CLOSE_TIMEOUT) + 1,
             )
         )
 
     async def startup(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        gc.freeze()  # what is here stays: the collector need not walk through it again and again, on the loop
+        gc.freeze()  # keeps everything loaded so far out of garbage collections, which block the event loop
 
     async def shutdown(self, sockets: Any = None) -> None:
-        asyncio.get_running_loop().call_later(LAST_WORDS, self._hang_up)
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self._abort_connections)
         await super().shutdown(sockets)
 
-    def _hang_up(self) -> None:
-        """On who does not read what it is told: its request then ends like any whose client left."""
+    def _abort_connections(self) -> None:
+        """Abort connections whose clients do not read; their requests end as if the client had left."""
         for connection in tuple(self.server_state.connections):
             connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Replaces uvicorn's, which would stop listening at once and end with the signal's exit code."""
+        """Override uvicorn's, which would stop listening at once and exit with the signal's code."""
         if self._loop is None:
             self.should_exit = True
         else:
@@ -126,7 +129,8 @@ class DrainingServer(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
         else:
-            asyncio.get_running_loop().call_soon(self._draining.cancel)  # when it has begun, else nobody were told
+            # Later, since a task cancelled before it starts would not run its `finally`, which ends the requests.
+            asyncio.get_running_loop().call_soon(self._draining.cancel)
 
     async def _drain(self) -> None:
         try:
@@ -140,24 +144,25 @@ class DrainingServer(uvicorn.Server):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's, but for heads: they have a size (with the trailers of their body) and a time, other protocols that
-    they offer are passed over, and what cannot be read is refused in the words of any other error. And there are only
-    so many connections."""
+    """uvicorn's protocol with limits on the size and duration of request heads and on the number of connections.
+
+    The size includes trailers. Offers to upgrade to another protocol are ignored, and malformed requests get an error
+    in the usual JSON envelope."""
 
     max_head_bytes = 32 * 1024
-    limit = Connections(4096)
+    connection_limit = Connections(4096)
 
     _head_bytes = 0
     _head_is_too_large = False
-    _unreported_bytes = 0  # that came since the parser last told of anything: it may be keeping them
+    _unreported_bytes = 0  # received since the parser's last callback; it may be buffering them
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # uvicorn has a timer for connections that are idle. Here it also runs before the first request, and on until a
-        # head is complete: else one that never ends would keep its connection for ever.
+        # uvicorn's timer of idle connections also runs before the first request and until each head is complete;
+        # otherwise a head that never ends would keep its connection for ever.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-        self.limit.waits(self)
-        if len(self.connections) > self.limit.most and not self.limit.make_room(self):
+        self.connection_limit.mark_waiting(self)
+        if len(self.connections) > self.connection_limit.maximum and not self.connection_limit.make_room(self):
             self._refuse(NoCapacity("there are too many connections; try again soon", code="too_many_connections"))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -167,38 +172,39 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self in self.connections and (self.timeout_keep_alive_task is not None or self.transport.is_closing()):
-            self.limit.waits(self)  # for another request, or until the last answer is read
+            self.connection_limit.mark_waiting(self)  # for another request, or for the client to read the response
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.limit.waits(self)
+        self.connection_limit.mark_waiting(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.timeout_keep_alive_task is None:
-            self.limit.goes_on(self)
+            self.connection_limit.mark_active(self)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Called where no request came in time."""
+        """Close a connection on which no request came in time."""
         super().timeout_keep_alive_handler()
-        if self.transport.get_write_buffer_size():  # closing waits until the last answer is read
+        if self.transport.get_write_buffer_size():  # close() waits until the client has read the response
             self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
 
     def _unset_keepalive_if_required(self) -> None:
         super()._unset_keepalive_if_required()
         if not self.flow.write_paused:
-            self.limit.goes_on(self)
+            self.connection_limit.mark_active(self)
 
     def data_received(self, data: bytes) -> None:
-        """Replaces uvicorn's."""
+        """Override uvicorn's: parse with limits, and refuse what is malformed."""
         self._unreported_bytes += len(data)
         try:
             self._feed(data)
             self._count(0)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            error = BadRequest("this is not a request of HTTP/1.1", code="invalid_http")
+            error = BadRequest("this is not a valid HTTP/1.1 request", code="invalid_http")
             if self._head_is_too_large:
-                error = BadRequest(f"the head is larger than {self.max_head_bytes} bytes", code="head_too_large")
+                message = f"the request's head is larger than {self.max_head_bytes} bytes"
+                error = BadRequest(message, code="head_too_large")
             self._refuse(error)
 
     def on_message_begin(self) -> None:
@@ -215,7 +221,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self.parser.get_http_version() not in ("1.0", "1.1"):
-            raise httptools.HttpParserError  # 0.9 among them, in which a request is one line
+            raise httptools.HttpParserError  # such as HTTP/0.9, whose requests are one line
         self._unset_keepalive_if_required()
         super().on_headers_complete()
 
@@ -228,11 +234,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _should_upgrade(self) -> bool:
-        return True  # to uvicorn: such a head begins no request, `_feed` sees to it
+        return True  # keeps uvicorn from starting a request; `_feed` does so without the upgrade
 
     def _feed(self, data: bytes) -> None:
-        """An offer of another protocol, as Java's client makes to any server, stops the parser: it leaves the body out,
-        and would take it for the next request. So it starts over, and never sees the offer."""
+        """Parse bytes. An offer to upgrade, which Java's client sends to any server, stops the parser, and it would
+        read the body as the next request; so a new parser gets the same head without the offer."""
         rest = memoryview(data)
         while True:
             try:
@@ -245,11 +251,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 ]
                 lines += [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-                self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))  # CONNECT remains one, and is refused
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))  # a CONNECT request fails again, and is refused
 
     def _count(self, num_bytes: int) -> None:
-        """Count bytes of the head that the parser tells of, and those that it does not: of a header without an end."""
+        """Count bytes of the head: those that the parser reports, and those that it buffers of an unfinished header."""
         if num_bytes:
             self._head_bytes, self._unreported_bytes = self._head_bytes + num_bytes, 0
         if self._head_bytes + self._unreported_bytes > self.max_head_bytes:
@@ -257,13 +263,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError
 
     def _refuse(self, error: ServiceError) -> None:
+        """Send an error and close; without the error where it would mix with another response."""
         last = self.cycle
-        asked = last is not None and not last.response_complete
-        # An answer that is under way, or due, is not to be mixed with this one.
-        if not asked or (last.more_body and not last.response_started and not self.pipeline):
+        response_due = last is not None and not last.response_complete
+        if not response_due or (last.more_body and not last.response_started and not self.pipeline):
             body = msgspec.json.encode(error.envelope())
             headers = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
             lines = [f"{name}: {value}" for name, value in (headers | error.headers()).items()]
             self.transport.write(STATUS_LINE[error.status] + "\r\n".join([*lines, "", ""]).encode() + body)
         self.transport.close()
-        self.limit.waits(self)  # until what was sent is read
+        self.connection_limit.mark_waiting(self)  # for the client to read the response

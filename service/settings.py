@@ -1,8 +1,7 @@
-"""Every knob of the service: one frozen object, read once at start from the command line and `FLASH_*` variables.
+"""The settings of the service: one frozen object, read at start from the command line and `FLASH_*` variables.
 
-A field here is an option of `flashserve serve` and an environment variable by the same name (an empty one is as good as
-none); its description is the help text. Nothing here knows what the values are used for, and nothing reads the
-environment later.
+Each field is an option of `flashserve serve` and an environment variable of the same name (an empty one counts as
+unset); its description is the help text. Nothing reads the environment later.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from model.config import DEFAULT_MAX_MODEL_LEN, MAX_NODES, PAPER_NODES, DrafterN
 from service import cores
 
 MIB = 1024 * 1024
-# What the engine is told as it stands; None leaves the choice to it.
+# Fields that are passed to the engine unchanged; None means the engine's default.
 ENGINE_OPTIONS = (
     *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
     *(
@@ -34,221 +33,232 @@ ENGINE_OPTIONS = (
 
 
 def option(panel: str, default: Any, description: str, *, hidden: bool = False, **bounds: Any) -> Any:
+    """Declare a setting. panel: its heading in the help; bounds: pydantic's, such as `ge`."""
     return Field(default, description=description, json_schema_extra={"panel": panel, "hidden": hidden}, **bounds)
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="FLASH_",
-        env_ignore_empty=True,  # what `${X:-}` leaves in a compose file or a chart
+        env_ignore_empty=True,  # compose files and charts leave `${X:-}` empty
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
     )
 
-    # The model and where it runs
+    # Model
     model: str = option(
-        "Model", "demo", "Path or id of the target model; 'demo' and 'demo-qwen' are bundled.", min_length=1
+        "Model", "demo", "Target model: a path, a hub id, or the bundled demo or demo-qwen.", min_length=1
     )
-    draft: str | None = option("Model", None, "Path of a trained draft; without it, the bundled model's own.")
+    draft: str | None = option("Model", None, "Folder of a trained draft. Default: the bundled model's own, else none.")
     drafter: DrafterName = option(
         "Model",
         "auto",
-        "How tokens are drafted: auto (as the draft was trained; off without one), flash, flash-paper, eagle, medusa, "
-        "ngram (looks up what was said before; needs no draft), off.",
+        "Drafting method: auto (as the draft was trained; off without one), flash, flash-paper, eagle, medusa, ngram "
+        "(copies from the context, needs no draft) or off.",
     )
     watch_draft: float | None = option(
         "Model",
         None,
-        "Seconds between looks at the folder of --draft; a new draft there is used. By default nobody looks.",
+        "Check the folder of --draft every so many seconds, and serve a new draft there. Default: never.",
         gt=0,
     )
-    served_model_name: str | None = option("Model", None, "The name that clients use; by default the model's own.")
-    device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker on each of these.")
+    served_model_name: str | None = option("Model", None, "Model name in the API. Default: the last part of --model.")
+    device: str = option("Model", "auto", "auto, cpu, cuda, or cuda:0,1 for one worker per device.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "Model", "auto", "What the model computes in: auto, float32, bfloat16 or float16."
+        "Model", "auto", "Data type of weights and computation: auto, float32, bfloat16 or float16."
     )
-    workers: int = option("Model", 1, "Engine processes that share the CPU (on GPUs: one per device).", ge=1, le=64)
+    workers: int = option("Model", 1, "Engine processes that share the CPU; on GPUs, one per device.", ge=1, le=64)
     tensor_parallel: int = option(
-        "Model", 1, "GPUs, side by side, that share a worker's model; --device lists those of all workers.", ge=1, le=64
+        "Model", 1, "Consecutive GPUs that share one worker's model; --device lists those of all workers.", ge=1, le=64
     )
-    threads: int | None = option("Model", None, "CPU threads per worker; by default cores / workers.", ge=1)
-    max_num_seqs: int = option("Model", 16, "Sequences that a worker decodes in one batch.", ge=1, le=1024)
+    threads: int | None = option("Model", None, "CPU threads per worker. Default: cores / workers.", ge=1)
+    max_num_seqs: int = option(
+        "Model", 16, "Maximum sequences per worker that are decoded in one batch.", ge=1, le=1024
+    )
     max_model_len: int | None = option(
         "Model",
         None,
-        f"Prompt and answer together, tokens; by default what the model has, up to {DEFAULT_MAX_MODEL_LEN}.",
+        "Maximum tokens of prompt and answer together. Default: the model's own maximum, up to "
+        f"{DEFAULT_MAX_MODEL_LEN}.",
         ge=16,
     )
     kv_cache_bytes: int | None = option(
-        "Model", None, "KV memory per worker, bytes; by default for --max-num-seqs sequences.", ge=1
+        "Model", None, "KV cache per worker, bytes. Default: enough for --max-num-seqs sequences.", ge=1
     )
     prefill_chunk: int | None = option(
         "Model",
         None,
-        "Prompt tokens of one pass, after which running streams have their turn; by default "
-        f"{EngineConfig.prefill_chunk}.",
+        "Chunked prefill: maximum prompt tokens per forward pass, between which running sequences are decoded. "
+        f"Default: {EngineConfig.prefill_chunk}.",
         ge=16,
     )
     prefill_stretch: float | None = option(
         "Model",
         None,
-        "How many times slower running streams may become while a long prompt is read; by default "
+        "Maximum slowdown of running sequences while a long prompt is prefilled, as a factor. Default: "
         f"{EngineConfig.prefill_stretch}.",
         ge=1.5,
     )
-    load_aware: bool = option("Model", True, "Draft only as much as pays at the present load, or not at all.")
+    load_aware: bool = option("Model", True, "Adapt the number of draft tokens to the load, down to none.")
     max_nodes: int | None = option(
         "Model",
         None,
-        f"Draft tokens verified per sequence and step; by default {MAX_NODES}, with flash-paper {PAPER_NODES}.",
+        "Maximum draft tokens (tree nodes) verified per sequence and step. Default: "
+        f"{MAX_NODES}; with flash-paper {PAPER_NODES}.",
         ge=0,
     )
     max_rows: int | None = option(
         "Model",
         None,
-        f"Rows of one step, of all sequences: draft tokens stay within them; by default {EngineConfig.max_rows}.",
+        f"Maximum tokens verified per step, over all sequences. Default: {EngineConfig.max_rows}.",
         ge=1,
     )
     encoder_cache_bytes: int | None = option(
         "Model",
         None,
-        f"Memory for features of media seen before, bytes; by default {EngineConfig.encoder_cache_bytes}.",
+        f"Encoder cache: memory for features of recent media, bytes. Default: {EngineConfig.encoder_cache_bytes}.",
         ge=0,
     )
-    prefix_cache: bool = option("Model", True, "What prompts begin with in common is computed once.")
+    prefix_cache: bool = option("Model", True, "Prefix caching: reuse the KV cache of a common beginning of prompts.")
 
-    # Where it listens and who may ask
+    # HTTP
     host: str = option("HTTP", "127.0.0.1", "Address to listen on.")
-    port: int = option("HTTP", 8000, "Port to listen on; 0 picks a free one.", ge=0, le=65535)
+    port: int = option("HTTP", 8000, "Port to listen on; 0: any free port.", ge=0, le=65535)
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = option(
-        "HTTP", (), "Keys of which each /v1 request must carry one (comma-separated); none: open to all."
+        "HTTP", (), "API keys, comma-separated; each /v1 request must send one. Default: no key needed."
     )
     admin_key: SecretStr | None = option(
-        "HTTP", None, "Key for POST /admin/draft, which changes the draft; without one nobody may."
+        "HTTP", None, "Key for POST /admin/draft, which changes the draft. Default: the route is disabled."
     )
     allowed_origins: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP",
         (),
-        "Origins of web pages elsewhere that may use the service, as https://example.com (comma-separated; * is any); "
-        "none: without keys no such page, with keys those that have one, whose browsers keep the answers from them.",
+        "Origins of web pages that may use the service, such as https://example.com, comma-separated; *: any. Default: "
+        "none but the service's own page.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP",
         (),
-        "Names under which it answers, besides localhost, names without a dot and addresses (comma-separated; "
-        "*.example.com too; * is any); none: on a loopback address without keys no other, else any.",
+        "Accepted Host names besides localhost, names without a dot and IP addresses, comma-separated, such as "
+        "*.example.com; *: any. Default: no others on a loopback address without API keys, else any.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP",
         (),
-        "Addresses or networks of proxies (comma-separated) whose X-Forwarded-For says which client it is; none: it is "
-        "who connects.",
+        "Addresses or networks of proxies, comma-separated, whose X-Forwarded-For names the client. Default: none.",
     )
     allowed_media_domains: Annotated[tuple[str, ...], NoDecode] = option(
-        "HTTP", (), "Domains from which http(s) media may be fetched (comma-separated); none: no fetching."
+        "HTTP", (), "Domains from which http(s) media may be fetched, comma-separated. Default: none."
     )
     sse_keepalive_seconds: float = option(
-        "HTTP", 10.0, "Seconds of silence after which a stream gets a comment, so that nobody hangs up; 0: none.", ge=0
+        "HTTP", 10.0, "Send a comment in a stream after so many seconds of silence; 0: never.", ge=0
     )
     log_level: Literal["debug", "info", "warning", "error"] = option(
-        "HTTP", "info", "How much is logged: debug, info, warning or error."
+        "HTTP", "info", "Log level: debug, info, warning or error."
     )
 
-    # What one request may ask for
+    # Limits
     max_connections: int = option(
-        "Limits", 4096, "Connections; beyond, those that wait longest for their clients are closed.", ge=16
+        "Limits", 4096, "Maximum connections; beyond, those that wait longest for their clients are closed.", ge=16
     )
-    max_header_bytes: int = option("Limits", 32 * 1024, "Bytes of request line and headers.", ge=1024)
+    max_header_bytes: int = option("Limits", 32 * 1024, "Maximum request line and headers, bytes.", ge=1024)
     head_timeout: int = option(
-        "Limits", 30, "Seconds for request line and headers to arrive, since the connection or the last answer.", ge=1
+        "Limits", 30, "Seconds for request line and headers to arrive; also the keep-alive timeout.", ge=1
     )
-    max_body_bytes: int = option("Limits", 64 * MIB, "Bytes of a request's body.", ge=1024)
-    max_text_bytes: int = option("Limits", 512 * 1024, "Bytes of a request's body beside its media.", ge=1024)
-    max_media: int = option("Limits", 8, "Images and videos per request.", ge=0)
-    max_media_bytes: int = option("Limits", 32 * MIB, "Bytes of one image or video, encoded.", ge=1)
-    max_pixels: int = option("Limits", 50_000_000, "Pixels of one image, as sent.", ge=1)
-    max_video_pixels: int = option("Limits", 4096 * 2304, "Pixels of one frame of a video, as sent.", ge=1)
-    max_video_seconds: float = option("Limits", 600.0, "Seconds that a video may last.", gt=0)
+    max_body_bytes: int = option("Limits", 64 * MIB, "Maximum request body, bytes.", ge=1024)
+    max_text_bytes: int = option("Limits", 512 * 1024, "Maximum request body without its media, bytes.", ge=1024)
+    max_media: int = option("Limits", 8, "Maximum images and videos per request.", ge=0)
+    max_media_bytes: int = option("Limits", 32 * MIB, "Maximum size of one encoded image or video, bytes.", ge=1)
+    max_pixels: int = option("Limits", 50_000_000, "Maximum pixels of one image, as sent.", ge=1)
+    max_video_pixels: int = option("Limits", 4096 * 2304, "Maximum pixels of one video frame, as sent.", ge=1)
+    max_video_seconds: float = option("Limits", 600.0, "Maximum duration of a video, seconds.", gt=0)
     max_frames: int = option(
-        "Limits", 32, "Frames sampled from one video; fewer where the model's context holds fewer.", ge=1
+        "Limits", 32, "Maximum frames sampled from one video; fewer if the model's context holds fewer.", ge=1
     )
-    max_prompt_chars: int = option("Limits", 32_768, "Characters of text per request.", ge=1)
-    max_messages: int = option("Limits", 64, "Chat messages per request.", ge=1)
-    max_parts: int = option("Limits", 1024, "Texts, images and videos of all chat messages.", ge=1)
-    max_new_tokens: int = option("Limits", 2048, "The largest max_tokens a request may ask for.", ge=1)
-    default_max_tokens: int = option("Limits", 256, "max_tokens where a request does not say.", ge=1)
-    max_n: int = option("Limits", 8, "Choices per request.", ge=1)
-    max_stop: int = option("Limits", 8, "Stop strings per request.", ge=0)
-    max_stop_chars: int = option("Limits", 128, "Characters of one stop string.", ge=1)
-    max_logit_bias: int = option("Limits", 300, "Tokens that a request's logit_bias may name.", ge=0)
-    max_top_logprobs: int = option("Limits", 20, "The largest top_logprobs a request may ask for.", ge=0)
-    max_waiting: int = option("Limits", 64, "Requests that may wait beyond those decoded; then 503.", ge=0)
-    max_waiting_media: int = option("Limits", 256, "Images and videos that may wait to be decoded; then 503.", ge=0)
+    max_prompt_chars: int = option("Limits", 32_768, "Maximum characters of text per request.", ge=1)
+    max_messages: int = option("Limits", 64, "Maximum chat messages per request.", ge=1)
+    max_parts: int = option("Limits", 1024, "Maximum texts, images and videos of all messages of a request.", ge=1)
+    max_new_tokens: int = option("Limits", 2048, "Largest max_tokens that a request may set.", ge=1)
+    default_max_tokens: int = option("Limits", 256, "max_tokens of requests that do not set it.", ge=1)
+    max_n: int = option("Limits", 8, "Maximum choices (n) per request.", ge=1)
+    max_stop: int = option("Limits", 8, "Maximum stop strings per request.", ge=0)
+    max_stop_chars: int = option("Limits", 128, "Maximum characters of one stop string.", ge=1)
+    max_logit_bias: int = option("Limits", 300, "Maximum tokens in a request's logit_bias.", ge=0)
+    max_top_logprobs: int = option("Limits", 20, "Largest top_logprobs that a request may set.", ge=0)
+    max_waiting: int = option("Limits", 64, "Maximum requests that wait besides those decoded; beyond: 503.", ge=0)
+    max_waiting_media: int = option(
+        "Limits", 256, "Maximum images and videos that wait for decoding; beyond: 503.", ge=0
+    )
     max_requests_per_key: int | None = option(
-        "Limits", None, "Requests that one API key may have running or waiting; by default as many as fit.", ge=1
+        "Limits", None, "Maximum running and waiting requests per API key; beyond: 429. Default: no limit.", ge=1
     )
-    body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive.", gt=0)
-    min_upload_rate: float = option("Limits", 1024, "Bytes a second at which a body must arrive.", gt=0)
-    upload_grace: float = option(
-        "Limits", 10.0, "Seconds that a body may fall behind --min-upload-rate; then 408.", ge=0
-    )
+    body_timeout: float = option("Limits", 60.0, "Seconds for a body to arrive; then 408.", gt=0)
+    min_upload_rate: float = option("Limits", 1024, "Minimum rate of an arriving body, bytes per second.", gt=0)
+    upload_grace: float = option("Limits", 10.0, "Seconds that a body may be behind --min-upload-rate; then 408.", ge=0)
     max_uploads: int = option(
-        "Limits", 256, "Bodies that may be arriving for more than a second; then 503 to the slowest of them.", ge=1
+        "Limits", 256, "Maximum bodies that arrive for more than a second; beyond: 503 to the slowest.", ge=1
     )
     max_uploads_per_client: int = option(
         "Limits",
         64,
-        "The same of one API key; without keys, of one address (IPv6: a /64); then 429 to the slowest of them. Behind "
-        "a proxy all clients have its address, unless --trusted-proxies names it.",
+        "The same per API key or, without keys, per address (IPv6: per /64); beyond: 429 to the slowest. Behind a "
+        "proxy, set --trusted-proxies, or all clients share its address.",
         ge=1,
     )
     max_bodies_bytes: int = option(
         "Limits",
         512 * MIB,
-        "Bytes of all bodies and of what is fetched for them, until their media are decoded; then 503.",
+        "Maximum bytes of all bodies and fetched media until they are decoded; beyond: 503.",
         ge=1024,
     )
-    request_timeout: float = option("Limits", 300.0, "Seconds for a whole request.", gt=0)
+    request_timeout: float = option("Limits", 300.0, "Seconds for a whole request; then 504.", gt=0)
 
-    # Keeping it up
+    # Processes
     media_workers: int = option(
         "Processes",
         3,
-        "Child processes that decode images. The last takes small ones only (with three or more: the last two).",
+        "Images decoded at once. With two or more, one decodes small images only; with three or more, two do.",
         ge=1,
         le=64,
     )
     video_workers: int = option(
-        "Processes", 1, "Child processes that decode videos; 0: videos share those of images.", ge=0, le=64
+        "Processes",
+        1,
+        "Videos decoded at once, besides images; 0: videos and images share --media-workers.",
+        ge=0,
+        le=64,
     )
     spare_media_workers: int = option(
-        "Processes", 1, "Warm child processes beside those, in place of any that died.", ge=0, le=64
+        "Processes", 1, "Spare decoding processes, which replace those that fail.", ge=0, le=64
     )
     media_timeout: float = option("Processes", 20.0, "Seconds for decoding one image or video.", gt=0)
     image_timeout: float = option(
         "Processes",
         8.0,
-        "Seconds of processor time for the largest image allowed; smaller ones have less, down to an eighth.",
+        "Processor seconds for decoding the largest allowed image; smaller ones have proportionally less, at least an "
+        "eighth.",
         gt=0,
     )
     media_queue_timeout: float = option(
-        "Processes", 60.0, "Seconds that an image or video may wait to be decoded; then 503.", gt=0
+        "Processes", 60.0, "Seconds that an image or video may wait for decoding; then 503.", gt=0
     )
     fetch_timeout: float = option("Processes", 10.0, "Seconds for fetching one image or video by URL.", gt=0)
-    media_memory_bytes: int = option("Processes", 1536 * MIB, "Address space of one decoding child.", ge=384 * MIB)
+    media_memory_bytes: int = option(
+        "Processes", 1536 * MIB, "Address space of a decoding process, bytes.", ge=384 * MIB
+    )
     shared_media_bytes: int = option(
-        "Processes", 64 * MIB, "Memory for decoded media, shared with the workers; what finds no room is sent.", ge=0
+        "Processes", 64 * MIB, "Memory for decoded media that is shared with the workers, bytes; 0: use sockets.", ge=0
     )
     load_timeout: float = option("Processes", 900.0, "Seconds for a worker to load its model.", gt=0)
     stall_timeout: float = option("Processes", 120.0, "Seconds of silence after which a busy worker is killed.", gt=0)
     max_worker_restarts: int = option(
-        "Processes", 8, "Deaths in a row after which a worker is given up; with the last one the process ends.", ge=0
+        "Processes", 8, "Maximum restarts in a row of a worker that keeps dying; the service ends with its last.", ge=0
     )
     max_request_retries: int = option(
-        "Processes", 2, "Times a request is taken up again after its worker died; the last time alone.", ge=0
+        "Processes", 2, "Retries of a request whose worker died; the last one runs alone on a worker.", ge=0
     )
-    drain_timeout: float = option("Processes", 30.0, "Seconds that running answers get at shutdown.", ge=0)
+    drain_timeout: float = option("Processes", 30.0, "Seconds for running requests to finish at shutdown.", ge=0)
     engine: str = option(
         "Processes", "service.pool.worker:load_engine", "Engine factory, as module:callable.", hidden=True
     )
@@ -263,11 +273,11 @@ class Settings(BaseSettings):
     @field_validator("api_key", "admin_key")
     @classmethod
     def keys_can_be_sent(cls, value: Any) -> Any:
-        """In a header, by any client: what is not ASCII is encoded by each in its own way, if at all."""
+        """Refuse keys that are not printable ASCII: clients encode others differently in a header."""
         for key in value if isinstance(value, tuple) else [value] if value else []:
             text = key.get_secret_value()
             if not (text.isascii() and text.isprintable() and text == text.strip()):
-                raise ValueError("a key must be of printable ASCII characters, with no space around it")
+                raise ValueError("a key must be printable ASCII without surrounding spaces")
         return value
 
     @field_validator("device")
@@ -277,20 +287,20 @@ class Settings(BaseSettings):
         if value not in ("auto", "cpu", "cuda") and not (
             kind == "cuda" and all(index.isdecimal() for index in indices.split(","))
         ):
-            raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:0,1")
+            raise ValueError(f"must be auto, cpu, cuda or a list such as cuda:0,1; got {value!r}")
         return value
 
     @model_validator(mode="after")
     def parts_agree(self) -> Self:
         if "," in self.device and self.workers != 1:
-            raise ValueError("workers: with a list of devices there is one worker per device; leave workers out")
+            raise ValueError("workers: leave it out with a list of devices, which has one worker per device")
         if "," in self.device:
             every = [int(index) for index in self.device.partition(":")[2].split(",")]
             groups = [every[at : at + self.tensor_parallel] for at in range(0, len(every), self.tensor_parallel)]
             if any(group != list(range(group[0], group[0] + self.tensor_parallel)) for group in groups):
                 raise ValueError(f"tensor_parallel: list the devices in groups of {self.tensor_parallel} side by side")
         if self.watch_draft is not None and self.draft is None:
-            raise ValueError("watch_draft: there is no folder to look at; give --draft")
+            raise ValueError("watch_draft: there is no folder to watch; set --draft")
         if self.default_max_tokens > self.max_new_tokens:
             raise ValueError("default_max_tokens: must not exceed max_new_tokens")
         if self.max_body_bytes > self.max_bodies_bytes:
@@ -305,9 +315,9 @@ class Settings(BaseSettings):
         return self.served_model_name or Path(self.model).name
 
     def engine_options(self) -> list[dict[str, Any]]:
-        """One set of engine options per worker."""
+        """Return the engine options of each worker."""
         kind, _, indices = self.device.partition(":")
-        listed = indices.split(",")[:: self.tensor_parallel]  # of the others, the first knows
+        listed = indices.split(",")[:: self.tensor_parallel]  # the first device of each worker
         devices = [f"{kind}:{index}" for index in listed] if indices else [self.device] * self.workers
         threads = self.threads or max(1, cores.available() // len(devices))
         shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
@@ -316,17 +326,17 @@ class Settings(BaseSettings):
 
 
 def holds_keys(variable: str) -> bool:
-    """Say whether an environment variable is a setting with keys in it: nobody but the API process needs those."""
+    """Return whether an environment variable is a setting that holds keys, which only the API process needs."""
     field = Settings.model_fields.get(variable.lower().removeprefix("flash_"))
     return field is not None and "SecretStr" in str(field.annotation)
 
 
-def complaints(error: ValidationError) -> list[str]:
-    """What is wrong with settings: a line each, which names it as an option and as a variable."""
-    return [_complaint(problem) for problem in error.errors()]
+def error_messages(error: ValidationError) -> list[str]:
+    """Return one message per invalid setting, which names it as option and as variable."""
+    return [_message(problem) for problem in error.errors()]
 
 
-def _complaint(problem: Any) -> str:
+def _message(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message

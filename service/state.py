@@ -1,6 +1,6 @@
-"""The service as one object: its parts, whether it takes requests, and how it opens, drains and closes.
+"""The service as one object: its parts, whether it accepts requests, and how it starts, drains and stops.
 
-Knows nothing of HTTP; routes ask it, the server drives it.
+Knows nothing of HTTP; routes use it, the server starts and stops it.
 """
 
 from __future__ import annotations
@@ -9,61 +9,67 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from model.request import EngineInfo
 from service import cores
 from service.admission import Admission
-from service.errors import NoCapacity
+from service.chat_input import MediaLoader
+from service.draft_watcher import DraftWatcher
+from service.errors import NoCapacity, ServiceError
 from service.log import fields
 from service.media import MediaDecoder, MediaLimits
 from service.metrics import Metrics
 from service.pool.arena import Arena
 from service.pool.drafts import Drafts
 from service.pool.pool import Pool
-from service.pool.supervisor import WorkerPlan
+from service.pool.supervisor import WorkerConfig
 from service.schemas.sampling import max_frames
 from service.settings import Settings
 from service.uploads import Uploads
-from service.watch import Watch
-
-if TYPE_CHECKING:
-    from service.answer import Answer
 
 log = logging.getLogger("flashserve")
 
 
+class Endable(Protocol):
+    """A running request, which shutdown can end."""
+
+    def end(self, error: ServiceError) -> None: ...
+
+
 class Service:
+    """Everything that runs behind the routes; one per process."""
+
     def __init__(self, settings: Settings, on_fatal: Callable[[str], None]) -> None:
-        """`on_fatal`: called once, with the reason, where nothing can be served any more, or ever."""
+        """on_fatal: called once, with the reason, when nothing can be served any more, or ever."""
         self.settings = settings
         self.metrics = Metrics(settings.model_name)
         self.media_limits = media_limits(settings)
-        self.decoder: MediaDecoder | None = None  # from the moment the target's geometry is known
+        self.decoder: MediaDecoder | None = None  # None until the target's geometry is known
         self.draining = False
-        self.answers: set[Answer] = set()  # under way, from the door on
-        self._watch: Watch | None = None
+        self.requests: set[Endable] = set()  # admitted and not yet ended
+        self._draft_watcher: DraftWatcher | None = None
         if settings.watch_draft is not None and settings.draft is not None:
-            self._watch = Watch(settings.draft, settings.watch_draft, self.change_draft)
-        changes = self._watch is not None or settings.admin_key is not None
-        self._arena = _arena(settings.shared_media_bytes)
+            self._draft_watcher = DraftWatcher(settings.draft, settings.watch_draft, self.change_draft)
+        changes = self._draft_watcher is not None or settings.admin_key is not None
+        self._arena = _new_arena(settings.shared_media_bytes)
         self.pool = Pool(
-            _plans(settings, self._arena),
+            _worker_configs(settings, self._arena),
             max_request_retries=settings.max_request_retries,
             observer=self.metrics,
-            drafts=Drafts(settings.draft, keep=changes, timeout=settings.load_timeout),
+            drafts=Drafts(settings.draft, keep_copy=changes, timeout=settings.load_timeout),
         )
-        self.admission = Admission(self._capacity, self.closed_because, settings.max_requests_per_key)
+        self.admission = Admission(self._capacity, self.unavailable_reason, settings.max_requests_per_key)
         self.uploads = Uploads(settings)
         self.metrics.watch_unassigned(self._num_unassigned)
         self._on_fatal = on_fatal
-        self._living: asyncio.Task[None] | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._lifecycle_task: asyncio.Task[None] | None = None
+        self._watcher_task: asyncio.Task[None] | None = None
 
-    # Whether it takes requests
+    # Whether it accepts requests
 
-    def closed_because(self) -> NoCapacity | None:
-        """Why no request can be taken now; None where it can."""
+    def unavailable_reason(self) -> NoCapacity | None:
+        """Return why no request can be accepted now, or None."""
         if self.draining:
             return _shutting_down()
         if self.pool.info is None or self.decoder is None:
@@ -73,57 +79,64 @@ class Service:
         return None
 
     @property
-    def beyond_hope(self) -> bool:
-        """Only a restart of the whole service can help."""
-        return self.pool.beyond_hope
+    def unrecoverable(self) -> bool:
+        """Whether only a restart of the whole service can help."""
+        return self.pool.unrecoverable
 
     def _capacity(self) -> int:
+        """Return how many engine requests may be decoded or wait now."""
         decoded_at_once = sum(worker.info.max_num_seqs for worker in self.pool.ready_workers if worker.info)
         return decoded_at_once + self.settings.max_waiting
 
     @property
-    def most_choices(self) -> int:
-        """That one request may ask for: places for more are never free, however long it waits."""
+    def max_choices(self) -> int:
+        """The largest `n` of one request: capacity for more would never be free, however long it waited."""
         settings = self.settings
         workers = [worker.info or self.pool.info for worker in self.pool.workers if worker.state != "given_up"]
-        places = sum(info.max_num_seqs for info in workers if info) + settings.max_waiting
+        capacity = sum(info.max_num_seqs for info in workers if info) + settings.max_waiting
         per_key = settings.max_requests_per_key if settings.api_key else None
-        return min(settings.max_n, places, per_key or places)
+        return min(settings.max_n, capacity, per_key or capacity)
 
     def _num_unassigned(self) -> int:
+        """Return how many admitted engine requests no worker has yet."""
         return max(0, self.admission.in_use - self.pool.num_generations + self.pool.num_parked)
 
-    # What can be changed while it runs
+    @property
+    def media_loader(self) -> MediaLoader:
+        """Loads the media of requests under the present limits."""
+        domains = self.settings.allowed_media_domains
+        return MediaLoader(self.decoder, self.media_limits, domains, self.metrics.media_done)
 
     async def change_draft(self, folder: str) -> int:
-        """All workers draft with the one in `folder` from now on; how many. ServiceError, and none does, where it does
-        not fit."""
-        if (closed := self.closed_because()) is not None:
-            raise closed
+        """Change the draft of all workers, and return their number. Raises ServiceError and changes none where it is
+        refused."""
+        if (reason := self.unavailable_reason()) is not None:
+            raise reason
         return await self.pool.change_draft(folder)
 
-    # Its life
+    # Start and stop
 
     def start(self) -> None:
         self.pool.start()
-        self._living = asyncio.create_task(self._live())
+        self._lifecycle_task = asyncio.create_task(self._run_lifecycle())
 
     async def drain(self) -> None:
-        """Take nothing new, and let what runs finish, for as long as settings allow, or until this is cancelled."""
+        """Accept no new requests and let running ones finish, until `drain_timeout` or until this is cancelled."""
         self.draining = True
         log.info("draining: %d requests are running", self.admission.in_use)
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                await self.admission.emptied()
+                await self.admission.wait_until_empty()
         except TimeoutError:
             log.warning("%d requests did not end in time", self.admission.in_use)
         finally:
-            for answer in tuple(self.answers):
-                answer.end(_shutting_down())
+            for request in tuple(self.requests):
+                request.end(_shutting_down())
 
     async def stop(self) -> None:
+        """Stop the workers and media children."""
         self.draining = True
-        tasks = [task for task in (self._living, self._watching) if task is not None]
+        tasks = [task for task in (self._lifecycle_task, self._watcher_task) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -131,25 +144,25 @@ class Service:
         if self.decoder is not None:
             await self.decoder.close()
 
-    async def _live(self) -> None:
-        """Open with the first worker, and end with the last: every request gets its error, and the process ends too,
-        so that whatever watches it starts another."""
-        while not self.pool.beyond_hope:
+    async def _run_lifecycle(self) -> None:
+        """Open when the first worker is ready. When the last one fails for good, fail all requests and end the process,
+        so that whatever supervises it starts another."""
+        while not self.pool.unrecoverable:
             if self.decoder is None and self.pool.info is not None and not await self._open(self.pool.info):
                 return
-            await self.pool.has_news.wait()
-            self.pool.has_news.clear()
+            await self.pool.worker_changed.wait()
+            self.pool.worker_changed.clear()
         reason = self.pool.load_error or "the workers died while they loaded the model"
         if self.pool.info is not None:
-            reason = "every worker was given up; why each one died stands above"
+            reason = "every worker was given up; the log above says why each one died"
         self._on_fatal(reason)
-        for answer in tuple(self.answers):
-            answer.end(NoCapacity("no worker is left", code="no_worker"))
+        for request in tuple(self.requests):
+            request.end(NoCapacity("no worker is left", code="no_worker"))
 
     async def _open(self, info: EngineInfo) -> bool:
-        """Begin to take requests: only a worker knows the geometry that media are decoded to."""
+        """Start to accept requests: only now is the geometry known to which media are decoded."""
         if info.device == "cpu":
-            cores.give_way()  # and so do the decoding children, which inherit it
+            cores.set_batch_scheduling()  # decoding children inherit it
         self.media_limits = replace(self.media_limits, max_frames=self._max_frames(info))
         decoder = MediaDecoder(
             self.media_limits,
@@ -165,8 +178,8 @@ class Service:
             self._on_fatal(str(error))
             return False
         self.decoder = decoder
-        if self._watch is not None:
-            self._watching = asyncio.create_task(self._watch.run())
+        if self._draft_watcher is not None:
+            self._watcher_task = asyncio.create_task(self._draft_watcher.run())
         log.info(
             "ready %s",
             fields(
@@ -183,11 +196,12 @@ class Service:
         return True
 
     def _max_frames(self, info: EngineInfo) -> int:
-        wanted, fitting = self.settings.max_frames, max_frames(self.settings, info)
-        if fitting < wanted and "max_frames" in self.settings.model_fields_set:
+        """Return the frames of a video that settings and the model's context allow."""
+        configured, fitting = self.settings.max_frames, max_frames(self.settings, info)
+        if fitting < configured and "max_frames" in self.settings.model_fields_set:
             log.warning(
-                "--max-frames %d is more than the %d that fit the model's context of %d tokens; it is %d",
-                *(wanted, fitting, info.max_model_len, fitting),
+                "--max-frames is reduced from %d to %d, which fit the model's context of %d tokens",
+                *(configured, fitting, info.max_model_len),
             )
         return fitting
 
@@ -196,20 +210,20 @@ def _shutting_down() -> NoCapacity:
     return NoCapacity("the server is shutting down", code="draining", retry_after=5.0)
 
 
-def _arena(num_bytes: int) -> Arena | None:
-    """Memory shared with the workers, where this system has any to share: without, pixels go through their sockets."""
+def _new_arena(num_bytes: int) -> Arena | None:
+    """Allocate memory shared with the workers; return None where the system has none, and media use their sockets."""
     if not num_bytes:
         return None
     try:
         return Arena(num_bytes)
     except (AttributeError, OSError) as error:
-        log.warning("media are sent to the workers through sockets, there is no memory to share: %s", error)
+        log.warning("no shared memory, media are sent to the workers through sockets: %s", error)
         return None
 
 
-def _plans(settings: Settings, arena: Arena | None) -> list[WorkerPlan]:
+def _worker_configs(settings: Settings, arena: Arena | None) -> list[WorkerConfig]:
     return [
-        WorkerPlan(
+        WorkerConfig(
             engine=settings.engine,
             options=options,
             load_timeout=settings.load_timeout,
@@ -222,7 +236,7 @@ def _plans(settings: Settings, arena: Arena | None) -> list[WorkerPlan]:
 
 
 def media_limits(settings: Settings) -> MediaLimits:
-    """Under which the media of a request are fetched and decoded."""
+    """Return the limits on media that the settings give."""
     return MediaLimits(
         max_bytes=settings.max_media_bytes,
         max_pixels=settings.max_pixels,

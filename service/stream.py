@@ -1,14 +1,13 @@
-"""Sending answers while watching for clients that leave: one pattern, and server-sent events.
+"""Send responses: JSON, server-sent events (SSE), and cancellation when the client disconnects.
 
-Knows nothing of what is in an event.
+Knows nothing of the contents of events.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing, suppress
-from types import TracebackType
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from typing import Any, cast
 
 import msgspec
@@ -16,18 +15,19 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-LINGER = 2.0  # seconds in which a client that is refused may go on sending
-SLOW_READER_GRACE = 2.0  # seconds past the deadline that a client gets to take the last event
+LINGER = 2.0  # seconds in which a refused client may go on sending its body
+SLOW_READER_GRACE = 2.0  # seconds past the deadline in which a client may read the last event
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients pass over it, proxies see that the connection lives
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: clients ignore it, proxies see that the connection is alive
 
 
-class Last(bytes):
-    """The end of a stream of events. It leaves in one write with what came just before it and with the body's end."""
+class LastEvent(bytes):
+    """The end of a stream of events; it is sent in one write with the end of the body."""
 
 
 def event(value: Any) -> bytes:
+    """Encode one event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
@@ -35,9 +35,10 @@ def json_response(value: Any, headers: dict[str, str] | None = None) -> Response
     return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
 
 
-class LastResponse(Response):
-    """Answers at once a request whose body is still being sent, and then ends the connection: what comes in the
-    meantime is read and thrown away for a moment, else the client might lose the answer with its connection."""
+class ClosingResponse(Response):
+    """Responds before the request's body is complete, then closes the connection.
+
+    It first reads and discards the body for LINGER seconds; otherwise the client might lose the response."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         self.headers["Connection"] = "close"
@@ -50,25 +51,23 @@ class LastResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class UnlessGone:
-    """A context that ends with ClientDisconnect as soon as the client leaves. The body must have been read before.
+@contextmanager
+def cancel_on_disconnect(receive: Receive) -> Iterator[None]:
+    """Raise ClientDisconnect within the context as soon as the client leaves. The body must have been read before.
 
-    One for a whole request, though it ends in another function than it began in: each would cost a task.
+    Costs a task, so a request has one for its whole life, which begins in the handler and ends in its EventStream.
     """
-
-    def __init__(self, receive: Receive) -> None:
-        self._task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._watching = asyncio.create_task(_cancel_when_gone(receive, self._task))
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        gone = self._watching.done()
-        self._watching.cancel()
-        # It is done only where it was the client; then no cancellation is left, unless somebody else asked too.
-        if isinstance(error, asyncio.CancelledError) and gone and not self._task.uncancel():
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    watching = asyncio.create_task(_cancel_when_gone(receive, task))
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Undo our cancellation; it remains if somebody else requested one too.
+        if watching.done() and not task.uncancel():
             raise ClientDisconnect from None
+        raise
+    finally:
+        watching.cancel()
 
 
 async def _cancel_when_gone(receive: Receive, task: asyncio.Task[Any]) -> None:
@@ -78,8 +77,10 @@ async def _cancel_when_gone(receive: Receive, task: asyncio.Task[Any]) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they come, `Last` at the end, and a comment whenever there was none for so long; `resources`, an
-    UnlessGone among them, are let go at the end, however it comes."""
+    """Sends events as they come, up to a `LastEvent`, and a comment after each long silence.
+
+    Closes `resources` at the end, a cancel_on_disconnect among them, whether it succeeds or not.
+    """
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class EventStream(Response):
         deadline: float,
         keep_alive: float,
     ) -> None:
-        """keep_alive: seconds of silence after which a comment is sent; 0: none is."""
+        """deadline: of the event loop's clock; keep_alive: seconds of silence before a comment is sent, 0: never."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         del self.headers["content-length"]
@@ -101,7 +102,7 @@ class EventStream(Response):
         self._sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        # A client that left, or that does not read, is not told anything more: the connection just ends.
+        # Where the client left or does not read, the connection just ends.
         with suppress(ClientDisconnect, TimeoutError), self._resources:
             async with asyncio.timeout_at(self._deadline + SLOW_READER_GRACE):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -118,11 +119,12 @@ class EventStream(Response):
         async with aclosing(self._events) as events:
             async for chunk in events:
                 async with self._sending:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": not isinstance(chunk, Last)})
+                    is_last = isinstance(chunk, LastEvent)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": not is_last})
                     self._sent_at = loop.time()
 
     async def _comment(self, send: Send) -> None:
-        """Break every silence. A client that does not read what was sent before gets no comment either."""
+        """Send a comment after each silence; none to a client that has not read what was sent before."""
         loop = asyncio.get_running_loop()
         self._sent_at = loop.time()
         while True:

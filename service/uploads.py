@@ -1,11 +1,11 @@
-"""Bodies on their way in: how long each may take and how slow it may be, how many there may be, and their bytes in all.
+"""Limit request bodies while they arrive: the duration and rate of each, their number, and their bytes in all.
 
-A body that comes within a second or so is nobody's concern: only its bytes are counted. Once a second all others are
-looked at. One that falls behind the least rate by more than the grace is cut. Where there are more than may be, of one
-client or in all, those furthest behind are cut, and of those that keep up the youngest. So who sends slowly makes room
-for who does not, even at the same address, and a newcomer is never refused for them.
+A body that arrives within about a second only has its bytes counted. Once a second all others are checked. One that is
+behind the minimum rate by more than the grace is aborted. Where there are too many, of one client or in all, those
+furthest behind are aborted first, then the most recent. So slow senders make room for others, even at the same address,
+and a new upload is never refused because of them.
 
-Knows nothing of what bodies say, nor of slots: an upload holds none.
+Knows nothing of what bodies contain, nor of admission.
 """
 
 from __future__ import annotations
@@ -13,42 +13,42 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import ClientLimit, NoCapacity, ServiceError, TooLarge, TooSlow, UnsupportedMedia
 from service.settings import Settings
 
-PERIOD = 1.0  # seconds between two looks
-
-Result = TypeVar("Result")
+PERIOD = 1.0  # seconds between two checks
 
 
 class Upload:
-    """The body of one request, and what it has fetched, until none of it is in memory any more: a context."""
+    """The bytes of one request: its body and what was fetched for it. Exiting the context counts them as freed.
+
+    The context may be entered and left several times."""
 
     def __init__(self, uploads: Uploads, request: Request, client: str) -> None:
         self.client = client
-        self.age = 0  # looks that it has seen
-        self.seconds_behind = 0.0  # the least rate
+        self.num_checks = 0
+        self.seconds_behind = 0.0  # behind the minimum rate
         self._uploads = uploads
         self._request = request
         self._num_bytes = 0
-        self._num_looked_at = 0  # of those bytes, at the last look
+        self._num_checked = 0  # of those bytes, at the last check
         self._timeout: asyncio.Timeout | None = None
-        self._cut: ServiceError | None = None
+        self._abort_error: ServiceError | None = None
 
     @property
     def content_type(self) -> str:
         return self._request.headers.get("content-type", "")
 
     async def read(self, limit: int, feed: Callable[[bytes], object]) -> None:
-        """Give the body to `feed`, piece by piece as it comes; `request.state.body_complete` says whether it all came.
+        """Read the body and pass its pieces to `feed`; `request.state.body_complete` says whether all has arrived.
 
-        Raises TooLarge beyond `limit` bytes, TooSlow, and ClientLimit or NoCapacity where others must have its place.
+        Raises TooLarge beyond `limit` bytes, TooSlow, and ClientLimit or NoCapacity where there are too many uploads.
         """
         state = self._request.state
         state.body_complete = False
@@ -62,46 +62,41 @@ class Upload:
                         raise ClientDisconnect
                     state.body_complete = not message.get("more_body", False)
                     piece = message.get("body", b"")
-                    self.spend(len(piece))
+                    self.count_bytes(len(piece))
                     if self._num_bytes > limit:
                         raise _too_large(limit)
                     feed(piece)
         except TimeoutError:
-            raise self._cut or TooSlow(f"the body did not arrive within {self._uploads.timeout:g} s") from None
+            raise self._abort_error or TooSlow(f"the body did not arrive within {self._uploads.timeout:g} s") from None
         finally:
             self._uploads.end(self)
 
-    def spend(self, num_bytes: int) -> None:
-        """Count bytes that came with it, or that were fetched for it; NoCapacity."""
+    def count_bytes(self, num_bytes: int) -> None:
+        """Count bytes that arrived with the request or were fetched for it. Raises NoCapacity."""
         self._num_bytes += num_bytes
-        self._uploads.spend(num_bytes)
+        self._uploads.count_bytes(num_bytes)
 
-    async def used_by(self, using: Awaitable[Result]) -> Result:
-        """What that comes to; then the body is no longer in memory."""
-        try:
-            return await using
-        finally:
-            self.close()
-
-    def look(self, period: float, rate: float) -> None:
-        if self.age:  # in its first period it may have begun at the end
-            fresh = self._num_bytes - self._num_looked_at
+    def check_rate(self, period: float, rate: float) -> None:
+        """Update `seconds_behind`; called once a period."""
+        if self.num_checks:  # the upload may have started at the very end of its first period
+            fresh = self._num_bytes - self._num_checked
             self.seconds_behind = max(0.0, self.seconds_behind + period - fresh / rate)
-        self.age += 1
-        self._num_looked_at = self._num_bytes
+        self.num_checks += 1
+        self._num_checked = self._num_bytes
 
-    def cut(self, error: ServiceError) -> None:
-        """End its reading with that error."""
-        if self._cut is None and self._timeout is not None and not self._timeout.expired():
-            self._cut = error
+    def abort(self, error: ServiceError) -> None:
+        """Make `read` raise this error."""
+        if self._abort_error is None and self._timeout is not None and not self._timeout.expired():
+            self._abort_error = error
             self._timeout.reschedule(0.0)
 
     def close(self) -> None:
-        """Nothing of it is in memory any more; may be said any number of times."""
-        self._uploads.spend(-self._num_bytes)
+        """Count the bytes as freed; may be called any number of times."""
+        self._uploads.count_bytes(-self._num_bytes)
         self._num_bytes = 0
 
     def _check_head(self, limit: int) -> None:
+        """Raise the error that the request's headers alone justify."""
         headers = self._request.headers
         encoding = headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
@@ -124,79 +119,80 @@ class Upload:
 
 
 class Uploads:
+    """All bodies that are arriving, and the bytes of all that are in memory."""
+
     def __init__(self, settings: Settings) -> None:
         self.timeout = settings.body_timeout
         self.num_bytes = 0  # of all bodies in memory
-        self._rate = settings.min_upload_rate
+        self._min_rate = settings.min_upload_rate
         self._grace = settings.upload_grace
-        self._most = settings.max_uploads
-        self._most_per_client = settings.max_uploads_per_client
-        self._most_bytes = settings.max_bodies_bytes
-        self._reading: dict[Upload, None] = {}  # in the order of their beginning
-        self._next_look: asyncio.TimerHandle | None = None
+        self._max_uploads = settings.max_uploads
+        self._max_per_client = settings.max_uploads_per_client
+        self._max_bytes = settings.max_bodies_bytes
+        self._arriving: dict[Upload, None] = {}  # in the order of their start
+        self._next_check: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        """Bodies that are being read."""
-        return len(self._reading)
+        """Bodies that are arriving."""
+        return len(self._arriving)
 
     def open(self, request: Request, key: str | None) -> Upload:
         return Upload(self, request, client_of(request, key))
 
     def begin(self, upload: Upload) -> None:
-        self._reading[upload] = None
-        if self._next_look is None:
-            self._next_look = asyncio.get_running_loop().call_later(PERIOD, self._look_and_go_on)
+        """Add a body whose reading starts."""
+        self._arriving[upload] = None
+        if self._next_check is None:
+            self._next_check = asyncio.get_running_loop().call_later(PERIOD, self._check_periodically)
 
     def end(self, upload: Upload) -> None:
-        self._reading.pop(upload, None)
+        self._arriving.pop(upload, None)
 
     def check_room(self, num_bytes: int) -> None:
-        """Whether that many bytes more may come; NoCapacity."""
-        if self.num_bytes + num_bytes > self._most_bytes:
+        """Raise NoCapacity unless there is memory for so many bytes more."""
+        if self.num_bytes + num_bytes > self._max_bytes:
             raise NoCapacity("the bodies of other requests fill the memory; try again soon", code="bodies_full")
 
-    def spend(self, num_bytes: int) -> None:
-        """Count bytes that came, or that are gone where the number is negative; NoCapacity."""
+    def count_bytes(self, num_bytes: int) -> None:
+        """Count bytes that arrived, or with a negative number were freed. Raises NoCapacity."""
         self.num_bytes += num_bytes
-        self.check_room(0) if num_bytes > 0 else None
+        if num_bytes > 0:
+            self.check_room(0)
 
-    def look(self) -> None:
-        """Once a period: cut who is too slow, and who is one too many."""
-        for upload in self._reading:
-            upload.look(PERIOD, self._rate)
+    def check(self) -> None:
+        """Abort uploads that are too slow or too many; called once a period."""
+        for upload in self._arriving:
+            upload.check_rate(PERIOD, self._min_rate)
             if upload.seconds_behind > self._grace:
-                upload.cut(TooSlow(f"the body comes at less than {self._rate:g} bytes/s", code="upload_too_slow"))
-        counted = [upload for upload in self._reading if upload.age > 1]
+                message = f"the body arrives at less than {self._min_rate:g} bytes/s"
+                upload.abort(TooSlow(message, code="upload_too_slow"))
+        counted = [upload for upload in self._arriving if upload.num_checks > 1]
         by_client: defaultdict[str, list[Upload]] = defaultdict(list)
         for upload in counted:
             by_client[upload.client].append(upload)
-        for of_one in by_client.values():
-            for upload in _beyond(self._most_per_client, of_one):
-                upload.cut(
-                    ClientLimit(
-                        f"a client may have {self._most_per_client} uploads under way; wait for one of them to end",
-                        code="too_many_uploads",
-                    )
-                )
-        for upload in _beyond(self._most, counted):
-            upload.cut(NoCapacity("too many uploads are under way; try again soon", code="uploads_full"))
+        for of_client in by_client.values():
+            for upload in _excess(of_client, self._max_per_client):
+                message = f"a client may have {self._max_per_client} uploads in progress; wait for one of them to end"
+                upload.abort(ClientLimit(message, code="too_many_uploads"))
+        for upload in _excess(counted, self._max_uploads):
+            upload.abort(NoCapacity("too many uploads are in progress; try again soon", code="uploads_full"))
 
-    def _look_and_go_on(self) -> None:
-        self._next_look = None
-        self.look()
-        if self._reading:
-            self._next_look = asyncio.get_running_loop().call_later(PERIOD, self._look_and_go_on)
+    def _check_periodically(self) -> None:
+        self._next_check = None
+        self.check()
+        if self._arriving:
+            self._next_check = asyncio.get_running_loop().call_later(PERIOD, self._check_periodically)
 
 
-def _beyond(most: int, uploads: list[Upload]) -> Iterable[Upload]:
-    """Those that must go where there may be `most`. `uploads`: in the order of their beginning."""
-    youngest_first = reversed(uploads)
-    furthest_behind_first = sorted(youngest_first, key=lambda upload: -upload.seconds_behind)
-    return furthest_behind_first[: max(0, len(uploads) - most)]
+def _excess(uploads: list[Upload], maximum: int) -> Iterable[Upload]:
+    """Return the uploads beyond the maximum: those furthest behind, then the most recent. uploads: oldest first."""
+    most_recent_first = reversed(uploads)
+    furthest_behind_first = sorted(most_recent_first, key=lambda upload: -upload.seconds_behind)
+    return furthest_behind_first[: max(0, len(uploads) - maximum)]
 
 
 def client_of(request: Request, key: str | None) -> str:
-    """Who sends it: the owner of the key, else who is at the address. In IPv6 one client has a whole /64."""
+    """Identify the sender: by the API key, else by the address; an IPv6 client has a whole /64."""
     if key is not None:
         return key
     address = request.client.host if request.client else ""

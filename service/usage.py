@@ -1,4 +1,4 @@
-"""What an answer cost, in OpenAI's shape and in ours."""
+"""The `usage`, `speculation` and `timings` fields of responses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.request import RequestStats
 
 
 def usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
-    """Of all choices. The prompt is counted once, however many were made of it, and of which one has been heard."""
+    """Sum over all choices; the prompt is counted once, and known as soon as one choice has an output."""
     prompt = max(one.prompt_tokens for one in stats)
     completion = sum(one.completion_tokens for one in stats)
     accepted = sum(one.accepted_tokens for one in stats)
@@ -26,8 +26,8 @@ def usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
 
 
 def speculation(stats: RequestStats) -> dict[str, Any]:
-    """`acceptance_length`: tokens that a verify step with a draft emitted on average; 1 without drafts. The mean of
-    what the histogram `flash_acceptance_length` has of this answer."""
+    """Statistics of one choice's drafts. `acceptance_length`: mean tokens per verify step with a draft, the bonus token
+    included; 1 without drafts."""
     return {
         "acceptance_length": 1.0 + stats.accepted_tokens / stats.drafts if stats.drafts else 1.0,
         "drafts": stats.drafts,
@@ -39,7 +39,7 @@ def speculation(stats: RequestStats) -> dict[str, Any]:
 def timings(
     *, queue: float, media: float, time_to_first_token: float, decode: float, seconds_per_token: float | None
 ) -> dict[str, float]:
-    """Seconds; `tokens_per_second` is that of decoding, after the first output."""
+    """All in seconds, but `tokens_per_second`, which counts decoding after the first output."""
     return {
         "queue": queue,
         "media": media,

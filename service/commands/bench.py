@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 from pydantic import ValidationError
 
-from service.settings import complaints
+from service.settings import error_messages
 
 if TYPE_CHECKING:
     from model.request import EngineInfo
@@ -27,8 +27,8 @@ def bench(context: typer.Context) -> None:
     try:
         _bench(context.args)
     except (ConfigError, OSError, ValidationError) as error:
-        for complaint in complaints(error) if isinstance(error, ValidationError) else (error,):
-            typer.echo(f"flashserve: {complaint}", err=True)
+        for message in error_messages(error) if isinstance(error, ValidationError) else (error,):
+            typer.echo(f"flashserve: {message}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -1,4 +1,4 @@
-"""`flashserve generate`: one answer about files of one's own, in this process."""
+"""`flashserve generate`: answer one prompt about local files, in this process, without HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.errors import ConfigError
 from model.request import Geometry, Medium, Message, Request, RequestError, RequestOutput, RequestStats
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
-from service.settings import Settings, complaints
+from service.settings import Settings, error_messages
 from service.usage import speculation, timings, usage
 
 if TYPE_CHECKING:
@@ -30,47 +30,56 @@ ENGINE, SAMPLING, VIDEO = "Model", "Sampling", "Video"
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to say or ask about the media.")],
+    prompt: Annotated[str, typer.Option(help="Text of the user's message.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image file; repeatable.", dir_okay=False)] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video file; repeatable.", dir_okay=False)] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with text, usage, speculation and timings.")
     ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, tokens; by default 256, or what fits.", rich_help_panel=SAMPLING)
+        int | None,
+        typer.Option(help="Maximum tokens of the answer. Default: 256, or what fits.", rich_help_panel=SAMPLING),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0: no limit.", rich_help_panel=SAMPLING)] = 0,
-    min_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Fixes all randomness.", rich_help_panel=SAMPLING)] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0: greedy.", rich_help_panel=SAMPLING)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling: total probability kept; 1: all.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens kept; 0: all.", rich_help_panel=SAMPLING)] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Minimum probability, relative to the likeliest token's.", rich_help_panel=SAMPLING)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of all randomness.", rich_help_panel=SAMPLING)] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Ends the answer; repeatable.", rich_help_panel=SAMPLING)
+        list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=SAMPLING)
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on where the model would end.", rich_help_panel=SAMPLING)
+        bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.", rich_help_panel=SAMPLING)
     ] = False,
-    min_tokens: Annotated[int, typer.Option(help="Shortest answer, tokens.", rich_help_panel=SAMPLING)] = 0,
-    presence_penalty: Annotated[float, typer.Option(help="-2 to 2.", rich_help_panel=SAMPLING)] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="-2 to 2.", rich_help_panel=SAMPLING)] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: none.", rich_help_panel=SAMPLING)] = 1.0,
-    speculation: Annotated[str, typer.Option(help="auto, off.", rich_help_panel=SAMPLING)] = "auto",
-    num_frames: Annotated[int | None, typer.Option(help="Frames taken of a video.", rich_help_panel=VIDEO)] = None,
-    fps: Annotated[float | None, typer.Option(help="Or: frames taken a second.", rich_help_panel=VIDEO)] = None,
-    model: Annotated[str, typer.Option(help="Path or id of the target.", rich_help_panel=ENGINE)] = "demo",
-    draft: Annotated[str | None, typer.Option(help="Path of a trained draft.", rich_help_panel=ENGINE)] = None,
+    min_tokens: Annotated[int, typer.Option(help="Minimum tokens of the answer.", rich_help_panel=SAMPLING)] = 0,
+    presence_penalty: Annotated[float, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=SAMPLING)] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=SAMPLING)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 0; 1: none.", rich_help_panel=SAMPLING)] = 1.0,
+    speculation: Annotated[str, typer.Option(help="auto or off.", rich_help_panel=SAMPLING)] = "auto",
+    num_frames: Annotated[int | None, typer.Option(help="Frames sampled per video.", rich_help_panel=VIDEO)] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Or: frames sampled per second of video.", rich_help_panel=VIDEO)
+    ] = None,
+    model: Annotated[str, typer.Option(help="Path or id of the target model.", rich_help_panel=ENGINE)] = "demo",
+    draft: Annotated[str | None, typer.Option(help="Folder of a trained draft.", rich_help_panel=ENGINE)] = None,
     drafter: Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.", rich_help_panel=ENGINE)] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=ENGINE)] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=ENGINE)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=ENGINE)] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=ENGINE)] = "auto",
 ) -> None:
-    """Answer one prompt about images and videos, here, without HTTP.
+    """Answer one prompt about images and videos in this process, without HTTP.
 
-    The text is printed as it arrives. Media come before the prompt: images first, then videos, each in the order given.
-    What may be asked for, FLASH_* variables say, as of serve.
+    Prints the text as it is generated. Media come before the prompt: images first, then videos, each in their order.
+    The limits are those of serve, with the same FLASH_* variables.
     """
     files: list[tuple[Path, Kind]] = [(path, "image") for path in image or ()]
     files += [(path, "video") for path in video or ()]
-    asked = {
+    values = {
         **{"prompt": prompt, "max_tokens": max_tokens, "min_tokens": min_tokens, "ignore_eos": ignore_eos},
         **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
         **{"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty},
@@ -80,38 +89,38 @@ def generate(
     options = {"model": model, "draft": draft, "drafter": drafter, "device": device, "dtype": dtype}
     from model.engine.engine import Engine
     from service.body import Form
-    from service.prompt import check_sampling_used
+    from service.chat_input import check_sampling_used
     from service.schemas import generate as schema
     from service.schemas.sampling import check_num_frames, max_frames, sampling_params
     from service.state import media_limits
 
     try:
         settings = Settings(**options)  # type: ignore[arg-type]
-        # The form that a client of POST /v1/generate would send: what it may say and means is said there.
-        fields = [(name, str(value)) for name, value in asked.items() if value is not None]
-        fields += [("stop", text) for text in stop or ()]
-        form = Form(fields, [("media", path.read_bytes()) for path, _ in files])
-        ask, contents = schema.read(form, settings)
-        params = sampling_params(ask, settings, default_temperature=temperature)
-        quiet_loading()
+        # Validate like POST /v1/generate: build the form that its client would send.
+        texts = [(name, str(value)) for name, value in values.items() if value is not None]
+        texts += [("stop", text) for text in stop or ()]
+        form = Form(texts, [("media", path.read_bytes()) for path, _ in files])
+        fields, contents = schema.read(form, settings)
+        params = sampling_params(fields, settings, default_temperature=temperature)
+        hide_progress_bars()
         engine = Engine(EngineConfig(**{**settings.engine_options()[0], "max_num_seqs": 1}))
-        begun = time.perf_counter()
+        started = time.perf_counter()
         kinds = [kind for _, kind in files]
-        check_num_frames(ask, settings, engine.info)
+        check_num_frames(fields, settings, engine.info)
         limits = replace(media_limits(settings), max_frames=max_frames(settings, engine.info))
-        media = asyncio.run(decoded(contents, kinds, ask, limits, engine.info.geometry))
-        check_sampling_used(ask, media)
-        media_seconds = time.perf_counter() - begun
+        media = asyncio.run(decode_all(contents, kinds, fields, limits, engine.info.geometry))
+        check_sampling_used(fields, media)
+        media_seconds = time.perf_counter() - started
         message = Message("user", (*media, prompt) if prompt else tuple(media))
-        fit, speculates = ask.asked_max_tokens() is None, ask.speculation != "off"
-        request = Request("generate", (message,), params, speculates, fit=fit)
-        text, last = answer(engine, request, (lambda _: None) if as_json else show)
+        clamp_max_tokens, speculates = fields.requested_max_tokens() is None, fields.speculation != "off"
+        request = Request("generate", (message,), params, speculates, fit=clamp_max_tokens)
+        text, last = run(engine, request, (lambda _: None) if as_json else write)
     except (ConfigError, RequestError, ServiceError, OSError) as error:
         fail(str(error))
     except ValidationError as error:
-        fail("; ".join(complaints(error)))
+        fail("; ".join(error_messages(error)))
     if last.finish_reason == "error":
-        fail(last.error or "the engine could not answer")
+        fail(last.error or "the engine failed on this prompt")
     if as_json:
         typer.echo(json.dumps(result(text, last, media_seconds), ensure_ascii=False))
     else:
@@ -119,53 +128,54 @@ def generate(
 
 
 def fail(message: str) -> Any:
+    """Print an error and exit with 1."""
     typer.echo(f"flashserve: {message}", err=True)
     raise typer.Exit(1)
 
 
-def quiet_loading() -> None:
-    """What is printed is the answer, not how its weights were read."""
+def hide_progress_bars() -> None:
+    """Keep transformers from printing how it loads weights."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
-async def decoded(
-    contents: list[bytes], kinds: list[Kind], ask: SamplingFields, limits: MediaLimits, geometry: Geometry
+async def decode_all(
+    contents: list[bytes], kinds: list[Kind], fields: SamplingFields, limits: MediaLimits, geometry: Geometry
 ) -> list[Medium]:
-    """The same decoding, in the same confined child, as files get that come over HTTP."""
+    """Decode files in a confined child, as those that come over HTTP."""
     if not contents:
         return []
     decoder = MediaDecoder(limits, geometry, workers=1)
     await decoder.start()
     try:
         return [
-            await decoder.decode(data, kind=kind, num_frames=ask.num_frames, fps=ask.fps)
+            await decoder.decode(data, kind=kind, num_frames=fields.num_frames, fps=fields.fps)
             for data, kind in zip(contents, kinds, strict=True)
         ]
     finally:
         await decoder.close()
 
 
-def answer(engine: Engine, request: Request, tell: Callable[[str], object]) -> tuple[str, RequestOutput]:
-    """The whole text, and the last output; `tell` gets every piece of text as it comes."""
+def run(engine: Engine, request: Request, on_text: Callable[[str], object]) -> tuple[str, RequestOutput]:
+    """Run a request; return its whole text and last output. on_text: called with each piece of text."""
     pieces: list[str] = []
     engine.add(request)
     while True:
         for output in engine.step():
             pieces.append(output.text)
-            tell(output.text)
+            on_text(output.text)
             if output.finish_reason is not None:
                 return "".join(pieces), output
 
 
-def show(text: str) -> None:
+def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def result(text: str, last: RequestOutput, media_seconds: float) -> dict[str, Any]:
-    """In the words of POST /v1/generate."""
+    """Format the result like POST /v1/generate."""
     stats = last.stats or RequestStats(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
     later = stats.completion_tokens - 1
     return {

@@ -99,11 +99,11 @@ def _compared(options: Options, task: str, streams: int, arm: EngineArm, url: st
         ]
         inside = arm.run(requests_of(samples, params), in_flight=streams)
         reading = _seconds_to_read([picture for picture, _ in files], arm)
-        cores.give_way()  # as everything around an engine does
+        cores.set_batch_scheduling()  # as everything around an engine does
         begun = time.perf_counter()
         received = uvloop.run(_receive_all(url, requests, streams))
         seconds = time.perf_counter() - begun
-        cores.take_part()
+        cores.set_normal_scheduling()
         over_http = [_token_ids(answer) for answer in received]
         if repeat:
             tokens = sum(map(len, inside.answers))

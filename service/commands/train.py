@@ -1,4 +1,4 @@
-"""`flashserve train`: a draft for one's own target, from one's own images and videos. The work is `model.train`'s."""
+"""`flashserve train`: train a draft for a target model on local images and videos. `model.train` does the work."""
 
 from __future__ import annotations
 
@@ -21,109 +21,135 @@ TEMPERATURES = "0,0,0.7,1"
 
 def train(
     data: Annotated[Path, typer.Option(help="A folder of images and videos, or a JSONL manifest.")],
-    output: Annotated[Path, typer.Option(help="Folder for the draft; --draft of serve. A stopped run goes on in it.")],
-    target: Annotated[str, typer.Option(help="Path or id of the target, as --model of serve.")] = "demo",
-    drafter: Annotated[str, typer.Option(help=f"{', '.join(TRAINED)}.")] = "flash",
+    output: Annotated[Path, typer.Option(help="Folder of the draft, for serve --draft; a stopped run resumes in it.")],
+    target: Annotated[str, typer.Option(help="Path or id of the target model, as --model of serve.")] = "demo",
+    drafter: Annotated[str, typer.Option(help=f"Drafting method: {', '.join(TRAINED)}.")] = "flash",
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Asked of every file of a folder; repeatable.", rich_help_panel=DATA)
+        list[str] | None,
+        typer.Option(help="Prompt for every file of a folder; repeatable.", rich_help_panel=DATA),
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share of the data that is only measured on.", rich_help_panel=DATA)
+        float, typer.Option(help="Share of the data kept for evaluation, 0 to 1.", rich_help_panel=DATA)
     ] = 0.05,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at a bad line instead of leaving it out.", rich_help_panel=DATA)
+        bool, typer.Option("--strict", help="Stop at an unusable line instead of skipping it.", rich_help_panel=DATA)
     ] = False,
-    num_frames: Annotated[int | None, typer.Option(help="Frames taken of a video.", rich_help_panel=DATA)] = None,
-    fps: Annotated[float | None, typer.Option(help="Or: frames taken a second.", rich_help_panel=DATA)] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames sampled per video.", rich_help_panel=DATA)] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Or: frames sampled per second of video.", rich_help_panel=DATA)
+    ] = None,
     temperatures: Annotated[
-        str, typer.Option(help="Of the target's answers, in turns.", rich_help_panel=DATA)
+        str,
+        typer.Option(help="Sampling temperatures of the target's answers, used in turn.", rich_help_panel=DATA),
     ] = TEMPERATURES,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer.", rich_help_panel=DATA)] = 160,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.", rich_help_panel=DATA)] = 160,
     hidden_size: Annotated[
         int | None,
         typer.Option(
-            help="Width, a multiple of 64; default: a target's up to 512, half of a wider one's.", rich_help_panel=DRAFT
+            help="Hidden size, a multiple of 64. Default: the target's up to 512, half of a larger one.",
+            rich_help_panel=DRAFT,
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="flash: 2, flash-paper: 1.", rich_help_panel=DRAFT)] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Number of layers. Default: flash 2, flash-paper 1.", rich_help_panel=DRAFT)
+    ] = None,
     block: Annotated[
         int | None,
-        typer.Option(help="Tokens drafted at once. flash: 10, flash-paper: 5, others: 7.", rich_help_panel=DRAFT),
+        typer.Option(
+            help="Tokens drafted per step. Default: flash 10, flash-paper 5, others 7.", rich_help_panel=DRAFT
+        ),
     ] = None,
     pooled: Annotated[
         int | None,
         typer.Option(
-            help="Rows to which an image or video is averaged at first, 0: it is not. flash: 16, flash-paper: 0.",
+            help="Rows to which each image or video is average-pooled; 0: none. Default: flash 16, flash-paper 0.",
             rich_help_panel=DRAFT,
         ),
     ] = None,
     latents: Annotated[
         int | None,
         typer.Option(
-            help="Learned latents per image or video, 0: it is not read; -1: its rows as they are. flash: -1, "
-            "flash-paper: 64.",
+            help="Learned latents per image or video; 0: ignore media, -1: use their rows unchanged. Default: flash "
+            "-1, flash-paper 64.",
             rich_help_panel=DRAFT,
         ),
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="Of the sequential head, 0: none. flash: 64, flash-paper: 0.", rich_help_panel=DRAFT),
+        typer.Option(
+            help="Rank of the sequential head; 0: none. Default: flash 64, flash-paper 0.", rich_help_panel=DRAFT
+        ),
     ] = None,
     vocabulary: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that it may propose: those that the answers have most often; 0: all. Default: 16384 where the "
+            help="Size of the draft's vocabulary, the answers' most frequent tokens; 0: all. Default: 16384 if the "
             "target has more than 32768, else all; flash-paper: all.",
             rich_help_panel=DRAFT,
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: 1500.", rich_help_panel=TRAINING)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. Default: 1500.", rich_help_panel=TRAINING)] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Instead of steps: how often each example is met.", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="Instead of --steps: passes over the data.", rich_help_panel=TRAINING)
     ] = None,
-    batch: Annotated[
-        int, typer.Option(help="Examples that go through the target together.", rich_help_panel=TRAINING)
-    ] = 16,
-    accumulate: Annotated[int, typer.Option(help="Batches per step, in each process.", rich_help_panel=TRAINING)] = 1,
+    batch: Annotated[int, typer.Option(help="Examples per batch.", rich_help_panel=TRAINING)] = 16,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches per step and process (gradient accumulation).", rich_help_panel=TRAINING)
+    ] = 1,
     anchors: Annotated[
         int | None,
         typer.Option(
-            help="Drafts begun per answer and step; default: 24, fewer with a large vocabulary.",
+            help="Draft positions per answer and step. Default: 24, fewer with a large vocabulary.",
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(help="Of learning, at its highest.", rich_help_panel=TRAINING)] = 1.5e-3,
-    warmup: Annotated[int, typer.Option(help="Steps in which it rises.", rich_help_panel=TRAINING)] = 50,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = 1.5e-3,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps of the learning rate.", rich_help_panel=TRAINING)] = 50,
     gamma: Annotated[
-        float, typer.Option(help="Position j of a draft weighs exp(-(j-1)/gamma).", rich_help_panel=TRAINING)
+        float,
+        typer.Option(
+            help="Decay of the loss: position j of a draft has weight exp(-(j-1)/gamma).", rich_help_panel=TRAINING
+        ),
     ] = 5.0,
-    seed: Annotated[int, typer.Option(help="Fixes all randomness.", rich_help_panel=TRAINING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all randomness.", rich_help_panel=TRAINING)] = 0,
     precision: Annotated[
-        str, typer.Option(help="Of the draft's passes: bf16 (mixed) or off (float32).", rich_help_panel=TRAINING)
+        str,
+        typer.Option(help="Precision of the draft's passes: bf16 (mixed) or off (float32).", rich_help_panel=TRAINING),
     ] = "bf16",
     evaluate_every: Annotated[
-        int, typer.Option(help="Steps between two measurements, 0: none.", rich_help_panel=RUNNING)
+        int, typer.Option(help="Steps between evaluations; 0: none.", rich_help_panel=RUNNING)
     ] = 250,
-    evaluate_prompts: Annotated[int, typer.Option(help="Held-out prompts of each.", rich_help_panel=RUNNING)] = 16,
-    evaluate_seconds: Annotated[float, typer.Option(help="What one takes at most.", rich_help_panel=RUNNING)] = 20.0,
+    evaluate_prompts: Annotated[
+        int, typer.Option(help="Held-out prompts per evaluation.", rich_help_panel=RUNNING)
+    ] = 16,
+    evaluate_seconds: Annotated[
+        float, typer.Option(help="Maximum seconds per evaluation.", rich_help_panel=RUNNING)
+    ] = 20.0,
     final_prompts: Annotated[
-        int, typer.Option(help="Held-out prompts of each kind at the end.", rich_help_panel=RUNNING)
+        int, typer.Option(help="Held-out prompts of each kind in the final evaluation.", rich_help_panel=RUNNING)
     ] = 64,
-    save_every: Annotated[float, typer.Option(help="Seconds, at most 60.", rich_help_panel=RUNNING)] = 45.0,
+    save_every: Annotated[
+        float, typer.Option(help="Seconds between checkpoints, at most 60.", rich_help_panel=RUNNING)
+    ] = 45.0,
     memory: Annotated[
-        float, typer.Option(help="GiB of hidden states kept between steps, on the device.", rich_help_panel=RUNNING)
+        float, typer.Option(help="Device memory for cached hidden states, GiB.", rich_help_panel=RUNNING)
     ] = 4.0,
-    max_num_seqs: Annotated[int, typer.Option(help="Answers written at a time.", rich_help_panel=RUNNING)] = 16,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Answers that the target generates at once.", rich_help_panel=RUNNING)
+    ] = 16,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer, as of serve.", rich_help_panel=RUNNING)
+        int | None,
+        typer.Option(help="Maximum tokens of prompt and answer, as --max-model-len of serve.", rich_help_panel=RUNNING),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=RUNNING)] = "auto",
-    dtype: Annotated[str, typer.Option(help=f"Of the target: {', '.join(DTYPES)}.", rich_help_panel=RUNNING)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=RUNNING)] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help=f"Data type of the target: {', '.join(DTYPES)}.", rich_help_panel=RUNNING)
+    ] = "auto",
 ) -> None:
-    """Train a draft for a target on images and videos of one's own.
+    """Train a draft for a target model on local images and videos.
 
-    The target writes the answers, the draft learns to foretell them, and OUTPUT is what `serve --draft` takes. Stop it
-    with Ctrl-C, or kill it: the same command goes on. Several GPUs: `accelerate launch -m service.cli train ...`.
+    The target generates the answers and the draft learns to predict them; serve the result with --draft OUTPUT. After
+    Ctrl-C or a kill, the same command resumes. With several GPUs: `accelerate launch -m service.cli train ...`.
     docs/training.md in the repository shows the whole way.
     """
     if drafter not in TRAINED:
@@ -131,7 +157,7 @@ def train(
     if precision not in ("bf16", "off"):
         fail(f"--precision must be bf16 or off; got {precision!r}", 2)
     if steps is not None and epochs is not None:
-        fail("give --steps or --epochs, not both", 2)
+        fail("set --steps or --epochs, not both", 2)
     if not 0.0 <= save_every <= 60.0:
         fail(f"--save-every must be at most 60; got {save_every}", 2)
     at_least_one = {
@@ -142,8 +168,8 @@ def train(
     if wrong := [name for name, value in at_least_one.items() if value < 1]:
         fail(f"{wrong[0]} must be at least 1", 2)
     if rate <= 0.0 or gamma <= 0.0 or (epochs is not None and epochs <= 0.0) or evaluate_every < 0:
-        fail("--rate, --gamma and --epochs must be above 0, --evaluate-every not below", 2)
-    heats = _temperatures(temperatures)
+        fail("--rate, --gamma and --epochs must be above 0, and --evaluate-every at least 0", 2)
+    sampling_temperatures = _temperatures(temperatures)
 
     from model.drafters import presets
     from model.targets.frames import most_frames
@@ -152,13 +178,13 @@ def train(
     from model.train import team as teams
     from model.train.data import Interrupted, Unusable
     from model.train.trainer import TrainConfig
-    from service.commands.generate import quiet_loading
+    from service.commands.generate import hide_progress_bars
 
     try:
         read = manifest.read(data, prompt or ())
         team = teams.gather()
-        _tell(read.problems, strict=strict, aloud=team.rank == 0)
-        quiet_loading()
+        _report(read.problems, strict=strict, verbose=team.rank == 0)
+        hide_progress_bars()
         config = EngineConfig(
             model=target,
             drafter="off",
@@ -167,11 +193,11 @@ def train(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         ).resolved()
-        opened = training.open_target(config, drafter)
+        opened_target = training.open_target(config, drafter)
         limits = MediaLimits()
-        fitting = most_frames(opened, config.context(opened.max_positions))
+        fitting = most_frames(opened_target, config.context(opened_target.max_positions))
         limits = replace(limits, max_frames=min(limits.max_frames, fitting))
-        with decode_files(limits, opened.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
+        with decode_files(limits, opened_target.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
             prompts = manifest.FilePrompts(read, decode, held_out)
             each = batch * accumulate * team.size
             if epochs is not None:
@@ -185,7 +211,7 @@ def train(
                 sequential_rank=rank,
                 vocabulary=vocabulary,
             )
-            shape = presets.shape(drafter, opened, sizes)
+            shape = presets.shape(drafter, opened_target, sizes)
             settings = training.Settings(
                 target=config,
                 drafter=drafter,
@@ -206,7 +232,7 @@ def train(
                     memory_bytes=int(memory * (1 << 30)),
                 ),
                 sizes=sizes,
-                temperatures=heats,
+                temperatures=sampling_temperatures,
                 max_tokens=max_tokens,
                 evaluate_prompts=evaluate_prompts,
                 evaluate_seconds=evaluate_seconds,
@@ -214,9 +240,9 @@ def train(
                 sampling={"num_frames": num_frames, "fps": fps},
                 strict=strict,
             )
-            figures = training.run(settings, opened, prompts, team, stop)
+            figures = training.run(settings, opened_target, prompts, team, stop)
     except Interrupted:
-        typer.echo("flashserve: stopped, and saved; the same command goes on", err=True)
+        typer.echo("flashserve: stopped and saved; run the same command to resume", err=True)
         raise typer.Exit(130) from None
     except (ConfigError, Unusable, OSError, FloatingPointError) as error:
         fail(str(error))
@@ -227,23 +253,24 @@ def train(
 
 
 def fail(message: str, code: int = 1) -> Any:
+    """Print an error and exit."""
     typer.echo(f"flashserve: {message}", err=True)
     raise typer.Exit(code)
 
 
 def _temperatures(text: str) -> tuple[float, ...]:
     try:
-        heats = tuple(float(part) for part in text.split(","))
+        temperatures = tuple(float(part) for part in text.split(","))
     except ValueError:
-        heats = ()
-    if not heats or not all(0.0 <= heat <= 100.0 for heat in heats):
-        fail(f"--temperatures must be numbers from 0 to 100 between commas; got {text!r}", 2)
-    return heats
+        temperatures = ()
+    if not temperatures or not all(0.0 <= temperature <= 100.0 for temperature in temperatures):
+        fail(f"--temperatures must be comma-separated numbers from 0 to 100; got {text!r}", 2)
+    return temperatures
 
 
-def _tell(problems: tuple[str, ...], *, strict: bool, aloud: bool) -> None:
-    """What could not be read; ConfigError where that is not to be borne."""
-    for problem in problems if aloud else ():
-        typer.echo(f"flashserve: left out: {problem}", err=True)
+def _report(problems: tuple[str, ...], *, strict: bool, verbose: bool) -> None:
+    """Print which lines are skipped; with `strict` raise ConfigError if there are any."""
+    for problem in problems if verbose else ():
+        typer.echo(f"flashserve: skipped: {problem}", err=True)
     if strict and problems:
-        raise ConfigError(f"{len(problems)} bad lines, and --strict")
+        raise ConfigError(f"--strict: {len(problems)} lines are unusable")

@@ -1,6 +1,7 @@
-"""Media of strangers: fetched (fetch.py), told apart by their bytes (sniff.py) and decoded in confined children.
+"""Untrusted media: fetch them (fetch.py), detect their format (sniff.py), decode them in confined child processes.
 
-Imports neither a decoder nor torch.
+May import `service.errors` and `model.request`; nothing else of the service. Only child.py and what it imports load
+decoders; no module loads torch.
 """
 
 from service.media.decoder import DecoderStats, MediaDecoder

@@ -1,8 +1,8 @@
-"""A decoding child: `python -m service.media.child SETUP`, one job after another through one socket, its fd 0 and 1.
+"""A decoding child: `python -m service.media.child SETUP`; decodes one job after another from the socket on fd 0 and 1.
 
-Hostile bytes meet native decoders here and nowhere else. So this process gives up, before it reads the first job:
-memory and processor time beyond the limits, core dumps, writing files, gaining privileges, and, once everything is
-imported, opening anything at all: with no file descriptor to be had there is no file, no other socket and no pipe.
+Hostile bytes meet native decoders only here. So before its first job this process limits its memory and processor time
+and gives up core dumps, writing files and gaining privileges; and, once everything is imported, opening anything: with
+a limit of no file descriptors there can be no file, other socket or pipe.
 
 SETUP is a wire.Setup as JSON.
 """
@@ -25,12 +25,12 @@ import numpy as np
 
 from service.media import wire
 from service.media.limits import MediaLimits
-from service.media.refusal import Refusal
+from service.media.refusal import Refusal, errors_as_refusals
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # <linux/prctl.h>
 BUFFER_BYTES = 1024 * 1024
 START_CPU_SECONDS = 60
-QUICK_SECONDS = 0.002  # of processor time: no more than some megabytes can have been filled in it
+QUICK_SECONDS = 0.002  # of processor time: too short to have filled more than some megabytes
 
 libc = ctypes.CDLL(None, use_errno=True)
 trim = getattr(libc, "malloc_trim", None)  # glibc's
@@ -40,7 +40,7 @@ def main() -> None:
     setup = msgspec.json.decode(sys.argv[1], type=wire.Setup)
     confine(setup.limits)
     warm_up(setup)
-    # Buffered well: most files come with one read, and most pictures go with one write.
+    # Large buffers: most files arrive with one read, and most pictures leave with one write.
     with open(0, "rb", BUFFER_BYTES, closefd=False) as source, open(silence(), "wb", BUFFER_BYTES) as sink:
         gc.freeze()
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
@@ -48,10 +48,10 @@ def main() -> None:
 
 
 def confine(limits: MediaLimits) -> None:
-    """Everything that can be given up before the imports."""
+    """Set every limit that the imports do not need lifted."""
     with contextlib.suppress(AttributeError):  # Linux only
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # not to outlive a service that was killed
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # ends this process with a killed service
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
@@ -61,27 +61,27 @@ def confine(limits: MediaLimits) -> None:
 
 
 def warm_up(setup: wire.Setup) -> None:
-    """All imports, early and late."""
+    """Do all imports now, lazy ones included."""
     from PIL import Image
 
     from service.media import image, stills, video  # noqa: F401
 
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # ours is checked before load(), and refuses instead of warning
+    Image.MAX_IMAGE_PIXELS = None  # check_size() refuses before load(), where Pillow would only warn
     image.warm_up(setup.geometry)
     video.warm_up(setup.geometry)
 
 
 def silence() -> int:
-    """Point file descriptors 1 and 2 nowhere, since decoders print. Returns a new one for what 1 was: the answers."""
-    null, answers = os.open(os.devnull, os.O_WRONLY), os.dup(1)
+    """Point file descriptors 1 and 2 to /dev/null, since decoders print; return a duplicate of 1, for replies."""
+    null, replies = os.open(os.devnull, os.O_WRONLY), os.dup(1)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    return answers
+    return replies
 
 
 def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer jobs until the parent closes the socket."""
+    """Decode jobs until the parent closes the socket."""
 
     def send(reply: wire.Reply, pixels: np.ndarray | None = None) -> None:
         payload = b"" if pixels is None else np.ascontiguousarray(pixels).data
@@ -89,51 +89,48 @@ def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
         sink.write(payload)
         sink.flush()
 
-    send(wire.Ready())
+    send(wire.Started())
     while prefix := source.read(wire.PREFIX.size):
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=setup.limits.max_bytes)
         job, data = wire.unpack_job(source.read(num_message)), source.read(num_payload)
-        begun = time.process_time()
-        allow_cpu(job.cpu_seconds)
+        started = time.process_time()
+        limit_cpu(job.cpu_seconds)
         send(*decode(setup, job, data))
-        allow_cpu(0)
+        limit_cpu(0)
         del data
-        if time.process_time() - begun > QUICK_SECONDS:
-            give_memory_back()
+        if time.process_time() - started > QUICK_SECONDS:
+            release_memory()
 
 
-def allow_cpu(seconds: float) -> None:
-    """Start the clock of one decode: SIGPROF ends this process when so much processor time has been used; 0: never."""
+def limit_cpu(seconds: float) -> None:
+    """Have SIGPROF end this process after so many seconds of processor time; 0: no limit."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def give_memory_back() -> None:
-    """An idle child shall not sit on what its largest file took: without this, some files leave 200 MiB behind."""
+def release_memory() -> None:
+    """Return free memory to the system; without this, some files leave 200 MiB in an idle child."""
     gc.collect()  # quick, since the imports are frozen
     if trim is not None:
         trim(0)
 
 
 def decode(setup: wire.Setup, job: wire.Job, data: bytes) -> tuple[wire.Reply, np.ndarray | None]:
-    """The answer to one job, and pixels (frames, height, width, 3) uint8 where there are any."""
+    """Decode one job: the reply, and pixels (frames, height, width, 3) uint8 where it succeeds."""
     from service.media.image import decode_image
     from service.media.stills import decode_frame_list
     from service.media.video import decode_video
 
     seconds: float | None = None
     try:
-        if job.kind == "image":
-            pixels = decode_image(data, job.format, limits=setup.limits, geometry=setup.geometry)
-        elif job.format == "FRAME LIST":
-            pixels, seconds = decode_frame_list(data, job, limits=setup.limits, geometry=setup.geometry)
-        else:
-            pixels, seconds = decode_video(data, job, limits=setup.limits, geometry=setup.geometry)
+        with errors_as_refusals(job.kind):
+            if job.kind == "image":
+                pixels = decode_image(data, job.format, limits=setup.limits, geometry=setup.geometry)
+            elif job.format == "FRAME LIST":
+                pixels, seconds = decode_frame_list(data, job, limits=setup.limits, geometry=setup.geometry)
+            else:
+                pixels, seconds = decode_video(data, job, limits=setup.limits, geometry=setup.geometry)
     except Refusal as refusal:
-        return wire.Refused(refusal.name, refusal.numbers), None
-    except MemoryError:
-        return wire.Refused("out_of_memory"), None
-    except Exception:  # a decoder may raise anything at all on a broken file, and its words stay here
-        return wire.Refused(f"{job.kind}_not_decodable"), None
+        return wire.Failed(refusal.name, refusal.numbers), None
     num_frames, height, width, channels = pixels.shape
     return wire.Decoded((num_frames, height, width, channels), seconds), pixels
 

@@ -1,10 +1,10 @@
-"""Play one video track of a file: find which pictures it shows and when, and decode the wanted ones.
+"""Play one video track of a file: find out which frames it shows and when, and decode the wanted ones.
 
-The packets say which pictures there are without decoding anything, and are usually right. Only the decoder knows: it
-reorders, drops what an edit list or a hidden frame keeps from the screen, and skips what it cannot decode. So the
-packets only tell where to look. Where few pictures of a long clip are wanted, decoding starts at the keyframe before
-each of them, and every picture that comes out on the way must be the next one announced. Where one is not, and where
-this would not save half of the work, the clip is decoded from its first packet to its last and no packet is believed.
+Packets announce the frames without decoding, and are usually right. But only the decoder is certain: it reorders
+frames, drops those that an edit list or a flag hides, and skips what it cannot decode. So packets only say where to
+seek. Where few frames of a long clip are wanted, decoding starts at the keyframe before each of them, and every frame
+that comes out must be the next one announced. If one is not, or if seeking would not save half of the work, the clip is
+decoded from its first packet to its last, and the packets are ignored.
 
 Knows nothing of sampling, model sizes or processes.
 """
@@ -36,25 +36,25 @@ from service.media.sniff import Format
 
 DEMUXERS: dict[Format, str] = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi", "GIF": "gif", "PNG": "apng"}
 NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-MAX_GAP = 3600.0  # seconds from one picture to the next; a longer one is a broken time (ffplay's bound)
-DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single picture whose file does not say how long it is shown
+MAX_GAP = 3600.0  # seconds between frames; a longer gap is a broken timestamp (ffplay's bound)
+DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single frame without a duration
 CPU_SHARE = 0.9  # of the processor time that a decode is allowed
-MAX_FALSE_KEYFRAMES = 8  # found in one clip; after that it is decoded in order
-SAVING = 2  # look pictures up by keyframes where that decodes at most one packet in so many
+MAX_FALSE_KEYFRAMES = 8  # in one clip; after that it is decoded in order
+SEEK_SAVING = 2  # seek where that decodes at most one packet in so many
 
-Tick = int | None  # a time in units of the track
+Tick = int | None  # a timestamp in units of the track
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """starts: (pictures,) seconds at which each appears, strictly ascending from 0; end: of the last, in seconds."""
+    """starts: (frames,) seconds at which each appears, strictly ascending from 0; end: of the last, in seconds."""
 
     starts: np.ndarray
     end: float
 
 
 class Deadline:
-    """Ends work that takes too long, before the kernel ends the process for it."""
+    """Refuses work that takes too long, before SIGPROF ends the process."""
 
     def __init__(self, cpu_seconds: float) -> None:
         """cpu_seconds: of this process, from now on; 0: no limit."""
@@ -65,7 +65,7 @@ class Deadline:
             raise Refusal("too_much_work")
 
 
-Choose = Callable[[Timeline], Sequence[int]]  # returns ascending indices of pictures
+Choose = Callable[[Timeline], Sequence[int]]  # returns ascending indices of frames
 Convert = Callable[[VideoFrame], np.ndarray]
 
 
@@ -75,28 +75,28 @@ class PacketInfo:
     dts: Tick
     duration: int
     keyframe: bool
-    hidden: bool  # decoded, but never on screen
+    hidden: bool  # decoded, but never shown
 
 
 class Clip:
-    """Reads `data` once more for every pass, so that only a few pictures and packets are in memory at a time."""
+    """A video file. Every pass demuxes `data` again, so that only a few frames and packets are in memory at a time."""
 
     def __init__(self, data: bytes, format: Format, limits: MediaLimits, deadline: Deadline) -> None:
-        """Read all packets, decode none. Raises Refusal, and whatever PyAV raises on broken files."""
+        """Read all packets without decoding. Raises Refusal, and any exception of PyAV on broken files."""
         self._data, self._format, self._limits, self._deadline = data, format, limits, deadline
         with self._open() as container:
             track = main_track(container)
             self._track = track.index
-            self.size = track.codec_context.width, track.codec_context.height  # as the container announces it
+            self.size = track.codec_context.width, track.codec_context.height  # as the container claims
             self._unit = track.time_base or Fraction(1)
             self._packets = self._read_packets(container, track)
 
     def take(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
-        """Returns the timeline, and what `convert` makes of each picture that `choose` picks from it, by index."""
+        """Return the timeline, and by index what `convert` makes of each frame that `choose` picks from it."""
         if (index := self._index()) is not None:
             timeline = self._timeline(index.shown)
             wanted = choose(timeline)
-            if SAVING * index.cost(wanted) <= len(self._packets):
+            if SEEK_SAVING * index.cost(wanted) <= len(self._packets):
                 self._check_work(index.cost(wanted))
                 arrays = self._take_by_seeking(index, wanted, convert)
                 if arrays is not None:
@@ -104,8 +104,8 @@ class Clip:
         return self._take_in_order(choose, convert)
 
     def _take_in_order(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
-        """Decode everything. Which pictures are wanted is certain only at the end, so the packets' word serves as a
-        guess; where it was wrong, a second pass takes what is missing."""
+        """Decode everything. Which frames are wanted is certain only at the end, so the first pass uses the packets'
+        timeline as a guess, and where that was wrong a second pass decodes the missing ones."""
         self._check_work(len(self._packets))
         announced = [packet for packet in self._packets if not packet.hidden]
         wanted: Collection[int] = choose(self._timeline(sorted(announced, key=lambda packet: _first(packet) or 0)))
@@ -124,18 +124,18 @@ class Clip:
                 return timeline, {index: arrays[index] for index in wanted}
 
     def _take_by_seeking(self, index: Index, wanted: Sequence[int], convert: Convert) -> dict[int, np.ndarray] | None:
-        """Decode from keyframes. Returns None where other pictures come out than the packets announced."""
+        """Decode from keyframes; return None where other frames come out than the packets announced."""
         arrays: dict[int, np.ndarray] = {}
         num_false = 0
         while len(arrays) < len(set(wanted)):
             with self._open() as container:
                 player = Player(container, self._track, self._limits, len(self._packets), self._deadline)
                 try:
-                    for picture in wanted:
-                        if picture not in arrays:
-                            arrays[picture] = convert(player.find(index, picture))
+                    for frame in wanted:
+                        if frame not in arrays:
+                            arrays[frame] = convert(player.find(index, frame))
                 except NotAKeyframe as error:
-                    index.keyframes.remove(error.number)  # the next pass starts at the one before it
+                    index.keyframes.remove(error.number)  # the next pass starts at the previous one
                     if (num_false := num_false + 1) > MAX_FALSE_KEYFRAMES:
                         return None
                 except NotAnnounced:
@@ -143,7 +143,7 @@ class Clip:
         return arrays
 
     def _index(self) -> Index | None:
-        """What the packets announce; None where they do not say enough to look a picture up."""
+        """Return the frames that the packets announce; None where they do not say enough to seek."""
         packets = self._packets
         numbers = [number for number, packet in enumerate(packets) if not packet.hidden]
         times = [packets[number].pts for number in numbers]
@@ -158,8 +158,10 @@ class Clip:
         return Index(packets, numbers, keyframes)
 
     def _times_before(self, first: int) -> set[Tick]:
-        """The times of pictures that come out before the first keyframe's own. A clip may have been cut out of a
-        longer one at a keyframe; of those that are decoded after it and shown before it some lean on what is gone."""
+        """Return the times of frames that are shown before the first keyframe and can be decoded.
+
+        In a clip cut out of a longer one at a keyframe, some of these refer to frames that were cut off.
+        """
         times: set[Tick] = set()
         with self._open() as container:
             for frame in Player(container, self._track, self._limits, len(self._packets), self._deadline):
@@ -169,19 +171,19 @@ class Clip:
         return times
 
     def _timeline(self, shown: Sequence[PacketInfo]) -> Timeline:
-        """shown: in the order of presentation. Raises Refusal where there are none, or for too long.
+        """Compute the times of frames in presentation order. Raises Refusal for no frames, or too long a clip.
 
-        A time that is missing, does not ascend or leaps is replaced, as players do: the picture comes one usual step
-        after the one before it, and the clock goes on from there.
+        A timestamp that is missing, does not ascend or leaps is replaced, as players do: the frame comes one usual step
+        after the previous one, and the clock continues from there.
         """
         if not shown:
             raise Refusal("no_frames")
         pts, dts = [info.pts for info in shown], [info.dts for info in shown]
         ticks = dts if _faults(dts) < _faults(pts) else pts
         steps = np.diff(np.array([np.nan if tick is None else tick for tick in ticks]))
-        sound = (steps > 0) & (steps <= MAX_GAP / self._unit)
-        usual = max(1.0, float(statistics.median(steps[sound].tolist()) if sound.any() else DEFAULT_GAP / self._unit))
-        clock = np.append(0.0, np.cumsum(np.where(sound, steps, usual)))
+        valid = (steps > 0) & (steps <= MAX_GAP / self._unit)
+        usual = max(1.0, float(statistics.median(steps[valid].tolist()) if valid.any() else DEFAULT_GAP / self._unit))
+        clock = np.append(0.0, np.cumsum(np.where(valid, steps, usual)))
         longest = self._limits.max_video_seconds
         end = self._seconds(clock[-1] + shown[-1].duration)
         if shown[-1].duration <= 0 or end > longest:
@@ -191,7 +193,7 @@ class Clip:
         return Timeline(self._seconds(clock), float(end))
 
     def _seconds(self, ticks: Any) -> Any:
-        """Multiply and divide once, so that whole seconds are whole."""
+        """Convert ticks to seconds with one multiplication and one division, so that whole seconds stay whole."""
         return ticks * self._unit.numerator / self._unit.denominator
 
     def _read_packets(self, container: InputContainer, track: VideoStream) -> list[PacketInfo]:
@@ -202,12 +204,12 @@ class Clip:
             hidden = not packet.size or packet.is_discard or _is_hidden(track.codec_context.name, packet)
             info = PacketInfo(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, hidden)
             packets.append(info)
-        return packets[:-1]  # the last one only tells a decoder that there are no more
+        return packets[:-1]  # the last one is empty: it flushes the decoder
 
     def _open(self) -> InputContainer:
-        """Open the bytes and nothing else. Opening may decode a frame to learn its size, so there is a bound on it."""
+        """Open a demuxer. It may decode a frame to learn its size, so `max_pixels` limits that."""
         options = {"max_pixels": str(self._limits.max_side**2)}
-        demuxer = DEMUXERS[self._format]  # titles and names may be in any encoding: nobody reads them here
+        demuxer = DEMUXERS[self._format]  # metadata may be in any encoding, and is not read
         return av.open(io.BytesIO(self._data), "r", format=demuxer, options=options, metadata_errors="ignore")
 
     def _check_work(self, num_packets: int) -> None:
@@ -221,8 +223,11 @@ class Clip:
 
 @dataclass
 class Index:
-    """Pictures as the packets announce them. numbers: of their packets, in the order of presentation; keyframes:
-    numbers of packets at which decoding can start, ascending, the first being 0."""
+    """The frames that the packets announce.
+
+    numbers: their packets' numbers, in presentation order; keyframes: numbers of the packets at which decoding can
+    start, ascending from 0.
+    """
 
     packets: Sequence[PacketInfo]
     numbers: list[int]
@@ -235,37 +240,39 @@ class Index:
     def shown(self) -> list[PacketInfo]:
         return [self.packets[number] for number in self.numbers]
 
-    def start(self, picture: int) -> int:
-        """The last keyframe from which a picture can be decoded: neither decoded nor shown later than it.
+    def start(self, frame: int) -> int:
+        """Return the last keyframe from which a frame can be decoded: neither decoded nor shown later than it.
 
-        A picture decoded after a keyframe and shown before it leans on the keyframe before that (an open GOP).
+        A frame decoded after a keyframe and shown before it refers to the previous keyframe (an open GOP).
         """
-        at = bisect_right(self.keyframes, self.numbers[picture]) - 1
-        while at > 0 and (self.packets[self.keyframes[at]].pts or 0) > self.times[picture]:
+        at = bisect_right(self.keyframes, self.numbers[frame]) - 1
+        while at > 0 and (self.packets[self.keyframes[at]].pts or 0) > self.times[frame]:
             at -= 1
         return self.keyframes[at]
 
     def first_after(self, start: int) -> int:
-        """The first picture that must come out when decoding starts at a keyframe."""
+        """Return the first frame that must come out when decoding starts at a keyframe."""
         return bisect_right(self.times, (self.packets[start].pts or 0) - 1) if start else 0
 
     def cost(self, wanted: Sequence[int]) -> int:
-        """How many packets must be decoded for these pictures, at least."""
+        """Return how many packets must be decoded for these frames, at least."""
         cost, fed = 0, -1
-        for picture in wanted:
-            start, number = self.start(picture), self.numbers[picture]
+        for frame in wanted:
+            start, number = self.start(frame), self.numbers[frame]
             cost += max(0, number - max(start - 1, fed))
             fed = max(fed, number)
         return cost
 
 
 class NotAKeyframe(Exception):
+    """Decoding cannot start at this packet, though it is marked as a keyframe."""
+
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class NotAnnounced(Exception):
-    """Another picture came out than the packets said."""
+    """Another frame came out than the packets announced."""
 
 
 class Player:
@@ -279,13 +286,13 @@ class Player:
             if other.index != track:
                 other.discard = Discard.all
         self._decoder = stream.codec_context
-        self._decoder.thread_count = 1  # a child has little memory, and the other processors have work
-        self._decoder.options = {"max_pixels": str(2 * limits.max_video_pixels)}  # in blocks, thus somewhat more
+        self._decoder.thread_count = 1  # a child has little memory, and other processors have other work
+        self._decoder.options = {"max_pixels": str(2 * limits.max_video_pixels)}  # codecs round sizes up to blocks
         self._packets = enumerate(container.demux(stream))
         self._num_packets, self._deadline = num_packets, deadline
         self._ready: deque[VideoFrame] = deque()
         self._last = -1  # number of the last packet that was read
-        self._next = 0  # the next picture announced
+        self._next = 0  # the next frame announced
 
     def __iter__(self) -> Iterator[VideoFrame]:
         return self
@@ -295,9 +302,9 @@ class Player:
             self._decode(*next(self._packets))
         return self._ready.popleft()
 
-    def find(self, index: Index, picture: int) -> VideoFrame:
-        """Decode forwards to a picture, or skip to the last keyframe before it. Raises NotAKeyframe, NotAnnounced."""
-        start = index.start(picture)
+    def find(self, index: Index, target: int) -> VideoFrame:
+        """Decode forwards to a frame, or skip to the last keyframe before it. Raises NotAKeyframe, NotAnnounced."""
+        start = index.start(target)
         if start > self._last:
             self._skip_to(start)
             self._next = index.first_after(start)
@@ -307,12 +314,12 @@ class Player:
             if frame.pts != index.times[self._next]:
                 raise NotAnnounced
             self._next += 1
-            if self._next == picture + 1:
+            if self._next == target + 1:
                 return frame
         raise NotAnnounced
 
     def _check_start(self, index: Index, start: int) -> None:
-        """Drop pictures that lean on what was skipped, and make sure that the keyframe is one."""
+        """Drop frames that refer to skipped ones, and check that the keyframe is one."""
         for frame in self:
             if frame.pts is None:
                 raise NotAnnounced
@@ -334,12 +341,12 @@ class Player:
     def _decode(self, number: int, packet: Packet[VideoStream]) -> None:
         self._deadline.check()
         self._last = number
-        if packet.size or number == self._num_packets:  # an empty one says "as before", but the last "no more"
+        if packet.size or number == self._num_packets:  # an empty packet repeats a frame; the last one flushes
             self._ready += self._decoder.decode(packet)
 
 
 def main_track(container: InputContainer) -> VideoStream:
-    """The video track that a player shows: the default one, never cover art. Raises Refusal."""
+    """Return the video track that a player shows: the default one, never cover art. Raises Refusal."""
     videos = [stream for stream in container.streams.video if not stream.disposition & NOT_SHOWN]
     if not videos:
         raise Refusal("no_video")
@@ -354,7 +361,7 @@ def main_track(container: InputContainer) -> VideoStream:
 
 
 def _is_hidden(codec: str, packet: Packet[VideoStream]) -> bool:
-    """Whether a frame only serves to decode others: VP8's alternate reference, which has a packet of its own."""
+    """Return whether a frame is never shown: VP8's alternate reference frame has a packet of its own."""
     return codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] >> 4 & 1
 
 
@@ -363,7 +370,7 @@ def _first(packet: PacketInfo) -> Tick:
 
 
 def _faults(ticks: Sequence[Tick]) -> int:
-    """How many times are missing or do not ascend."""
+    """Count timestamps that are missing or do not ascend."""
     faults, last = 0, None
     for tick in ticks:
         if tick is None or (last is not None and tick <= last):

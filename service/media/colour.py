@@ -1,4 +1,4 @@
-"""Colours of a picture with an embedded ICC profile, brought to sRGB, in which models were trained."""
+"""Convert a picture with an embedded ICC profile to sRGB, in which models were trained."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _MODES = {GREY: "L", RGB: "RGB", CMYK: "CMYK"}
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """image: L, RGB or CMYK. Returns RGB; may change `image`.
+    """Convert an L, RGB or CMYK image to sRGB by its profile; may change `image`.
 
-    A profile that cannot be read, or that is of another kind of picture, is passed over. A grey picture may have a
-    profile of RGB.
+    Ignores a profile that is broken or belongs to another colour space; a grey picture may have an RGB profile.
     """
     space, transform = _transform(profile) if profile else ("", None)
     if transform is None or (space != RGB and _MODES[space] != image.mode) or (space == RGB and image.mode == CMYK):
@@ -26,7 +25,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         ImageCms.applyTransform(image, transform, inPlace=True)
         return image
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # noqa: S101 - it is, unless in place
+    assert converted is not None  # noqa: S101 - None only in place
     return converted
 
 
@@ -39,9 +38,9 @@ def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-@lru_cache(maxsize=4)  # cameras write the same one into each picture
+@lru_cache(maxsize=4)  # a camera writes the same profile into each picture
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The profile's colour space, and how to come from it to sRGB: None where nothing can or needs to be done."""
+    """Return the profile's colour space and its transform to sRGB; None where that is impossible or not needed."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space
@@ -54,11 +53,11 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
 
 
 def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether colours stay what they are, but for rounding: so with the many profiles that are called sRGB."""
+    """Return whether a transform changes no colour by more than rounding, as with most profiles named sRGB."""
     levels = np.arange(0, 256, 17, dtype=np.uint8)  # 16 of each colour
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(64, 64, 3)
     converted = ImageCms.applyTransform(Image.fromarray(colours), transform)
     return bool(np.abs(np.asarray(converted).astype(int) - colours).max() <= ROUNDING)
 
 
-ROUNDING = 2  # of 255: what sRGB profiles of other makers differ by
+ROUNDING = 2  # of 255: how much sRGB profiles of different vendors differ

@@ -1,12 +1,14 @@
-"""What a container's own headers say about its completeness and size, read without decoding anything.
+"""Read container headers without decoding: whether a file is complete, how many parts it has, its size.
 
-Just enough of MP4, Matroska/WebM, AVI and WebP to refuse files that end before they should, and those that consist of
-more parts than any recorder writes. A header that lies gets past here; the decoders' limits are for those.
+Covers as much of MP4, Matroska/WebM, AVI and WebP as is needed to refuse truncated files and those with more parts than
+any recorder writes. Headers that lie pass here and meet the decoders' limits. The walks over RIFF chunks and ISO boxes
+are shared with metadata.py and animation.py.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
@@ -19,20 +21,65 @@ class Truncated(ValueError):
     """The file ends before its own header says it should."""
 
 
-def check_whole(data: bytes, format: Format, limits: MediaLimits) -> None:
-    """Raises Truncated, and Refusal where there are more parts than allowed."""
+class PartCounter:
+    """Counts the parts of a file and raises a Refusal beyond the limit."""
+
+    def __init__(self, refusal: str, **limit: int) -> None:
+        """refusal: its name in refusal.py; limit: the one number of its message, as name=value."""
+        self._refusal, self._limit = refusal, limit
+        self._remaining = next(iter(limit.values()))
+
+    def add(self) -> None:
+        self._remaining -= 1
+        if self._remaining < 0:
+            raise Refusal(self._refusal, **self._limit)
+
+
+def riff_chunks(data: bytes, at: int, end: int, counter: PartCounter) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, start and end of content) of the RIFF chunks from `at`: name, length, content, padding to even.
+
+    The last one may end beyond `end`: it is truncated.
+    """
+    while at + 8 <= end:
+        counter.add()
+        name, length = struct.unpack_from("<4sI", data, at)
+        yield name, at + 8, at + 8 + length
+        at += 8 + length + length % 2
+
+
+def iso_boxes(data: bytes, at: int, end: int, counter: PartCounter) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, start and end of content) of the ISO media boxes from `at`: length, name, content.
+
+    The last one may end beyond `end`: it is truncated. Stops at a length that is less than the box's own header.
+    """
+    while at + 8 <= end:
+        counter.add()
+        length, name = struct.unpack_from(">I4s", data, at)
+        head = 8
+        if length == 1 and at + 16 <= end:
+            length, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
+        stop = end if length == 0 else at + length
+        if stop < at + head:
+            return
+        yield name, at + head, stop
+        at = stop
+
+
+def check_complete(data: bytes, format: Format, limits: MediaLimits) -> None:
+    """Raise Truncated for a file that is cut off, and Refusal for one with too many parts."""
+    counter = PartCounter("too_many_elements", max_elements=limits.max_elements)
     if format == "MP4":
-        _check_mp4(data, limits.max_elements)
+        _check_mp4(data, counter)
     elif format == "WEBM":
-        _check_webm(data, limits.max_elements)
+        _check_webm(data, counter)
     elif format in ("AVI", "WEBP"):
         size = int.from_bytes(data[4:8], "little")
-        if size not in (0, 0xFFFFFFFF) and 8 + size > len(data):  # who writes to a pipe cannot go back and fill it in
+        if size not in (0, 0xFFFFFFFF) and 8 + size > len(data):  # a recorder that writes to a pipe cannot fill it in
             raise Truncated(format)
 
 
 def webp_size(data: bytes) -> Size | None:
-    """The canvas size of a WebP file."""
+    """Return the canvas size of a WebP file, or None where its first chunk does not say."""
     chunk = data[12:16]
     if chunk == b"VP8X" and len(data) >= 30:
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -48,56 +95,40 @@ def webp_size(data: bytes) -> Size | None:
 _MP4_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 
 
-def _check_mp4(data: bytes, max_elements: int) -> None:
-    """Walk all boxes at the top and inside the parents above; a cut one is the end of what was sent."""
-    ends, at, count = [len(data)], 0, 0  # of the boxes around `at`
-    while ends:
-        if at + 8 > ends[-1]:
-            at = ends.pop()
-            continue
-        count = _counted(count, max_elements)
-        size, name = struct.unpack_from(">I4s", data, at)
-        head = 8
-        if size == 1 and at + 16 <= ends[-1]:
-            size, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
-        stop = ends[-1] if size == 0 else at + size
-        if stop > ends[-1] and name in (b"moov", b"mdat", b"moof"):
+def _check_mp4(data: bytes, counter: PartCounter) -> None:
+    """Walk the boxes at the top and inside the parents above; a stack, since a file may nest them arbitrarily deep."""
+    walks = [(iso_boxes(data, 0, len(data), counter), len(data))]  # of the boxes around, each with their end
+    while walks:
+        boxes, end = walks[-1]
+        name, start, stop = next(boxes, (b"", 0, end + 1))
+        if stop > end and name in (b"moov", b"mdat", b"moof"):
             raise Truncated("MP4")
-        if stop > ends[-1] or stop < at + head:
-            at = ends.pop()  # rubbish after the last box is common, and harmless
+        if stop > end:  # no more boxes; garbage after the last one is common, and harmless
+            walks.pop()
         elif name in _MP4_PARENTS:
-            ends.append(stop)
-            at += head
-        else:
-            at = stop
+            walks.append((iso_boxes(data, start, stop, counter), stop))
 
 
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 
 
-def _check_webm(data: bytes, max_elements: int) -> None:
+def _check_webm(data: bytes, counter: PartCounter) -> None:
     """Walk the elements before the first cluster, at the top and in the segment."""
-    at, end, count = 0, len(data), 0
+    at, end = 0, len(data)
     while at < end:
-        count = _counted(count, max_elements)
+        counter.add()
         name, at = _vint(data, at, end, keep_marker=True)
         size, at = _vint(data, at, end, keep_marker=False)
         if at < 0 or name == _CLUSTER:
             return
-        if size != -1 and at + size > end:  # -1: a live stream did not know its size
+        if size != -1 and at + size > end:  # -1: unknown, as in live streams
             raise Truncated("WebM")
         if name != _SEGMENT:
             at = end if size == -1 else at + size
 
 
-def _counted(count: int, max_elements: int) -> int:
-    if count >= max_elements:
-        raise Refusal("too_many_elements", max_elements=max_elements)
-    return count + 1
-
-
 def _vint(data: bytes, at: int, end: int, *, keep_marker: bool) -> tuple[int, int]:
-    """A variable-length integer and where it ends; (-1, end) for "unknown size", (0, -1) where none can be read."""
+    """Read a variable-length integer: (value, where it ends); (-1, end) for "unknown size", (0, -1) for garbage."""
     if not 0 <= at < end or data[at] == 0:
         return 0, -1
     length = 9 - data[at].bit_length()

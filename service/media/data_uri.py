@@ -1,10 +1,10 @@
-"""Reading `data:` URIs, as browsers do: the one place that says what is one, and what it holds.
+"""Parse and decode `data:` URIs as browsers do.
 
-After "data: URL processor" of WHATWG Fetch and "forgiving-base64 decode" of WHATWG Infra: the scheme and `;base64` in
-any case, percent-encoding decoded, white space dropped, padding optional, what follows a `#` ignored. Beyond them:
-base64's URL-safe alphabet, and a comma within a quoted parameter, which belongs to the header.
+Follows "data: URL processor" of WHATWG Fetch and "forgiving-base64 decode" of WHATWG Infra: scheme and `;base64` in any
+case, percent-encoding decoded, white space dropped, padding optional, everything after `#` ignored. Also accepts
+base64's URL-safe alphabet, and a comma within a quoted parameter of the header.
 
-Knows nothing of what the content is, and nothing of HTTP but the errors.
+Knows nothing of the content's format, and nothing of HTTP but the errors.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 from service.errors import BadRequest, TooLarge
 
 MAX_HEADER = 4096  # characters up to the comma
-SLICE = 1024 * 1024  # characters decoded at a time: each call holds Python's lock, which the event loop needs too
+SLICE = 1024 * 1024  # characters decoded at a time: each call holds the GIL, which the event loop needs too
 
 START = re.compile(r"[\x00-\x20]*+data:", re.IGNORECASE | re.ASCII)
-# How a JSON string begins that, read, begins like START: any character of it may be escaped.
+# Matches the beginning of a JSON string that decodes to START; any character may be escaped.
 START_IN_JSON = re.compile(
     rb'"(?: |\\[btnfr]|\\u00(?:[01][0-9a-fA-F]|20))*+'
     rb"(?:[dD]|\\u00[46]4)(?:[aA]|\\u00[46]1)(?:[tT]|\\u00[57]4)(?:[aA]|\\u00[46]1)(?::|\\u003[aA])"
@@ -36,8 +36,8 @@ _IS_BASE64 = re.compile(r"; *base64\s*\Z", re.IGNORECASE | re.ASCII)
 _WHITE = b"\t\n\f\r "
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
-# Of base64 content: all that may stand before the padding, as it is or percent-encoded.
-_SOUND = re.compile(
+# Base64 content before the padding, plain or percent-encoded.
+_VALID = re.compile(
     r"(?:[A-Za-z0-9+/_\-\t\n\f\r ]|%(?i:2[0bdf]|3\d|4[1-9a-f]|5[0-9af]|6[1-9a-f]|7[0-9a]|0[9acd]))*+", re.ASCII
 )
 _CHARACTER = re.compile(r"%[0-9a-fA-F]{2}|.", re.DOTALL)
@@ -51,7 +51,7 @@ class DataUri:
     media_type: str  # lower case, without parameters; "" where there is none
     parameters: dict[str, str]  # names in lower case
     is_base64: bool
-    content: str  # encoded as it was sent
+    content: str  # still encoded
 
     def decode(self, max_bytes: int) -> bytes:
         """Decode the content. Raises BadRequest where it is malformed, TooLarge where it has more bytes."""
@@ -66,7 +66,7 @@ class DataUri:
 
 
 def parse(url: str) -> DataUri:
-    """Take a URI apart that begins like START. Raises BadRequest that says what is wrong."""
+    """Parse a URI that begins like START. Raises BadRequest that says what is wrong."""
     start = START.match(url)
     if start is None:
         raise malformed("does not begin with data:")
@@ -74,7 +74,7 @@ def parse(url: str) -> DataUri:
     end = len(url) if end < 0 else end
     begin = start.end()
     found = _HEADER.match(url, begin, min(end, begin + MAX_HEADER + 1))
-    comma = found.end() if found else url.find(",", begin, end)  # of quotes without an end, none counts
+    comma = found.end() if found else url.find(",", begin, end)  # unterminated quotes are no quotes
     if comma < 0:
         raise malformed("has no comma; it must look like data:image/png;base64,...")
     if comma - begin > MAX_HEADER:
@@ -89,23 +89,23 @@ def parse(url: str) -> DataUri:
 
 
 def decode_base64(content: str, max_bytes: int) -> bytes:
-    """Decode base64 of either alphabet, with white space, percent-encoding and padding or without.
+    """Decode base64 of either alphabet, with or without white space, percent-encoding and padding.
 
-    Raises BadRequest that names the first character that does not belong there, and TooLarge.
+    Raises BadRequest that names the first invalid character, and TooLarge.
     """
-    decoded, rest = bytearray(), b""  # rest: less than a whole group of four
+    decoded, rest = bytearray(), b""  # rest: an incomplete group of four
     padding, padded_at = 0, 0
     for at, octets in _octets(content):
         if not (rest or padding or len(octets) % 4 or octets.endswith(b"=")):
-            with suppress(binascii.Error):  # as most are, and twice as fast
+            with suppress(binascii.Error):  # plain base64, the usual case, decodes twice as fast this way
                 decoded += binascii.a2b_base64(octets, strict_mode=True)
                 octets = b""
         piece = octets.translate(_STANDARD, _WHITE)
         group = piece.rstrip(b"=")
         if group and padding:
-            raise _unsound(content, padded_at)
+            raise _invalid_character(content, padded_at)
         if group.translate(None, _ALPHABET):
-            raise _unsound(content, at)
+            raise _invalid_character(content, at)
         if len(piece) > len(group):
             padding, padded_at = padding + len(piece) - len(group), padded_at if padding else at
         group = rest + group
@@ -115,9 +115,9 @@ def decode_base64(content: str, max_bytes: int) -> bytes:
         if len(decoded) > max_bytes:
             raise _too_large(max_bytes)
     if padding > 2:
-        raise malformed(f"has base64 that ends with {padding} '=', where at most two belong")
+        raise malformed(f"has base64 that ends with {padding} '='; at most two are allowed")
     if len(rest) == 1:
-        raise malformed("has base64 that is cut short: one character is left over from whole groups of four")
+        raise malformed("has truncated base64: its last group of four has only one character")
     decoded += binascii.a2b_base64(rest + b"=" * (-len(rest) % 4))
     if len(decoded) > max_bytes:
         raise _too_large(max_bytes)
@@ -125,19 +125,19 @@ def decode_base64(content: str, max_bytes: int) -> bytes:
 
 
 def _octets(content: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the content slice by slice, percent-decoded, each with the place in the content where it begins."""
+    """Yield the content slice by slice, percent-decoded, each with its offset in the content."""
     at, encoded = 0, "%" in content
     while at < len(content):
         end = at + SLICE
         if encoded and end < len(content) and (cut := content.rfind("%", end - 2, end)) > at:
-            end = cut  # not within a %2B
+            end = cut  # never splits a %2B
         octets = content[at:end].encode(errors="replace")
         yield at, _percent_decoded(octets) if encoded else octets
         at = end
 
 
 def _percent_decoded(octets: bytes) -> bytes:
-    """As urllib's `unquote_to_bytes`, at the same speed however many are encoded."""
+    """Decode like urllib's `unquote_to_bytes`, in a time that does not depend on how many octets are encoded."""
     codes = np.frombuffer(octets, np.uint8).copy()
     at = np.flatnonzero(codes[:-2] == ord("%"))
     high, low = _HEX[codes[at + 1]], _HEX[codes[at + 2]]
@@ -149,21 +149,22 @@ def _percent_decoded(octets: bytes) -> bytes:
     return codes[keep].tobytes()
 
 
-def _unsound(content: str, at: int) -> BadRequest:
-    """The error for the first character from `at` on that is not base64."""
-    sound = _SOUND.match(content, at)
-    end = sound.end() if sound else at
+def _invalid_character(content: str, at: int) -> BadRequest:
+    """Return the error for the first character from `at` on that is not base64."""
+    valid = _VALID.match(content, at)
+    end = valid.end() if valid else at
     found = _CHARACTER.match(content, end)
-    character, place = found[0] if found else "", f"at offset {end} after the comma"
-    listed = content.find(",", end, end + 3) >= 0  # at once, or after padding
-    hint = "; a list of frames is data:video/jpeg;base64,FRAME,FRAME,..." if listed else ""
+    character, offset = found[0] if found else "", f"at offset {end} after the comma"
+    is_list = content.find(",", end, end + 3) >= 0  # a comma here or after padding
+    hint = "; a list of frames is data:video/jpeg;base64,FRAME,FRAME,..." if is_list else ""
     if character in ("=", "%3D", "%3d"):
-        return malformed(f"has a '=' before the end of its base64, {place}{hint}")
-    return malformed(f"has {character!r} {place}, which is not base64{hint}")
+        return malformed(f"has a '=' before the end of its base64, {offset}{hint}")
+    return malformed(f"has {character!r} {offset}, which is not base64{hint}")
 
 
-def malformed(complaint: str) -> BadRequest:
-    return BadRequest(f"the data: URI {complaint}", code="invalid_data_uri")
+def malformed(problem: str) -> BadRequest:
+    """Return the error for a malformed URI. problem: a phrase like "has no comma"."""
+    return BadRequest(f"the data: URI {problem}", code="invalid_data_uri")
 
 
 def _too_large(max_bytes: int) -> TooLarge:

@@ -1,14 +1,13 @@
-"""Files of strangers to frames at the target's geometry, through a small pool of confined child processes.
+"""Decode untrusted files to frames at the target's geometry, in a small pool of confined child processes.
 
-A decode waits for its turn (turns.py), borrows a warm child for it (children.py), and gives both back. Clients cannot
-starve each other, for four reasons. Pictures and videos have places of their own, and some places take small pictures
-only, so no file waits for one of another kind, nor a small picture for large ones. The order of those that wait depends
-on their size (work.py reads it from the header), their arrival and the number of files of the same client. A picture
-may use processor time in proportion to its size, so a place is soon free again, whatever a file makes of it. And there
-are more children than places, so one that was killed is replaced before anybody needs it.
+A decode waits for a lane (decode_queue.py) and borrows a warm child (child_pool.py). Clients cannot starve each other:
+images and videos have separate lanes, and some lanes accept small images only; waiting files are ordered by their size
+(size_estimate.py), arrival and number of files of the same client; an image's processor time is limited in proportion
+to its size, so that a lane is soon free again; and there are more children than lanes, so that a killed child is
+replaced before it is needed.
 
-What goes wrong in a child (crash, hang, client gone) costs that child and that request only. An ordinary error of a
-decoder costs nothing, see refusal.py. Knows nothing of HTTP; what clients are told is in refusal.py.
+A crash, a hang or a client that leaves costs one child and one request. An ordinary decoder error costs nothing, see
+refusal.py. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -22,67 +21,65 @@ import numpy as np
 from model.request import Geometry, Medium
 from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media import wire
-from service.media.children import Children, shutting_down
+from service.media.child_pool import ChildPool, shutting_down
+from service.media.child_process import ChildGone, PixelAllocator
+from service.media.decode_queue import DecodeQueue, lanes
 from service.media.limits import MediaLimits
-from service.media.process import ChildGone, Memory
 from service.media.refusal import HARMFUL, Refusal, client_error
-from service.media.sniff import KIND_OF, Format, Kind, may_be, sniff, unread_format
-from service.media.turns import Turns, places
-from service.media.work import share_of
+from service.media.size_estimate import size_share
+from service.media.sniff import KIND_OF, Format, Kind, may_be, sniff, unsupported_format
 
-READABLE = "JPEG, PNG, WebP, GIF, BMP, AVIF or HEIC images, and MP4, WebM or AVI videos"
-
-
-SMALLEST_TIME = 1 / 8  # of the processor time for the largest picture: what every picture may use
+SUPPORTED = "JPEG, PNG, WebP, GIF, BMP, AVIF or HEIC images, and MP4, WebM or AVI videos"
+MIN_TIME_SHARE = 1 / 8  # of the processor time for the largest image, which every image may use
 
 
 @dataclass(frozen=True)
 class DecoderStats:
-    """Counted since `start()`, but for the first three, which are now."""
+    """The first three are the present state; the others count since `start()`."""
 
     children: tuple[int, ...] = ()  # process ids of live children
     idle: int = 0  # warm children without a job
-    waiting: int = 0  # files that wait for their turn
+    waiting: int = 0  # files that wait for a lane
     decoded: int = 0
-    refused: int = 0  # files that gave a client error inside a child
+    refused: int = 0  # files that a child refused
     children_started: int = 0
 
 
 class MediaDecoder:
-    """`await start()`, any number of concurrent `await decode(...)`, `await close()`."""
+    """`await start()`, any number of concurrent `await decode(...)`, finally `await close()`."""
 
     def __init__(
         self,
         limits: MediaLimits,
         geometry: Geometry,
         workers: int = 2,
-        memory: Memory | None = None,
+        allocator: PixelAllocator | None = None,
         *,
         video_workers: int = 0,
         spares: int = 0,
     ) -> None:
-        """workers: images decoded at once. video_workers: videos at once, beside them; 0: they wait in one line.
-        spares: children more than that. memory: where pixels are put, while there is room."""
+        """workers: images decoded at once; video_workers: videos at once, in lanes of their own (0: in the images'
+        lanes); spares: further children; allocator: memory for pixels, used while it has room."""
         if workers < 1:
             raise ValueError("workers must be at least 1")
         self.limits = limits
         self.geometry = geometry
-        self._turns = Turns(
-            places(workers, video_workers), patience=limits.queue_seconds, max_waiting=limits.max_queued
+        self._queue = DecodeQueue(
+            lanes(workers, video_workers), patience=limits.queue_seconds, max_waiting=limits.max_queued
         )
-        self._children = Children(wire.Setup(limits, geometry), memory, workers + video_workers + spares)
+        self._children = ChildPool(wire.Setup(limits, geometry), allocator, workers + video_workers + spares)
         self._counts = DecoderStats()
         self._open = False
 
     async def start(self) -> None:
-        """Start all children and wait until they are warm. Raises RuntimeError when one cannot be started."""
+        """Start all children and wait until they are warm. Raises RuntimeError where one cannot be started."""
         await self._children.start()
         self._open = True
 
     async def close(self) -> None:
-        """Kill every child, those at work included (their requests get NoCapacity), and wait until all are gone."""
+        """Kill every child, busy ones included (their requests get NoCapacity), and wait until all are gone."""
         self._open = False
-        self._turns.refuse_all(shutting_down)
+        self._queue.refuse_all(shutting_down)
         await self._children.close()
 
     @property
@@ -92,21 +89,21 @@ class MediaDecoder:
             self._counts,
             children=children.pids,
             idle=children.num_idle,
-            waiting=self._turns.num_waiting,
+            waiting=self._queue.num_waiting,
             children_started=children.num_started,
         )
 
     async def decode(
         self, data: bytes, *, kind: Kind | None, num_frames: int | None, fps: float | None, client: str = ""
     ) -> Medium:
-        """One file to one Medium: frames (1 or number of frames, height, width, 3) uint8 at the target's geometry.
+        """Decode one file to a Medium: frames (1 or number of frames, height, width, 3) uint8 at the target's geometry.
 
-        `kind` is what the client called it; None takes what it is (a GIF is an image, unless called a video).
-        `num_frames` and `fps` (frames a second) say which frames of a video are taken, see video.py; images ignore
-        them. `client` is whoever sent it: one with many files here waits for others with few.
+        kind: what the client says it is; None: detect it (a GIF is then an image). num_frames, fps (frames per second):
+        sampling of videos, see video.py; images ignore them. client: identifies the sender; files of a client with many
+        wait behind those of clients with few.
 
         Raises BadRequest (empty, broken, too small, too slow, unusable `num_frames` / `fps`), TooLarge,
-        UnsupportedMedia, and NoCapacity when there is no child to decode with, or too many files wait.
+        UnsupportedMedia, and NoCapacity where no child can be started or too many files wait.
         """
         format = self._check_file(data, kind)
         kind = kind or KIND_OF[format]
@@ -114,18 +111,19 @@ class MediaDecoder:
             num_frames, fps = self._check_sampling(format, num_frames, fps)
         if not self._open:
             raise shutting_down()
-        share = share_of(data, kind, format, self.limits)
+        share = size_share(data, kind, format, self.limits)
         job = wire.Job(kind, format, num_frames, fps, self._cpu_seconds(kind, share))
-        async with self._turns.turn(kind, share, client):
+        async with self._queue.lane(kind, share, client):
             return await self._run(job, data)
 
     def _cpu_seconds(self, kind: Kind, share: float) -> float:
         limits = self.limits
         if kind == "video":
             return float(limits.cpu_seconds)
-        return min(limits.image_seconds * max(share, SMALLEST_TIME), limits.cpu_seconds)
+        return min(limits.image_seconds * max(share, MIN_TIME_SHARE), limits.cpu_seconds)
 
     def _check_file(self, data: bytes, kind: Kind | None) -> Format:
+        """Detect the format. Raises the error of a file that is not worth decoding."""
         if not data:
             raise BadRequest("the medium is empty", code="empty_media")
         if len(data) > self.limits.max_bytes:
@@ -134,19 +132,19 @@ class MediaDecoder:
             )
         format = sniff(data)
         if format is None:
-            name = unread_format(data)
-            problem = "the medium is of no type that is read here" if name is None else f"{name} is not supported"
-            raise UnsupportedMedia(f"{problem}; send {READABLE}")
+            name = unsupported_format(data)
+            problem = "the medium's format is not known" if name is None else f"{name} is not supported"
+            raise UnsupportedMedia(f"{problem}; send {SUPPORTED}")
         if kind is not None and not may_be(format, kind, data):
-            raise UnsupportedMedia(f"the medium was sent as {kind} but is of type {format} ({KIND_OF[format]})")
+            raise UnsupportedMedia(f"the medium was sent as {kind} but is a {format} {KIND_OF[format]}")
         return format
 
     def _check_sampling(
         self, format: Format, num_frames: int | None, fps: float | None
     ) -> tuple[int | None, float | None]:
-        """One of the two at most, within its limits; of a list of frames neither means all."""
+        """Return (num_frames, fps), one of them set and within its limits; neither for all frames of a list."""
         if num_frames is not None and fps is not None:
-            raise BadRequest("give num_frames or fps, not both", param="fps")
+            raise BadRequest("send num_frames or fps, not both", param="fps")
         if fps is not None:
             if not (math.isfinite(fps) and fps > 0):
                 raise BadRequest("fps must be a positive number", param="fps")
@@ -160,7 +158,7 @@ class MediaDecoder:
         return num_frames, None
 
     async def _run(self, job: wire.Job, data: bytes) -> Medium:
-        """One job through one child; one that was killed, by the kernel or an operator, is replaced, once."""
+        """Run one job; retry it once if its child was killed from outside, by the kernel or an operator."""
         try:
             try:
                 medium = await self._attempt(job, data)
@@ -179,7 +177,7 @@ class MediaDecoder:
         return medium
 
     async def _attempt(self, job: wire.Job, data: bytes) -> Medium:
-        """Raises Refusal, ChildGone, and NoCapacity."""
+        """Run one job on one child. Raises Refusal, ChildGone and NoCapacity."""
         child = await self._children.borrow()
         keep = False
         try:
@@ -195,24 +193,24 @@ class MediaDecoder:
             raise
         finally:
             # No await here: this also runs when the client left, and must not be cancelled half-way.
-            self._children.give_back(child, keep=keep and child.num_jobs < self.limits.decodes_per_child)
+            self._children.release(child, keep=keep and child.num_jobs < self.limits.decodes_per_child)
 
     def _max_reply(self, job: wire.Job) -> int:
-        """Bytes of pixels at most; a sane child never sends more."""
+        """Return the largest number of bytes that a correct child may send."""
         num_frames = 1 if job.kind == "image" else job.num_frames or self.limits.max_frames
         return 3 * num_frames * (self.geometry.largest(job.kind, num_frames) or self.limits.max_pixels)
 
     def _medium(self, kind: Kind, reply: wire.Reply, payload: np.ndarray) -> Medium:
-        """Raises Refusal, and ChildGone when the answer does not fit together: nothing a child says is believed."""
-        if isinstance(reply, wire.Refused):
+        """Check a child's reply and turn it into a Medium. Raises Refusal, and ChildGone for an inconsistent reply."""
+        if isinstance(reply, wire.Failed):
             raise Refusal(reply.name, **reply.numbers)
         if not isinstance(reply, wire.Decoded):
             raise ChildGone(by_itself=True)
         num_frames, height, width, channels = reply.shape
-        sane = min(reply.shape) > 0 and channels == 3 and math.prod(reply.shape) == payload.size
+        shape_ok = min(reply.shape) > 0 and channels == 3 and math.prod(reply.shape) == payload.size
         seconds = reply.seconds_per_frame
-        timed = seconds is None or (kind == "video" and 0.0 < seconds <= self.limits.max_video_seconds)
-        counted = kind == "video" or num_frames == 1
-        if not (sane and timed and counted and self.geometry.fits(kind, num_frames, height, width)):
+        time_ok = seconds is None or (kind == "video" and 0.0 < seconds <= self.limits.max_video_seconds)
+        count_ok = kind == "video" or num_frames == 1
+        if not (shape_ok and time_ok and count_ok and self.geometry.fits(kind, num_frames, height, width)):
             raise ChildGone(by_itself=True)
         return Medium(kind, payload.reshape(reply.shape), seconds)

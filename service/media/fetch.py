@@ -1,9 +1,9 @@
-"""A media URL to the bytes behind it: data: URIs, and http(s) from domains that the operator allows.
+"""Resolve a media URL to bytes: data: URIs, and http(s) from domains that the operator allows.
 
-Fetching what a stranger names, from inside somebody's network, is how servers are made to reach what they should not.
-So: no domain is allowed by default; a URL is parsed once, and what was parsed is what is fetched; a name is resolved
-once, every address it has must be a public one, and the connection goes to the address that was checked; each redirect
-starts over; bytes and time are capped while they are spent; and errors say nothing of what was found.
+Fetching URLs of strangers invites server-side request forgery (SSRF). So no domain is allowed by default; a URL is
+parsed once, and the parsed parts are fetched; a host name is resolved once, all its addresses must be public, and the
+connection goes to the address that was checked; every redirect repeats these checks; bytes and time are limited while
+they are spent; and errors reveal nothing about what was found.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MAX_URL = 8192  # characters of an http(s) URL
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 
-# What is not of the open internet, by IANA's registries of special-purpose addresses (www.iana.org/assignments/
-# iana-ipv4-special-registry and iana-ipv6-special-registry, as of 2025). A table of our own: `ipaddress.is_global`
-# differs between versions of Python, and knows neither site-local addresses nor those of clouds.
+# Addresses that are not public, by IANA's registries (www.iana.org/assignments/iana-ipv4-special-registry and
+# iana-ipv6-special-registry, as of 2025). `ipaddress.is_global` will not do: it differs between versions of Python, and
+# knows neither site-local addresses nor those of clouds.
 NOT_PUBLIC_V4 = (
     "0.0.0.0/8",  # this network (RFC 791)
     "10.0.0.0/8",  # private (RFC 1918)
@@ -47,9 +47,9 @@ NOT_PUBLIC_V4 = (
     "224.0.0.0/4",  # multicast (RFC 5771)
     "240.0.0.0/4",  # reserved (RFC 1112), broadcast (RFC 919)
 )
-# Of IPv6 only 2000::/3 is given out as global unicast (RFC 4291). Outside of it lie loopback, unique local (with the
-# metadata of AWS, fd00:ec2::254, and Google, fd20:ce::254), link-local, site-local, multicast, discard, SRv6, and IPv4
-# addresses in other clothes: compatible (::/96), translated (::ffff:0:0:0/96) and NAT64 (64:ff9b::/96, 64:ff9b:1::/48).
+# In IPv6 only 2000::/3 is assigned as global unicast (RFC 4291). Outside of it lie loopback, unique local (with the
+# metadata of AWS, fd00:ec2::254, and Google, fd20:ce::254), link-local, site-local, multicast, discard, SRv6, and
+# embedded IPv4 addresses: compatible (::/96), translated (::ffff:0:0:0/96) and NAT64 (64:ff9b::/96, 64:ff9b:1::/48).
 PUBLIC_V6 = "2000::/3"
 NOT_PUBLIC_V6 = (
     "2001::/23",  # IETF protocol assignments (RFC 2928): Teredo, benchmarking, ORCHID, AS112, drones
@@ -70,13 +70,13 @@ async def resolve(
     allow_private: bool = False,
     count: Callable[[int], None] = lambda _: None,
 ) -> bytes:
-    """The bytes behind a URL.
+    """Return the bytes behind a URL.
 
-    `allowed_domains`: "example.com", "*.example.com" (its subdomains), each optionally with ":port"; without one, the
-    scheme's own port only. `allow_private` lets addresses through that are not public: for tests and closed networks.
-    `count` hears of bytes as they are fetched, and may raise.
+    allowed_domains: "example.com", "*.example.com" (its subdomains), each optionally with ":port"; without one, the
+    scheme's own port only. allow_private: accept addresses that are not public, for tests and closed networks. count:
+    called with the number of bytes as they are fetched; may raise.
 
-    Raises BadRequest (malformed, not allowed, not there, too slow) and TooLarge.
+    Raises BadRequest (malformed, not allowed, not found, too slow) and TooLarge.
     """
     if data_uri.START.match(url):
         return await _from_data_uri(url, limits)
@@ -86,7 +86,7 @@ async def resolve(
 
 
 async def _from_data_uri(url: str, limits: MediaLimits) -> bytes:
-    """Decode a data: URI, in another thread where it is long, or a list of frames: many take long, however short."""
+    """Decode a data: URI; long ones and lists of frames in another thread, since they take long."""
     if len(url) > data_uri.SLICE:
         return await asyncio.to_thread(lambda: _content(data_uri.parse(url), limits))
     uri = data_uri.parse(url)
@@ -98,12 +98,12 @@ def _is_frame_list(uri: data_uri.DataUri) -> bool:
 
 
 def _content(uri: data_uri.DataUri, limits: MediaLimits) -> bytes:
-    """Decode a data: URI, or join its list of frames. Its type says nothing else: the bytes tell what they are."""
+    """Decode a data: URI, or join its list of frames. Any other media type is ignored: the bytes decide."""
     if _is_frame_list(uri):
         return frame_list.from_uri(uri, limits)
     data = uri.decode(limits.max_bytes)
     if not uri.is_base64 and sniff(data) is None:
-        raise data_uri.malformed("has no ;base64 before its comma, and its content as it stands is no image or video")
+        raise data_uri.malformed("has no ;base64 before its comma, and its plain content is no image or video")
     return data
 
 
@@ -116,10 +116,10 @@ async def _fetch(
             for _ in range(limits.max_redirects + 1):
                 _check_allowed(target, allowed_domains)
                 address = await _public_address(target, allow_private)
-                answer = await _get(target, address, limits, count)
-                if isinstance(answer, bytes):
-                    return answer
-                target = _parse(answer, base=target)
+                result = await _get(target, address, limits, count)
+                if isinstance(result, bytes):
+                    return result
+                target = _parse(result, base=target)
     except TimeoutError:
         raise BadRequest("the media URL took too long to fetch", code="fetch_timeout") from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError):
@@ -128,9 +128,9 @@ async def _fetch(
 
 
 def _parse(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
-    """The one and only reading of a URL; everything after this works on its parts."""
+    """Parse and validate a URL; everything after this uses the parsed parts only."""
     if len(url) > MAX_URL:
-        raise BadRequest(f"a media URL may have at most {MAX_URL} characters", code="invalid_url")
+        raise BadRequest(f"the media URL must have at most {MAX_URL} characters", code="invalid_url")
     try:
         parsed = httpx.URL(url) if base is None else base.join(url)
     except (httpx.InvalidURL, ValueError):
@@ -141,6 +141,7 @@ def _parse(url: str, *, base: httpx.URL | None = None) -> httpx.URL:
 
 
 def _check_allowed(url: httpx.URL, allowed_domains: tuple[str, ...]) -> None:
+    """Raise BadRequest unless the URL's domain and port are allowed."""
     host = url.raw_host.decode("ascii").lower().removesuffix(".")
     default = DEFAULT_PORTS[url.scheme]
     port = url.port or default
@@ -150,14 +151,14 @@ def _check_allowed(url: httpx.URL, allowed_domains: tuple[str, ...]) -> None:
         if matches and str(port) == (entry_port or str(default)):
             return
     raise BadRequest(
-        "media of this URL's domain are not fetched here; send the file as a data: URI, or have the operator add the "
-        "domain to FLASH_ALLOWED_MEDIA_DOMAINS (--allowed-media-domains)",
+        "media from this URL's domain are not fetched; send the file as a data: URI, or have the operator add the "
+        "domain to --allowed-media-domains (FLASH_ALLOWED_MEDIA_DOMAINS)",
         code="domain_not_allowed",
     )
 
 
 async def _public_address(url: httpx.URL, allow_private: bool) -> str:
-    """Resolve the host, once. One address that is not public spoils them all: who mixes them means no good."""
+    """Resolve the host once and return an address. Raises BadRequest if any of its addresses is not public."""
     port = url.port or DEFAULT_PORTS[url.scheme]
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(url.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
@@ -168,8 +169,8 @@ async def _public_address(url: httpx.URL, allow_private: bool) -> str:
 
 
 def is_public(address: str) -> bool:
-    """Say whether an IP address is one of the open internet. One that only wraps an IPv4 address is not, but for an
-    IPv4-mapped one, which is the IPv4 address itself to a socket."""
+    """Return whether an IP address is public. An IPv4-mapped IPv6 address counts as its IPv4 address, as for sockets;
+    other embedded IPv4 addresses are not public."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.scope_id is not None:
@@ -181,13 +182,13 @@ def is_public(address: str) -> bool:
 
 
 async def _get(url: httpx.URL, address: str, limits: MediaLimits, count: Callable[[int], None]) -> bytes | str:
-    """One request to one checked address: the body, or where it redirects to."""
+    """Send one request to a checked address; return the body, or the URL of a redirect."""
     async with await _client(limits) as client:
         request = client.build_request(
             "GET",
             url.copy_with(host=address, fragment=None),
             headers={"Host": url.netloc.decode("ascii"), "Accept": "image/*, video/*", "Accept-Encoding": "identity"},
-            extensions={"sni_hostname": url.raw_host.decode("ascii")},  # certificates are checked against this name
+            extensions={"sni_hostname": url.raw_host.decode("ascii")},  # the certificate must match this name
         )
         response = await client.send(request, stream=True)
         try:
@@ -207,14 +208,14 @@ async def _read(response: httpx.Response, max_bytes: int, count: Callable[[int],
     async for piece in response.aiter_raw():
         count(len(piece))
         body += piece
-        if len(body) > max_bytes:  # whatever the header said
+        if len(body) > max_bytes:  # content-length may be missing or wrong
             raise _too_large(max_bytes)
     return bytes(body)
 
 
 async def _client(limits: MediaLimits) -> httpx.AsyncClient:
-    """A client for one request: no proxies and keys from the environment, no cookies, no redirects of its own."""
-    context = await asyncio.to_thread(_ssl_context)  # reads a file of certificates, the first time
+    """Return a client for one request: no proxies or keys from the environment, no cookies, no automatic redirects."""
+    context = await asyncio.to_thread(_ssl_context)  # reads the certificate file the first time
     return httpx.AsyncClient(
         verify=context, trust_env=False, follow_redirects=False, timeout=httpx.Timeout(limits.fetch_seconds)
     )

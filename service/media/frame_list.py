@@ -1,10 +1,10 @@
-"""The format of a video that comes as a list of pictures: `data:video/jpeg;base64,FRAME,FRAME,...`, vLLM's.
+"""Read a video that is sent as a list of pictures: `data:video/jpeg;base64,FRAME,FRAME,...`, vLLM's format.
 
-Joined to one byte string on the way to the decoding child, which splits it again:
+On the way to the decoding child the list is one byte string:
 
-    MAGIC | frames a second (8 bytes; 0: not known) | for each frame: its length (4 bytes), its file
+    MAGIC | frames per second (8 bytes; 0: unknown) | for each frame: its length (4 bytes), its file
 
-Knows nothing of how pictures are decoded: that is in stills.py.
+stills.py decodes the pictures.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from service.media.refusal import client_error
 from service.media.sniff import FRAME_LIST_MAGIC
 
 MEDIA_TYPE = "video/jpeg"
-MAX_RATE = 1000.0  # frames a second
+MAX_RATE = 1000.0  # frames per second
 
 _RATE, _LENGTH = struct.Struct("!d"), struct.Struct("!I")
 
 
 def from_uri(uri: DataUri, limits: MediaLimits) -> bytes:
-    """Decode the frames of a URI and join them. Raises BadRequest, which names the frame, and TooLarge."""
+    """Decode the frames of a URI and join them. Raises BadRequest and TooLarge; the message names the frame."""
     contents = uri.content.replace("%2C", ",").replace("%2c", ",").split(",", limits.max_source_frames)
     if len(contents) > limits.max_source_frames:
         numbers = {"frames": uri.content.count(",") + 1, "max_source_frames": limits.max_source_frames}
@@ -34,7 +34,7 @@ def from_uri(uri: DataUri, limits: MediaLimits) -> bytes:
         try:
             frame = decode_base64(content, room)
             if not frame:
-                raise malformed("has nothing there")
+                raise malformed("has an empty frame")
         except ServiceError as error:
             raise type(error)(f"frame {number}: {error.message}", code=error.code) from None
         room -= len(frame)
@@ -43,6 +43,7 @@ def from_uri(uri: DataUri, limits: MediaLimits) -> bytes:
 
 
 def join(frames: list[bytes], rate: float | None) -> bytes:
+    """Join frames and their rate to one byte string."""
     pieces = [FRAME_LIST_MAGIC, _RATE.pack(rate or 0.0)]
     for frame in frames:
         pieces += _LENGTH.pack(len(frame)), frame
@@ -50,7 +51,7 @@ def join(frames: list[bytes], rate: float | None) -> bytes:
 
 
 def split(data: bytes) -> tuple[list[memoryview], float | None]:
-    """Return the frames and their rate, None where it is not known. Raises ValueError where lengths do not add up."""
+    """Return the frames and their rate (None: unknown). Raises ValueError where lengths do not add up."""
     (rate,) = _RATE.unpack_from(data, at := len(FRAME_LIST_MAGIC))
     at += _RATE.size
     frames, view = [], memoryview(data)
@@ -73,7 +74,7 @@ def _rate(uri: DataUri) -> float | None:
         rate = 0.0
     if not 0 < rate <= MAX_RATE:
         raise BadRequest(
-            f"the data: URI's fps is {text[:32]!r}; it must be a number above 0, at most {MAX_RATE:g}",
+            f"the data: URI's fps must be above 0 and at most {MAX_RATE:g}; got {text[:32]!r}",
             code="invalid_data_uri",
         )
     return rate

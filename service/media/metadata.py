@@ -1,11 +1,10 @@
-"""Splits a picture file into what its pixels need and the little else that matters: orientation and colour profile.
+"""Strip a picture file to the parts that decide its pixels; extract orientation and colour profile.
 
-Files carry text, thumbnails, makers' notes and odd or broken tags, and decoders stumble over them. So each file is
-walked once, here, and written anew with only those parts that decide its pixels. The same walk bounds how many parts
-there are, before any decoder sees the file. What a part means to the pixels, and whether it is sound, is left to the
-decoder. Every walk takes time in proportion to the number of parts, never to their content.
+Files carry text, thumbnails, makers' notes and broken tags, which make decoders fail. So each file is walked once here
+and rewritten without them. The same walk limits the number of parts before any decoder sees the file. Whether a part is
+valid is left to the decoder. A walk takes time in proportion to the number of parts, not to their content.
 
-Walked are JPEG, PNG, WebP, GIF, AVIF and HEIC. BMP has nothing to leave out.
+Covers JPEG, PNG, WebP, GIF, AVIF and HEIC. BMP has no metadata to strip.
 """
 
 from __future__ import annotations
@@ -13,33 +12,32 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from service.media.container import PartCounter, Size, iso_boxes, riff_chunks
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
 from service.media.sniff import STILL_BRANDS, Format
 
-Size = tuple[int, int]  # (width, height) in pixels
-
 
 @dataclass(frozen=True)
 class Picture:
-    """One still picture. `data` is a file of the same format that holds its pixels and nothing else."""
+    """One still picture. `data` is a file of the same format that holds only its pixels."""
 
     data: bytes
     orientation: int = 1  # EXIF's: 1 is upright
     profile: bytes = b""  # ICC; empty: none
-    transparent: tuple[int, ...] | None = None  # of a PNG without palette: the colour that is transparent, as decoded
-    depth: int = 8  # of a PNG: bits of a sample
-    canvas: Size | None = None  # of a GIF or WebP: the picture lies at `offset` on a transparent canvas of this size
+    transparent: tuple[int, ...] | None = None  # PNG without palette: the decoded colour that is transparent
+    depth: int = 8  # PNG: bits per sample
+    canvas: Size | None = None  # GIF, WebP: the picture lies at `offset` on a transparent canvas of this size
     offset: tuple[int, int] = (0, 0)
-    ended: bool = True  # False: a JPEG without its end marker
-    unit: Size = (8, 8)  # of a JPEG: the pixels that are coded together
+    complete: bool = True  # False: a JPEG without its end marker
+    unit: Size = (8, 8)  # JPEG: size in pixels of the minimum coded unit
 
 
 def split_metadata(data: bytes, format: Format, limits: MediaLimits) -> Picture:
-    """Walk a picture file and write it anew without metadata; of an animation, its first frame.
+    """Rewrite a picture file without metadata; an animation becomes its first frame.
 
     Raises Refusal for files beyond the limits, ValueError and struct.error for broken ones.
     """
@@ -47,20 +45,12 @@ def split_metadata(data: bytes, format: Format, limits: MediaLimits) -> Picture:
     return Picture(data) if split is None else split(data, limits)
 
 
-class _Counter:
-    """Counts the parts of a file, up to the limit."""
-
-    def __init__(self, limits: MediaLimits) -> None:
-        self._num_parts, self._max_parts = 0, limits.max_parts
-
-    def add(self) -> None:
-        self._num_parts += 1
-        if self._num_parts > self._max_parts:
-            raise Refusal("too_many_parts", max_parts=self._max_parts)
+def _part_counter(limits: MediaLimits) -> PartCounter:
+    return PartCounter("too_many_parts", max_parts=limits.max_parts)
 
 
 def exif_orientation(exif: bytes) -> int:
-    """Read tag 0x0112 of the first directory, and nothing else: 1 to 8, and 1 where it cannot be read."""
+    """Read tag 0x0112 of the first directory: 1 to 8; 1 where it is missing or broken."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
@@ -74,48 +64,48 @@ def exif_orientation(exif: bytes) -> int:
                 (value,) = struct.unpack_from(order + _INTEGERS[kind], exif, at + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
-        pass  # cut short
+        pass  # truncated
     return 1
 
 
 _INTEGERS = {1: "B", 3: "H", 4: "I"}  # EXIF's types BYTE, SHORT and LONG
 
-# --- JPEG: markers, most of them with a segment behind them ---
+# --- JPEG: markers, most of them followed by a segment ---
 
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # no stuffed zero, no fill byte, no restart: those belong to scans
-_SCAN_END = re.compile(rb"\xff[\xc0-\xcf\xd8-\xef\xfe]")  # nor any reserved marker: a decoder passes over those
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # stuffed zeros, fill bytes and restart markers belong to scans
+_SCAN_END = re.compile(rb"\xff[\xc0-\xcf\xd8-\xef\xfe]")  # decoders skip reserved markers within a scan
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))  # SOF0 to SOF15
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
 _JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
-_ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # and one byte, the transform of colours
+_ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # followed by one byte: the colour transform
 _COEFFICIENTS = 64  # of a block of 8x8 pixels
 
 
 def _split_jpeg(data: bytes, limits: MediaLimits) -> Picture:
-    """Keep tables, frames and scans; JFIF and Adobe markers are written anew, since they decide about colours.
+    """Keep tables, frames and scans, and rewrite JFIF and Adobe markers, which decide the colours.
 
-    Ends at the first end marker, so of several pictures (MPO) the first is taken.
+    Stops at the first end marker, so an MPO file gives its first picture.
     """
-    counter = _Counter(limits)
+    counter = _part_counter(limits)
     view = memoryview(data)
     jfif, adobe, exif, profiles = b"", b"", b"", list[bytes]()
     body: list[bytes | memoryview] = []
     num_scans = num_scan_bytes = 0
     num_blocks, num_components, unit = 0, 1, (8, 8)
-    finished: set[tuple[int, int]] = set()  # (component, coefficient) whose last bit is in a scan that has begun
-    ended, at = False, 2
+    finished: set[tuple[int, int]] = set()  # (component, coefficient) whose last bit is in a scan that has started
+    complete, at = False, 2
     while (found := _MARKER.search(data, at)) is not None:
         counter.add()
         start, at = found.span()
         marker = data[start + 1]
         if marker == _EOI:
-            ended = True
+            complete = True
             break
         if marker in (_SOI, _TEM):
             continue
         if at + 2 > len(data) or (stop := at + int.from_bytes(view[at : at + 2], "big")) > len(data):
-            break  # cut short
+            break  # truncated
         content = data[at + 2 : stop] if marker >= 0xC0 else b""
         if marker == _SOS:
             num_scans += 1
@@ -148,25 +138,25 @@ def _split_jpeg(data: bytes, limits: MediaLimits) -> Picture:
         at = max(at, stop)
     if not num_scans:
         raise ValueError("a JPEG without a scan")
-    # A block of 8x8 pixels takes a bit, at the least, in a Huffman-coded file.
+    # A Huffman-coded block of 8x8 pixels takes at least one bit.
     if 8 * num_scan_bytes < limits.min_decoded * num_blocks or (
-        not ended and len(finished) < _COEFFICIENTS * num_components
+        not complete and len(finished) < _COEFFICIENTS * num_components
     ):
         raise Refusal("image_truncated", percent=round(100 * limits.min_decoded))
-    if not ended:
-        body[-1] = bytes(body[-1]).rstrip(b"\xff")  # half a marker, or half a stuffed byte
+    if not complete:
+        body[-1] = bytes(body[-1]).rstrip(b"\xff")  # half of a marker or of a stuffed byte
     return Picture(
         b"".join([b"\xff\xd8", jfif, adobe, *body, b"\xff\xd9"]),
         exif_orientation(exif),
-        _joined(profiles),
-        ended=ended,
+        _join_profile(profiles),
+        complete=complete,
         unit=unit,
     )
 
 
-def _joined(profiles: list[bytes]) -> bytes:
-    """An ICC profile in parts, each behind its number, from 1, and how many there are. Empty where parts lack."""
-    parts = sorted(part for part in profiles if len(part) > 2)
+def _join_profile(segments: list[bytes]) -> bytes:
+    """Join the parts of an ICC profile; each has its number from 1 and their total. Empty where parts are missing."""
+    parts = sorted(part for part in segments if len(part) > 2)
     complete = [part[0] for part in parts] == list(range(1, len(parts) + 1)) and all(
         part[1] == len(parts) for part in parts
     )
@@ -180,14 +170,14 @@ _GREY, _RGB, _PALETTE = 0, 2, 3  # colour types that may have a tRNS chunk
 
 
 def _split_png(data: bytes, limits: MediaLimits) -> Picture:
-    """Keep header, palette and image data: of an APNG, its default image.
+    """Keep header, palette and image data; an APNG gives its default image.
 
-    A chunk whose checksum is wrong is passed over, as libpng does with those that are ancillary. Image data have a
-    checksum of their own, zlib's, which their decoder looks at.
+    Chunks with a wrong checksum are skipped, as libpng does with ancillary ones. Image data has zlib's own checksum,
+    which the decoder verifies.
     """
-    counter = _Counter(limits)
+    counter = _part_counter(limits)
     view = memoryview(data)
-    chunks: dict[bytes, bytes] = {}  # the first of each of those that matter, but for image data
+    chunks: dict[bytes, bytes] = {}  # the first of each kind that is kept, except image data
     image_data: list[memoryview] = []
     at = len(_PNG)
     while at + 8 <= len(data):
@@ -203,7 +193,7 @@ def _split_png(data: bytes, limits: MediaLimits) -> Picture:
                 chunks[name] = bytes(content)
         at = stop
     if (header := chunks.get(b"IHDR")) is None:
-        raise ValueError("a PNG without a sound header")
+        raise ValueError("a PNG without a valid header")
     _, _, depth, colour_type, *_ = struct.unpack(">IIBBBBB", header)
     pixels = b"".join(image_data)
     palette = [_chunk(b"PLTE", chunks[b"PLTE"])] if colour_type == _PALETTE else []
@@ -217,7 +207,7 @@ def _split_png(data: bytes, limits: MediaLimits) -> Picture:
     return Picture(
         b"".join([_PNG, _chunk(b"IHDR", header), *palette, _chunk(b"IDAT", pixels), _chunk(b"IEND", b"")]),
         exif_orientation(chunks.get(b"eXIf", b"")),
-        _inflated(chunks.get(b"iCCP", b""), limits.max_profile_bytes),
+        _inflate_profile(chunks.get(b"iCCP", b""), limits.max_profile_bytes),
         transparent,
         depth,
     )
@@ -227,8 +217,8 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(name)))
 
 
-def _inflated(content: bytes, max_bytes: int) -> bytes:
-    """The profile of an iCCP chunk: name, 0, method 0, compressed profile. Empty where it cannot be read."""
+def _inflate_profile(content: bytes, max_bytes: int) -> bytes:
+    """Decompress the profile of an iCCP chunk: name, 0, method 0, zlib data. Empty where that fails."""
     _, _, packed = content.partition(b"\0")
     inflater = zlib.decompressobj()
     try:
@@ -238,13 +228,18 @@ def _inflated(content: bytes, max_bytes: int) -> bytes:
     return profile if inflater.eof else b""
 
 
-# --- WebP: RIFF chunks of name, length, content and, where that is odd, a byte more ---
+# --- WebP: RIFF chunks ---
 
 
 def _split_webp(data: bytes, limits: MediaLimits) -> Picture:
     """Keep one picture: its colours and its transparency."""
-    counter = _Counter(limits)
-    chunks = dict(reversed(list(_riff_chunks(data, 12, len(data), counter))))  # the first of each name
+    counter = _part_counter(limits)
+
+    def contents(data: bytes, at: int) -> list[tuple[bytes, memoryview]]:
+        chunks = riff_chunks(data, at, len(data), counter)
+        return [(name, memoryview(data)[start:stop]) for name, start, stop in chunks if stop <= len(data)]
+
+    chunks = dict(reversed(contents(data, 12)))  # the first of each name
     canvas, offset = None, (0, 0)
     picture = chunks
     if (extended := chunks.get(b"VP8X")) is not None:
@@ -253,11 +248,11 @@ def _split_webp(data: bytes, limits: MediaLimits) -> Picture:
     if (frame := chunks.get(b"ANMF")) is not None:
         x, y, width, height = (int.from_bytes(frame[at : at + 3], "little") for at in (0, 3, 6, 9))
         offset, size = (2 * x, 2 * y), (1 + width, 1 + height)
-        picture = dict(_riff_chunks(bytes(frame), 16, len(frame), counter))
+        picture = dict(contents(bytes(frame), 16))
     parts: dict[bytes, memoryview] = {name: picture[name] for name in (b"ALPH", b"VP8 ", b"VP8L") if name in picture}
     if size is not None and b"ALPH" in parts:
         sides = b"".join((side - 1).to_bytes(3, "little") for side in size)
-        parts = {b"VP8X": memoryview(b"\x10\0\0\0" + sides), **parts}  # 0x10: has transparency
+        parts = {b"VP8X": memoryview(b"\x10\0\0\0" + sides), **parts}  # 0x10: the transparency flag
     body = b"WEBP" + b"".join(
         name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2) for name, content in parts.items()
     )
@@ -271,25 +266,14 @@ def _split_webp(data: bytes, limits: MediaLimits) -> Picture:
     )
 
 
-def _riff_chunks(data: bytes, at: int, end: int, counter: _Counter) -> Iterator[tuple[bytes, memoryview]]:
-    view = memoryview(data)
-    while at + 8 <= end:
-        counter.add()
-        name, length = struct.unpack_from("<4sI", data, at)
-        if at + 8 + length > end:
-            return  # cut short: without it there may be a picture, or none
-        yield name, view[at + 8 : at + 8 + length]
-        at += 8 + length + length % 2
-
-
 # --- GIF: blocks ---
 
 _EXTENSION, _IMAGE, _TRAILER, _GRAPHIC_CONTROL = 0x21, 0x2C, 0x3B, 0xF9
 
 
 def _split_gif(data: bytes, limits: MediaLimits) -> Picture:
-    """Keep the colour table, what is transparent, and the first frame, as a canvas of its own."""
-    counter = _Counter(limits)
+    """Keep the colour table, the transparent colour and the first frame, which becomes the whole canvas."""
+    counter = _part_counter(limits)
     head = data[:13]
     screen_width, screen_height, flags = struct.unpack_from("<HHB", head, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -315,46 +299,32 @@ def _split_gif(data: bytes, limits: MediaLimits) -> Picture:
     )
 
 
-# --- AVIF and HEIC: boxes of length, name and content ---
+# --- AVIF and HEIC: ISO media boxes ---
 
 
 def _split_heif(data: bytes, limits: MediaLimits) -> Picture:
-    """Rename the items of metadata, so that no decoder looks at them: offsets in the file stay what they are. A major
-    brand that does not name the codec becomes the general one, since Pillow does not know the others.
+    """Rename metadata items, so that decoders ignore them while all offsets in the file stay valid.
 
-    Orientation and colour profile are properties of the picture, which its decoder reads.
+    A major brand that does not name the codec becomes `mif1`, the only general one that Pillow knows. Orientation and
+    colour profile are properties of the picture, which its decoder reads.
     """
-    counter = _Counter(limits)
+    counter = _part_counter(limits)
     renamed = bytearray(data)
     if data[8:12] in STILL_BRANDS:
         renamed[8:12] = b"mif1"
-    for name, start, end in _boxes(data, 0, len(data), counter):
-        if name != b"meta":
-            continue
-        for inner, inner_start, inner_end in _boxes(data, start + 4, end, counter):
-            if inner != b"iinf":
-                continue
-            entries = inner_start + (6 if data[inner_start] == 0 else 8)  # version and flags, number of entries
-            for entry, entry_start, entry_end in _boxes(data, entries, inner_end, counter):
-                at = entry_start + (10 if data[entry_start] == 3 else 8)  # version and flags, number, protection
-                if entry == b"infe" and at + 4 <= entry_end and data[at : at + 4] in (b"Exif", b"mime"):
+
+    def boxes(wanted: bytes, start: int, end: int) -> list[tuple[int, int]]:
+        found = iso_boxes(data, start, end, counter)
+        return [(at, stop) for name, at, stop in found if name == wanted and stop <= end]
+
+    for meta_start, meta_end in boxes(b"meta", 0, len(data)):
+        for table_start, table_end in boxes(b"iinf", meta_start + 4, meta_end):
+            entries = table_start + (6 if data[table_start] == 0 else 8)  # version and flags, number of entries
+            for start, end in boxes(b"infe", entries, table_end):
+                at = start + (10 if data[start] == 3 else 8)  # version and flags, number, protection
+                if at + 4 <= end and data[at : at + 4] in (b"Exif", b"mime"):
                     renamed[at : at + 4] = b"skip"
     return Picture(bytes(renamed))
-
-
-def _boxes(data: bytes, start: int, end: int, counter: _Counter) -> Iterator[tuple[bytes, int, int]]:
-    """Boxes that lie in [start, end), as (name, start and end of content)."""
-    while start + 8 <= end:
-        counter.add()
-        length, name = struct.unpack_from(">I4s", data, start)
-        head = 8
-        if length == 1:
-            length, head = int.from_bytes(data[start + 8 : start + 16], "big"), 16
-        stop = end if length == 0 else start + length
-        if not start + head <= stop <= end:
-            return  # the decoder will say whether that matters
-        yield name, start + head, stop
-        start = stop
 
 
 _SPLITTERS: dict[Format, Callable[[bytes, MediaLimits], Picture]] = {

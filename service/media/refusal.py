@@ -1,16 +1,17 @@
-"""Why a medium was refused, in the few words that may cross from a decoding child to a client.
+"""The reasons why a medium is refused, and the error message of each.
 
-A child runs decoders on hostile bytes, so it is not trusted with free text: it sends the name of a refusal and numbers,
-and the parent writes the sentence. Thus no library's message, path or address can reach a client.
+A child decodes hostile bytes, so it is not trusted with free text: it sends the name of a refusal and numbers, and the
+parent writes the message. So no library's message, path or address can reach a client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from service.errors import BadRequest, ServiceError, TooLarge
 
-_SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
+_MESSAGES: dict[str, tuple[type[ServiceError], str]] = {
     "image_not_decodable": (
         BadRequest,
         "the image could not be decoded: it is truncated, corrupt or of a variant that is not supported",
@@ -38,22 +39,22 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
     ),
     "too_many_parts": (
         TooLarge,
-        "the image file has more than {max_parts} segments, chunks or boxes; save it anew without metadata",
+        "the image file has more than {max_parts} segments, chunks or boxes; save it again without metadata",
     ),
     "image_truncated": (
         BadRequest,
-        "the JPEG ends too early: its data give less than {percent} % of the pixels that its header announces",
+        "the JPEG is truncated: its data gives less than {percent} % of the pixels that its header announces",
     ),
     "too_many_source_frames": (
         TooLarge,
-        "the video holds more frames than the {max_source_frames} that are allowed",
+        "the video has more than the {max_source_frames} frames that are allowed",
     ),
     "too_many_elements": (
         TooLarge,
-        "the video's container consists of more parts than the {max_elements} that are allowed",
+        "the video's container has more than the {max_elements} elements that are allowed",
     ),
-    "no_video": (BadRequest, "the file has no video: none of its tracks is one (cover art does not count)"),
-    "no_frames": (BadRequest, "the video has no frames that are shown"),
+    "no_video": (BadRequest, "the file has no video track (cover art does not count)"),
+    "no_frames": (BadRequest, "the video has no visible frames"),
     "unsupported_codec": (
         BadRequest,
         "the video's codec is not supported; send H.264, HEVC, VP8, VP9, AV1, MPEG-4, MPEG-2 or MJPEG",
@@ -62,16 +63,16 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
         TooLarge,
         "the video lasts {seconds} seconds; at most {max_video_seconds} are allowed",
     ),
-    "not_an_image": (BadRequest, "it is none of the picture formats that are read here; send JPEG"),
+    "not_an_image": (BadRequest, "the picture format is not supported; send JPEG"),
     "no_frame_times": (
         BadRequest,
-        "fps needs the frames' times, and the list has none: leave fps out, or say how many frames a second there are: "
+        "fps needs the frame rate of the list of frames: leave fps out, or add the rate to the URI: "
         "data:video/jpeg;fps=2;base64,...",
     ),
-    "out_of_memory": (TooLarge, "the medium needs more memory to decode than is allowed"),
+    "out_of_memory": (TooLarge, "decoding the medium needs more memory than is allowed"),
     "too_much_work": (
         BadRequest,
-        "the video takes longer to decode than is allowed; send a shorter one, or one of smaller frames",
+        "the video takes longer to decode than is allowed; send a shorter one, or smaller frames",
     ),
     "out_of_time": (BadRequest, "the medium takes longer to decode than is allowed"),
     "decoder_crashed": (
@@ -80,13 +81,12 @@ _SENTENCES: dict[str, tuple[type[ServiceError], str]] = {
     ),
 }
 
-# Refusals after which the child is replaced: it is stuck, or out of memory somewhere inside a library.
+# Refusals after which the child is replaced: it hangs, or ran out of memory inside a library.
 #
-# All others are ordinary control flow, `*_not_decodable` included: a decoder saw that the file is broken, and raised.
-# A file that is made to corrupt a decoder's memory may as well end as a picture without any error, so to kill the child
-# of a broken one protects nobody from that, and costs a start of a process for a few bytes. What bounds the harm is the
-# child's confinement, that each answer is checked by the parent, and that every child is replaced after
-# `decodes_per_child` files, sound or not.
+# All others are ordinary control flow, `*_not_decodable` included: a decoder noticed that the file is broken, and
+# raised. Killing the child after those would protect nobody: a file that corrupts a decoder's memory may as well decode
+# without an error. It would only cost a process start per broken file. The harm is bounded by the child's confinement,
+# by the parent's checks of each reply, and by replacing each child after `decodes_per_child` files.
 HARMFUL = frozenset({"out_of_memory", "out_of_time"})
 
 
@@ -99,11 +99,24 @@ class Refusal(Exception):
         self.numbers = numbers
 
 
-def client_error(name: str, numbers: Mapping[str, int]) -> ServiceError:
-    """The error a client sees. Unknown names and wrong numbers (a child gone mad) give the most general one."""
+@contextmanager
+def errors_as_refusals(kind: str) -> Iterator[None]:
+    """Turn whatever decoders raise on a broken file into a Refusal; their messages stay here. kind: image or video."""
     try:
-        error, sentence = _SENTENCES[name]
-        place = f"frame {numbers['frame']}: " if "frame" in numbers else ""  # of a list of frames
-        return error(place + sentence.format(**numbers), code=name)
+        yield
+    except Refusal:
+        raise
+    except MemoryError:
+        raise Refusal("out_of_memory") from None
+    except Exception:
+        raise Refusal(f"{kind}_not_decodable") from None
+
+
+def client_error(name: str, numbers: Mapping[str, int]) -> ServiceError:
+    """Return the error that a client sees; unknown names and wrong numbers, from a broken child, give a general one."""
+    try:
+        error, message = _MESSAGES[name]
+        prefix = f"frame {numbers['frame']}: " if "frame" in numbers else ""  # of a list of frames
+        return error(prefix + message.format(**numbers), code=name)
     except (KeyError, ValueError):
         return client_error("decoder_crashed", {})

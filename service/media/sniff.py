@@ -1,4 +1,4 @@
-"""What a file is, told from its first bytes and from nothing else: names and content types are the client's claims."""
+"""Detect a file's format from its first bytes alone: file names and content types are the client's claims."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ KIND_OF: dict[Format, Kind] = {
     "FRAME LIST": "video",
 }
 
-FRAME_LIST_MAGIC = b"\x8bFRM\r\n\x1a\n"  # our own, see frame_list.py
+FRAME_LIST_MAGIC = b"\x8bFRM\r\n\x1a\n"  # FlashServe's own format, see frame_list.py
 
-# ISO media brands of still pictures: same container as MP4. The first two kinds name the codec; of a file of the third
-# the compatible brands, which follow, may do so.
+# ISO media brands of still pictures, in the same container as MP4. AVIF and HEIC brands name the codec; with a general
+# still brand, the compatible brands that follow it may name the codec.
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
 STILL_BRANDS = (b"mif1", b"mif2", b"msf1", b"miaf", b"MiHA", b"MiHB", b"MiHE", b"MiAB", b"MA1A", b"MA1B")
-_QUICKTIME_BOXES = (b"wide", b"free", b"skip", b"moov", b"mdat")  # one of which comes first where there is no ftyp
+_QUICKTIME_BOXES = (b"wide", b"free", b"skip", b"moov", b"mdat")  # old files have no ftyp and begin with one of these
 _RIFF_FORMATS: dict[bytes, Format] = {b"WEBP": "WEBP", b"AVI ": "AVI"}
 _BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
 
 
 def sniff(data: bytes) -> Format | None:
-    """The format of a file by its magic bytes, or None when it is none that we read."""
+    """Return the format that a file's magic bytes name, or None for formats that are not supported."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -49,7 +49,7 @@ def sniff(data: bytes) -> Format | None:
         return _iso_format(data)
     if data[4:8] in _QUICKTIME_BOXES:
         return "MP4"
-    # "BM" alone is too short to tell: the size of the header that follows must be a known one too.
+    # "BM" alone is too short to be sure: the size of the header must be a known one too.
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") in _BMP_HEADER_SIZES:
         return "BMP"
     if data.startswith(FRAME_LIST_MAGIC):
@@ -58,7 +58,7 @@ def sniff(data: bytes) -> Format | None:
 
 
 def _iso_format(data: bytes) -> Format:
-    """The format of a file that begins with an ftyp box: length, name, major brand, version, compatible brands."""
+    """Return the format of a file with an ftyp box: length, name, major brand, version, compatible brands."""
     end = min(int.from_bytes(data[:4], "big"), len(data), 1024)
     major, compatible = data[8:12], [data[at : at + 4] for at in range(16, end - 3, 4)]
     for brand in (major, *(compatible if major in STILL_BRANDS else ())):
@@ -69,7 +69,7 @@ def _iso_format(data: bytes) -> Format:
     return "HEIC" if major in STILL_BRANDS else "MP4"
 
 
-# Formats that are not read, by their first bytes, so that a refusal can name them.
+# Unsupported formats by their first bytes, so that a refusal can name them.
 _UNREAD: tuple[tuple[bytes, str], ...] = (
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
@@ -86,8 +86,8 @@ _UNREAD: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def unread_format(data: bytes) -> str | None:
-    """The name of a picture format that is known and not read."""
+def unsupported_format(data: bytes) -> str | None:
+    """Return the name of a known format that is not supported, or None."""
     for magic, name in _UNREAD:
         if data.startswith(magic):
             return name
@@ -98,15 +98,14 @@ def unread_format(data: bytes) -> str | None:
 
 
 def may_be(format: Format, kind: Kind, data: bytes) -> bool:
-    """Whether a file can be read as `kind`. A GIF is a picture, and a video when it is called one; so are a WebP and
-    a PNG that say that they are animated."""
+    """Return whether a file can be decoded as `kind`. GIFs, and animated WebPs and PNGs, may be image or video."""
     if KIND_OF[format] == kind or format == "GIF":
         return True
     return kind == "video" and format in ("WEBP", "PNG") and is_animated(data)
 
 
 def is_animated(data: bytes) -> bool:
-    """Of a WebP, its header has a flag; of a PNG, a chunk acTL stands before the first of pixels."""
+    """Return whether a WebP has the animation flag, or a PNG an acTL chunk before its pixels."""
     if data[12:16] == b"VP8X":
         return bool(data[20:21] and data[20] & 2)
     return data.startswith(b"\x89PNG") and 0 < data.find(b"acTL") < data.find(b"IDAT")

@@ -1,12 +1,12 @@
-"""Everything that passes between the service and a decoding child: frames of
+"""The protocol between the service and a decoding child: frames of
 
     length of message (4 bytes) | length of payload (8 bytes) | message | payload
 
-The message is JSON of one of the types below, the payload raw bytes: a file one way, pixels the other. No pickle, and
-every field is checked on arrival: a child that decodes hostile bytes is not trusted.
+The message is one of the types below as JSON; the payload is raw bytes: a file for the child, pixels for the parent. No
+pickle, and every field is checked on arrival, since a child that decodes hostile bytes is not trusted.
 
     parent -> child   Job, with the file
-    child  -> parent  Ready once; then for each job Decoded (with the pixels) or Refused
+    child  -> parent  Started once; then for each job Decoded (with the pixels) or Failed
 """
 
 from __future__ import annotations
@@ -28,25 +28,27 @@ class WireError(ValueError):
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """What a child is told on its command line."""
+    """A child's configuration, from its command line."""
 
     limits: MediaLimits
     geometry: Geometry
 
 
 class Job(msgspec.Struct, frozen=True, tag="job"):
-    """`kind` is what the file is decoded to: a GIF may be either. Exactly one of `num_frames` and `fps` is set
-    for a video, but neither for a list of frames of which all are taken."""
+    """One file to decode as `kind` (a GIF may be an image or a video).
+
+    A video has either `num_frames` or `fps`; a list of frames may have neither, to use all.
+    """
 
     kind: Kind
     format: Format
     num_frames: int | None = None
     fps: float | None = None
-    cpu_seconds: float = 0.0  # processor time that it may use; 0: no limit
+    cpu_seconds: float = 0.0  # limit on processor time; 0: none
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The child has started and waits for its first job."""
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """The child is warm and waits for its first job."""
 
 
 class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
@@ -54,27 +56,27 @@ class Decoded(msgspec.Struct, frozen=True, tag="decoded"):
     seconds_per_frame: float | None = None  # of a video, see model.request.Medium
 
 
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """A key of refusal.py's table, and the numbers of its sentence."""
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A key of refusal.py's table, and the numbers of its message."""
 
     name: str
     numbers: dict[str, int] = {}
 
 
-Reply = Ready | Decoded | Refused
+Reply = Started | Decoded | Failed
 
 _jobs = msgspec.json.Decoder(Job)
 _replies: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 
 
 def pack(message: Job | Reply, num_payload: int = 0) -> bytes:
-    """All of a frame up to its payload."""
+    """Encode a frame up to its payload."""
     text = msgspec.json.encode(message)
     return PREFIX.pack(len(text), num_payload) + text
 
 
 def unpack_prefix(prefix: bytes | bytearray, *, max_payload: int) -> tuple[int, int]:
-    """(bytes of message, bytes of payload) that follow. Raises WireError where they are more than expected."""
+    """Return (bytes of message, bytes of payload). Raises WireError where they exceed the limits."""
     num_message, num_payload = PREFIX.unpack(prefix)
     if num_message > MAX_MESSAGE or num_payload > max_payload:
         raise WireError("oversized frame")

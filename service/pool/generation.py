@@ -1,7 +1,7 @@
-"""One request to an engine as its consumer sees it: an unbroken run of outputs, whichever workers produce them.
+"""One request as its consumer sees it: a continuous stream of outputs, whichever workers produce them.
 
-A worker that dies takes nothing along: tokens depend on the request and its seed alone, so another worker, given the
-same request, says the same again, and what the client already has is dropped here. Knows nothing of processes.
+Tokens depend only on the request and its seed. So when a worker dies, another one replays the request from its start,
+and this module drops what the consumer already has. Knows nothing of processes.
 """
 
 from __future__ import annotations
@@ -9,31 +9,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from model.request import RequestOutput
 from service.errors import BadRequest, EngineFailure, ServiceError
 from service.pool.messages import Refused, Submit
-
-if TYPE_CHECKING:
-    from service.pool.supervisor import Death
+from service.pool.supervisor import Death
 
 log = logging.getLogger("flashserve.pool")
 
-# An output with a finish_reason, or an error, is the last.
-Event = RequestOutput | ServiceError
+Event = RequestOutput | ServiceError  # an output with a finish_reason, or an error, is the last event
 
 
 class Generation:
+    """A request that workers decode, with what was delivered of it so far."""
+
     def __init__(self, submit: Submit, deliver: Callable[[Event], None]) -> None:
         self.submit = submit
         self.finished = False
-        self.attempts = 0  # workers it was sent to
-        self.deaths: set[Death] = set()  # of workers that had it, which no other request is known to have caused
+        self.attempts = 0  # how often it was sent to a worker
+        self.deaths: set[Death] = set()  # of workers that were decoding it, unless another request was at fault
         self.text = ""  # delivered so far
         self._deliver = deliver
-        self._ids: list[int] = []  # delivered so far
-        self._replayed_ids = 0  # of these, said again by the present worker
+        self._ids: list[int] = []  # token ids delivered so far
+        self._replayed_ids = 0  # of these, how many the present worker has repeated
         self._replayed_chars = 0
 
     @property
@@ -41,20 +39,23 @@ class Generation:
         return self.submit.request_id
 
     def begin_attempt(self) -> None:
+        """Expect a worker to replay the request from its start."""
         self.attempts += 1
         self._replayed_ids = 0
         self._replayed_chars = 0
 
     def refuse(self, message: Refused) -> None:
+        """End with the engine's refusal, as a 400."""
         self.fail(BadRequest(message.message, param=message.param, code=message.code))
 
     def fail(self, error: ServiceError) -> None:
+        """Deliver an error as the last event, unless it has ended already."""
         if not self.finished:
             self.finished = True
             self._deliver(error)
 
     def feed(self, output: RequestOutput) -> None:
-        """Take in what a worker said; deliver what of it is new."""
+        """Deliver the new part of a worker's output; fail where it differs from what was delivered before."""
         if self.finished:
             return
         if output.finish_reason == "error":
@@ -64,19 +65,21 @@ class Generation:
             self.fail(EngineFailure("the request was aborted", code="aborted"))
         elif len(self._ids) == self._replayed_ids and len(self.text) == self._replayed_chars:
             self._deliver_all(output)
-        elif not self._repeats_itself(output):
-            log.error("request %s: a second worker said something else", self.request_id)
+        elif not self._matches_delivered(output):
+            log.error("request %s: the replay on another worker differs from what was delivered", self.request_id)
             self.fail(EngineFailure("the answer could not be continued after a worker died", code="replay_diverged"))
         else:
             self._deliver_new(output)
 
-    def _repeats_itself(self, output: RequestOutput) -> bool:
+    def _matches_delivered(self, output: RequestOutput) -> bool:
+        """Compare a replayed output with the tokens and text delivered before."""
         ids = self._ids[self._replayed_ids :]
         text = self.text[self._replayed_chars : self._replayed_chars + len(output.text)]
-        agreed = all(old == new.id for old, new in zip(ids, output.tokens, strict=False))
-        return agreed and output.text.startswith(text)
+        same_ids = all(old == new.id for old, new in zip(ids, output.tokens, strict=False))
+        return same_ids and output.text.startswith(text)
 
     def _deliver_new(self, output: RequestOutput) -> None:
+        """Cut off what was delivered before, and deliver the rest."""
         #   delivered  |---------------------->|
         #   replayed   |------------->|                 before this output
         #   output                     |-------+-----|
@@ -94,7 +97,7 @@ class Generation:
         self._deliver_all(new)
 
     def _deliver_all(self, output: RequestOutput) -> None:
-        """What nobody has heard yet, from a worker that does not, or no longer, repeat another."""
+        """Deliver an output of which nothing was delivered before."""
         self._ids.extend(token.id for token in output.tokens)
         self.text += output.text
         self._replayed_ids += len(output.tokens)

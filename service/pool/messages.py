@@ -1,23 +1,23 @@
-"""The whole protocol between the API process and a worker: plain structs as msgpack, each after its length.
-Pixels lie in memory that both share (arena.py), where there is room.
+"""The protocol between the API process and a worker: length-prefixed msgpack structs.
+
+Pixels lie in memory that both share (arena.py), or in the message where that memory is full.
 
     API                         worker
      |-- Load ------------------>|
      |<-------- Ready | LoadFailed
      |-- Submit ---------------->|
-     |<--------------- Refused   |   cannot be served as asked; or else:
+     |<--------------- Refused   |   the request is invalid; otherwise:
      |<--------------- Outputs   |   any number of times; the one with a finish_reason is the last
      |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
-     |<--------------- Stats     |   unasked: ten times a second while it works, and when it falls idle
-     |-- ReadDraft ------------->|   another draft, which is not used yet
+     |<--------------- Stats     |   ten times a second while the engine works, and when it becomes idle
+     |-- ReadDraft ------------->|   load another draft without using it
      |<-- DraftReady | DraftRefused
-     |-- UseDraft | DropDraft -->|   from the next step on; or never
+     |-- UseDraft | DropDraft -->|   use it from the next step on; or forget it
      |<------------ DraftUsed    |   after UseDraft
      |-- Stop ------------------>|   the worker exits with 0
 
-Every Submit ends in exactly one terminal message: Refused, or an output with a finish_reason. A worker that dies
-ends nothing: its requests are sent to another one. What engine and service share is in model/request.py; this
-module adds only what a socket needs.
+Every Submit ends in exactly one terminal message: Refused, or an output with a finish_reason. When a worker dies, the
+pool sends its requests to another one. The types that engine and service share are in model/request.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from model.request import (
     RequestOutput,
     SamplingParams,
 )
-from service.pool.arena import Arena, Shared
+from service.pool.arena import Arena, ArenaReader
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 2**31
@@ -49,7 +49,7 @@ MAX_FRAME_BYTES = 2**31
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
     options: dict[str, Any]
-    check: bool = False  # answer a request of our own before Ready
+    self_test: bool = False  # decode a few tokens before Ready
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -63,8 +63,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     @property
     def request(self) -> Request:
-        own = (self.request_id, self.messages, self.params, self.speculation, self.running_stats, self.salt, self.fit)
-        return Request(*own)
+        """The same request in the engine's type."""
+        return Request(*(getattr(self, name) for name in self.__struct_fields__))
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -72,7 +72,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class ReadDraft(msgspec.Struct, frozen=True, tag="read_draft"):
-    number: int  # of this change, in all messages about it
+    number: int  # identifies this change in all messages about it
     folder: str
 
 
@@ -128,44 +128,44 @@ class DraftUsed(msgspec.Struct, frozen=True, tag="draft_used"):
     info: EngineInfo
 
 
-DraftAnswer = DraftReady | DraftRefused | DraftUsed
+DraftReply = DraftReady | DraftRefused | DraftUsed
 ToWorker = Load | Submit | Abort | ReadDraft | UseDraft | DropDraft | Stop
-FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | DraftAnswer
+FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | DraftReply
 
 from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 
 class Pixels(msgspec.Struct, frozen=True, array_like=True):
-    """How an array of frames is sent: as bytes, or as the place in the shared memory where they begin."""
+    """An array of frames: its bytes, or their offset in the shared memory."""
 
     shape: tuple[int, int, int, int]
     frames: memoryview | int
 
 
 def encoder(arena: Arena | None = None) -> msgspec.msgpack.Encoder:
-    """Of what either side says; only the API sends pixels, and those that lie in the arena stay there."""
+    """Return an encoder of all messages; it sends arrays that lie in `arena` as their offset."""
 
     def pixels(frames: Any) -> Pixels:
         if not isinstance(frames, np.ndarray):
             raise NotImplementedError(f"{type(frames)} cannot be sent")
-        place = arena.place_of(frames) if arena is not None else None
+        offset = arena.offset_of(frames) if arena is not None else None
         num_frames, height, width, channels = frames.shape
-        data = np.ascontiguousarray(frames, np.uint8).reshape(-1).data if place is None else place
+        data = np.ascontiguousarray(frames, np.uint8).reshape(-1).data if offset is None else offset
         return Pixels((num_frames, height, width, channels), data)
 
     return msgspec.msgpack.Encoder(enc_hook=pixels)
 
 
-def to_worker(shared: Shared | None = None) -> msgspec.msgpack.Decoder[ToWorker]:
-    """Reads what the API sends; pixels that did not come along are copied from the shared memory at once."""
+def to_worker(arena: ArenaReader | None = None) -> msgspec.msgpack.Decoder[ToWorker]:
+    """Return a decoder of the API's messages; it copies pixels out of `arena` at once."""
 
-    def frames(_: type[Any], sent: Any) -> np.ndarray:
-        told = msgspec.convert(sent, Pixels)
-        if isinstance(told.frames, int):
-            if shared is None:
+    def frames(_: type[Any], value: Any) -> np.ndarray:
+        pixels = msgspec.convert(value, Pixels)
+        if isinstance(pixels.frames, int):
+            if arena is None:
                 raise ValueError("there is no shared memory")
-            return shared.read(told.frames, math.prod(told.shape)).reshape(told.shape)
-        return np.frombuffer(told.frames, np.uint8).reshape(told.shape)
+            return arena.read(pixels.frames, math.prod(pixels.shape)).reshape(pixels.shape)
+        return np.frombuffer(pixels.frames, np.uint8).reshape(pixels.shape)
 
     return msgspec.msgpack.Decoder(ToWorker, dec_hook=frames)
 
@@ -174,19 +174,21 @@ _plain = encoder()
 
 
 def frame(message: ToWorker | FromWorker, encoder: msgspec.msgpack.Encoder = _plain) -> bytearray:
+    """Encode a message behind its length."""
     buffer = bytearray(HEADER_BYTES)
     encoder.encode_into(message, buffer, HEADER_BYTES)
     buffer[:HEADER_BYTES] = _length(len(buffer) - HEADER_BYTES).to_bytes(HEADER_BYTES, "big")
     return buffer
 
 
-class Frames:
-    """Frames' payloads out of a stream of bytes that comes in pieces of any size."""
+class FrameReader:
+    """Splits a stream of bytes into the payloads of its frames."""
 
     def __init__(self) -> None:
         self._unread = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        """Add bytes of any number; yield every payload that is now complete."""
         unread = self._unread
         unread += data
         while len(unread) >= HEADER_BYTES:
@@ -199,7 +201,7 @@ class Frames:
 
 
 def receive_frame(sock: socket.socket) -> bytearray | None:
-    """One frame's payload from a blocking socket; None at the end of the stream."""
+    """Read one frame's payload from a blocking socket; return None at the end of the stream."""
     header = _receive(sock, HEADER_BYTES)
     return None if header is None else _receive(sock, _length(int.from_bytes(header, "big")))
 

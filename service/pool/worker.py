@@ -1,11 +1,11 @@
-"""The worker process: one engine, driven by messages from a socket.
+"""The worker process: run one engine, driven by messages from a socket.
 
     python -m service.pool.worker --fd N [--pixels N] [--engine module:callable]
 
-Between two steps it takes in what has arrived and never waits; it waits only when the engine has nothing to do. It
-knows nothing of HTTP. When the API process is gone it ends at once, whatever the engine is doing, even while stopped.
+Between two engine steps it handles the messages that have arrived, without waiting; it waits only while the engine is
+idle. When the API process ends, the worker ends at once, whatever the engine is doing. Knows nothing of HTTP.
 
-Exit codes: 0 told to stop; 1 the engine broke; 2 the model could not be loaded; 3 the API process vanished.
+Exit codes: 0 stopped by the API; 1 the engine failed; 2 the model could not be loaded; 3 the API process is gone.
 """
 
 from __future__ import annotations
@@ -31,32 +31,31 @@ from typing import Any, Protocol
 from model.errors import ConfigError
 from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams
 from service import cores
-from service.pool import incoming
 from service.pool import messages as m
-from service.pool.arena import Shared
-from service.pool.incoming import DraftRead, IncomingDraft
+from service.pool.arena import ArenaReader
+from service.pool.draft_loader import DraftLoader, DraftRead, SwappableEngine
 
-STATS_INTERVAL = 0.1
+STATS_INTERVAL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-EXIT_ENGINE_BROKE, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
+EXIT_ENGINE_FAILED, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
 
 log = logging.getLogger("flashserve.worker")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A request that only waits to be added: the engine's own form of it."""
+class PreparedRequest:
+    """A request in the engine's own form, ready for `add`."""
 
     request_id: str
     sequence: Any
 
 
-Refusal = m.Refused | m.Outputs  # of one request, to be told to the API process
-Arrived = m.ToWorker | Prepared | Refusal | DraftRead
+Rejection = m.Refused | m.Outputs  # ends a request that could not be prepared
+Event = m.ToWorker | PreparedRequest | Rejection | DraftRead
 
 
-class Engine(incoming.Engine, Protocol):
-    """What a worker asks of an engine: `model.engine.engine.Engine`, or a stand-in for it in tests."""
+class EngineProtocol(SwappableEngine, Protocol):
+    """What a worker calls on an engine: `model.engine.engine.Engine`, or a fake one in tests."""
 
     @property
     def has_work(self) -> bool: ...
@@ -67,30 +66,30 @@ class Engine(incoming.Engine, Protocol):
     def pop_stats(self) -> EngineStats: ...
 
 
-def load_engine(options: dict[str, Any]) -> Engine:
+def load_engine(options: dict[str, Any]) -> EngineProtocol:
+    """Load the real engine. The default of `--engine`."""
     from model.config import EngineConfig
-    from model.engine.engine import Engine as RealEngine
+    from model.engine.engine import Engine
 
-    engine: Engine = RealEngine(EngineConfig(**options, share_cores=True))
+    engine: EngineProtocol = Engine(EngineConfig(**options, share_cores=True))
     return engine
 
 
 class Link:
-    """The worker's end of the socket: a thread receives, so that large media arrive while the engine computes, and
-    prepares the requests that came, so that the engine need not between two steps."""
+    """The worker's end of the socket. A thread receives messages and prepares requests while the engine computes."""
 
-    def __init__(self, sock: socket.socket, shared: Shared | None = None) -> None:
-        """shared: where pixels lie that are not sent along."""
-        self.engine: Engine | None = None  # that prepares them; nobody sends any before it is there
+    def __init__(self, sock: socket.socket, arena: ArenaReader | None = None) -> None:
+        """arena: holds the pixels that messages refer to."""
+        self.engine: EngineProtocol | None = None  # prepares requests; set before any are sent
         self._sock = sock
-        self._decoder = m.to_worker(shared)
-        self._inbox: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+        self._decoder = m.to_worker(arena)
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._unsent: deque[memoryview] = deque()
         self._stopping = False
         threading.Thread(target=self._receive_forever, name="link", daemon=True).start()
 
-    def receive(self, *, wait: bool) -> Iterator[Arrived]:
-        """All messages that are here; with `wait`, at least one, unless bytes are still to be sent."""
+    def receive(self, *, wait: bool) -> Iterator[Event]:
+        """Yield all events that have arrived; with `wait`, wait for one unless bytes are still to be sent."""
         try:
             if wait:
                 yield self._inbox.get(timeout=0.01 if self._unsent else None)
@@ -100,15 +99,16 @@ class Link:
             return
 
     def put(self, read: DraftRead) -> None:
-        """As if it had arrived: from another thread of this process, to wake the one that receives."""
+        """Add an event from another thread of this process; it wakes `receive`."""
         self._inbox.put(read)
 
     def send(self, message: m.FromWorker) -> None:
+        """Send a message without waiting."""
         self._unsent.append(memoryview(m.frame(message)))
         self.flush()
 
     def flush(self) -> None:
-        """Send what the socket takes without waiting; the rest stays for the next call."""
+        """Send what the socket accepts without waiting; keep the rest for the next call."""
         while self._unsent:
             try:
                 sent = self._sock.send(self._unsent[0], socket.MSG_DONTWAIT)
@@ -122,41 +122,42 @@ class Link:
                 self._unsent[0] = self._unsent[0][sent:]
 
     def _receive_forever(self) -> None:
-        cores.give_way()
+        cores.set_batch_scheduling()
         try:
             while (payload := m.receive_frame(self._sock)) is not None:
                 message = self._decoder.decode(payload)
                 self._stopping |= isinstance(message, m.Stop)
-                self._inbox.put(self._prepared(message) if isinstance(message, m.Submit) else message)
+                self._inbox.put(self._prepare(message) if isinstance(message, m.Submit) else message)
         except OSError:
             pass
-        except Exception:  # a deaf worker is worse than a dead one
-            log.exception("the API process does not speak our language")
-        # Nobody is left to serve. The main thread may be loading or computing for minutes: do not wait for it.
+        except Exception:  # a worker that receives nothing more is worse than a dead one
+            log.exception("the API process sent an invalid message")
+        # The API process is gone. The main thread may be loading or computing for minutes: do not wait for it.
         os._exit(0 if self._stopping else EXIT_ORPHANED)
 
-    def _prepared(self, submit: m.Submit) -> Prepared | Refusal:
+    def _prepare(self, submit: m.Submit) -> PreparedRequest | Rejection:
+        """Tokenize a request and lay out its prompt; return the message that ends it where that fails."""
         try:
             if self.engine is None:
                 raise RuntimeError("the engine is not loaded yet")
-            return Prepared(submit.request_id, self.engine.prepare(submit.request))
+            return PreparedRequest(submit.request_id, self.engine.prepare(submit.request))
         except RequestError as error:
             return m.Refused(submit.request_id, error.message, error.param, error.code)
         except Exception as error:
-            # Templates and tokenizers meet strangers' text here: what they choke on is that request's own failure.
-            log.exception("request %s could not be taken in", submit.request_id)
+            # Templates and tokenizers read untrusted text here: an exception fails this request only.
+            log.exception("request %s could not be prepared", submit.request_id)
             return m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),))
 
 
-def serve(engine: Engine, link: Link) -> None:
-    """Step the engine whenever it has work, until told to stop."""
-    live: set[str] = set()  # taken in, no terminal message sent yet
-    stats = StatsReport(engine, link)
-    draft = IncomingDraft(engine, link.put, link.send)
+def serve(engine: EngineProtocol, link: Link) -> None:
+    """Handle messages and step the engine until the API sends Stop."""
+    live: set[str] = set()  # requests in the engine, no terminal message sent yet
+    stats = StatsReporter(engine, link)
+    draft = DraftLoader(engine, link.put, link.send)
     while True:
-        for message in link.receive(wait=not engine.has_work and not stats.owed):
-            stats.owed = True
-            if isinstance(message, Prepared):
+        for message in link.receive(wait=not engine.has_work and not stats.due):
+            stats.due = True
+            if isinstance(message, PreparedRequest):
                 engine.add(message.sequence)
                 live.add(message.request_id)
             elif isinstance(message, m.Refused | m.Outputs):
@@ -168,7 +169,7 @@ def serve(engine: Engine, link: Link) -> None:
             elif isinstance(message, m.ReadDraft):
                 draft.read(message)
             elif isinstance(message, DraftRead):
-                draft.take(message)
+                draft.pack(message)
             elif isinstance(message, m.UseDraft):
                 draft.use(message)
             elif isinstance(message, m.DropDraft):
@@ -180,51 +181,51 @@ def serve(engine: Engine, link: Link) -> None:
             live.difference_update(output.request_id for output in outputs if output.finish_reason)
             if outputs:
                 link.send(m.Outputs(outputs))
-            stats.owed = True
+            stats.due = True
         stats.send_when_due()
         link.flush()
 
 
-class StatsReport:
-    """Sends what the engine counted: every STATS_INTERVAL while it works, and once more when it falls idle."""
+class StatsReporter:
+    """Sends the engine's statistics every STATS_INTERVAL while it works, and once when it becomes idle."""
 
-    def __init__(self, engine: Engine, link: Link) -> None:
+    def __init__(self, engine: EngineProtocol, link: Link) -> None:
+        self.due = True  # something happened since the last report
         self._engine = engine
         self._link = link
         self._sent_at = 0.0
-        self.owed = True
 
     def send_when_due(self) -> None:
         now = time.monotonic()
-        if self.owed and (not self._engine.has_work or now - self._sent_at >= STATS_INTERVAL):
+        if self.due and (not self._engine.has_work or now - self._sent_at >= STATS_INTERVAL):
             self._link.send(m.Stats(self._engine.pop_stats()))
             self._sent_at = now
-            self.owed = self._engine.has_work
+            self.due = self._engine.has_work
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="service.pool.worker", description=__doc__)
     parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--pixels", type=int, help="file descriptor of the memory in which media lie")
+    parser.add_argument("--pixels", type=int, help="file descriptor of the shared memory that holds decoded media")
     parser.add_argument("--engine", default="service.pool.worker:load_engine")
     arguments = parser.parse_args(argv)
     end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # A signal to the whole process group must not break running answers: the API process decides when to stop us.
+    # A signal to the whole process group must not end running requests: the API process decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    cores.take_part()
-    shared = None if arguments.pixels is None else Shared(arguments.pixels)
-    link = Link(socket.socket(fileno=arguments.fd), shared)
+    cores.set_normal_scheduling()
+    arena = None if arguments.pixels is None else ArenaReader(arguments.pixels)
+    link = Link(socket.socket(fileno=arguments.fd), arena)
     load = next(link.receive(wait=True))
     try:
         if not isinstance(load, m.Load):
             raise TypeError(f"the first message must be Load, not {load}")
-        engine = _factory(arguments.engine)(load.options)
-        if load.check:
-            check(engine)
-    except ConfigError as error:  # a setting's: it says all that there is to say
+        engine = _import_factory(arguments.engine)(load.options)
+        if load.self_test:
+            self_test(engine)
+    except ConfigError as error:  # its message says which setting is wrong; no traceback needed
         log.error("loading failed: %s", error)
         link.send(m.LoadFailed(str(error)))
         return EXIT_LOAD_FAILED
@@ -233,48 +234,51 @@ def main(argv: list[str] | None = None) -> int:
         link.send(m.LoadFailed(f"{type(error).__name__}: {error}"))
         return EXIT_LOAD_FAILED
     link.engine = engine
-    gc.freeze()  # model and libraries stay: walking through all of it takes as long as many steps
+    gc.freeze()  # keeps model and libraries out of collections, which would take as long as many steps
     link.send(m.Ready(engine.info))
     try:
         serve(engine, link)
     except Exception:
-        log.exception("the engine broke")
-        return EXIT_ENGINE_BROKE
+        log.exception("the engine failed")
+        return EXIT_ENGINE_FAILED
     return 0
 
 
-def check(engine: Engine) -> None:
-    """Have the engine read a prompt and decode a token. Raises what it raises, and RuntimeError where it fails."""
+def self_test(engine: EngineProtocol) -> None:
+    """Decode two tokens of a short prompt. Raises what the engine raises, and RuntimeError where the request fails."""
     params = SamplingParams(max_tokens=8, ignore_eos=True)
-    request = Request("check", (Message("user", ("Hello",)),), params, speculation=False, salt="check", fit=True)
+    request = Request(
+        "self-test", (Message("user", ("Hello",)),), params, speculation=False, salt="self-test", fit=True
+    )
     try:
         engine.add(engine.prepare(request))
-    except RequestError:  # a model that takes no text alone: it is loaded, and that has to do
+    except RequestError:  # the model takes no prompt without media: accept that it has loaded
         return
     num_tokens = 0
     while engine.has_work and num_tokens < 2:
         for output in engine.step():
             if output.finish_reason == "error":
-                raise RuntimeError(f"the engine fails on a request of our own: {output.error}")
+                raise RuntimeError(f"the engine failed its self-test: {output.error}")
             num_tokens += len(output.tokens)
-    engine.abort("check")  # not finished: what answers are like is not to be learnt from it
+    engine.abort("self-test")  # before it finishes, so that no statistics of finished answers include it
     engine.pop_stats()
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when the API process ends: one that is stopped cannot see its socket close."""
+    """Have the kernel kill this process when the API process ends; a stopped process cannot see its socket close."""
     with contextlib.suppress(AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def _factory(dotted: str) -> Callable[[dict[str, Any]], Engine]:
+def _import_factory(dotted: str) -> Callable[[dict[str, Any]], EngineProtocol]:
+    """Import "module:callable"."""
     module, _, name = dotted.partition(":")
-    factory: Callable[[dict[str, Any]], Engine] = getattr(importlib.import_module(module), name)
+    factory: Callable[[dict[str, Any]], EngineProtocol] = getattr(importlib.import_module(module), name)
     return factory
 
 
 if __name__ == "__main__":
-    # Not sys.exit: a daemon thread that still reads the socket must not delay or disturb the end.
+    # os._exit instead of sys.exit: the daemon thread that still reads the socket must not delay the end.
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,1 +1,4 @@
-"""The HTTP routes: each file reads as the way of one request, and knows nothing of how the parts do their work."""
+"""The HTTP routes: each file reads as the life of one request, top to bottom.
+
+May import everything of the service but `app` and `server`, which import it.
+"""

@@ -1,6 +1,6 @@
-"""POST /v1/generate: media as uploaded files, and answers that tell where each token came from.
+"""POST /v1/generate: media as uploaded files, and for each token of the context whether draft or target chose it.
 
-Unlike OpenAI's route it is greedy unless a `temperature` is given.
+Unlike OpenAI's route, greedy by default (`temperature` 0).
 """
 
 from __future__ import annotations
@@ -15,86 +15,91 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from model.request import Likelihoods
-from service import logprobs, prompt
-from service.answer import Answer
-from service.auth import keyed
+from service import chat_input, logprobs
+from service.auth import require_api_key
 from service.body import read_form
-from service.deps import identified, service_of
+from service.deps import service_of, with_request_id
 from service.errors import ServiceError
+from service.request_context import RequestContext
 from service.schemas import generate as schema
-from service.schemas.sampling import sampling_params
-from service.stream import DONE, EventStream, Last, UnlessGone, event, json_response
+from service.schemas.sampling import check_num_frames, sampling_params
+from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
 from service.usage import speculation, timings, usage
 
 DEFAULT_TEMPERATURE = 0.0
 MAX_FIELDS = 64
 
 
-@identified("gen-")
-@keyed
+@with_request_id("gen-")
+@require_api_key
 async def generate(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
-        answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
+        context = resources.enter_context(RequestContext(service, request.state.id, key=request.state.key))
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
         form = await read_form(upload, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
-        ask, files = schema.read(form, service.settings)
-        params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
-        answer.take_slots(1)
-        preparing = upload.used_by(prompt.from_form(service, ask, files, upload.client))
-        del form, files  # the media in them
-        resources.enter_context(UnlessGone(request.receive))
-        await answer.begin(preparing, params, n=1, speculation=ask.speculation, fit=ask.asked_max_tokens() is None)
-        if ask.stream:
+        fields, files = schema.read(form, service.settings)
+        params = sampling_params(fields, service.settings, default_temperature=DEFAULT_TEMPERATURE)
+        context.reserve(1)
+        resources.enter_context(cancel_on_disconnect(request.receive))
+        check_num_frames(fields, service.settings, service.pool.info)
+        async with context.time_limit():
+            with upload:
+                chat = await chat_input.from_form(fields, files, upload.client, service.media_loader)
+        del form, files  # frees their media
+        clamp_max_tokens = fields.requested_max_tokens() is None
+        await context.submit(chat, params, n=1, speculation=fields.speculation, clamp_max_tokens=clamp_max_tokens)
+        if fields.stream:
             return EventStream(
-                _events(answer),
+                _events(context),
                 resources.pop_all(),
-                deadline=answer.deadline,
+                deadline=context.deadline,
                 keep_alive=service.settings.sse_keepalive_seconds,
             )
-        await answer.finish()
-        return json_response(_result(answer))
+        await context.finish()
+        return json_response(_result(context))
 
 
-def _result(answer: Answer) -> dict[str, Any]:
-    (choice,) = answer.choices
+def _result(context: RequestContext) -> dict[str, Any]:
+    (choice,) = context.choices
     return {
-        "id": answer.id,
-        "model": answer.model,
+        "id": context.id,
+        "model": context.model,
         "text": choice.text,
         "finish_reason": choice.finish_reason,
         **_logprobs(choice.logprobs),
-        "usage": usage(answer.stats),
+        "usage": usage(context.stats),
         "speculation": speculation(choice.stats),
         "timings": timings(
             queue=choice.stats.queue,
-            media=answer.media_seconds,
-            time_to_first_token=answer.time_to_first_token(choice),
+            media=context.media_seconds,
+            time_to_first_token=context.time_to_first_token(choice),
             decode=choice.decode_seconds,
             seconds_per_token=choice.seconds_per_token,
         ),
     }
 
 
-async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
+async def _events(context: RequestContext) -> AsyncGenerator[bytes, None]:
+    """Yield a `token` event per output, then one `done` event with the result."""
     last = b""
     try:
-        async for _, output in answer.outputs():
+        async for _, output in context.outputs():
             if output.tokens or output.text:
                 more = _logprobs(output.logprobs)
-                said = event({"type": "token", "text": output.text, "tokens": output.tokens, **more})
-                if answer.ended:
-                    last = said
+                chunk = event({"type": "token", "text": output.text, "tokens": output.tokens, **more})
+                if context.finished:
+                    last = chunk
                 else:
-                    yield said
-        yield Last(last + event({"type": "done", **_result(answer)}))
+                    yield chunk
+        yield LastEvent(last + event({"type": "done", **_result(context)}))
     except ServiceError as error:
-        yield Last(event(error.envelope()) + DONE)
+        yield LastEvent(event(error.envelope()) + DONE)
 
 
 def _logprobs(tokens: Seq[Likelihoods] | None) -> dict[str, Any]:
-    """Of every token, where they are asked for; where not, there is no such field."""
-    return {"logprobs": logprobs.told(tokens)} if tokens else {}
+    """Return the `logprobs` field, or no field where they were not requested."""
+    return {"logprobs": logprobs.to_openai(tokens)} if tokens else {}
 
 
 ROUTES = [Route("/v1/generate", generate, methods=["POST"])]

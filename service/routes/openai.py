@@ -1,7 +1,7 @@
 """POST /v1/chat/completions and /v1/models, as OpenAI's clients expect them.
 
-What differs from OpenAI's own: `temperature` defaults to 1 as there, `seed` is drawn where it is missing, and with
-`n` choice j > 0 gets a seed derived from (seed, j), so that choice 0 is what a request without `n` would get.
+`temperature` defaults to 1, as at OpenAI. Without `seed` a random one is drawn. With `n`, choice j > 0 has a seed
+derived from (seed, j), so that choice 0 is the context of a request without `n`.
 """
 
 from __future__ import annotations
@@ -17,61 +17,70 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from model.request import Likelihoods
-from service import logprobs, prompt
-from service.answer import Answer
-from service.auth import keyed
+from service import chat_input, logprobs
+from service.auth import require_api_key
 from service.body import read_json
-from service.deps import identified, service_of
+from service.deps import service_of, with_request_id
 from service.errors import BadRequest, ServiceError
+from service.request_context import RequestContext
 from service.schemas import openai
-from service.schemas.sampling import sampling_params, unknown_model
-from service.stream import DONE, EventStream, Last, UnlessGone, event, json_response
+from service.schemas.sampling import check_num_frames, sampling_params, unknown_model
+from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
 from service.usage import usage
 
 DEFAULT_TEMPERATURE = 1.0
 
 
-@identified("chatcmpl-")
-@keyed
+@with_request_id("chatcmpl-")
+@require_api_key
 async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
-        answer = resources.enter_context(Answer(service, request.state.id, key=request.state.key))
+        context = resources.enter_context(RequestContext(service, request.state.id, key=request.state.key))
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
-        ask = await read_json(upload, openai.ChatRequest, service.settings)
-        openai.check(ask, service.settings)
-        params = sampling_params(ask, service.settings, default_temperature=DEFAULT_TEMPERATURE)
-        n = ask.n or 1
-        if n > service.most_choices:
-            raise BadRequest(f"n must be at most {service.most_choices}", param="n")
-        answer.take_slots(n)
-        preparing = upload.used_by(prompt.from_chat(service, ask, upload))
-        resources.enter_context(UnlessGone(request.receive))
-        options = ask.stream_options or openai.StreamOptions()
+        body = await read_json(upload, openai.ChatRequest, service.settings)
+        openai.check(body, service.settings)
+        params = sampling_params(body, service.settings, default_temperature=DEFAULT_TEMPERATURE)
+        n = body.n or 1
+        if n > service.max_choices:
+            raise BadRequest(f"n must be at most {service.max_choices}", param="n")
+        context.reserve(n)
+        resources.enter_context(cancel_on_disconnect(request.receive))
+        check_num_frames(body, service.settings, service.pool.info)
+        async with context.time_limit():
+            with upload:
+                chat = await chat_input.from_chat(body, upload, service.media_loader)
+        options = body.stream_options or openai.StreamOptions()
         with_usage = bool(options.include_usage)
-        running = with_usage and bool(options.continuous_usage_stats)
-        fit = ask.asked_max_tokens() is None
-        stream, speculation = ask.stream, ask.speculation
-        del ask  # the media in it
-        await answer.begin(preparing, params, n=n, speculation=speculation, running_stats=running, fit=fit)
+        running_stats = with_usage and bool(options.continuous_usage_stats)
+        clamp_max_tokens = body.requested_max_tokens() is None
+        stream, speculation = body.stream, body.speculation
+        del body  # frees its media
+        await context.submit(
+            chat,
+            params,
+            n=n,
+            speculation=speculation,
+            running_stats=running_stats,
+            clamp_max_tokens=clamp_max_tokens,
+        )
         if stream:
-            events = _events(answer, with_usage=with_usage, running=running)
             return EventStream(
-                events,
+                _events(context, with_usage=with_usage, running_stats=running_stats),
                 resources.pop_all(),
-                deadline=answer.deadline,
+                deadline=context.deadline,
                 keep_alive=service.settings.sse_keepalive_seconds,
             )
-        await answer.finish()
-        return json_response(_completion(answer))
+        await context.finish()
+        return json_response(_completion(context))
 
 
-@keyed
+@require_api_key
 async def models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_model(request)]})
 
 
-@keyed
+@require_api_key
 async def model(request: Request) -> Response:
     name = request.path_params["name"]
     if not name:
@@ -82,9 +91,9 @@ async def model(request: Request) -> Response:
     return json_response(_model(request))
 
 
-def _completion(answer: Answer) -> dict[str, Any]:
+def _completion(context: RequestContext) -> dict[str, Any]:
     return {
-        **_head(answer, "chat.completion"),
+        **_head(context, "chat.completion"),
         "choices": [
             {
                 "index": index,
@@ -92,52 +101,54 @@ def _completion(answer: Answer) -> dict[str, Any]:
                 "logprobs": _logprobs(choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
-            for index, choice in enumerate(answer.choices)
+            for index, choice in enumerate(context.choices)
         ],
-        "usage": usage(answer.stats),
+        "usage": usage(context.stats),
     }
 
 
-async def _events(answer: Answer, *, with_usage: bool, running: bool) -> AsyncGenerator[bytes, None]:
-    """A chunk that opens each choice, one per output, one that closes each choice; then usage, where asked for.
-    running: usage so far in every chunk, the opening ones included."""
-    head = _head(answer, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
+async def _events(context: RequestContext, *, with_usage: bool, running_stats: bool) -> AsyncGenerator[bytes, None]:
+    """Yield a chunk that opens each choice, one per output, one that closes each choice; then usage, if requested.
+
+    running_stats: put the usage so far into every chunk.
+    """
+    head = _head(context, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
 
     def chunk(
-        index: int, delta: dict[str, str], finish_reason: str | None = None, said: Seq[Likelihoods] | None = None
+        index: int, delta: dict[str, str], finish_reason: str | None = None, tokens: Seq[Likelihoods] | None = None
     ) -> bytes:
-        if running:
-            head["usage"] = usage(answer.stats)
-        choice = {"index": index, "delta": delta, "logprobs": _logprobs(said), "finish_reason": finish_reason}
+        if running_stats:
+            head["usage"] = usage(context.stats)
+        choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": finish_reason}
         return event({**head, "choices": [choice]})
 
-    for index in range(len(answer.choices)):
+    for index in range(len(context.choices)):
         yield chunk(index, {"role": "assistant", "content": ""})
     last = b""
     try:
-        async for index, output in answer.outputs():
-            # A token whose text is still to come has its log-probability told all the same.
-            new = output.text or output.logprobs
-            said = chunk(index, {"content": output.text}, said=output.logprobs) if new else b""
+        async for index, output in context.outputs():
+            # A token may have log-probabilities before its text is complete.
+            has_content = output.text or output.logprobs
+            chunks = chunk(index, {"content": output.text}, tokens=output.logprobs) if has_content else b""
             if output.finish_reason is not None:
-                said += chunk(index, {}, output.finish_reason)
-            if answer.ended:
-                last = said
-            elif said:
-                yield said
+                chunks += chunk(index, {}, output.finish_reason)
+            if context.finished:
+                last = chunks
+            elif chunks:
+                yield chunks
         if with_usage:
-            last += event({**head, "choices": [], "usage": usage(answer.stats)})
-        yield Last(last + DONE)
+            last += event({**head, "choices": [], "usage": usage(context.stats)})
+        yield LastEvent(last + DONE)
     except ServiceError as error:
-        yield Last(event(error.envelope()) + DONE)
+        yield LastEvent(event(error.envelope()) + DONE)
 
 
 def _logprobs(tokens: Seq[Likelihoods] | None) -> dict[str, Any] | None:
-    return {"content": logprobs.told(tokens), "refusal": None} if tokens else None
+    return {"content": logprobs.to_openai(tokens), "refusal": None} if tokens else None
 
 
-def _head(answer: Answer, kind: str) -> dict[str, Any]:
-    return {"id": answer.id, "object": kind, "created": answer.created, "model": answer.model}
+def _head(context: RequestContext, kind: str) -> dict[str, Any]:
+    return {"id": context.id, "object": kind, "created": context.created, "model": context.model}
 
 
 def _model(request: Request) -> dict[str, Any]:
@@ -148,7 +159,8 @@ def _model(request: Request) -> dict[str, Any]:
         "object": "model",
         "created": int(request.app.state.started),
         "owned_by": "flashserve",
-        "root": service.settings.model_name,  # this, the next and the last but one as vLLM tells them
+        # vLLM's fields
+        "root": service.settings.model_name,
         "parent": None,
         "permission": [],
         "max_model_len": info.max_model_len if info else None,

@@ -1,8 +1,8 @@
-"""Health, metrics and version: open to all, and quick whatever else is going on.
+"""Health, metrics and version. They need no key, and answer quickly under any load.
 
-/livez    503 only where a restart is the cure: every worker was given up
+/livez    503 only where a restart helps: every worker has failed for good
 /readyz   503 while loading, draining or without a live worker
-/health   the same as /readyz, with details for people; where keys are set, for who has one
+/health   /readyz with details; where API keys are set, they require one
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
@@ -22,41 +22,39 @@ import model
 from model.config import TRAINED
 from service.auth import may_see_details
 from service.deps import service_of
+from service.state import Service
 from service.stream import json_response
-
-if TYPE_CHECKING:
-    from service.state import Service
 
 
 async def livez(request: Request) -> Response:
-    beyond_hope = service_of(request).beyond_hope
-    return _status({"status": "dead" if beyond_hope else "alive"}, healthy=not beyond_hope)
+    unrecoverable = service_of(request).unrecoverable
+    return _status({"status": "dead" if unrecoverable else "alive"}, healthy=not unrecoverable)
 
 
 async def readyz(request: Request) -> Response:
-    closed = service_of(request).closed_because()
-    return _status({"status": "ready" if closed is None else closed.code}, healthy=closed is None)
+    reason = service_of(request).unavailable_reason()
+    return _status({"status": "ready" if reason is None else reason.code}, healthy=reason is None)
 
 
 async def health(request: Request) -> Response:
     if not may_see_details(request):
         return await readyz(request)
     service = service_of(request)
-    closed, info = service.closed_because(), service.pool.info
+    reason, info = service.unavailable_reason(), service.pool.info
     workers = [
         {
             "worker": worker.index,
             "state": worker.state,
             "pid": worker.pid,
             "restarts": worker.restarts,
-            "requests": service.pool.num_at(worker),
+            "requests": service.pool.num_running_on(worker),
         }
         for worker in service.pool.workers
     ]
-    # Not the path it was loaded from: nobody outside need know this machine's folders.
+    # Leaves out `model`, the path it was loaded from: clients need not know this machine's folders.
     engine = {name: value for name, value in asdict(info).items() if name != "model"} if info else None
     details = {
-        "status": "ready" if closed is None else closed.code,
+        "status": "ready" if reason is None else reason.code,
         "model": service.settings.model_name,
         "requests": service.admission.in_use,
         "uploads": len(service.uploads),
@@ -64,11 +62,11 @@ async def health(request: Request) -> Response:
         "engine": engine,
         "draft": _draft(service) if info and info.drafter in TRAINED else None,
     }
-    return _status(details, healthy=closed is None)
+    return _status(details, healthy=reason is None)
 
 
 def _draft(service: Service) -> dict[str, Any]:
-    """Which one is served, by its folder's name alone; `changes`: how many have taken another's place."""
+    """Describe the served draft, by its folder's name alone; `changes` counts those that were replaced before it."""
     served = service.pool.drafts.served
     since = datetime.fromtimestamp(served.since, UTC).isoformat(timespec="milliseconds") if served.since else None
     name = Path(served.folder).name if served.folder else service.settings.model_name

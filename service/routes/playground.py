@@ -1,4 +1,4 @@
-"""The page at `/`: three hand-written files, and a policy that lets them talk to this server only."""
+"""The web page at `/`: static files, and a content security policy that allows requests to this server only."""
 
 from __future__ import annotations
 

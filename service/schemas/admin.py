@@ -1,4 +1,4 @@
-"""What POST /admin/draft takes."""
+"""The request of POST /admin/draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native route's form: its fields as text, its files as media."""
+"""The form of POST /v1/generate: text fields and media files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import msgspec
 from service.body import Form
 from service.errors import BadRequest, TooLarge
 from service.schemas import sampling
-from service.schemas.invalid import as_bad_request
 from service.schemas.sampling import SamplingFields
 from service.settings import Settings
+from service.validation import as_bad_request
 
 
 class GenerateRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,7 +19,7 @@ class GenerateRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_
 
 
 def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
-    """The fields and the media of a form. A field left empty, as browsers send it, is a field left out."""
+    """Return the fields and the media of a form. An empty field, as browsers send it, counts as missing."""
     fields: dict[str, Any] = {}
     for name, value in form.fields:
         if name == "media":
@@ -38,12 +38,12 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
     try:
         if bias := fields.get("logit_bias"):
             fields["logit_bias"] = _object("logit_bias", str(bias))
-        ask = msgspec.convert(fields, GenerateRequest, strict=False)
+        request = msgspec.convert(fields, GenerateRequest, strict=False)
     except msgspec.ValidationError as error:
         raise as_bad_request(error) from None
     media = [data for _, data in form.files]
-    _check(ask, media, settings)
-    return ask, media
+    _check(request, media, settings)
+    return request, media
 
 
 def _object(name: str, value: str) -> Any:
@@ -57,14 +57,14 @@ def _misplaced(name: str, kind: str) -> BadRequest:
     return BadRequest(f"{name[:64]} was sent as {kind}; only media are files", param=name[:64])
 
 
-def _check(ask: GenerateRequest, media: list[bytes], settings: Settings) -> None:
-    sampling.check_model(ask.model, settings)
-    sampling.check_video_sampling(ask)
-    if (ask.n or 1) != 1:
+def _check(request: GenerateRequest, media: list[bytes], settings: Settings) -> None:
+    sampling.check_model(request.model, settings)
+    sampling.check_video_sampling(request)
+    if (request.n or 1) != 1:
         raise BadRequest("n is for /v1/chat/completions; here it is always 1", param="n")
-    if not ask.prompt and not media:
+    if not request.prompt and not media:
         raise BadRequest("there is neither a prompt nor a medium", param="prompt")
-    sampling.check_prompt_chars(len(ask.prompt), settings, param="prompt")
+    sampling.check_prompt_chars(len(request.prompt), settings, param="prompt")
     if len(media) > settings.max_media:
         raise BadRequest(f"at most {settings.max_media} media are allowed", param="media", code="too_many_media")
     for medium in media:

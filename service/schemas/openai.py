@@ -1,7 +1,7 @@
-"""OpenAI's chat completion: what is read of it, what is refused, and the shapes of the answers.
+"""The request of an OpenAI chat completion, and its checks.
 
-Field by field: understood (below), refused unless they ask for nothing (NOT_BUILT), or accepted and without effect
-(IGNORED). Anything else is a 400.
+Each field is supported, refused unless its value means "none" (NOT_BUILT), or accepted without effect (IGNORED).
+Unknown fields are refused with 400.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "moderation": (),
 }
-# The same of a message: what conversations with tools, sound or refusals have.
+# The same for messages: fields of conversations with tools, audio or refusals.
 NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
     "tool_call_id": (),
@@ -37,7 +37,7 @@ NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "refusal": (),
 }
-# Labels and routing hints of OpenAI's platform: they do not change an answer, so they may be there.
+# Labels and routing hints of OpenAI's platform, which do not change an answer.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
@@ -46,11 +46,11 @@ IGNORED = (
 
 class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     url: str
-    detail: str | None = None  # the target has one size; every value means it
+    detail: str | None = None  # without effect: the target has one image size
 
 
 class Hints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """What any part may carry, without effect."""
+    """Fields that any part may have, without effect."""
 
     prompt_cache_breakpoint: Any = None
 
@@ -60,7 +60,7 @@ class TextPart(Hints, frozen=True, tag="text"):
 
 
 class ImagePart(Hints, frozen=True, tag="image_url"):
-    image_url: Url | str  # the URL alone, as Ollama's and vLLM's clients may send it
+    image_url: Url | str  # clients of Ollama and vLLM may send the URL alone
 
     @property
     def url(self) -> str:
@@ -82,7 +82,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]  # the last two: not built
     content: str | list[Part] | msgspec.UnsetType | None = msgspec.UNSET
     name: str | None = None
-    # An answer of ours may be sent back as it came: these are in it, and empty.
+    # A response may be sent back as it came: these fields are in it, and empty.
     refusal: Any = None
     tool_calls: Any = None
     tool_call_id: Any = None
@@ -91,6 +91,7 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     annotations: list[Any] | None = None
 
     def parts(self) -> list[Part]:
+        """The content as a list of parts."""
         return [TextPart(self.content)] if isinstance(self.content, str) else self.content or []
 
 
@@ -128,30 +129,30 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     prompt_cache_options: Any = None
     parallel_tool_calls: Any = None
 
-    def asked_max_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-def check(ask: ChatRequest, settings: Settings) -> None:
-    """Every limit that can be checked without looking at media or tokens, each with its own error."""
-    sampling.check_model(ask.model, settings)
-    _refuse_not_built(ask, NOT_BUILT)
-    sampling.check_video_sampling(ask)
-    if ask.max_completion_tokens is not None:
-        if ask.max_completion_tokens < 1:
+def check(request: ChatRequest, settings: Settings) -> None:
+    """Raise BadRequest for whatever is invalid before media are decoded and the prompt is tokenized."""
+    sampling.check_model(request.model, settings)
+    _refuse_not_built(request, NOT_BUILT)
+    sampling.check_video_sampling(request)
+    if request.max_completion_tokens is not None:
+        if request.max_completion_tokens < 1:
             raise BadRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
-        if ask.max_tokens not in (None, ask.max_completion_tokens):
-            raise BadRequest("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
-    if ask.stream_options is not None and not ask.stream:
+        if request.max_tokens not in (None, request.max_completion_tokens):
+            raise BadRequest("max_tokens and max_completion_tokens differ; send one", param="max_tokens")
+    if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options is for streams; set stream", param="stream_options")
-    if not 1 <= len(ask.messages) <= settings.max_messages:
+    if not 1 <= len(request.messages) <= settings.max_messages:
         raise BadRequest(f"there must be 1 to {settings.max_messages} messages", param="messages")
-    for index, message in enumerate(ask.messages):
+    for index, message in enumerate(request.messages):
         _check_message(message, f"messages[{index}]")
-    if sum(len(message.parts()) for message in ask.messages) > settings.max_parts:
+    if sum(len(message.parts()) for message in request.messages) > settings.max_parts:
         raise BadRequest(f"at most {settings.max_parts} texts, images and videos are allowed", param="messages")
     num_chars = num_media = 0
-    for index, message in enumerate(ask.messages):
+    for index, message in enumerate(request.messages):
         for part in message.parts():
             if isinstance(part, TextPart):
                 num_chars += len(part.text)
@@ -168,23 +169,24 @@ def check(ask: ChatRequest, settings: Settings) -> None:
         )
 
 
-def _refuse_not_built(asked: ChatRequest | ChatMessage, fields: dict[str, tuple[Any, ...]], place: str = "") -> None:
+def _refuse_not_built(struct: ChatRequest | ChatMessage, fields: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Raise BadRequest for a field with a value that is not one of those that mean "none"."""
     for name, harmless in fields.items():
-        value = getattr(asked, name)
+        value = getattr(struct, name)
         if value is not None and value not in harmless:
-            raise _not_built(f"{place}{name}", "leave it out")
+            raise _not_built(f"{prefix}{name}", "leave it out")
 
 
-def _check_message(message: ChatMessage, place: str) -> None:
-    """Whether it is of a kind that is built, and has a content."""
+def _check_message(message: ChatMessage, param: str) -> None:
+    """Raise BadRequest for an unsupported kind of message, or one without content."""
     if message.role in ("tool", "function"):
-        raise _not_built(f"{place}.role", "send what the tool answered as a user's text", value=f" {message.role!r}")
-    _refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{place}.")
+        raise _not_built(f"{param}.role", "send the tool's result as a user's text", value=f" {message.role!r}")
+    _refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{param}.")
     if message.content is None:
-        raise _not_built(f"{place}.content", 'send "" for an empty message', value=" null")
+        raise _not_built(f"{param}.content", 'send "" for an empty message', value=" null")
     if message.content is msgspec.UNSET:
-        raise BadRequest(f"{place}.content is missing", param=f"{place}.content", code="missing_field")
+        raise BadRequest(f"{param}.content is missing", param=f"{param}.content", code="missing_field")
 
 
 def _not_built(param: str, instead: str, value: str = "") -> BadRequest:
-    return BadRequest(f"{param}{value} is not built yet; {instead}", param=param, code="not_built")
+    return BadRequest(f"{param}{value} is not supported yet; {instead}", param=param, code="not_built")

@@ -1,4 +1,4 @@
-"""The fields that both POST routes share: how tokens are chosen, and their limits."""
+"""The sampling fields that both POST routes share, and their limits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from model.request import EngineInfo, RequestError, SamplingParams
 from service.errors import BadRequest, UnknownModel
 from service.settings import Settings
 
-SEED_MASK = 2**63 - 1  # engines get seeds that fit a signed 64-bit integer and are not negative
+SEED_MASK = 2**63 - 1  # maps seeds to non-negative signed 64-bit integers
 
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 MAX_BIAS = 100.0
-NAMED = 8  # wrong keys that an error names
+MAX_NAMED = 8  # invalid keys that an error lists
 TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
 
 
@@ -36,7 +36,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
-    logit_bias: dict[str, Any] | None = None  # checked below, so that errors name the key
+    logit_bias: dict[str, Any] | None = None  # checked by _logit_bias, so that errors name the key
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool | None = None
@@ -44,13 +44,15 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     num_frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
     fps: Annotated[float, msgspec.Meta(gt=0.0, le=1000.0)] | None = None
 
-    def asked_max_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
+        """The maximum number of tokens that the client set, if any."""
         return self.max_tokens
 
 
-def check_model(asked: str | None, settings: Settings) -> None:
-    if asked is not None and asked != settings.model_name:
-        raise unknown_model(asked, settings)
+def check_model(name: str | None, settings: Settings) -> None:
+    """Raise UnknownModel for a name other than the served model's."""
+    if name is not None and name != settings.model_name:
+        raise unknown_model(name, settings)
 
 
 def unknown_model(name: str, settings: Settings) -> UnknownModel:
@@ -68,18 +70,20 @@ def check_prompt_chars(number: int, settings: Settings, *, param: str) -> None:
         )
 
 
-def check_video_sampling(ask: SamplingFields) -> None:
-    if ask.num_frames is not None and ask.fps is not None:
-        raise BadRequest("give num_frames or fps, not both", param="fps")
+def check_video_sampling(fields: SamplingFields) -> None:
+    """Raise BadRequest for both num_frames and fps."""
+    if fields.num_frames is not None and fields.fps is not None:
+        raise BadRequest("send num_frames or fps, not both", param="fps")
 
 
 def max_frames(settings: Settings, info: EngineInfo) -> int:
-    """Of one video: what is allowed, and what the model's context has room for."""
+    """Return the frames of one video that the settings allow and the model's context has room for."""
     return min(settings.max_frames, info.max_frames)
 
 
-def check_num_frames(ask: SamplingFields, settings: Settings, info: EngineInfo) -> None:
-    if ask.num_frames is None or ask.num_frames <= max_frames(settings, info):
+def check_num_frames(fields: SamplingFields, settings: Settings, info: EngineInfo | None) -> None:
+    """Raise BadRequest for more frames than are allowed or fit the model's context. info: None before it is known."""
+    if info is None or fields.num_frames is None or fields.num_frames <= max_frames(settings, info):
         return
     if settings.max_frames <= info.max_frames:
         raise BadRequest(f"num_frames must be at most {settings.max_frames}", param="num_frames")
@@ -89,36 +93,36 @@ def check_num_frames(ask: SamplingFields, settings: Settings, info: EngineInfo) 
     )
 
 
-def sampling_params(ask: SamplingFields, settings: Settings, *, default_temperature: float) -> SamplingParams:
-    """What the engine gets, for the first choice. Without a seed, one is drawn: answers then differ each time."""
-    max_tokens = ask.asked_max_tokens() or max(settings.default_max_tokens, ask.min_tokens or 0)
+def sampling_params(fields: SamplingFields, settings: Settings, *, default_temperature: float) -> SamplingParams:
+    """Convert to the engine's type, for the first choice. Without a seed a random one is drawn."""
+    max_tokens = fields.requested_max_tokens() or max(settings.default_max_tokens, fields.min_tokens or 0)
     if max_tokens > settings.max_new_tokens:
         raise BadRequest(f"max_tokens must be at most {settings.max_new_tokens}", param="max_tokens")
-    if (ask.min_tokens or 0) > max_tokens:
+    if (fields.min_tokens or 0) > max_tokens:
         raise BadRequest(f"min_tokens must be at most max_tokens, {max_tokens}", param="min_tokens")
     try:
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=default_temperature if ask.temperature is None else ask.temperature,
-            top_p=1.0 if ask.top_p is None else ask.top_p,
-            top_k=max(0, ask.top_k or 0),
-            min_p=ask.min_p or 0.0,
-            seed=(secrets.randbits(63) if ask.seed is None else ask.seed) & SEED_MASK,
-            stop=_stop_strings(ask.stop, settings),
-            ignore_eos=bool(ask.ignore_eos),
-            min_tokens=ask.min_tokens or 0,
-            presence_penalty=ask.presence_penalty or 0.0,
-            frequency_penalty=ask.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if ask.repetition_penalty is None else ask.repetition_penalty,
-            logit_bias=_logit_bias(ask.logit_bias or {}, settings),
-            logprobs=_logprobs(ask, settings),
+            temperature=default_temperature if fields.temperature is None else fields.temperature,
+            top_p=1.0 if fields.top_p is None else fields.top_p,
+            top_k=max(0, fields.top_k or 0),
+            min_p=fields.min_p or 0.0,
+            seed=(secrets.randbits(63) if fields.seed is None else fields.seed) & SEED_MASK,
+            stop=_stop_strings(fields.stop, settings),
+            ignore_eos=bool(fields.ignore_eos),
+            min_tokens=fields.min_tokens or 0,
+            presence_penalty=fields.presence_penalty or 0.0,
+            frequency_penalty=fields.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
+            logit_bias=_logit_bias(fields.logit_bias or {}, settings),
+            logprobs=_logprobs(fields, settings),
         )
     except RequestError as error:
         raise BadRequest(error.message, param=error.param, code=error.code) from None
 
 
 def seed_of_choice(seed: int, choice: int) -> int:
-    """Choice 0 has the request's own seed, so that `n` does not change it; the others have seeds of their own."""
+    """Return a choice's seed: choice 0 has the request's own, so that `n` does not change it; others a derived one."""
     if choice == 0:
         return seed
     digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
@@ -138,13 +142,13 @@ def _logit_bias(bias: dict[str, Any], settings: Settings) -> tuple[tuple[int, fl
     if len(bias) > settings.max_logit_bias:
         raise BadRequest(f"logit_bias may name at most {settings.max_logit_bias} tokens", param="logit_bias")
     if unknown := [key for key in bias if not TOKEN_ID.match(key)]:
-        is_none = "is not a token id" if len(unknown) == 1 else "are not token ids"
-        raise BadRequest(f"logit_bias: {_named(unknown)} {is_none}; keys are numbers such as '15'", param="logit_bias")
+        problem = "is not a token id" if len(unknown) == 1 else "are not token ids"
+        raise BadRequest(f"logit_bias: {_list(unknown)} {problem}; keys are numbers such as '15'", param="logit_bias")
     wrong = [key for key, value in bias.items() if not (_is_number(value) and abs(value) <= MAX_BIAS)]
     if wrong:
-        most = f"{-MAX_BIAS:g} to {MAX_BIAS:g}"
+        bounds = f"{-MAX_BIAS:g} to {MAX_BIAS:g}"
         raise BadRequest(
-            f"logit_bias: a bias is a number from {most}; that of {_named(wrong)} is not", param="logit_bias"
+            f"logit_bias: a bias is a number from {bounds}; that of {_list(wrong)} is not", param="logit_bias"
         )
     return tuple((int(key), float(value)) for key, value in bias.items())
 
@@ -153,16 +157,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _named(keys: list[str]) -> str:
-    """Keys as they were sent, the first few of many."""
-    more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-    return ", ".join(repr(key[:64]) for key in keys[:NAMED]) + more
+def _list(keys: list[str]) -> str:
+    """List keys as they were sent, the first few of many."""
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(repr(key[:64]) for key in keys[:MAX_NAMED]) + more
 
 
-def _logprobs(ask: SamplingFields, settings: Settings) -> int | None:
-    top = ask.top_logprobs or 0
+def _logprobs(fields: SamplingFields, settings: Settings) -> int | None:
+    top = fields.top_logprobs or 0
     if top > settings.max_top_logprobs:
         raise BadRequest(f"top_logprobs must be at most {settings.max_top_logprobs}", param="top_logprobs")
-    if top and not ask.logprobs:
-        raise BadRequest("top_logprobs belongs to logprobs; set logprobs too", param="top_logprobs")
-    return top if ask.logprobs else None
+    if top and not fields.logprobs:
+        raise BadRequest("top_logprobs needs logprobs; set logprobs too", param="top_logprobs")
+    return top if fields.logprobs else None

@@ -12,7 +12,7 @@ import compose_spec
 import pytest
 import yaml
 
-from service.server import LAST_WORDS
+from service.server import CLOSE_TIMEOUT
 from service.settings import Settings
 from tests.docker.image import ROOT, last, stages
 
@@ -88,7 +88,7 @@ def test_ours_agrees_with_the_dockerfile_and_the_settings(name):
     settings = Settings(**values)
     assert settings.api_key == ()
     grace = float(service["stop_grace_period"].removesuffix("s"))
-    assert grace >= settings.drain_timeout + LAST_WORDS + 5
+    assert grace >= settings.drain_timeout + CLOSE_TIMEOUT + 5
 
 
 def test_the_gpu_takes_the_cpus_place():

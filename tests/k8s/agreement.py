@@ -23,7 +23,7 @@ import model
 from service.app import create_app
 from service.metrics import RATE_WINDOW, Metrics
 from service.pool.supervisor import STOP_GRACE
-from service.server import LAST_WORDS
+from service.server import CLOSE_TIMEOUT
 from service.settings import Settings
 from tests.k8s.manifests import ROOT, Object, containers, of_kind, one, pod_spec
 
@@ -49,7 +49,7 @@ class Code:
         default_factory=lambda: frozenset(f"FLASH_{name.upper()}" for name in Settings.model_fields)
     )
     metrics: dict[str, frozenset[str]] = field(default_factory=_metrics)
-    last_words: float = LAST_WORDS
+    last_words: float = CLOSE_TIMEOUT
     stop_grace: float = STOP_GRACE
     rate_window: float = RATE_WINDOW
     version: str = model.__version__

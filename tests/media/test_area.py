@@ -12,9 +12,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from model.request import Area, Geometry
 from service.errors import BadRequest
 from service.media import MediaDecoder, MediaLimits, wire
-from service.media.geometry import check_size, to_geometry
-from service.media.process import ChildGone
+from service.media.child_process import ChildGone
 from service.media.refusal import Refusal
+from service.media.resize import check_size, resize_to_geometry
 from service.media.sniff import Kind
 from tests.media.samples import encoded, endless_gif, image_bytes, levels, picture, video_bytes
 
@@ -51,7 +51,7 @@ def test_pixels_equal_those_of_transformers(size):
         do_normalize=False,
     )
     made = processor(images=[image], return_tensors="np")
-    ours = to_geometry(image, BY_AREA)
+    ours = resize_to_geometry(image, BY_AREA)
     _, down, across = made["image_grid_thw"][0]
     assert ours.shape == (down * UNIT, across * UNIT, 3)
     patches = made["pixel_values"].reshape(down, across, 3, UNIT, UNIT)
@@ -76,7 +76,7 @@ async def test_images_come_at_their_own_size(decoder, size):
     medium = await decoder.decode(image_bytes("PNG", size), kind="image", num_frames=None, fps=None)
     assert medium.frames.shape[1:3] == IMAGE.fitted(size[1], size[0])
     assert medium.seconds_per_frame is None
-    np.testing.assert_array_equal(medium.frames[0], to_geometry(picture(*size), BY_AREA))
+    np.testing.assert_array_equal(medium.frames[0], resize_to_geometry(picture(*size), BY_AREA))
 
 
 @pytest.mark.anyio

@@ -96,8 +96,8 @@ def test_without_base64_the_content_is_percent_decoded():
         ("AAAAAA%", "'%' at offset 6"),
         ("A\N{NO-BREAK SPACE}AA", r"'\xa0' at offset 1"),
         ('AAAA"AAA', "'\"' at offset 4"),
-        ("AAAAA", "cut short"),
-        ("A", "cut short"),
+        ("AAAAA", "only one character"),
+        ("A", "only one character"),
         ("AA=A", "'=' before the end of its base64, at offset 2"),
         ("AA==AA==", "'=' before the end of its base64, at offset 2"),
         ("=AAA", "'=' before the end of its base64, at offset 0"),
@@ -194,7 +194,7 @@ def test_decoding_stops_at_the_limit(monkeypatch, form):
     text = FORMS[form](base64.b64encode(DATA).decode())
     with pytest.raises(TooLarge):
         data_uri.parse("data:;base64," + text).decode(999)
-    monkeypatch.setattr(data_uri, "_unsound", lambda *_: pytest.fail("read to its end"))
+    monkeypatch.setattr(data_uri, "_invalid_character", lambda *_: pytest.fail("read to its end"))
     with pytest.raises(TooLarge):
         data_uri.parse("data:;base64," + text.split("#")[0].rstrip("=\n") + "!" * 1000).decode(600)
 

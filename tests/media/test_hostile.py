@@ -154,7 +154,7 @@ async def test_video_limits():
             assert type(error) is TooLarge
             assert "66x48" in error.message
         error = await refusal(decoder, video_bytes("mp4", num_frames=21))
-        assert "more frames than the 20" in error.message
+        assert "more than the 20 frames" in error.message
         error = await refusal(decoder, video_bytes("mp4", num_frames=10, rate=1))
         assert "lasts 10 seconds" in error.message
         assert type(await refusal(decoder, bytes(100_001))) is TooLarge

@@ -256,11 +256,11 @@ def check(data: bytes, odd: str = "plain", samplings: list[tuple[int | None, flo
     if odd != "cut":
         assert numbers == list(range(85, 205) if odd == "edit list" else range(NUM_FRAMES)), "the file itself is odd"
     for (num_frames, fps), saving in itertools.chain(
-        zip(samplings, itertools.repeat(clip.SAVING)), zip(samplings[1::3], itertools.repeat(0))
+        zip(samplings, itertools.repeat(clip.SEEK_SAVING)), zip(samplings[1::3], itertools.repeat(0))
     ):
         wanted = expected(frames, num_frames, fps)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(clip, "SAVING", saving)  # 0: by keyframes wherever the packets allow it
+            patch.setattr(clip, "SEEK_SAVING", saving)  # 0: by keyframes wherever the packets allow it
             pixels, _ = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT)
         where = (num_frames, fps, saving)
         assert [number_of(as_encoded(frame, odd)) for frame in pixels] == [numbers[index] for index in wanted], where

@@ -189,8 +189,8 @@ class Crowd:
     """Connections to a server of our own, without sockets."""
 
     def __init__(self, most: int) -> None:
-        self.limit = Connections(most)
-        self.protocol: Any = type("Protocol", (BoundedHttpProtocol,), {"limit": self.limit})
+        self.connection_limit = Connections(most)
+        self.protocol: Any = type("Protocol", (BoundedHttpProtocol,), {"connection_limit": self.connection_limit})
         self.config, self.state = uvicorn.Config(serve, log_config=None), ServerState()
         self.transports: list[FakeTransport] = []
 
@@ -205,7 +205,7 @@ class Crowd:
         for one in tuple(self.state.connections):
             one.connection_lost(None)
         await asyncio.gather(*self.state.tasks, return_exceptions=True)
-        assert not self.limit.make_room(self.protocol(self.config, self.state, {}))
+        assert not self.connection_limit.make_room(self.protocol(self.config, self.state, {}))
 
 
 def test_the_longest_wait_ends_first_and_whoever_goes_on_is_left_alone() -> None:

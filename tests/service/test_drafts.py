@@ -15,11 +15,11 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from service.draft_watcher import DraftWatcher
 from service.errors import BadRequest, NoCapacity
 from service.pool import messages as m
 from service.pool.drafts import Drafts
 from service.settings import Settings
-from service.watch import Watch
 from tests.service.conftest import StartServer
 from tests.service.server import Server
 from tests.service.test_survival import LONG, streaming, text_of
@@ -166,15 +166,15 @@ def test_a_copy_lives_as_long_as_a_worker_may_read_it(tmp_path: Path) -> None:
 
         def send(self, message: m.ToWorker) -> None:
             if isinstance(message, m.ReadDraft):
-                self.drafts.on_answer(self, m.DraftReady(message.number))  # type: ignore[arg-type]
+                self.drafts.on_reply(self, m.DraftReady(message.number))  # type: ignore[arg-type]
             if isinstance(message, m.UseDraft):
-                self.drafts.on_answer(self, m.DraftUsed(message.number, None))  # type: ignore[arg-type]
+                self.drafts.on_reply(self, m.DraftUsed(message.number, None))  # type: ignore[arg-type]
 
     def weights_in(copy: Path) -> str | None:
         return (copy / "model.safetensors").read_text() if copy.exists() else None
 
     async def scenario() -> None:
-        drafts = Drafts(str(write(tmp_path / "first", "first")), keep=True)
+        drafts = Drafts(str(write(tmp_path / "first", "first")), keep_copy=True)
         drafts.start()
         up: Any = Obedient(drafts, "ready")
         loading: Any = Obedient(drafts, "loading")
@@ -243,11 +243,11 @@ def test_only_what_stays_the_same_over_two_looks_is_taken(tmp_path: Path, caplog
             raise error
         taken.append((Path(named) / "model.safetensors").read_text())
 
-    watch = Watch(str(folder), 1.0, change)
+    watch = DraftWatcher(str(folder), 1.0, change)
 
     def looks(number: int) -> list[str]:
         for _ in range(number):
-            asyncio.run(watch.once())
+            asyncio.run(watch.check())
         return taken
 
     assert looks(3) == [], "what is there when the service starts is what it has"

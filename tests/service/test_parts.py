@@ -19,7 +19,7 @@ from service.admission import Admission
 from service.errors import ClientLimit, EngineFailure, NoCapacity, ServiceError
 from service.metrics import Metrics
 from service.pool import messages as m
-from service.pool.arena import Arena, Shared
+from service.pool.arena import Arena, ArenaReader
 from service.pool.generation import Event, Generation
 from service.schemas.sampling import seed_of_choice
 from service.settings import Settings
@@ -94,19 +94,19 @@ def test_slots_are_counted_for_all_and_for_each_key() -> None:
     closed: list[NoCapacity] = []
     admission = Admission(lambda: 4, lambda: closed[0] if closed else None, per_key=2)
     first = admission.enter("a")
-    first.take(2)
+    first.add(2)
     with pytest.raises(ClientLimit):
         admission.enter("a")
     others = [admission.enter(None), admission.enter("b"), admission.enter(None)]
     assert admission.in_use == 2, "at the door nothing is taken"
     for other in others[:2]:
-        other.take(1)
+        other.add(1)
     with pytest.raises(NoCapacity) as full:
         admission.enter("c")
     with pytest.raises(NoCapacity):
-        others[2].take(1)
+        others[2].add(1)
     assert (full.value.code, admission.in_use) == ("queue_full", 4)
-    first.give_back(1)
+    first.release(1)
     first.leave()
     first.leave()
     assert admission.in_use == 2
@@ -114,20 +114,20 @@ def test_slots_are_counted_for_all_and_for_each_key() -> None:
     with pytest.raises(NoCapacity) as draining:
         admission.enter("a")
     assert draining.value.headers() == {"Retry-After": "7"}
-    others[2].take(1)  # it was inside before: it may stay
+    others[2].add(1)  # it was inside before: it may stay
 
 
 def test_the_house_is_empty_when_nobody_uploads_either() -> None:
     async def test() -> None:
         admission = Admission(lambda: 4, lambda: None, per_key=None)
-        await admission.emptied()
+        await admission.wait_until_empty()
         uploading, running = admission.enter(None), admission.enter(None)
-        running.take(1)
+        running.add(1)
         running.leave()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(admission.emptied(), 0.01)
+            await asyncio.wait_for(admission.wait_until_empty(), 0.01)
         uploading.leave()
-        await admission.emptied()
+        await admission.wait_until_empty()
 
     asyncio.run(test())
 
@@ -248,7 +248,7 @@ def test_media_reach_the_worker_unchanged(shared: bool) -> None:
     arena = Arena(1 << 20) if shared else None
     frames = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
     if arena is not None:
-        piece = arena.take(frames.nbytes)
+        piece = arena.allocate(frames.nbytes)
         assert piece is not None
         piece[:] = frames.reshape(-1)
         frames = piece.reshape(frames.shape)
@@ -256,7 +256,7 @@ def test_media_reach_the_worker_unchanged(shared: bool) -> None:
     submit = m.Submit("r", (Message("user", parts),), SamplingParams(stop=("x",), seed=2**63 - 1), False)
     sent = m.frame(submit, m.encoder(arena))
     assert len(sent) < (2 if shared else 5) * 50 * 70 * 3, "one medium of the two, reversed, is none of the arena's"
-    received = m.to_worker(None if arena is None else Shared(os.dup(arena.fd))).decode(sent[m.HEADER_BYTES :])
+    received = m.to_worker(None if arena is None else ArenaReader(os.dup(arena.fd))).decode(sent[m.HEADER_BYTES :])
     assert isinstance(received, m.Submit)
     before, medium, reversed_, after = received.request.messages[0].content
     assert isinstance(medium, Medium)
@@ -277,7 +277,7 @@ def test_the_arena_gives_out_no_byte_twice_and_gets_all_back(monkeypatch: pytest
     held: dict[int, np.ndarray] = {}
     refused = 0
     for number in range(2_000):
-        piece = arena.take(rng.randint(2, 6 * 4096))
+        piece = arena.allocate(rng.randint(2, 6 * 4096))
         if piece is None:
             refused += 1
         else:
@@ -298,20 +298,20 @@ def test_the_arena_gives_out_no_byte_twice_and_gets_all_back(monkeypatch: pytest
     most = taken_from_the_system()
     held.clear()
     del piece
-    assert arena.take(1) is not None
+    assert arena.allocate(1) is not None
     assert taken_from_the_system() <= 16 * 4096 < most
-    whole = arena.take(64 * 4096)
+    whole = arena.allocate(64 * 4096)
     assert whole is not None
-    assert arena.take(1) is None
-    assert arena.place_of(whole) == 0
-    assert arena.place_of(whole[4096:]) == 4096
-    assert arena.place_of(np.zeros(4096, np.uint8)) is None
-    assert arena.place_of(whole[::2]) is None
+    assert arena.allocate(1) is None
+    assert arena.offset_of(whole) == 0
+    assert arena.offset_of(whole[4096:]) == 4096
+    assert arena.offset_of(np.zeros(4096, np.uint8)) is None
+    assert arena.offset_of(whole[::2]) is None
 
 
 def test_a_place_outside_of_the_shared_memory_is_an_error() -> None:
     arena = Arena(4096)
-    shared = Shared(os.dup(arena.fd))
+    shared = ArenaReader(os.dup(arena.fd))
     for at, count in ((4090, 7), (-1, 1), (0, 4097)):
         with pytest.raises(ValueError, match="outside"):
             shared.read(at, count)

@@ -30,7 +30,7 @@ from service.metrics import Metrics
 from service.pool.generation import Generation
 from service.pool.messages import Submit
 from service.pool.pool import Pool
-from service.pool.supervisor import Death, WorkerPlan
+from service.pool.supervisor import Death, WorkerConfig
 from service.settings import holds_keys
 from tests.service.conftest import StartServer
 from tests.service.server import Server, chat_body
@@ -686,7 +686,7 @@ def test_nothing_is_left_after_many_requests_of_which_some_are_dropped(start_ser
 
 @pytest.mark.parametrize("num_newcomers", [1, 2, 5])
 def test_who_waits_for_a_suspect_that_leaves_goes_on_at_once(num_newcomers: int) -> None:
-    plan = WorkerPlan("", {}, load_timeout=1, stall_timeout=1, max_restarts=1)
+    plan = WorkerConfig("", {}, load_timeout=1, stall_timeout=1, max_restarts=1)
     pool = Pool([plan], max_request_retries=2, observer=Metrics("model"))
     (worker,) = pool.workers
     worker.state = "ready"
@@ -700,6 +700,6 @@ def test_who_waits_for_a_suspect_that_leaves_goes_on_at_once(num_newcomers: int)
     pool._dispatch(suspect)
     for number in range(num_newcomers):
         submit(f"newcomer {number}")
-    assert (pool.num_at(worker), pool.num_parked) == (1, 1 + num_newcomers)
+    assert (pool.num_running_on(worker), pool.num_parked) == (1, 1 + num_newcomers)
     pool.abort(suspect)
-    assert (pool.num_at(worker), pool.num_parked) == (1 + num_newcomers, 0)
+    assert (pool.num_running_on(worker), pool.num_parked) == (1 + num_newcomers, 0)

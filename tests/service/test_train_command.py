@@ -137,7 +137,7 @@ def test_what_makes_no_sense_is_refused_by_name(target: Path, manifest: Path, tm
         code, text = complaint(*where, *more)
         assert (code, told in text) == (2, True), text
     for more, told in (
-        (["--strict"], "1 bad lines"),
+        (["--strict"], "1 lines are unusable"),
         (["--prompt", "What?"], "goes with a folder"),
         (["--hidden-size", "100"], "multiple of 64"),
         (["--drafter", "medusa", "--latents", "4"], "num_latents"),

@@ -243,7 +243,7 @@ async def settled() -> None:
 
 async def look(uploads: Uploads, times: int = 1) -> None:
     for _ in range(times):
-        uploads.look()
+        uploads.check()
         await settled()
 
 
@@ -330,7 +330,7 @@ def test_the_bytes_of_bodies_that_are_gone_are_off_the_account() -> None:
             with client._upload, suppress(ServiceError):
                 await client.send(2000, last=last)
                 if last:
-                    await client._upload.used_by(asyncio.sleep(0))
+                    client._upload.close()
                     assert uploads.num_bytes == 0
                     return
                 await look(uploads, 5)

@@ -1,7 +1,7 @@
-"""How large a share of the largest allowed file one is, told from a few bytes of its header.
+"""Estimate from a file's header how large it is, as a share of the largest allowed file.
 
-For the order in which files are decoded, not for any limit: a header that lies gets its file decoded sooner than it
-should be, and stopped sooner too. This runs outside the confined children, so it reads a bounded number of fields and
+The estimate decides the order and the processor time of decoding, not any limit: a header that lies gets its file
+decoded sooner, and stopped sooner. This runs outside the confined children, so it reads a bounded number of fields and
 decodes nothing.
 """
 
@@ -14,23 +14,25 @@ from service.media.limits import MediaLimits
 from service.media.sniff import Format, Kind
 
 MAX_SEGMENTS = 1024  # of a JPEG before its size, or blocks of a GIF before its first frame; phones write some dozens
-MAX_ITEMS = 256  # of an ISO media file that have a size
-ITEM_BYTES = 64 * 1024  # in which they are
+MAX_ITEMS = 256  # items with a size that are read of an ISO media file
+ITEM_BYTES = 64 * 1024  # bytes of an ISO media file that are searched for them
 JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 
 
-def share_of(data: bytes, kind: Kind, format: Format, limits: MediaLimits) -> float:
-    """From 0 to 1: of the pixels or of the bytes that are allowed, whichever is more. A picture whose header does not
-    say its size counts as one of the largest; of a video only the bytes are known."""
+def size_share(data: bytes, kind: Kind, format: Format, limits: MediaLimits) -> float:
+    """Return the share (0 to 1) of the allowed pixels or bytes, whichever is larger.
+
+    A picture whose header does not say its size counts as one of the largest; for a video only the bytes count.
+    """
     share = len(data) / limits.max_bytes
     if kind == "image":
-        size = picture_size(data, format)
+        size = size_from_header(data, format)
         share = max(share, 1.0 if size is None else size[0] * size[1] / limits.max_pixels)
     return min(share, 1.0)
 
 
-def picture_size(data: bytes, format: Format) -> tuple[int, int] | None:
-    """(width, height) that the header claims."""
+def size_from_header(data: bytes, format: Format) -> tuple[int, int] | None:
+    """Return (width, height) as the header claims, or None where it does not say."""
     try:
         match format:
             case "JPEG":
@@ -50,7 +52,7 @@ def picture_size(data: bytes, format: Format) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Segments are FF, marker, length of the rest (2 bytes); the size is in the start of frame."""
+    """Read the size in the start-of-frame segment; segments are FF, marker, length of the rest (2 bytes)."""
     at = 2
     for _ in range(MAX_SEGMENTS):
         marker, length = struct.unpack_from(">xBH", data, at)
@@ -64,11 +66,11 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _gif_size(data: bytes) -> tuple[int, int] | None:
-    """Of the canvas, or of the first frame where that reaches beyond it: decoders enlarge the canvas then."""
+    """Return the canvas size, enlarged to hold the first frame as decoders do."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)  # behind the colour table
     for _ in range(MAX_SEGMENTS):
-        if data[at] == 0x2C:  # the frame; 0x21: an extension, then blocks with their length, up to an empty one
+        if data[at] == 0x2C:  # the frame; 0x21 is an extension: blocks with their length, up to an empty one
             left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, at + 1)
             return max(width, left + frame_width), max(height, top + frame_height)
         at += 2 if data[at] == 0x21 else 1 + data[at]
@@ -82,7 +84,7 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
 
 
 def _iso_size(data: bytes) -> tuple[int, int] | None:
-    """The largest "ispe" (size of an item) of AVIF and HEIC: of the picture, its tiles and its thumbnails."""
+    """Return the largest "ispe" (item size) of an AVIF or HEIC: of its picture, tiles and thumbnails."""
     sizes: list[tuple[int, int]] = []
     at = 0
     while (at := data.find(b"ispe", at, ITEM_BYTES)) >= 0 and len(sizes) < MAX_ITEMS:

@@ -1,7 +1,7 @@
-"""One decoding child as its parent sees it: start, hand over a job, kill, reap. Knows nothing of media.
+"""Start one decoding child, send it jobs, kill and reap it. Knows nothing of media.
 
-Files and pixels go through a socket straight from and into their buffers, as much at a time as it holds, so that a
-large one never holds up the loop; streams and transports would copy each of them several times.
+Files and pixels go through the socket straight from and into their buffers, in pieces that never block the event loop;
+asyncio's streams and transports would copy each of them several times.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 import service
 from service.media import wire
 
-ONE_WRITE = 256 * 1024  # bytes; with a file up to this size the message goes along
+ONE_WRITE = 256 * 1024  # bytes; a file up to this size is sent in one write with its message
 Buffer = TypeVar("Buffer", bytearray, memoryview)
 PACKAGE_ROOT = Path(service.__file__).resolve().parents[1]
 
 
 class ChildGone(Exception):
-    """The child died, or stopped making sense. `by_itself`: nobody killed it, so the job is the reason."""
+    """The child died or broke the protocol. `by_itself`: it was not killed from outside, so the job is the cause."""
 
     def __init__(self, *, by_itself: bool) -> None:
         super().__init__("the decoding child is gone")
@@ -35,33 +35,35 @@ class ChildGone(Exception):
 
 
 def _environment() -> dict[str, str]:
-    """What a child may know: no keys, no tokens, no proxies; and one thread and few arenas, for its memory limit."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
+    """Return a child's environment: no keys, tokens or proxies; one thread and few arenas, for its memory limit."""
+    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "LANG", "LC_ALL") if name in os.environ}
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    return {**kept, **threads, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**inherited, **threads, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-class Memory(Protocol):
-    """Somewhere to put pixels."""
+class PixelAllocator(Protocol):
+    """Memory for decoded pixels; pool/arena.py has one that workers share."""
 
-    def take(self, num_bytes: int) -> np.ndarray | None:
-        """(num_bytes,) uint8; None where there is no room."""
+    def allocate(self, num_bytes: int) -> np.ndarray | None:
+        """Return (num_bytes,) uint8, or None without room."""
         ...
 
 
 class Child:
-    """Owned by one task at a time, except that anyone may `kill()`."""
+    """A decoding child. One task uses it at a time, but anyone may `kill()` it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, sock: socket.socket, memory: Memory | None) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, sock: socket.socket, allocator: PixelAllocator | None
+    ) -> None:
         self._process = process
         self._sock = sock
-        self._memory = memory
+        self._allocator = allocator
         self._loop = asyncio.get_running_loop()
         self.num_jobs = 0
 
     @classmethod
-    async def spawn(cls, setup: wire.Setup, memory: Memory | None = None) -> Child:
-        """A new process, not yet warm. Raises OSError when there can be none."""
+    async def spawn(cls, setup: wire.Setup, allocator: PixelAllocator | None = None) -> Child:
+        """Start a process; it is not warm yet. Raises OSError where that fails."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         try:
@@ -70,14 +72,14 @@ class Child:
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 env=_environment(),
-                start_new_session=True,  # its own group to kill, and no Ctrl-C meant for the service
+                start_new_session=True,  # its own process group to kill, and no Ctrl-C that is meant for the service
             )
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        return cls(process, ours, memory)
+        return cls(process, ours, allocator)
 
     @property
     def pid(self) -> int:
@@ -88,19 +90,19 @@ class Child:
         return self._process.returncode is None
 
     async def ready(self) -> None:
-        """Returns when the child is warm. Raises ChildGone when it will never be."""
+        """Wait until the child is warm. Raises ChildGone where it never will be."""
         try:
             reply, _ = await self._receive(max_payload=0)
-            if reply != wire.Ready():
-                raise wire.WireError("expected Ready")
+            if reply != wire.Started():
+                raise wire.WireError("expected Started")
         except (OSError, EOFError, wire.WireError) as error:
             raise ChildGone(by_itself=True) from error
 
     async def run(self, job: wire.Job, data: bytes, *, max_reply: int) -> tuple[wire.Reply, np.ndarray]:
-        """Hand over one job and wait for its answer: the message, and the payload as (bytes,) uint8.
+        """Send one job and wait for its reply: the message, and the payload as (bytes,) uint8.
 
-        Raises ChildGone, and TimeoutError where the processor time was used up. When it raises anything, cancellation
-        included, the child is of no further use: kill it.
+        Raises ChildGone, and TimeoutError where the processor time is used up. After any exception, cancellation
+        included, the child must be killed.
         """
         self.num_jobs += 1
         try:
@@ -115,13 +117,13 @@ class Child:
             raise ChildGone(by_itself=code != -signal.SIGKILL) from error
 
     def kill(self) -> None:
-        """At once, and for good; `reap()` must follow."""
+        """Kill the child; `reap()` must follow."""
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def reap(self) -> None:
-        """Wait for the end of a killed child and close its socket."""
+        """Close the socket of a killed child and wait for its end."""
         self._sock.close()
         await self._process.wait()
 
@@ -137,14 +139,14 @@ class Child:
         prefix = await self._read(bytearray(wire.PREFIX.size))
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=max_payload)
         reply = wire.unpack_reply(await self._read(bytearray(num_message)))
-        payload = self._memory.take(num_payload) if self._memory is not None and num_payload else None
+        payload = self._allocator.allocate(num_payload) if self._allocator is not None and num_payload else None
         if payload is None:
             payload = np.empty(num_payload, dtype=np.uint8)
         await self._read(payload.data)
         return reply, payload
 
     async def _read(self, buffer: Buffer) -> Buffer:
-        """Fill the buffer. Raises EOFError."""
+        """Fill the buffer from the socket. Raises EOFError."""
         view = memoryview(buffer)
         while view:
             try:

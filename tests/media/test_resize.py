@@ -7,10 +7,10 @@ import pytest
 from transformers import CLIPImageProcessorPil
 
 from model.request import Geometry
-from service.media.geometry import check_size, resized, to_geometry
 from service.media.image import decode_image
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
+from service.media.resize import check_size, resize_to_geometry, resized
 from tests.media.samples import encoded, picture
 
 SIZES = [
@@ -65,7 +65,7 @@ def by_transformers(image, geometry: Geometry) -> np.ndarray:
 def test_pixels_equal_those_of_transformers(size, geometry):
     image = picture(*size)
     expected = by_transformers(image, geometry)
-    np.testing.assert_array_equal(to_geometry(image, geometry), expected)
+    np.testing.assert_array_equal(resize_to_geometry(image, geometry), expected)
 
 
 def test_a_decoded_file_equals_what_transformers_makes_of_it():

@@ -1,6 +1,6 @@
-"""A decoded picture brought to the target's size, as transformers' PIL image processors would do it.
+"""Resize and crop a decoded picture to the target's geometry, with the same pixels as transformers' PIL processors.
 
-Same steps, same rounding, so that preprocessing here or there gives the same pixels. Knows nothing of files.
+Same steps and rounding as theirs. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from service.media.sniff import Kind
 def check_size(
     width: int, height: int, *, max_pixels: int, limits: MediaLimits, geometry: Geometry, kind: Kind = "image"
 ) -> None:
-    """Refuse a picture by its size alone; call it before the pixels exist.
+    """Raise Refusal for a picture whose size is not allowed; to be called before its pixels are decoded.
 
-    The size after resizing counts as well: with a fixed shortest edge, an 8x16384 strip would grow two-hundredfold.
+    The aspect ratio is limited as well: with a fixed shortest edge, an 8x16384 strip would grow two-hundredfold.
     """
     if min(width, height) < limits.min_side:
         raise Refusal("too_small", width=width, height=height, min_side=limits.min_side)
@@ -40,7 +40,7 @@ def check_size(
 
 
 def resized(width: int, height: int, geometry: Geometry, kind: Kind = "image", num_frames: int = 1) -> tuple[int, int]:
-    """(width, height) after the resize step, of an image or of one frame of a video that gives so many."""
+    """Return (width, height) after the resize step, of an image or of one of `num_frames` frames of a video."""
     if geometry.exact is not None:
         return geometry.exact[1], geometry.exact[0]
     if (area := geometry.area(kind)) is not None:
@@ -49,12 +49,12 @@ def resized(width: int, height: int, geometry: Geometry, kind: Kind = "image", n
     if geometry.shortest_edge is None:
         return width, height
     short, long = min(width, height), max(width, height)
-    new_long = int(geometry.shortest_edge * long / short)  # truncated, not rounded: as transformers does
+    new_long = int(geometry.shortest_edge * long / short)  # truncated as transformers does, not rounded
     return (geometry.shortest_edge, new_long) if width <= height else (new_long, geometry.shortest_edge)
 
 
-def to_geometry(image: Image.Image, geometry: Geometry, kind: Kind = "image", num_frames: int = 1) -> np.ndarray:
-    """image: RGB; one frame of `num_frames` for a video. Returns (height, width, 3) uint8."""
+def resize_to_geometry(image: Image.Image, geometry: Geometry, kind: Kind = "image", num_frames: int = 1) -> np.ndarray:
+    """Resize and crop an RGB image, or one of `num_frames` frames of a video; return (height, width, 3) uint8."""
     size = resized(*image.size, geometry, kind, num_frames)
     if geometry.exact is not None or geometry.shortest_edge is not None or size != image.size:
         image = image.resize(size, resample=Image.Resampling(geometry.resample))
@@ -63,11 +63,11 @@ def to_geometry(image: Image.Image, geometry: Geometry, kind: Kind = "image", nu
 
 
 def _centre_crop(pixels: np.ndarray, crop_height: int, crop_width: int) -> np.ndarray:
-    """pixels: (height, width, 3). A picture smaller than the crop is set in the middle of black."""
+    """Crop pixels (height, width, 3) at their centre; pad with black where they are smaller than the crop."""
     height, width = pixels.shape[:2]
     top, left = (height - crop_height) // 2, (width - crop_width) // 2  # may be negative
     if top < 0 or left < 0:
-        # Rounded up here and down above, as transformers does: odd differences shift by one pixel otherwise.
+        # Rounded up here and down above, as transformers does; otherwise odd differences shift by one pixel.
         padded_height, padded_width = max(crop_height, height), max(crop_width, width)
         top_pad, left_pad = ceil((padded_height - height) / 2), ceil((padded_width - width) / 2)
         padded = np.zeros((padded_height, padded_width, 3), dtype=pixels.dtype)

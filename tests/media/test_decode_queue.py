@@ -1,4 +1,4 @@
-"""Who decodes next: by size, arrival and client, in places of which some are for small pictures only."""
+"""Who decodes next: by size, arrival and client, in lanes of which some are for small pictures only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import random
 import pytest
 
 from service.errors import NoCapacity
+from service.media.decode_queue import DecodeQueue, lanes
 from service.media.sniff import Kind
-from service.media.turns import Turns, places
 
 pytestmark = pytest.mark.anyio
 
@@ -18,10 +18,10 @@ KINDS: tuple[Kind, ...] = ("image", "video")
 
 
 class Crowd:
-    """Tasks that take turns; `order` has their names as they were let in."""
+    """Tasks that queue for a lane; `order` has their names as they were let in."""
 
     def __init__(self, num_image: int = 1, num_video: int = 0, *, patience: float = 100.0, max_waiting: int = 100):
-        self.turns = Turns(places(num_image, num_video), patience=patience, max_waiting=max_waiting)
+        self.queue = DecodeQueue(lanes(num_image, num_video), patience=patience, max_waiting=max_waiting)
         self.order: list[str] = []
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
@@ -30,7 +30,7 @@ class Crowd:
         self._ends[name] = asyncio.Event()
 
         async def stay() -> None:
-            async with self.turns.turn(kind, share, name if client is None else client):
+            async with self.queue.lane(kind, share, name if client is None else client):
                 self.order.append(name)
                 await self._ends[name].wait()
 
@@ -86,7 +86,7 @@ async def test_one_client_with_many_waits_for_another_with_few():
     order = await crowd.leave_all()
     assert order[:4] == ["greedy 0", "modest 0", "greedy 1", "modest 1"]
     await crowd.enter("greedy again", client="greedy")  # what is done counts no more
-    assert crowd.turns._by_client == {"greedy": 1}
+    assert crowd.queue._by_client == {"greedy": 1}
 
 
 async def test_a_small_one_goes_first_even_from_a_client_with_many():
@@ -112,7 +112,7 @@ async def test_large_pictures_leave_places_for_smaller_ones():
     await crowd.enter("next", 0.05)
     assert crowd.order[3:] == ["next"]
     await crowd.enter("last", 0.05)
-    await crowd.leave("large 0")  # a place for all sizes: for the first in order
+    await crowd.leave("large 0")  # a lane for all sizes: for the first in order
     assert crowd.order[4:] == ["last"]
 
 
@@ -129,9 +129,9 @@ async def test_a_small_one_takes_the_narrowest_place():
     [(1, [1.0]), (2, [1.0, 0.25]), (3, [1.0, 0.25, 0.0625]), (5, [1.0, 1.0, 1.0, 0.25, 0.0625])],
 )
 async def test_how_many_places_take_what(num_image, shares):
-    assert [place.max_share for place in places(num_image, 2) if "image" in place.kinds] == shares
-    assert [place.max_share for place in places(num_image, 2) if "video" in place.kinds] == [1.0, 1.0]
-    assert all(place.kinds == {"image", "video"} for place in places(num_image, 0))
+    assert [lane.max_share for lane in lanes(num_image, 2) if "image" in lane.kinds] == shares
+    assert [lane.max_share for lane in lanes(num_image, 2) if "video" in lane.kinds] == [1.0, 1.0]
+    assert all(lane.kinds == {"image", "video"} for lane in lanes(num_image, 0))
 
 
 async def test_videos_and_pictures_wait_in_lines_of_their_own():
@@ -166,7 +166,7 @@ async def test_who_waits_too_long_is_refused_and_the_others_are_not():
     await crowd.enter("late")
     with pytest.raises(NoCapacity):
         await crowd.tasks["late"]
-    assert crowd.turns.num_waiting == 0
+    assert crowd.queue.num_waiting == 0
     await crowd.enter("next")
     assert await crowd.leave_all() == ["first", "next"]
 
@@ -176,7 +176,7 @@ async def test_at_the_end_everybody_who_waits_is_refused():
     for name in "abc":
         await crowd.enter(name)
     crowd.tasks["b"].cancel()
-    crowd.turns.refuse_all(lambda: NoCapacity("over"))
+    crowd.queue.refuse_all(lambda: NoCapacity("over"))
     await crowd.settle()
     assert isinstance(crowd.tasks["c"].exception(), NoCapacity)
     assert crowd.tasks["b"].cancelled()
@@ -184,13 +184,13 @@ async def test_at_the_end_everybody_who_waits_is_refused():
 
 
 async def test_clients_that_leave_at_any_moment_leave_nothing():
-    """A thousand random arrivals, departures and cancellations: no place is lost, and none is given twice."""
+    """A thousand random arrivals, departures and cancellations: no lane is lost, and none is given twice."""
     rng = random.Random(3)
-    turns = Turns(places(3, 1), patience=5.0, max_waiting=30)
+    queue = DecodeQueue(lanes(3, 1), patience=5.0, max_waiting=30)
     inside: dict[str, int] = {"image": 0, "video": 0}
 
     async def visit(kind: Kind, share: float, steps: int) -> None:
-        async with turns.turn(kind, share, rng.choice("xyz")):
+        async with queue.lane(kind, share, rng.choice("xyz")):
             inside[kind] += 1
             assert inside["image"] <= 3
             assert inside["video"] <= 1
@@ -209,9 +209,9 @@ async def test_clients_that_leave_at_any_moment_leave_nothing():
             await asyncio.sleep(0)
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(result) for result in results} <= {type(None), asyncio.CancelledError, NoCapacity}
-    assert turns.num_waiting == 0
-    assert not turns._by_client
+    assert queue.num_waiting == 0
+    assert not queue._by_client
     async with contextlib.AsyncExitStack() as stack:
         for share in (1.0, 0.25, 0.01):
-            await asyncio.wait_for(stack.enter_async_context(turns.turn("image", share)), 1)
-        await asyncio.wait_for(stack.enter_async_context(turns.turn("video", 1.0)), 1)
+            await asyncio.wait_for(stack.enter_async_context(queue.lane("image", share)), 1)
+        await asyncio.wait_for(stack.enter_async_context(queue.lane("video", 1.0)), 1)

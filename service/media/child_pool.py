@@ -1,7 +1,7 @@
-"""Keeps a number of decoding children warm, so that whoever needs one finds it ready.
+"""Keep a number of decoding children warm, lend them out, and replace those that fail.
 
-A child that is not given back in order is killed, and another starts in the background: with more children than are
-in use at a time, nobody waits for that. Knows nothing of jobs, nor of their order.
+A replacement starts in the background; with more children than are in use at a time, nobody waits for it. Knows nothing
+of jobs or their order.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 from service.errors import NoCapacity
 from service.media import wire
-from service.media.process import Child, ChildGone, Memory
+from service.media.child_process import Child, ChildGone, PixelAllocator
 
 
-class Children:
-    """`await start()`, then any number of `await borrow()`, each with its `give_back()`; `await close()`."""
+class ChildPool:
+    """`await start()`, then any number of `await borrow()`, each with its `release()`; finally `await close()`."""
 
-    def __init__(self, setup: wire.Setup, memory: Memory | None, size: int) -> None:
-        self.num_started = 0  # that became warm
-        self._setup, self._memory, self._size = setup, memory, size
-        self._all: set[Child] = set()  # that have a process: starting, idle, in use or about to be reaped
+    def __init__(self, setup: wire.Setup, allocator: PixelAllocator | None, size: int) -> None:
+        self.num_started = 0  # children that became warm
+        self._setup, self._allocator, self._size = setup, allocator, size
+        self._all: set[Child] = set()  # all with a process: starting, idle, in use or about to be reaped
         self._idle: list[Child] = []
         self._in_use: set[Child] = set()
         self._borrowers: deque[asyncio.Future[Child]] = deque()
         self._num_starting = 0
-        self._tasks: set[asyncio.Task[None]] = set()  # that start or reap a child
-        self._all_back = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()  # each starts or reaps a child
+        self._none_in_use = asyncio.Event()
         self._open = False
 
     @property
@@ -40,7 +40,7 @@ class Children:
         return len(self._idle)
 
     async def start(self) -> None:
-        """Start all and wait until they are warm. Raises RuntimeError where one cannot be started."""
+        """Start all children and wait until they are warm. Raises RuntimeError where one cannot be started."""
         self._open = True
         self._start_missing()
         try:
@@ -53,14 +53,14 @@ class Children:
             raise
 
     async def borrow(self) -> Child:
-        """A warm child. Waits for one that starts where none is idle. Raises NoCapacity where none can be had."""
+        """Return a warm child, waiting for one if none is idle. Raises NoCapacity where none can be started."""
         if not self._open:
             raise shutting_down()
         while self._idle:
             child = self._idle.pop()
             if child.alive:
                 self._in_use.add(child)
-                self._start_missing()  # where an earlier start failed
+                self._start_missing()  # retries an earlier start that failed
                 return child
             self._replace(child)
         borrower: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
@@ -70,21 +70,21 @@ class Children:
             return await borrower
         except asyncio.CancelledError:
             if borrower.done() and not borrower.cancelled() and borrower.exception() is None:
-                self.give_back(borrower.result(), keep=True)
+                self.release(borrower.result(), keep=True)
             raise
 
-    def give_back(self, child: Child, *, keep: bool) -> None:
-        """keep: the child can go on. Never awaits: also for clients that leave, whose tasks may await no more."""
+    def release(self, child: Child, *, keep: bool) -> None:
+        """Return a borrowed child; without `keep` it is replaced. Never awaits, since the caller may be cancelled."""
         self._in_use.discard(child)
         if keep and self._open:
             self._hand_out(child)
         else:
             self._replace(child)
         if not self._in_use:
-            self._all_back.set()
+            self._none_in_use.set()
 
     async def close(self) -> None:
-        """Kill every child, those at work included, and wait until all are gone."""
+        """Kill every child, busy ones included, and wait until all are gone."""
         if not self._open:
             return
         self._open = False
@@ -93,14 +93,14 @@ class Children:
         self._fail_borrowers(shutting_down())
         while self._idle:
             self._replace(self._idle.pop())
-        while self._in_use:  # each is reaped when its borrower has seen the end of it
-            self._all_back.clear()
-            await self._all_back.wait()
+        while self._in_use:  # each is reaped when its borrower releases it
+            self._none_in_use.clear()
+            await self._none_in_use.wait()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     def _hand_out(self, child: Child) -> None:
-        """Give a warm child to the first who waits for one."""
+        """Pass a warm child to the first waiting borrower."""
         while self._borrowers:
             borrower = self._borrowers.popleft()
             if not borrower.done():
@@ -124,20 +124,20 @@ class Children:
             self._run(self._start())
 
     async def _start(self) -> None:
-        """One more child. Where it does not start, nobody tries again until the next `borrow()`."""
+        """Start one more child; where that fails, the next `borrow()` tries again."""
         child = await self._warm_child()
         self._num_starting -= 1
         if child is not None:
             self.num_started += 1
             self._in_use.add(child)
-            self.give_back(child, keep=True)
+            self.release(child, keep=True)
         elif not self._num_starting:
             self._fail_borrowers(NoCapacity("media cannot be decoded at the moment"))
 
     async def _warm_child(self) -> Child | None:
         child: Child | None = None
         try:
-            child = await Child.spawn(self._setup, self._memory)
+            child = await Child.spawn(self._setup, self._allocator)
             self._all.add(child)
             if not self._open:  # closed meanwhile
                 child.kill()
