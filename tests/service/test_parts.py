@@ -272,7 +272,7 @@ def test_media_reach_the_worker_unchanged(shared: bool) -> None:
 
 def test_the_arena_gives_out_no_byte_twice_and_gets_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the system gets back what lies beyond the part that is kept, from between what others hold."""
-    monkeypatch.setattr("service.pool.arena.KEPT", 16 * 4096)
+    monkeypatch.setattr("service.pool.arena.RETAINED", 16 * 4096)
     arena, rng = Arena(64 * 4096), random.Random(0)
     held: dict[int, np.ndarray] = {}
     refused = 0

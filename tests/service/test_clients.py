@@ -1,0 +1,127 @@
+"""Clients that leave or do not read, requests that time out, queues that fill."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.service.conftest import StartServer
+from tests.service.server import chat_body
+from tests.service.streams import LONG, engine_is_idle, kill_worker, streaming, unread
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_generation(start_server: StartServer, stream: bool) -> None:
+    server = start_server({"delay": 0.02})
+    body = json.dumps(chat_body(stream=stream, **LONG)).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        server.wait(lambda: server.metric("flash_requests_running") == 1)
+    server.wait(lambda: engine_is_idle(server), 3)
+    assert server.metric("flash_requests_total", outcome="abort") == 1
+    assert server.metric("flash_generation_tokens_total") < 1000
+    assert "Traceback" not in server.log_text()
+
+
+def test_a_client_that_does_not_read_is_cut_off_in_the_end(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.0}, request_timeout=2, max_new_tokens=10**5)
+    with unread(server):
+        server.wait(lambda: server.metric("flash_requests_total", outcome="timeout"))
+        server.wait(lambda: engine_is_idle(server))
+    assert "Traceback" not in server.log_text()
+
+
+def test_a_request_that_takes_too_long_times_out(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.05}, request_timeout=0.5)
+    late = server.chat(**LONG)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    with streaming(server, **LONG) as stream:
+        assert list(stream)[-1]["error"]["code"] == "timeout"
+    server.wait(lambda: engine_is_idle(server), 3)
+    assert server.metric("flash_requests_total", outcome="timeout") == 2
+
+
+# -- the queue is full
+
+
+def test_a_full_queue_says_so_at_once_and_empties_again(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=2)
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(lambda i: server.chat(f"number {i}", max_tokens=40), range(12)))
+    refused = [response for response in responses if response.status_code == 503]
+    assert len(refused) == 9, "one decoded, two waiting"
+    for response in refused:
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "queue_full"
+        assert response.elapsed.total_seconds() < 0.4
+    assert server.metric("flash_requests_rejected_total", reason="queue_full") == 9
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_choices_count_and_no_slot_is_lost_when_they_do_not_fit(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=2)
+    assert server.chat(n=3, max_tokens=1).status_code == 200
+    with streaming(server, **LONG) as stream:
+        next(stream)
+        assert server.chat(n=3, max_tokens=1).status_code == 503
+        assert server.health()["requests"] == 1
+    server.wait(lambda: server.health()["requests"] == 0)
+
+
+def test_more_choices_than_there_are_places_are_not_asked_for_again(start_server: StartServer) -> None:
+    """They were told to try again soon, for ever. A worker that comes back brings its places with it."""
+    server = start_server({"load_delay": 1}, workers=2, max_num_seqs=2, max_waiting=1, max_n=16)
+    refused = server.chat(n=6, max_tokens=1)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "at most 5" in refused.json()["error"]["message"]
+    assert server.chat(n=5, max_tokens=1).status_code == 200
+    kill_worker(server)
+    server.wait(lambda: server.metric("flash_worker_up") == 1)
+    assert server.chat(n=5, max_tokens=1).json()["error"]["code"] == "queue_full"
+
+
+def test_more_choices_than_a_key_may_have_are_not_asked_for_again(start_server: StartServer) -> None:
+    server = start_server(api_key="key", max_requests_per_key=3)
+    server.http.headers["Authorization"] = "Bearer key"
+    refused = server.chat(n=4, max_tokens=1)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert server.chat(n=3, max_tokens=1).status_code == 200
+
+
+def test_the_slot_comes_before_the_body(start_server: StartServer) -> None:
+    """Else a full server would still take in, parse and decode everything that it then refuses."""
+    server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=0)
+    with streaming(server, **LONG) as stream:
+        next(stream)
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
+            assert client.recv(100).startswith(b"HTTP/1.1 503")
+
+
+def test_nothing_is_left_after_many_requests_of_which_some_are_dropped(start_server: StartServer) -> None:
+    server = start_server({"delay": 0.001}, workers=2)
+    dropped = threading.Semaphore(0)
+
+    def one(i: int) -> None:
+        if i % 3:
+            assert server.chat(f"number {i}", max_tokens=5 + i % 20, n=1 + i % 2).status_code == 200
+            return
+        with streaming(server, f"number {i}", **LONG) as stream:
+            for _ in range(i % 5 + 1):
+                next(stream)
+        dropped.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(120)))
+    server.wait(lambda: engine_is_idle(server), 5)
+    server.wait(lambda: server.metric("flash_requests_total", outcome="abort") == 40, 5)
+    assert all(worker["requests"] == 0 for worker in server.health()["workers"])
+    assert server.metric("flash_kv_cache_usage_ratio") == 0
+    assert "Traceback" not in server.log_text()
