@@ -28,8 +28,8 @@ def train(
         list[str] | None,
         typer.Option(help="Prompt for every file of a folder; repeatable.", rich_help_panel=DATA),
     ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the data kept for evaluation, 0 to 1.", rich_help_panel=DATA)
+    evaluation_share: Annotated[
+        float, typer.Option("--held-out", help="Share of the data kept for evaluation, 0 to 1.", rich_help_panel=DATA)
     ] = 0.05,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at an unusable line instead of skipping it.", rich_help_panel=DATA)
@@ -198,7 +198,7 @@ def train(
         fitting = most_frames(opened_target, config.context(opened_target.max_positions))
         limits = replace(limits, max_frames=min(limits.max_frames, fitting))
         with decode_files(limits, opened_target.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
-            prompts = manifest.FilePrompts(read, decode, held_out)
+            prompts = manifest.FilePrompts(read, decode, evaluation_share)
             each = batch * accumulate * team.size
             if epochs is not None:
                 steps = max(1, round(epochs * len(prompts.train) / each))

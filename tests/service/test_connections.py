@@ -20,8 +20,8 @@ from uvicorn.server import ServerState
 from service.connections import MAX_DESCRIPTORS, Connections, raise_descriptor_limit
 from service.server import BoundedHttpProtocol
 from tests.service.conftest import StartServer
+from tests.service.refusals import connected
 from tests.service.server import Server, chat_body
-from tests.service.test_refusals import connected
 
 MOST = 24
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"

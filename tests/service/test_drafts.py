@@ -22,7 +22,7 @@ from service.pool.drafts import Drafts
 from service.settings import Settings
 from tests.service.conftest import StartServer
 from tests.service.server import Server
-from tests.service.test_survival import LONG, streaming, text_of
+from tests.service.streams import LONG, streaming, text_of
 
 KEY = "a key for the admin"
 

@@ -16,8 +16,8 @@ import pytest
 from service.origin import checks_hosts
 from service.settings import Settings
 from tests.service.conftest import StartServer
+from tests.service.refusals import MULTIPART, URLENCODED, refusal
 from tests.service.server import Server, chat_body
-from tests.service.test_refusals import MULTIPART, URLENCODED, refusal
 
 TEXT = json.dumps(chat_body(max_tokens=1)).encode()
 EVIL = "https://evil.example"

@@ -23,8 +23,8 @@ from service.errors import NoCapacity, ServiceError
 from service.settings import Settings
 from service.uploads import PERIOD, Uploads, client_of
 from tests.service.conftest import StartServer
+from tests.service.refusals import MULTIPART, URLENCODED, connected, image, png, refusal
 from tests.service.server import Server
-from tests.service.test_refusals import MULTIPART, URLENCODED, connected, image, png, refusal
 
 MIB = 1 << 20
 KEY = {"Authorization": "Bearer key"}
