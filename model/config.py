@@ -34,9 +34,9 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt + answer; None: what the model has, up to DEFAULT_MAX_MODEL_LEN
     kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
-    prefill_stretch: float = 2.5  # how many times slower those may become while a long prompt is read
-    load_aware: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
-    max_rows: int = 512  # of a step, all sequences together: draft nodes stay within them, newest tokens need not
+    max_decode_slowdown: float = 2.5  # how many times slower those may become while a long prompt is read
+    adaptive_drafting: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
+    max_verify_tokens: int = 512  # per step, over all sequences: a limit on draft tokens, not on newest tokens
     max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
@@ -55,8 +55,8 @@ class EngineConfig:
             "max_num_seqs": 1,
             "max_model_len": 16,
             "prefill_chunk": 16,
-            "prefill_stretch": 1.5,
-            "max_rows": 1,
+            "max_decode_slowdown": 1.5,
+            "max_verify_tokens": 1,
             "max_nodes": 0,
             "tree_width": 1,
             "encoder_cache_bytes": 0,
@@ -99,9 +99,16 @@ class EngineConfig:
             raise ConfigError(f"model {model!r} cannot be loaded: there is no such folder")
         graphs = device.startswith("cuda") if self.graphs is None else self.graphs
         drafter = self._drafter(draft)
-        aware = self.load_aware and drafter != "flash-paper"
+        aware = self.adaptive_drafting and drafter != "flash-paper"
         return replace(
-            self, model=model, draft=draft, device=device, dtype=dtype, drafter=drafter, graphs=graphs, load_aware=aware
+            self,
+            model=model,
+            draft=draft,
+            device=device,
+            dtype=dtype,
+            drafter=drafter,
+            graphs=graphs,
+            adaptive_drafting=aware,
         )
 
     def _drafter(self, draft: str | None) -> DrafterName:

@@ -6,6 +6,7 @@ Importing it loads no torch.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import math
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ class Request:
     speculation: bool = True
     running_stats: bool = False  # put `stats` into every output, not only the last
     salt: str = ""  # requests share the prefix and encoder caches only with those of the same salt
-    fit: bool = False  # lower max_tokens to what the context has room for
+    clamp_max_tokens: bool = False  # lower max_tokens to what the context has room for
 
 
 @dataclass(slots=True)  # not frozen: creation, once per token, would take three times as long
@@ -137,20 +138,20 @@ class Token:
 
 
 @dataclass(slots=True)
-class Likelihood:
+class TokenLogprob:
     """A token's log-probability (natural) in the target's distribution, before logits processors."""
 
     id: int
-    said: bytes  # of the token's text; may be a part of a character
+    bytes: builtins.bytes  # of the token's text; may be a part of a character
     logprob: float
 
 
 @dataclass(slots=True)
-class Likelihoods:
+class TokenLogprobs:
     """The log-probabilities of a token of the answer and of the likeliest tokens at its position, likeliest first."""
 
-    chosen: Likelihood
-    top: tuple[Likelihood, ...]
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = None  # in the last output; with `running_stats` in every one
     error: str | None = None  # with finish_reason == "error"
-    logprobs: tuple[Likelihoods, ...] | None = None  # one per token, where requested
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token, where requested
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import model
 from service.commands.bench import bench
 from service.commands.generate import generate
 from service.commands.train import train
-from service.settings import Settings, error_messages
+from service.settings import FORMER_NAMES, Settings, error_messages
 
 app = typer.Typer(
     name="flashserve",
@@ -50,8 +50,9 @@ def _option(name: str, field: FieldInfo) -> Any:
     """Declare a setting as a text option: `Settings` validates options and variables alike."""
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     default = "" if field.default in (None, ()) else f" Default: {field.default}."
+    names = [name, FORMER_NAMES[name]] if name in FORMER_NAMES else [name]
     return typer.Option(
-        f"--{name.replace('_', '-')}",
+        *(f"--{each.replace('_', '-')}" for each in names),
         help=f"{field.description}{default}",
         metavar=_metavar(field),
         envvar=f"FLASH_{name.upper()}",

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, cast
 
 from starlette.requests import ClientDisconnect
 
-from model.request import FinishReason, Likelihoods, RequestOutput, RequestStats, SamplingParams
+from model.request import FinishReason, RequestOutput, RequestStats, SamplingParams, TokenLogprobs
 from service.chat_input import ChatInput
 from service.errors import BadRequest, EngineFailure, ServiceError, TimedOut
 from service.log import fields
@@ -44,7 +44,7 @@ class Choice:
     num_first_tokens: int = 0  # tokens of the first output
     first_at: float | None = None
     last_at: float = 0.0
-    logprobs: list[Likelihoods] = field(default_factory=list)  # one per token, where requested
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, where requested
 
     @property
     def text(self) -> str:

@@ -6,6 +6,7 @@ unset); its description is the help text. Nothing reads the environment later.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,15 +22,23 @@ ENGINE_OPTIONS = (
     *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
     *(
         "prefill_chunk",
-        "prefill_stretch",
-        "load_aware",
+        "max_decode_slowdown",
+        "adaptive_drafting",
         "max_nodes",
-        "max_rows",
+        "max_verify_tokens",
         "encoder_cache_bytes",
         "prefix_cache",
         "tensor_parallel",
     ),
 )
+
+
+# Former names of fields, which still work as options, variables and arguments.
+FORMER_NAMES = {
+    "max_decode_slowdown": "prefill_stretch",
+    "adaptive_drafting": "load_aware",
+    "max_verify_tokens": "max_rows",
+}
 
 
 def option(panel: str, default: Any, description: str, *, hidden: bool = False, **bounds: Any) -> Any:
@@ -93,14 +102,14 @@ class Settings(BaseSettings):
         f"Default: {EngineConfig.prefill_chunk}.",
         ge=16,
     )
-    prefill_stretch: float | None = option(
+    max_decode_slowdown: float | None = option(
         "Model",
         None,
         "Maximum slowdown of running sequences while a long prompt is prefilled, as a factor. Default: "
-        f"{EngineConfig.prefill_stretch}.",
+        f"{EngineConfig.max_decode_slowdown}.",
         ge=1.5,
     )
-    load_aware: bool = option("Model", True, "Adapt the number of draft tokens to the load, down to none.")
+    adaptive_drafting: bool = option("Model", True, "Adapt the number of draft tokens to the load, down to none.")
     max_nodes: int | None = option(
         "Model",
         None,
@@ -108,10 +117,10 @@ class Settings(BaseSettings):
         f"{MAX_NODES}; with flash-paper {PAPER_NODES}.",
         ge=0,
     )
-    max_rows: int | None = option(
+    max_verify_tokens: int | None = option(
         "Model",
         None,
-        f"Maximum tokens verified per step, over all sequences. Default: {EngineConfig.max_rows}.",
+        f"Maximum tokens verified per step, over all sequences. Default: {EngineConfig.max_verify_tokens}.",
         ge=1,
     )
     encoder_cache_bytes: int | None = option(
@@ -263,6 +272,15 @@ class Settings(BaseSettings):
         "Processes", "service.pool.worker:load_engine", "Engine factory, as module:callable.", hidden=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def accept_former_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, former in FORMER_NAMES.items():
+            value = values.pop(former, os.environ.get(f"FLASH_{former.upper()}") or None)
+            if value is not None:
+                values.setdefault(name, value)
+        return values
+
     @field_validator(
         *("api_key", "allowed_media_domains", "allowed_origins", "allowed_hosts", "trusted_proxies"), mode="before"
     )
@@ -341,4 +359,5 @@ def _message(problem: Any) -> str:
     if not problem["loc"]:
         return message
     name = str(problem["loc"][0])
-    return f"--{name.replace('_', '-')} (FLASH_{name.upper()}): {message}"
+    former = f"; formerly --{FORMER_NAMES[name].replace('_', '-')}" if name in FORMER_NAMES else ""
+    return f"--{name.replace('_', '-')} (FLASH_{name.upper()}{former}): {message}"

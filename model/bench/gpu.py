@@ -242,7 +242,7 @@ def main(argv: list[str]) -> None:
         dtype=args.dtype,
         max_num_seqs=max(batches),
         max_model_len=args.context + room + TEMPLATE,
-        max_rows=NODES * max(batches),
+        max_verify_tokens=NODES * max(batches),
         max_nodes=NODES - 1,
         graphs=True,
     ).resolved()

@@ -51,7 +51,7 @@ def read(folder: str, asked: EngineConfig, serving: EngineConfig, target: Target
             f"draft {folder!r} is one for {config.drafter}, whose trees have {config.nodes} nodes, and the engine has "
             f"room for {serving.nodes}: start it with --max-nodes {config.nodes}, or with this draft"
         )
-    if config.load_aware != serving.load_aware:
+    if config.adaptive_drafting != serving.adaptive_drafting:
         raise ConfigError(
             f"draft {folder!r} is one for {config.drafter}, and {serving.drafter} is served: one drafts fixed trees, "
             "the other as much as pays, which is settled when the engine starts: start it with this draft"

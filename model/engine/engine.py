@@ -44,12 +44,12 @@ from model.request import (
     EngineInfo,
     EngineStats,
     FinishReason,
-    Likelihood,
-    Likelihoods,
     Request,
     RequestError,
     RequestOutput,
     Token,
+    TokenLogprob,
+    TokenLogprobs,
 )
 from model.targets.base import Target
 from model.targets.frames import fitting_frames, most_frames
@@ -118,7 +118,7 @@ class Engine:
     def use(self, drafter: Drafter | None) -> None:
         """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
         self.prefixes.clear()  # what is rehearsed is written over them
-        if drafter is not None and self.config.load_aware and self.load.nodes and not self.load.known:
+        if drafter is not None and self.config.adaptive_drafting and self.load.nodes and not self.load.known:
             self._rehearse(drafter)
         self._draft_with(drafter)
 
@@ -195,7 +195,7 @@ class Engine:
         be served. Any thread may call it, one at a time. Raises RequestError."""
         prompt = self.target.prompt(request.messages)
         length, wanted = len(prompt.ids), request.params.max_tokens
-        if request.fit and 0 < (room := self.max_model_len - length) < wanted:
+        if request.clamp_max_tokens and 0 < (room := self.max_model_len - length) < wanted:
             wanted = room
             fewest = min(request.params.min_tokens, room)
             request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=fewest))
@@ -219,7 +219,7 @@ class Engine:
 
     def _frames_hint(self, request: Request, max_tokens: int) -> str:
         """What to ask for where a request with videos does not fit."""
-        answer = min(max_tokens, self.max_model_len // 4) if request.fit else max_tokens
+        answer = min(max_tokens, self.max_model_len // 4) if request.clamp_max_tokens else max_tokens
         fitting = fitting_frames(self.target, request.messages, self.max_model_len - answer)
         return f"; with num_frames {fitting} it would fit" if fitting else ""
 
@@ -308,7 +308,7 @@ class Engine:
         logits = target.logits(hidden[:, -1:])
         process = self._processing([sequence], lambda _: [[]])
         first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
-        return [self._emit(sequence, first, 0, self._likelihoods(sequence, logits[0], first))]
+        return [self._emit(sequence, first, 0, self._token_logprobs(sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> int:
         """Give it a slot, what of its prompt has been computed for others, and its prompt's embeddings, with gaps where
@@ -403,12 +403,12 @@ class Engine:
             sequence.computed += len(tokens)
             if nodes:
                 load.drafted(sequence, len(tokens) - 1)
-            likelihoods = None
+            token_logprobs = None
             if sequence.request.params.logprobs is not None:
                 path = verify.walk(trees, sequence.slot, chosen[sequence.slot]).path
                 with self._torch():
-                    likelihoods = self._likelihoods(sequence, logits[sequence.slot, path], tokens)
-            outputs.append(self._emit(sequence, tokens, size - 1, likelihoods))
+                    token_logprobs = self._token_logprobs(sequence, logits[sequence.slot, path], tokens)
+            outputs.append(self._emit(sequence, tokens, size - 1, token_logprobs))
         return outputs
 
     def _chosen(
@@ -445,17 +445,17 @@ class Engine:
 
         return processed
 
-    def _likelihoods(self, sequence: Sequence, logits: Tensor, tokens: list[int]) -> list[Likelihoods] | None:
+    def _token_logprobs(self, sequence: Sequence, logits: Tensor, tokens: list[int]) -> list[TokenLogprobs] | None:
         """Of tokens that rows of logits (rows, vocab) decided; None where nobody asks."""
         num = sequence.request.params.logprobs
         if num is None:
             return None
 
-        def told(token: int, logprob: float) -> Likelihood:
-            return Likelihood(token, self.vocabulary.bytes_of(token), logprob)
+        def told(token: int, logprob: float) -> TokenLogprob:
+            return TokenLogprob(token, self.vocabulary.bytes_of(token), logprob)
 
         return [
-            Likelihoods(told(token, own), tuple(told(*one) for one in best))
+            TokenLogprobs(told(token, own), tuple(told(*one) for one in best))
             for token, (own, best) in zip(tokens, sampling.likeliest_of(logits, tokens, num), strict=True)
         ]
 
@@ -466,7 +466,7 @@ class Engine:
         sequence: Sequence,
         tokens: list[int],
         proposed: int,
-        likelihoods: list[Likelihoods] | None = None,
+        token_logprobs: list[TokenLogprobs] | None = None,
     ) -> RequestOutput:
         """Append tokens, as far as the request wants them. The draft brought all but the last: that one is what the
         target says after them, also where the answer ends before the step does."""
@@ -496,8 +496,8 @@ class Engine:
             sequence.draft_tokens += proposed
             sequence.accepted_tokens += len(emitted) - 1
         output = RequestOutput(sequence.request.request_id, text, tuple(emitted))
-        if likelihoods is not None:
-            output.logprobs = tuple(likelihoods[: len(emitted)])
+        if token_logprobs is not None:
+            output.logprobs = tuple(token_logprobs[: len(emitted)])
         if finish:
             return self._finish(sequence, finish, so_far=output)
         if sequence.request.running_stats:

@@ -43,7 +43,7 @@ class Scheduler:
     Prompts go first, chunk by chunk: what comes in the meantime joins the same batch. Between two turns of those that
     decode, though, none is begun once `prefill_chunk` tokens were read (it is not cut either: a few tokens cost a pass
     of their own). What is beyond the first few chunks of a prompt is read in bites, small enough to keep those that
-    decode within `prefill_stretch` times their pace, and lets other prompts pass: no stream stalls, and no short
+    decode within `max_decode_slowdown` times their pace, and lets other prompts pass: no stream stalls, and no short
     question waits, behind a long video. How much a bite may be is learnt from how long passes take.
     """
 
@@ -91,7 +91,7 @@ class Scheduler:
         if isinstance(work, Decoding):
             if not (self._rows or self._bitten):
                 self._pace = (self._pace + seconds) / 2.0 if self._pace else seconds
-            allowed = self._config.prefill_stretch * self._pace
+            allowed = self._config.max_decode_slowdown * self._pace
             most = max(allowed, BITE * self._row_seconds)
             self._credit = min(self._credit + max(0.0, allowed - seconds), most)
             self._turns, self._rows, self._bitten = self._turns + 1, 0, False
@@ -122,5 +122,5 @@ class Scheduler:
 
     def _decode(self, sequences: list[Sequence]) -> Decoding:
         """Share the rows of a pass among the sequences; how many of them are worth it, they are told by the load."""
-        share = max(0, min(self._load.nodes, self._config.max_rows // len(sequences) - 1))
+        share = max(0, min(self._load.nodes, self._config.max_verify_tokens // len(sequences) - 1))
         return Decoding(sequences, self._load.budgets(sequences, share))

@@ -214,7 +214,7 @@ def served(settings: Settings, target: Target, network: Network, folder: Path) -
     checkpoint.save(folder, network, target, drafter=settings.drafter)
     few = min(8, settings.target.max_num_seqs)
     config = replace(
-        settings.target, draft=str(folder), drafter="auto", load_aware=False, graphs=False, max_num_seqs=few
+        settings.target, draft=str(folder), drafter="auto", adaptive_drafting=False, graphs=False, max_num_seqs=few
     )
     return Engine(config, target)
 

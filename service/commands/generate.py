@@ -113,7 +113,7 @@ def generate(
         media_seconds = time.perf_counter() - started
         message = Message("user", (*media, prompt) if prompt else tuple(media))
         clamp_max_tokens, speculates = fields.requested_max_tokens() is None, fields.speculation != "off"
-        request = Request("generate", (message,), params, speculates, fit=clamp_max_tokens)
+        request = Request("generate", (message,), params, speculates, clamp_max_tokens=clamp_max_tokens)
         text, last = run(engine, request, (lambda _: None) if as_json else write)
     except (ConfigError, RequestError, ServiceError, OSError) as error:
         fail(str(error))

@@ -59,7 +59,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     speculation: bool
     running_stats: bool = False
     salt: str = ""
-    fit: bool = False
+    clamp_max_tokens: bool = False
 
     @property
     def request(self) -> Request:

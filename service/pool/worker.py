@@ -248,7 +248,7 @@ def self_test(engine: EngineProtocol) -> None:
     """Decode two tokens of a short prompt. Raises what the engine raises, and RuntimeError where the request fails."""
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     request = Request(
-        "self-test", (Message("user", ("Hello",)),), params, speculation=False, salt="self-test", fit=True
+        "self-test", (Message("user", ("Hello",)),), params, speculation=False, salt="self-test", clamp_max_tokens=True
     )
     try:
         engine.add(engine.prepare(request))

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from model.request import Likelihoods
+from model.request import TokenLogprobs
 from service import chat_input, logprobs
 from service.auth import require_api_key
 from service.body import read_form
@@ -97,7 +97,7 @@ async def _events(context: RequestContext) -> AsyncGenerator[bytes, None]:
         yield LastEvent(event(error.envelope()) + DONE)
 
 
-def _logprobs(tokens: Seq[Likelihoods] | None) -> dict[str, Any]:
+def _logprobs(tokens: Seq[TokenLogprobs] | None) -> dict[str, Any]:
     """Return the `logprobs` field, or no field where they were not requested."""
     return {"logprobs": logprobs.to_openai(tokens)} if tokens else {}
 

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from model.request import Likelihoods
+from model.request import TokenLogprobs
 from service import chat_input, logprobs
 from service.auth import require_api_key
 from service.body import read_json
@@ -115,7 +115,7 @@ async def _events(context: RequestContext, *, with_usage: bool, running_stats: b
     head = _head(context, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
 
     def chunk(
-        index: int, delta: dict[str, str], finish_reason: str | None = None, tokens: Seq[Likelihoods] | None = None
+        index: int, delta: dict[str, str], finish_reason: str | None = None, tokens: Seq[TokenLogprobs] | None = None
     ) -> bytes:
         if running_stats:
             head["usage"] = usage(context.stats)
@@ -143,7 +143,7 @@ async def _events(context: RequestContext, *, with_usage: bool, running_stats: b
         yield LastEvent(event(error.envelope()) + DONE)
 
 
-def _logprobs(tokens: Seq[Likelihoods] | None) -> dict[str, Any] | None:
+def _logprobs(tokens: Seq[TokenLogprobs] | None) -> dict[str, Any] | None:
     return {"content": logprobs.to_openai(tokens), "refusal": None} if tokens else None
 
 

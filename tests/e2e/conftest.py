@@ -24,7 +24,7 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     target = tiny.save_checkpoint(folder / "target")
     draft = tiny.save_draft(folder / "draft", target)
     # An untrained draft brings nothing: left to the load, it would not be used.
-    drafting = {"draft": draft, "load_aware": False}
+    drafting = {"draft": draft, "adaptive_drafting": False}
     return {"model": target, **drafting, "served_model_name": "tiny", "dtype": "float32", "threads": 1}
 
 
@@ -40,7 +40,9 @@ def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServ
     folder = tmp_path_factory.mktemp("qwen")
     target = tiny_qwen.save_checkpoint(folder / "target")
     draft = tiny.save_draft(folder / "draft", target)
-    yield from running(folder, {"model": target, "draft": draft, "load_aware": False, "dtype": "float32", "threads": 1})
+    yield from running(
+        folder, {"model": target, "draft": draft, "adaptive_drafting": False, "dtype": "float32", "threads": 1}
+    )
 
 
 @pytest.fixture(scope="session")

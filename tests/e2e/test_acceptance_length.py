@@ -28,7 +28,7 @@ def ngram_server() -> Iterator[EngineServer]:
     if not DEMO_WEIGHTS.exists():
         pytest.skip("the bundled weights are not there")
     with tempfile.TemporaryDirectory() as folder:
-        server = EngineServer(Path(folder), {"drafter": "ngram", "load_aware": False, **FEW_SLOTS})
+        server = EngineServer(Path(folder), {"drafter": "ngram", "adaptive_drafting": False, **FEW_SLOTS})
         yield server
         assert server.close() == 0
 

@@ -209,7 +209,7 @@ def test_a_planted_difference_is_found(
 ) -> None:
     """Verification that takes the draft's word: the very bug that the check exists for."""
     # Else an untrained draft is used now and then, as the machine's load has it.
-    monkeypatch.setattr(equality, "EngineConfig", partial(EngineConfig, load_aware=False))
+    monkeypatch.setattr(equality, "EngineConfig", partial(EngineConfig, adaptive_drafting=False))
     for kind in (NativeRound, TorchRound):
         monkeypatch.setattr(kind, "look", credulous(kind.look))
     code, result = check(tiny_checkpoint, tiny_draft, tmp_path / "equality.json")

@@ -27,7 +27,7 @@ from tests.model import tiny
         ("max_model_len", 15),
         ("threads", 0),
         ("prefill_chunk", 15),
-        ("max_rows", 0),
+        ("max_verify_tokens", 0),
         ("max_nodes", -1),
         ("tree_width", 0),
         ("encoder_cache_bytes", -1),

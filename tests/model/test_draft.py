@@ -182,7 +182,7 @@ def test_a_native_round_drafts_what_its_parts_draft() -> None:
     served: list[dict[tuple[str, int], Tensor]] = []
     accepted: list[list[int]] = []
     for native in (True, False):
-        engine = Engine(EngineConfig(dtype="float32", max_num_seqs=4, max_model_len=1280, load_aware=False))
+        engine = Engine(EngineConfig(dtype="float32", max_num_seqs=4, max_model_len=1280, adaptive_drafting=False))
         drafter, now = engine.drafter, engine.round
         assert isinstance(drafter, FlashDrafter)
         assert isinstance(now, NativeRound)

@@ -187,14 +187,15 @@ def test_where_the_load_decides_how_much_is_drafted(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
     """As it is served: trees are cut, sequences pause, some never begin."""
-    engine = tiny.engine_of(name, tiny_checkpoint, drafts, load_aware=True)
+    engine = tiny.engine_of(name, tiny_checkpoint, drafts, adaptive_drafting=True)
     for every in (0, 1, 2):
         assert tiny.answers(engine, mixed(), every=every) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "settings", [{"max_nodes": 1}, {"max_nodes": 40, "max_rows": 500, "tree_width": 6}, {"max_rows": 20}]
+    "settings",
+    [{"max_nodes": 1}, {"max_nodes": 40, "max_verify_tokens": 500, "tree_width": 6}, {"max_verify_tokens": 20}],
 )
 def test_within_any_budget(
     name: str, settings: dict[str, int], tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]

@@ -315,7 +315,7 @@ def test_a_video_is_encoded_only_as_far_as_its_prompt_is_read(crowd: Engine, mon
 
 def test_who_comes_while_a_prompt_is_read_joins_the_same_batch(tiny_checkpoint: Path) -> None:
     """While there is room, it need not wait until the others have decoded once more."""
-    engine = Engine(tiny.config(tiny_checkpoint, prefill_chunk=64, prefill_stretch=1e9, max_num_seqs=4))
+    engine = Engine(tiny.config(tiny_checkpoint, prefill_chunk=64, max_decode_slowdown=1e9, max_num_seqs=4))
 
     def who() -> list[str]:
         return [o.request_id for o in engine.step()]

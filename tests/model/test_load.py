@@ -208,7 +208,7 @@ def test_chances_are_what_was_seen_where_enough_was() -> None:
 
 
 def test_a_rehearsal_leaves_nothing_behind(tiny_checkpoint: Path, tiny_draft: Path) -> None:
-    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6, load_aware=True))
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6, adaptive_drafting=True))
     assert engine.load.known
     prices = np.array([[*row, plain] for row, plain in zip(engine.load.drafting, engine.load.plain, strict=True)])
     assert np.isfinite(prices).all()
@@ -238,7 +238,7 @@ def test_whatever_is_decided_the_same_is_said(
     expected = {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in requests}
     if not native:
         monkeypatch.setattr(library, "load", lambda: None)
-    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=5, load_aware=True))
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=5, adaptive_drafting=True))
     rng = random.Random(every)
     load = engine.load
     monkeypatch.setattr(load, "begins", lambda *_: rng.random() < 0.7)

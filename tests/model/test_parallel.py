@@ -37,7 +37,7 @@ def together(options: dict[str, Any], family: str = "llava") -> dict[str, Any]:
 
 def options(checkpoint: Path, draft: Path | None, **more: Any) -> dict[str, Any]:
     drafting = {"draft": str(draft)} if draft else {"drafter": "off"}
-    same = {"device": "cpu", "dtype": "float64", "max_num_seqs": 4, "max_model_len": 256, "load_aware": False}
+    same = {"device": "cpu", "dtype": "float64", "max_num_seqs": 4, "max_model_len": 256, "adaptive_drafting": False}
     return {"model": str(checkpoint), **drafting, **same, "threads": 1, **more}
 
 
@@ -54,7 +54,7 @@ def test_another_family_and_load_aware_drafting_say_the_same(tmp_path: Path) -> 
     checkpoint = tiny_qwen.save_checkpoint(tmp_path / "target", text={"num_key_value_heads": 2})
     draft = tiny.save_draft(tmp_path / "draft", checkpoint)
     alone = answers(options(checkpoint, draft), "qwen")
-    shared = together(options(checkpoint, draft, load_aware=True), "qwen")
+    shared = together(options(checkpoint, draft, adaptive_drafting=True), "qwen")
     assert shared["plain"] == shared["said"] == shared["guided"] == alone["said"]
 
 

@@ -30,7 +30,7 @@ from model.decoding.detokenize import Vocabulary
 from model.decoding.processors import process
 from model.decoding.sampling import likeliest_of
 from model.engine.engine import Engine
-from model.request import Likelihoods, Message, Request, RequestError, RequestOutput, SamplingParams
+from model.request import Message, Request, RequestError, RequestOutput, SamplingParams, TokenLogprobs
 from tests.model import tiny, tiny_qwen
 from tests.model.oracle import with_oracle
 from tests.model.test_equality import CONTENTS
@@ -141,7 +141,7 @@ def asked(number: int = 14) -> list[Request]:
     ]
 
 
-def heard(outputs: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int], list[Likelihoods]]]:
+def heard(outputs: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int], list[TokenLogprobs]]]:
     return {
         name: (tiny.token_ids(said), [one for output in said for one in output.logprobs or ()])
         for name, said in outputs.items()
@@ -149,12 +149,14 @@ def heard(outputs: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int],
 
 
 @pytest.fixture(scope="module")
-def expected(plain_engine: Engine) -> dict[str, tuple[list[int], list[Likelihoods]]]:
+def expected(plain_engine: Engine) -> dict[str, tuple[list[int], list[TokenLogprobs]]]:
     """One sequence at a time, without a draft."""
     return {r.request_id: heard(tiny.drain(plain_engine, [r]))[r.request_id] for r in asked()}
 
 
-def test_options_have_an_effect(expected: dict[str, tuple[list[int], list[Likelihoods]]], plain_engine: Engine) -> None:
+def test_options_have_an_effect(
+    expected: dict[str, tuple[list[int], list[TokenLogprobs]]], plain_engine: Engine
+) -> None:
     """Else all that follows would be true of options that are ignored."""
     neutral = {name: getattr(SamplingParams(), name) for name in EVERY}
     without = [replace(r, params=replace(r.params, **neutral)) for r in asked()]
@@ -166,7 +168,7 @@ def test_options_have_an_effect(expected: dict[str, tuple[list[int], list[Likeli
 @pytest.mark.parametrize("every", [0, 2])
 @pytest.mark.parametrize("oracle", [False, True], ids=["untrained", "oracle"])
 def test_tokens_and_log_probabilities_are_the_same_with_a_draft_and_in_a_crowd(
-    crowd: Engine, expected: dict[str, tuple[list[int], list[Likelihoods]]], oracle: bool, every: int
+    crowd: Engine, expected: dict[str, tuple[list[int], list[TokenLogprobs]]], oracle: bool, every: int
 ) -> None:
     if oracle:
         with_oracle(crowd, {name: ids for name, (ids, _) in expected.items()}, seed=every)
@@ -178,7 +180,7 @@ def test_tokens_and_log_probabilities_are_the_same_with_a_draft_and_in_a_crowd(
     assert stats.accepted_tokens > 100 if oracle else stats.draft_tokens > 100
 
 
-def assert_alike(one: list[Likelihoods], other: list[Likelihoods]) -> None:
+def assert_alike(one: list[TokenLogprobs], other: list[TokenLogprobs]) -> None:
     """As float32 allows: torch, where it computes, does not give a row the same bits in every company."""
     assert [told.chosen.id for told in one] == [told.chosen.id for told in other]
     for told, like in zip(one, other, strict=True):
@@ -308,11 +310,13 @@ def test_a_length_that_nobody_asked_for_is_lowered_to_what_fits(plain_engine: En
     with pytest.raises(RequestError) as refused:
         plain_engine.add(ask)
     assert (refused.value.param, refused.value.code) == ("max_tokens", "context_length_exceeded")
-    room = plain_engine.prepare(replace(ask, fit=True)).request.params.max_tokens
-    assert room == plain_engine.max_model_len - len(plain_engine.prepare(replace(ask, fit=True)).prompt.ids)
-    assert len(tiny.answers(plain_engine, [replace(ask, fit=True)])["r"]) == room
+    room = plain_engine.prepare(replace(ask, clamp_max_tokens=True)).request.params.max_tokens
+    assert room == plain_engine.max_model_len - len(
+        plain_engine.prepare(replace(ask, clamp_max_tokens=True)).prompt.ids
+    )
+    assert len(tiny.answers(plain_engine, [replace(ask, clamp_max_tokens=True)])["r"]) == room
     with pytest.raises(RequestError) as full:
-        plain_engine.prepare(replace(tiny.ask("r", "word " * 500), fit=True))
+        plain_engine.prepare(replace(tiny.ask("r", "word " * 500), clamp_max_tokens=True))
     assert full.value.param == "messages"
 
 

@@ -70,7 +70,7 @@ def test_short_prompts_are_read_at_once_and_none_is_begun_after_a_chunk_of_them(
 @pytest.mark.parametrize("each", [0.01, 0.03, 0.1])
 def test_a_long_prompt_keeps_the_others_within_the_stretch(stretch: float, each: float) -> None:
     """Per token it takes longer the more came before it; bites get smaller accordingly, and are left out in turn."""
-    day = Day(lambda chunk: (chunk.end - chunk.start) * each * (1 + chunk.start / 2000), prefill_stretch=stretch)
+    day = Day(lambda chunk: (chunk.end - chunk.start) * each * (1 + chunk.start / 2000), max_decode_slowdown=stretch)
     day.add(sequence("a", 10))
     day.run(3)
     day.add(long := sequence("long", 3000))

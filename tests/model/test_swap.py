@@ -149,7 +149,7 @@ def test_what_the_engine_tells_and_holds_is_the_new_drafts(tiny_checkpoint: Path
 
 def test_what_was_learnt_of_the_old_draft_is_forgotten(tiny_checkpoint: Path, drafts: dict[str, str]) -> None:
     """Prices of rounds are the machine's, and stay."""
-    engine = engine_of(tiny_checkpoint, drafts["flash"], load_aware=True)
+    engine = engine_of(tiny_checkpoint, drafts["flash"], adaptive_drafting=True)
     tiny.drain(engine, mixed(8))
     load, fresh = engine.load, Load(8, engine.config.nodes)
     assert load.tried.sum() > 0
@@ -213,7 +213,7 @@ def test_trees_beyond_the_engines_room_are_refused(engine: Engine, drafts: dict[
 def test_a_fixed_tree_cannot_take_the_place_of_one_that_follows_the_load(
     tiny_checkpoint: Path, drafts: dict[str, str]
 ) -> None:
-    engine = engine_of(tiny_checkpoint, drafts["flash"], load_aware=True, max_nodes=25)
+    engine = engine_of(tiny_checkpoint, drafts["flash"], adaptive_drafting=True, max_nodes=25)
     refused(engine, drafts["flash-paper"], "fixed trees")
 
 

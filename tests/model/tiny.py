@@ -157,7 +157,7 @@ def config(model: Path, **settings: Any) -> EngineConfig:
         "dtype": "float32",
         "max_model_len": 256,
         "encoder_cache_bytes": 1 << 20,
-        "load_aware": False,
+        "adaptive_drafting": False,
     }
     return EngineConfig(model=str(model), **{**given, **settings})
 

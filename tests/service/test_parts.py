@@ -12,17 +12,20 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import typer
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from model.request import EngineStats, Medium, Message, RequestOutput, RequestStats, SamplingParams, Token
 from service.admission import Admission
+from service.cli import with_settings_options
 from service.errors import ClientLimit, EngineFailure, NoCapacity, ServiceError
 from service.metrics import Metrics
 from service.pool import messages as m
 from service.pool.arena import Arena, ArenaReader
 from service.pool.generation import Event, Generation
 from service.schemas.sampling import seed_of_choice
-from service.settings import Settings
+from service.settings import Settings, error_messages
 
 # -- replay
 
@@ -141,7 +144,7 @@ def test_the_house_is_empty_when_nobody_uploads_either() -> None:
         ("port", "70000", "less than or equal to 65535"),
         ("workers", "0", "greater than or equal to 1"),
         ("drafter", "magic", "Input should be"),
-        ("device", "tpu", "none of auto, cpu, cuda"),
+        ("device", "tpu", "must be auto, cpu, cuda"),
         ("max_waiting", "many", "valid integer"),
         ("dtype", "int4", "Input should be"),
         ("api_key", "first,schlüssel", "printable ASCII"),
@@ -205,7 +208,13 @@ def test_devices_and_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert [(one["device"], one["threads"]) for one in on_cpu] == [("cpu", 4), ("cpu", 4)]
     assert [one["device"] for one in Settings(device="cuda:0,2").engine_options()] == ["cuda:0", "cuda:2"]
     assert Settings(threads=3).engine_options()[0]["threads"] == 3
-    limits = {"prefill_chunk": 64, "prefill_stretch": 2.0, "max_nodes": 7, "max_rows": 32, "encoder_cache_bytes": 0}
+    limits = {
+        "prefill_chunk": 64,
+        "max_decode_slowdown": 2.0,
+        "max_nodes": 7,
+        "max_verify_tokens": 32,
+        "encoder_cache_bytes": 0,
+    }
     assert Settings(**limits).engine_options()[0].items() >= limits.items()  # type: ignore[arg-type]
     assert "draft" not in Settings().engine_options()[0], "what is not set is the engine's to choose"
 
@@ -214,6 +223,33 @@ def test_clients_never_see_the_path_of_a_model() -> None:
     assert Settings().model_name == "demo"
     assert Settings(model="/srv/models/llava-7b").model_name == "llava-7b"
     assert Settings(model="/srv/models/llava-7b", served_model_name="vlm").model_name == "vlm"
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "text", "value"),
+    [
+        ("max_decode_slowdown", "prefill_stretch", "3.5", 3.5),
+        ("adaptive_drafting", "load_aware", "false", False),
+        ("max_verify_tokens", "max_rows", "64", 64),
+    ],
+)
+def test_former_names_of_settings_still_work(
+    monkeypatch: pytest.MonkeyPatch, name: str, former: str, text: str, value: object
+) -> None:
+    assert getattr(Settings(**{former: value}), name) == value  # type: ignore[arg-type]
+    option = f"--{former.replace('_', '-')}"
+    with pytest.raises(ValidationError) as error:
+        Settings(**{former: "?"})  # type: ignore[arg-type]
+    assert option in error_messages(error.value)[0]
+    monkeypatch.setenv(f"FLASH_{former.upper()}", text)
+    assert getattr(Settings(), name) == value
+    assert Settings(**{name: None if name.startswith("max") else True}) != Settings(), "the present name comes first"  # type: ignore[arg-type]
+    monkeypatch.delenv(f"FLASH_{former.upper()}")
+    served: list[dict[str, str]] = []
+    command = typer.Typer()
+    command.command()(with_settings_options(lambda **options: served.append(options)))
+    assert CliRunner().invoke(command, [option, text]).exit_code == 0
+    assert served == [{name: text}]
 
 
 def test_keys_do_not_show_in_what_settings_print() -> None:
