@@ -66,6 +66,7 @@ def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Res
 
     @app.exception_handler(ServiceError)
     async def error_response(request: Request, error: ServiceError) -> Response:
+        """Send an error in OpenAI's envelope and count it."""
         if not isinstance(error, EngineFailure | TimedOut):  # those had been accepted, and count as answered
             service_of(request).metrics.rejected(error.code or error.type)
         headers = error.headers() | {"Content-Type": "application/json"}
@@ -79,6 +80,7 @@ def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Res
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        """Map Starlette's own errors: unknown routes and wrong methods."""
         path = request.url.path[:128]
         mapped: ServiceError = BadRequest("the request is not valid")
         if error.status_code == 404:

@@ -52,6 +52,7 @@ class MediaLoader:
     async def _decode(
         self, data: bytes, kind: Kind | None, fields: SamplingFields, client: str, started: float
     ) -> Medium:
+        """Decode a file and report how long the medium took since `started`."""
         if self.decoder is None:
             raise NoCapacity("media cannot be decoded at the moment")
         medium = await self.decoder.decode(data, kind=kind, num_frames=fields.num_frames, fps=fields.fps, client=client)

@@ -50,6 +50,7 @@ class Connections:
         return longest is not None
 
     def _log(self, closed: bool) -> None:
+        """Log that the limit is reached, at most once per LOG_INTERVAL."""
         self._num_closed += closed
         if (now := time.monotonic()) < self._logged_at + LOG_INTERVAL:
             return

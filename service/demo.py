@@ -145,6 +145,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    """Caption the bundled media with speculation off and on, and print a table."""
     with running_service() as url, httpx.Client(base_url=url, timeout=120) as client:
         for kind, (name, prompt) in MEDIA.items():
             print(f"{name}: {prompt}\n> ", end="")

@@ -121,6 +121,8 @@ class EngineFailure(ServiceError):
 
 
 class NoCapacity(ServiceError):
+    """The server cannot take the request now; `retry_after` is in seconds."""
+
     status = 503
     type = "service_unavailable"
     default_code = "no_capacity"

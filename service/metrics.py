@@ -122,6 +122,7 @@ class Metrics:
     # Called by the pool
 
     def worker_up(self, worker: int, up: bool) -> None:
+        """Set whether a worker is up, and create its series."""
         name = (self._model, str(worker))
         self._worker_up.labels(*name).set(up)
         for counted in (
@@ -137,6 +138,7 @@ class Metrics:
         self._restarts.labels(self._model, str(worker)).inc()
 
     def engine_stats(self, worker: int, stats: EngineStats) -> None:
+        """Add the counts of a worker's engine, and set its gauges."""
         model, name = self._model, (self._model, str(worker))
         self._running.labels(*name).set(stats.running)
         self._waiting.labels(*name).set(stats.waiting)

@@ -176,6 +176,7 @@ class RequestContext:
         return 0.0 if choice.first_at is None else choice.first_at - self._arrived
 
     def _deliver(self, index: int, event: Event) -> None:
+        """Queue an event of a choice and wake the reader."""
         if isinstance(event, ServiceError):
             self._error = self._error or event
         else:
@@ -255,6 +256,7 @@ class RequestContext:
 
 
 def _outcome(error: BaseException | None) -> str:
+    """Return the outcome for log and metrics: timeout, error, refused or abort."""
     if isinstance(error, TimedOut | TimeoutError):
         return "timeout"
     if isinstance(error, EngineFailure):

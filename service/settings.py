@@ -47,6 +47,8 @@ def option(panel: str, default: Any, description: str, *, hidden: bool = False, 
 
 
 class Settings(BaseSettings):
+    """All settings of `flashserve serve`."""
+
     model_config = SettingsConfigDict(
         env_prefix="FLASH_",
         env_ignore_empty=True,  # compose files and charts leave `${X:-}` empty
@@ -310,6 +312,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def parts_agree(self) -> Self:
+        """Check settings that depend on each other."""
         if "," in self.device and self.workers != 1:
             raise ValueError("workers: leave it out with a list of devices, which has one worker per device")
         if "," in self.device:
@@ -318,7 +321,7 @@ class Settings(BaseSettings):
             if any(group != list(range(group[0], group[0] + self.tensor_parallel)) for group in groups):
                 raise ValueError(f"tensor_parallel: list the devices in groups of {self.tensor_parallel} side by side")
         if self.watch_draft is not None and self.draft is None:
-            raise ValueError("watch_draft: there is no folder to watch; set --draft")
+            raise ValueError("watch_draft: there is no folder to watch; give --draft")
         if self.default_max_tokens > self.max_new_tokens:
             raise ValueError("default_max_tokens: must not exceed max_new_tokens")
         if self.max_body_bytes > self.max_bodies_bytes:

@@ -115,6 +115,7 @@ class EventStream(Response):
                         commenting.cancel()
 
     async def _send_all(self, send: Send) -> None:
+        """Send every event; never at the same time as a comment."""
         loop = asyncio.get_running_loop()
         async with aclosing(self._events) as events:
             async for chunk in events:

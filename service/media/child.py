@@ -37,6 +37,7 @@ trim = getattr(libc, "malloc_trim", None)  # glibc's
 
 
 def main() -> None:
+    """Confine this process, warm up, and serve jobs."""
     setup = msgspec.json.decode(sys.argv[1], type=wire.Setup)
     confine(setup.limits)
     warm_up(setup)

@@ -135,6 +135,7 @@ class ChildPool:
             self._fail_borrowers(NoCapacity("media cannot be decoded at the moment"))
 
     async def _warm_child(self) -> Child | None:
+        """Start a child and wait until it is warm; return None where that fails."""
         child: Child | None = None
         try:
             child = await Child.spawn(self._setup, self._allocator)

@@ -136,6 +136,7 @@ class Child:
             await self._loop.sock_sendall(self._sock, data)
 
     async def _receive(self, max_payload: int) -> tuple[wire.Reply, np.ndarray]:
+        """Receive a frame. Raises WireError, OSError and EOFError."""
         prefix = await self._read(bytearray(wire.PREFIX.size))
         num_message, num_payload = wire.unpack_prefix(prefix, max_payload=max_payload)
         reply = wire.unpack_reply(await self._read(bytearray(num_message)))

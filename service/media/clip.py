@@ -197,6 +197,7 @@ class Clip:
         return ticks * self._unit.numerator / self._unit.denominator
 
     def _read_packets(self, container: InputContainer, track: VideoStream) -> list[PacketInfo]:
+        """Demux all packets without decoding. Raises Refusal for too many or too slow ones."""
         packets: list[PacketInfo] = []
         for packet in container.demux(track):
             self._deadline.check()
@@ -331,6 +332,7 @@ class Player:
         raise NotAKeyframe(start)
 
     def _skip_to(self, start: int) -> None:
+        """Drop packets up to number `start`, and decode that one."""
         self._decoder.flush_buffers()
         self._ready.clear()
         for number, packet in self._packets:

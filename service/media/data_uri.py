@@ -48,6 +48,8 @@ for _digits in (b"0123456789abcdef", b"0123456789ABCDEF"):
 
 @dataclass(frozen=True)
 class DataUri:
+    """A parsed data: URI."""
+
     media_type: str  # lower case, without parameters; "" where there is none
     parameters: dict[str, str]  # names in lower case
     is_base64: bool

@@ -102,6 +102,7 @@ class DecodeQueue:
         return None
 
     async def _wait(self, kind: Kind, share: float, client: str) -> Lane:
+        """Queue for a lane by rank. Raises NoCapacity after `patience` seconds or in a full queue."""
         self._arrivals += 1
         weight = share * min(self._by_client[client], MAX_CLIENT_FACTOR)
         future: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()

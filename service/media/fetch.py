@@ -110,6 +110,7 @@ def _content(uri: data_uri.DataUri, limits: MediaLimits) -> bytes:
 async def _fetch(
     url: str, limits: MediaLimits, allowed_domains: tuple[str, ...], allow_private: bool, count: Callable[[int], None]
 ) -> bytes:
+    """Fetch an http(s) URL, following redirects. Errors say nothing about what was found."""
     try:
         async with asyncio.timeout(limits.fetch_seconds):
             target = _parse(url)
@@ -202,6 +203,7 @@ async def _get(url: httpx.URL, address: str, limits: MediaLimits, count: Callabl
 
 
 async def _read(response: httpx.Response, max_bytes: int, count: Callable[[int], None]) -> bytes:
+    """Read a response's body. Raises TooLarge."""
     if int(response.headers.get("content-length", 0)) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()

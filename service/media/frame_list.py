@@ -66,6 +66,7 @@ def split(data: bytes) -> tuple[list[memoryview], float | None]:
 
 
 def _rate(uri: DataUri) -> float | None:
+    """Return the `fps` parameter of a URI, or None. Raises BadRequest."""
     if (text := uri.parameters.get("fps")) is None:
         return None
     try:

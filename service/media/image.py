@@ -60,6 +60,7 @@ def decode_image(data: bytes, format: Format, *, limits: MediaLimits, geometry: 
 
 
 def _decode_by_pillow(picture: Picture, format: Format, check: Check, limits: MediaLimits) -> Image.Image:
+    """Decode a picture of any format but HEIC; check its size before its pixels are allocated."""
     if format == "WEBP" and (size := webp_size(picture.data)) is not None:
         check(*size)  # Pillow allocates the whole canvas of a WebP in open()
     with Image.open(io.BytesIO(picture.data), formats=[format]) as image:  # reads the header only
@@ -75,6 +76,7 @@ def _decode_by_pillow(picture: Picture, format: Format, check: Check, limits: Me
 
 
 def _decode_heic(picture: Picture, _: Format, check: Check, limits: MediaLimits) -> Image.Image:
+    """Decode a HEIC by libheif; check its size before and after rotation."""
     file = pi_heif.open_heif(picture.data)  # reads boxes only
     still = file[file.primary_index]
     check(*still.size)

@@ -57,6 +57,7 @@ class DraftLoader:
         threading.Thread(target=self._read, args=(message,), name="draft", daemon=True).start()
 
     def _read(self, message: m.ReadDraft) -> None:
+        """Read a draft in its own thread and post the result."""
         cores.set_batch_scheduling()
         try:
             read = DraftRead(message.number, self._engine.read_draft(message.folder))

@@ -53,6 +53,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """One request; its fields are those of `model.request.Request`."""
+
     request_id: str
     messages: tuple[Message, ...]
     params: SamplingParams
@@ -207,6 +209,7 @@ def receive_frame(sock: socket.socket) -> bytearray | None:
 
 
 def _receive(sock: socket.socket, num_bytes: int) -> bytearray | None:
+    """Receive exactly so many bytes; return None at the end of the stream."""
     buffer = bytearray(num_bytes)
     view = memoryview(buffer)
     while view:

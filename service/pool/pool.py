@@ -147,6 +147,7 @@ class Pool:
         self._dispatch_parked()
 
     def on_message(self, worker: Worker, message: m.FromWorker) -> None:
+        """Pass a worker's message to the request or draft change that it belongs to."""
         generations = self._generations[worker]
         if isinstance(message, m.Outputs):
             for output in message.outputs:
@@ -165,6 +166,7 @@ class Pool:
             self._forget(worker, generations[message.request_id], engine_done=True)
 
     def on_death(self, worker: Worker, death: Death) -> None:
+        """Move a dead worker's requests to others; fail those without attempts left."""
         self.drafts.on_death(worker)
         self._observer.worker_up(worker.index, False)
         orphans, self._generations[worker] = list(self._generations[worker].values()), {}

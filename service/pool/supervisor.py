@@ -39,6 +39,8 @@ class Death:
 
 
 class WorkerEvents(Protocol):
+    """What a worker reports to its owner, the pool."""
+
     def options_for(self, worker: Worker) -> dict[str, Any]: ...  # engine options that override the config's
     def on_ready(self, worker: Worker) -> None: ...
     def on_message(self, worker: Worker, message: m.FromWorker) -> None: ...
@@ -217,6 +219,7 @@ class Worker:
         return code, 0.0 if self._ready_at is None else time.monotonic() - self._ready_at
 
     def _on_message(self, message: m.FromWorker) -> None:
+        """Note when a message arrived, and handle it or pass it on."""
         self._last_message_at = time.monotonic()
         if isinstance(message, m.Ready):
             self._ready_at = self._last_message_at

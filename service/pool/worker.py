@@ -122,6 +122,7 @@ class Link:
                 self._unsent[0] = self._unsent[0][sent:]
 
     def _receive_forever(self) -> None:
+        """Receive messages until the socket closes, then end the process."""
         cores.set_batch_scheduling()
         try:
             while (payload := m.receive_frame(self._sock)) is not None:

@@ -1,1 +1,4 @@
-"""What clients may send, and what they get: shapes and limits of single fields, no behaviour."""
+"""The request bodies of all routes, and the checks of their fields.
+
+May import `service.errors`, `service.settings`, `service.body`, `service.validation` and `model.request`.
+"""

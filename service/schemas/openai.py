@@ -79,6 +79,8 @@ Part = TextPart | ImagePart | VideoPart
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]  # the last two: not built
     content: str | list[Part] | msgspec.UnsetType | None = msgspec.UNSET
     name: str | None = None
@@ -102,6 +104,8 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/chat/completions."""
+
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     stream_options: StreamOptions | None = None

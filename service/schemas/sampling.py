@@ -22,6 +22,8 @@ TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
 
 
 class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Fields of a request body; None means the default."""
+
     model: str | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
@@ -62,6 +64,7 @@ def unknown_model(name: str, settings: Settings) -> UnknownModel:
 
 
 def check_prompt_chars(number: int, settings: Settings, *, param: str) -> None:
+    """Raise BadRequest for too long a prompt."""
     if number > settings.max_prompt_chars:
         raise BadRequest(
             f"the prompt is too long: it has {number} characters; at most {settings.max_prompt_chars} are allowed",
@@ -130,6 +133,7 @@ def seed_of_choice(seed: int, choice: int) -> int:
 
 
 def _stop_strings(stop: str | list[str] | None, settings: Settings) -> tuple[str, ...]:
+    """Validate `stop`."""
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(strings) > settings.max_stop:
         raise BadRequest(f"at most {settings.max_stop} stop strings are allowed", param="stop")
@@ -139,6 +143,7 @@ def _stop_strings(stop: str | list[str] | None, settings: Settings) -> tuple[str
 
 
 def _logit_bias(bias: dict[str, Any], settings: Settings) -> tuple[tuple[int, float], ...]:
+    """Validate `logit_bias`; its keys are token ids as text."""
     if len(bias) > settings.max_logit_bias:
         raise BadRequest(f"logit_bias may name at most {settings.max_logit_bias} tokens", param="logit_bias")
     if unknown := [key for key in bias if not TOKEN_ID.match(key)]:
@@ -164,6 +169,7 @@ def _list(keys: list[str]) -> str:
 
 
 def _logprobs(fields: SamplingFields, settings: Settings) -> int | None:
+    """Validate `logprobs` and `top_logprobs`; return how many likeliest tokens to report, or None."""
     top = fields.top_logprobs or 0
     if top > settings.max_top_logprobs:
         raise BadRequest(f"top_logprobs must be at most {settings.max_top_logprobs}", param="top_logprobs")

@@ -48,7 +48,7 @@ class Server:
     def wait_ready(self) -> None:
         self._await(lambda: self.http.get("/readyz").status_code == 200)
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
         return self._await(condition, seconds)
 
     def log_text(self) -> str:
@@ -94,7 +94,7 @@ class Server:
         assert not left, f"children outlive the server: {left}"
         return code
 
-    def _await(self, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    def _await(self, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
         deadline = time.monotonic() + seconds
         while not (result := condition()):
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log_text()}"
