@@ -1,4 +1,4 @@
-"""From runs to the rows of the table: medians over repeats, and ratios taken within a repeat."""
+"""Computes the rows of the table: medians over repeats, and ratios within one repeat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASES = {"plain": "off", "generate": "generate"}  # speedup_over_<key>: over the
 
 
 def rows(runs: dict[str, list[Run]], *, task: str, target: str, sampling: str, batch: int) -> list[dict[str, Any]]:
-    """One row per arm. runs[arm][r]: what the arm did in repeat r, with the same prompts as all others."""
+    """Compute one row per arm. runs[arm][r]: the arm's run in repeat r, with the same prompts as all others."""
     return [
         {
             "task": task,
@@ -41,17 +41,17 @@ def _speed(repeats: list[Run]) -> dict[str, Any]:
 
 
 def _speculation(repeats: list[Run]) -> dict[str, Any]:
-    """Acceptance length: tokens a verify step with a draft emitted, the bonus token included. 1: nothing is drafted.
+    """Acceptance length: tokens that a verify step with a draft emitted, bonus token included; 1 without drafts.
     accepted_at: the share of drafts whose first, second, ... token was accepted."""
-    every = combined(repeats)
-    drafts, accepted = every.drafts, every.accepted
+    total = combined(repeats)
+    drafts, accepted = total.drafts, total.accepted
     seconds = sum(run.seconds for run in repeats)
     share = {phase: sum(run.phases[phase] for run in repeats) / seconds for phase in repeats[0].phases}
     if share:
         share["other"] = 1.0 - sum(share.values())
     return {
         "acceptance_length": round(1.0 + accepted / drafts, 3) if drafts else 1.0,
-        "accepted_at": [round(count / drafts, 4) for count in every.accepted_at] if drafts else [],
+        "accepted_at": [round(count / drafts, 4) for count in total.accepted_at] if drafts else [],
         "share": {phase: round(value, 4) for phase, value in share.items()} or None,
     }
 
@@ -72,7 +72,7 @@ def _ratios(runs: dict[str, list[Run]], arm: str) -> dict[str, Any]:
 
 
 def _agreement(runs: dict[str, list[Run]], arm: str) -> float | None:
-    """The share of requests with the tokens of plain decoding; for what differs, see model.bench.equality."""
+    """The share of requests that have the tokens of plain decoding; model.bench.equality shows what differs."""
     if "off" not in runs:
         return None
     pairs = [

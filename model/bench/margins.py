@@ -1,8 +1,8 @@
-"""How near a choice between two tokens was. Knows logits and one request's sampling; nothing of engines.
+"""Measures how close a choice between two tokens was. Knows logits and one request's sampling, nothing of engines.
 
 Rounding differs between shapes of a batch, so two correct engines may differ where a choice is nearly a tie, and only
-there. A margin is how far the numbers would have to move for the other token to come out: where it is wide, a
-difference is a bug.
+there. A margin is how far the numbers must move for the other token to be chosen: where it is wide, a difference is a
+bug.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.request import SamplingParams
 
 
 def margin(logits: Tensor, params: SamplingParams, position: int, tokens: tuple[int, ...]) -> float:
-    """How far from certain it is that `position` of the answer is not any other of `tokens`.
+    """Measure how far the numbers must move for `position` of the answer to be any of `tokens`.
 
     logits: (vocab,) float64. Greedy: the gap between the best logit and the worst of `tokens`, as a share of the range
     of all logits; for the best two it is the top-two gap. Sampled: see `_sampled`.
@@ -29,10 +29,10 @@ def margin(logits: Tensor, params: SamplingParams, position: int, tokens: tuple[
 
 
 def _sampled(logits: Tensor, params: SamplingParams, drawn: float, tokens: tuple[int, ...]) -> float:
-    """How far u(seed, i) lies from where the furthest of `tokens` would be drawn, as a probability.
+    """Measure, as a probability, how far u(seed, i) lies from where the furthest of `tokens` would be drawn.
 
-    Near top-p's own cut the distribution itself is a close call: a token may then also be drawn under the cut that
-    nearly was, at the price of the distance to it.
+    Near top-p's own cut the distribution itself is nearly another one: a token may then also be drawn under the
+    neighbouring cut, at the price of the distance to it.
     """
     costs = [_distance(logits, params, drawn, token) for token in tokens]
     if params.top_p < 1.0:
@@ -53,7 +53,7 @@ def _sampled(logits: Tensor, params: SamplingParams, drawn: float, tokens: tuple
 
 
 def _distance(logits: Tensor, params: SamplingParams, drawn: float, token: int) -> float:
-    """From `drawn` to the stretch of the CDF that gives the token; infinite where none does."""
+    """The distance from `drawn` to the interval of the CDF that gives the token; infinite where none does."""
     probs = sampling.distribution(logits[None], params)[0]
     if probs[token] == 0:
         return math.inf

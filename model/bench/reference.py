@@ -1,6 +1,7 @@
-"""transformers by itself: its own processor, model class and `generate`. Shares no code with the engine.
+"""Answers with transformers alone: its own processor, model class and `generate`.
 
-What is measured and compared against; so it renders, tokenises and preprocesses prompts without our target adapters.
+The benchmark and the equality check compare with it, so it shares no code with the engine: not even what renders,
+tokenises and preprocesses prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, StoppingCriteria
 
 from model.bench.inputs import ByProcessor, Qwen25VL
-from model.bench.inputs import Conversation as Conversation  # for all who compare with what is here
+from model.bench.inputs import Conversation as Conversation  # for other modules
 from model.request import SamplingParams
 
 
@@ -36,16 +37,16 @@ class Reference:
         self.eos_ids = eos if isinstance(eos, list) else [self.tokenizer.eos_token_id if eos is None else eos]
 
     def inputs(self, conversations: list[Conversation]) -> dict[str, Tensor]:
-        """Left-padded ids, their mask, and the pixels of all frames in order."""
-        made = {name: value.to(self.device) for name, value in self._inputs(conversations).items()}
-        return {name: value.to(self.dtype) if name.startswith("pixel") else value for name, value in made.items()}
+        """Build left-padded ids, their mask, and the pixels of all frames in order."""
+        inputs = {name: value.to(self.device) for name, value in self._inputs(conversations).items()}
+        return {name: value.to(self.dtype) if name.startswith("pixel") else value for name, value in inputs.items()}
 
     @torch.inference_mode()
     def generate(self, conversations: list[Conversation], params: SamplingParams) -> Generated:
-        """One call of `generate` for all conversations; max_tokens, temperature and seed of `params` are followed."""
+        """Call `generate` once for all conversations, with max_tokens, temperature, seed and ignore_eos of `params`."""
         inputs = self.inputs(conversations)
         sampled = params.temperature > 0.0
-        # Made from nothing: a checkpoint's own habits (top-k, penalties) are not the engine's.
+        # Nothing of the checkpoint's own defaults (top-k, penalties), which the engine does not apply.
         config = GenerationConfig(
             max_new_tokens=params.max_tokens,
             do_sample=sampled,
@@ -61,24 +62,25 @@ class Reference:
         return Generated(tuple(self._until_end(a, params) for a in answers), clock.first or time.perf_counter())
 
     def _until_end(self, answer: list[int], params: SamplingParams) -> tuple[int, ...]:
+        """Cut the padding after EOS."""
         ends = () if params.ignore_eos else [i for i, token in enumerate(answer) if token in self.eos_ids]
         return tuple(answer[: ends[0] + 1] if ends else answer)
 
     @torch.inference_mode()
     def logits(self, conversation: Conversation, answer: tuple[int, ...]) -> Tensor:
-        """(vocab,) float64: what decides the token after `answer`, in one pass over everything before it."""
+        """Compute the logits (vocab,) float64 of the token after `answer`, in one pass over everything before it."""
         inputs = self.inputs([conversation])
-        more = torch.tensor([answer], dtype=torch.long, device=self.device)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+        tokens = torch.tensor([answer], dtype=torch.long, device=self.device)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if (types := inputs.get("mm_token_type_ids")) is not None:
-            inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(more)], 1)
+            inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(tokens)], 1)
         scores: Tensor = self.model(**inputs).logits[0, -1]
         return scores.double().cpu()
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing; notes when the first token was there. (Streamers would do too, but only for a batch of one.)"""
+    """Stops nothing; records when the first token was generated. (Streamers do so for a batch of one alone.)"""
 
     first: float | None = None
 

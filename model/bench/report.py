@@ -1,4 +1,4 @@
-"""How figures are shown: the machine they were taken on, and an aligned table."""
+"""Shows figures: the machine that they were measured on, an aligned table, the JSON object."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ HEADINGS = (
 
 
 def machine(device: str, dtype: str) -> dict[str, Any]:
+    """Describe the machine and the versions of torch and transformers."""
     gpu = torch.device(device).type == "cuda"
     return {
         "cpu": _cpu_name(),
@@ -43,8 +44,8 @@ def _cpu_name() -> str:
 
 def show(result: dict[str, Any], table: str, output: Path | None) -> None:
     """Print the table with the machine and, last, the JSON object; write that to `output`, too."""
-    described = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
-    print(f"\n{table}\n\n{described}\n")
+    description = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
+    print(f"\n{table}\n\n{description}\n")
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
@@ -52,11 +53,12 @@ def show(result: dict[str, Any], table: str, output: Path | None) -> None:
 
 
 def target_name(model: str) -> str:
-    """A folder is named by its last part: figures get published, paths need not be."""
+    """Name a target: a folder by its last part, since figures get published and paths need not be."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """Write the benchmark's rows as a table."""
     lines: list[tuple[str, ...]] = [HEADINGS]
     for row in rows:
         share = row["share"]
@@ -85,7 +87,7 @@ def _ratio(row: dict[str, Any], name: str) -> str:
 
 
 def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Columns as wide as they must be; words to the left, numbers to the right."""
+    """Align columns: words to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = [not any(line[i][:1].isdigit() for line in lines[1:]) for i in range(len(widths))]
     padded = (

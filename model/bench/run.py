@@ -62,7 +62,7 @@ def _arm(name: str, options: Options, plain: EngineConfig) -> Arm:
 def _measure(
     options: Options, workload: Workload, arms: Sequence[Arm]
 ) -> Iterator[tuple[str, int, dict[str, list[Run]]]]:
-    """Every task at every batch size: the runs of each arm, one per repeat."""
+    """Measure every task at every batch size; yields the runs of each arm, one per repeat."""
     total = len(workload.tasks) * len(options.batches) * (options.repeats + 1) * len(arms)
     with tqdm(total=total, unit="run", disable=None) as progress:
         for task in workload.tasks:
@@ -82,7 +82,7 @@ def _measure(
 
 
 def _rounds(arm: Arm, requests: list[Request], batch: int) -> Run:
-    """Every request once, `batch` at a time; the last round is filled up from the first on, with seeds of their own."""
+    """Answer every request once, `batch` at a time; the first ones fill up the last round, with other seeds."""
     count = -(-len(requests) // batch) * batch
     seed = requests[0].params.seed
     filled = [

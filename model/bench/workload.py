@@ -1,4 +1,4 @@
-"""The prompts of a run: held-out scenes of the bundled models, or a user's own images, videos and prompts."""
+"""Loads the prompts of a run: held-out scenes of the bundled models, or a user's own images, videos and prompts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Workload:
             self._samples[task] = decode_items(items, engine, decoding, self._options.max_tokens)
 
     def samples(self, task: str, count: int, *, first: int = 0) -> list[Sample]:
-        """`count` prompts of a task, numbered from `first`. A user's own come again where there are fewer."""
+        """Get `count` prompts of a task, numbered from `first`. A user's own are repeated where there are fewer."""
         numbers = range(first, first + count)
         if self._items:
             own = self._samples[task]
@@ -73,7 +73,7 @@ class Workload:
         return [scene(number, cast("prompts.Task", task), self._options.max_tokens) for number in numbers]
 
     def requests(self, task: str, count: int, *, warm_up: bool = False) -> list[Request]:
-        """The same as requests, request i with seed i + 1; to warm up, others with short answers."""
+        """Get `count` prompts as requests, request i with seed i + 1; to warm up, others with short answers."""
         samples = self.samples(task, count, first=WARM_UP if warm_up else 0)
         if warm_up:
             samples = [replace(each, max_tokens=min(each.max_tokens, WARM_UP_TOKENS)) for each in samples]
@@ -81,12 +81,12 @@ class Workload:
 
 
 def scene(number: int, task: prompts.Task, max_tokens: int) -> Sample:
-    """A held-out scene of the bundled models, with its prompt."""
+    """Draw a held-out scene of the bundled models, with its prompt."""
     return Sample(prompts.messages(number, split="heldout", task=task), task, max_tokens)
 
 
 def requests_of(samples: list[Sample], params: SamplingParams) -> list[Request]:
-    """Request i is sampled with seed `params.seed + i`."""
+    """Turn samples into requests; request i is sampled with seed `params.seed + i`."""
     return [
         Request(str(i), each.conversation, replace(params, max_tokens=each.max_tokens, seed=params.seed + i))
         for i, each in enumerate(samples)
@@ -121,7 +121,7 @@ def decode_items(items: list[Item], engine: Engine, decoding: Decoding, max_toke
 
 @contextmanager
 def pillow(_: EngineInfo) -> Iterator[Decode]:
-    """Decoding of images where only model/ is installed. Videos need the service: `flashserve bench`."""
+    """Decode images where only model/ is installed. Videos need the service: `flashserve bench`."""
 
     def decode(path: Path, kind: Literal["image", "video"] | None) -> Medium:
         if (kind or manifest.SUFFIXES.get(path.suffix.lower())) == "video":

@@ -45,9 +45,9 @@ def models(checkpoint: Path, draft: Path) -> list[str]:
 def test_the_last_line_is_the_json_of_the_contract(
     tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--tasks", "image caption,video-question", "--batches", "1,3", "--prompts", "3", "--repeats", "1"]
-    asked += ["--max-tokens", "6", "--output", str(tmp_path / "figures.json")]
-    bench.main([*models(tiny_checkpoint, tiny_draft), *asked])
+    options = ["--tasks", "image caption,video-question", "--batches", "1,3", "--prompts", "3", "--repeats", "1"]
+    options += ["--max-tokens", "6", "--output", str(tmp_path / "figures.json")]
+    bench.main([*models(tiny_checkpoint, tiny_draft), *options])
     out, _ = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert json.loads((tmp_path / "figures.json").read_text()) == result
@@ -131,9 +131,9 @@ def test_drafters_are_compared_on_the_same_prompts(
 ) -> None:
     """Each with its own draft; what is simulated says so wherever it shows."""
     eagle = tiny.save_network(tmp_path / "eagle", "eagle", tiny_checkpoint)
-    asked = [*models(tiny_checkpoint, tiny_draft), "--draft", str(eagle), "--sampling", "seeded"]
-    asked += ["--drafters", "off,flash,eagle,ngram,replay:1,replay:0.5", "--tasks", "image caption"]
-    bench.main([*asked, "--batches", "1,3", "--prompts", "3", "--repeats", "1", "--max-tokens", "12"])
+    options = [*models(tiny_checkpoint, tiny_draft), "--draft", str(eagle), "--sampling", "seeded"]
+    options += ["--drafters", "off,flash,eagle,ngram,replay:1,replay:0.5", "--tasks", "image caption"]
+    bench.main([*options, "--batches", "1,3", "--prompts", "3", "--repeats", "1", "--max-tokens", "12"])
     *table, last = capsys.readouterr().out.splitlines()
     rows = json.loads(last)["rows"]
     simulated = ["replay:1 (simulation)", "replay:0.5 (simulation)"]
@@ -175,8 +175,8 @@ def test_the_processor_and_the_engine_see_the_same_prompt(plain_engine: Engine, 
 
 
 def check(checkpoint: Path, draft: Path, output: Path, *more: str) -> tuple[int, dict[str, Any]]:
-    asked = ["--quick", "--cases", "4", "--max-tokens", "12", "--output", str(output)]
-    code = equality.main([*models(checkpoint, draft), *asked, *more])
+    options = ["--quick", "--cases", "4", "--max-tokens", "12", "--output", str(output)]
+    code = equality.main([*models(checkpoint, draft), *options, *more])
     return code, json.loads(output.read_text())
 
 
@@ -264,7 +264,7 @@ def test_a_close_call_of_top_p_itself_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "asked"),
+    ("module", "options"),
     [
         *((module, "--device cuda") for module in ("__main__", "equality", "gpu")),
         *((module, "--model /nowhere") for module in ("__main__", "equality")),
@@ -272,10 +272,10 @@ def test_a_close_call_of_top_p_itself_is_seen() -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_a_benchmark_explains_in_one_line_what_it_cannot_do(
-    module: str, asked: str, monkeypatch: pytest.MonkeyPatch
+    module: str, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", [module, *asked.split()])
+    monkeypatch.setattr("sys.argv", [module, *options.split()])
     with pytest.raises(SystemExit, match="error: (device|model) '(cuda|/nowhere)' .*") as ended:
         runpy.run_module(f"model.bench.{module}", run_name="__main__")
     assert "\n" not in str(ended.value)
@@ -287,21 +287,21 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def test_generate_says_what_the_engine_says(
+def test_generate_prints_the_answer_of_the_engine(
     tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
 ) -> None:
     request = tiny.ask("a", tiny.image(0), "Describe the image.", max_tokens=10, ignore_eos=False)
     expected = tiny.text_of(tiny.drain(plain_engine, [request])["a"])
-    asked = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "10"]
-    asked += models(tiny_checkpoint, tiny_draft)
-    plain = CliRunner().invoke(app, asked)
+    options = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "10"]
+    options += models(tiny_checkpoint, tiny_draft)
+    plain = CliRunner().invoke(app, options)
     assert (plain.exit_code, plain.stdout) == (0, expected + "\n")
-    told = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
-    assert told["text"] == expected
-    assert set(told) == {"text", "finish_reason", "usage", "speculation", "timings"}
-    assert told["usage"]["completion_tokens"] <= 10
-    assert told["speculation"]["drafts"] > 0
-    assert told["timings"]["time_to_first_token"] > told["timings"]["media"] > 0
+    answer = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    assert answer["text"] == expected
+    assert set(answer) == {"text", "finish_reason", "usage", "speculation", "timings"}
+    assert answer["usage"]["completion_tokens"] <= 10
+    assert answer["speculation"]["drafts"] > 0
+    assert answer["timings"]["time_to_first_token"] > answer["timings"]["media"] > 0
 
 
 @pytest.mark.parametrize(
@@ -326,10 +326,10 @@ def test_generate_explains_what_it_cannot_do(more: list[str], complaint: str) ->
 def test_generate_takes_what_the_route_takes(
     tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
 ) -> None:
-    """Its fields were once listed, and their ranges given, a second time: what was built later was missing."""
-    options = set(inspect.signature(generate).parameters)
+    """Fields and their ranges were once listed a second time, and later ones were missing there."""
+    names = set(inspect.signature(generate).parameters)
     not_for_one_answer = {"n", "stream", "logprobs", "top_logprobs", "logit_bias"}
-    assert set(SamplingFields.__struct_fields__) - not_for_one_answer <= options
+    assert set(SamplingFields.__struct_fields__) - not_for_one_answer <= names
     params: dict[str, Any] = {
         "ignore_eos": True,
         "repetition_penalty": 3.0,
@@ -338,21 +338,21 @@ def test_generate_takes_what_the_route_takes(
     }
     request = tiny.ask("a", tiny.image(0), "Describe the image.", max_tokens=12, min_tokens=4, **params)
     expected = tiny.text_of(tiny.drain(plain_engine, [request])["a"])
-    asked = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "12", "--json"]
-    asked += ["--min-tokens", "4", "--ignore-eos", "--repetition-penalty", "3", "--presence-penalty", "2"]
-    asked += ["--frequency-penalty", "-1", "--top-k", "-1", "--speculation", "off"]
-    told = json.loads(CliRunner().invoke(app, [*asked, *models(tiny_checkpoint, tiny_draft)]).stdout)
-    assert (told["text"], told["speculation"]["drafts"]) == (expected, 0)
-    assert told["usage"]["completion_tokens"] == 12
+    options = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "12", "--json"]
+    options += ["--min-tokens", "4", "--ignore-eos", "--repetition-penalty", "3", "--presence-penalty", "2"]
+    options += ["--frequency-penalty", "-1", "--top-k", "-1", "--speculation", "off"]
+    answer = json.loads(CliRunner().invoke(app, [*options, *models(tiny_checkpoint, tiny_draft)]).stdout)
+    assert (answer["text"], answer["speculation"]["drafts"]) == (expected, 0)
+    assert answer["usage"]["completion_tokens"] == 12
 
 
 def test_generate_has_the_limits_of_the_service(
     tiny_checkpoint: Path, tiny_draft: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ["generate", "--prompt", "hello", "--image", str(picture), *models(tiny_checkpoint, tiny_draft)]
+    options = ["generate", "--prompt", "hello", "--image", str(picture), *models(tiny_checkpoint, tiny_draft)]
 
     def complaint(*more: str) -> str:
-        done = CliRunner().invoke(app, [*asked, *more])
+        done = CliRunner().invoke(app, [*options, *more])
         assert done.exit_code == 1
         return done.stderr
 
@@ -367,9 +367,9 @@ def test_generate_has_the_limits_of_the_service(
 
 @pytest.mark.slow
 def test_over_http_the_same_tokens_come_as_in_process(tiny_checkpoint: Path, tiny_draft: Path) -> None:
-    asked = ["bench", "--service", *models(tiny_checkpoint, tiny_draft), "--tasks", "image-question"]
-    asked += ["--batches", "2", "--prompts", "4", "--repeats", "1", "--max-tokens", "8"]
-    done = CliRunner().invoke(app, asked)
+    options = ["bench", "--service", *models(tiny_checkpoint, tiny_draft), "--tasks", "image-question"]
+    options += ["--batches", "2", "--prompts", "4", "--repeats", "1", "--max-tokens", "8"]
+    done = CliRunner().invoke(app, options)
     assert done.exit_code == 0, done.stderr
     engine, files, service = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert (engine["through"], files["through"], service["through"]) == ("engine", "engine, files", "service")

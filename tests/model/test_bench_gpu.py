@@ -35,12 +35,12 @@ def test_it_measures_graphs_against_plain_passes_and_both_against_the_floor(
     assert found["bytes_read_per_pass"] == 4 * (4 * (attention + mlp + norms) + 64 + 64 * 512)
     assert [row["batch"] for row in found["rows"]] == [1, 3]
     for row in found["rows"]:
-        taken = row["milliseconds"]
-        assert set(taken) == {
+        times = row["milliseconds"]
+        assert set(times) == {
             "plain, 1", "plain, 16", "graph, 1", "graph, 16", "draft", "step", "speculating step",
         }  # fmt: skip
         assert row["idle_share"] is None, "nobody can tell without a GPU"
-        assert row["pass_over_floor"] == pytest.approx(taken["graph, 1"] / row["floor_milliseconds"], rel=0.1)
+        assert row["pass_over_floor"] == pytest.approx(times["graph, 1"] / row["floor_milliseconds"], rel=0.1)
     one, three = (row["floor_milliseconds"] * found["limits"]["read_bytes_per_second"] for row in found["rows"])
     assert three > one, "three sequences have more keys and values to be read"
 
@@ -75,7 +75,7 @@ def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_every_way_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, "--device", "cuda")
-    taken = found["rows"][0]["milliseconds"]
-    assert {"graph, 1", "graph, 16", "step, busy"} <= set(taken)
-    assert found["attention_kernel"] == ("graph, torch attention, 1" in taken)
+    times = found["rows"][0]["milliseconds"]
+    assert {"graph, 1", "graph, 16", "step, busy"} <= set(times)
+    assert found["attention_kernel"] == ("graph, torch attention, 1" in times)
     assert 0.0 <= found["rows"][0]["idle_share"] < 1.0

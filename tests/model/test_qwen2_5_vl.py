@@ -148,7 +148,7 @@ def test_the_reference_cuts_videos_as_their_processor_would(reference: Theirs) -
                         for x in range(left, left + merge * side, side):
                             patch = pixels[step : step + 2, :, y : y + side, x : x + side]
                             expected.append(patch.swapaxes(0, 1).ravel())
-        patches, grid = inputs.cut(medium.frames)
+        patches, grid = inputs.patchify(medium.frames)
         np.testing.assert_allclose(patches, np.stack(expected), atol=1e-5)
         assert np.prod(grid) == len(expected)
 
