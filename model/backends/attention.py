@@ -1,10 +1,10 @@
 """The one attention of FlashServe: rows of consecutive slots against our KV cache.
 
-`Rows` says where the rows of one forward pass live and what they see; plain decoding, tree verification, chunked
-prefill and the draft's own blocks are all the same thing. Two implementations read it: the native one on CPUs
-(native/), and the one here in torch, for every other device and processor. Registered with transformers under the name
-`kv_slots`, the latter serves every model family unforked: the model hands it raw queries, keys and values, and the
-keyword argument `plan` with which it was called.
+`AttentionMetadata` says where the rows of one forward pass live and what they see; plain decoding, tree verification,
+chunked prefill and the draft's own blocks are all the same thing. Two implementations read it: the native one on CPUs
+(native/), and the one here in torch, for every other device and processor. Registered with transformers under the
+name `kv_slots`, the latter serves every model family unforked: the model hands it raw queries, keys and values, and
+the keyword argument `plan` with which it was called.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ KERNEL_ROWS = 64  # more rows of a slot than these are a piece of a prompt, at w
 KEY_BUCKET = 64  # torch: key lengths are rounded up to this, so that kernels see few shapes
 
 
-class Sight(IntEnum):
+class MaskKind(IntEnum):
     """What the rows of one sequence see of each other; of what came before them they see everything."""
 
     CAUSAL = 0  # themselves and earlier rows
     TREE = 1  # themselves and their ancestors
-    WHOLE = 2  # all
+    FULL = 2  # all
 
 
 @dataclass(eq=False)
-class Rows:
+class AttentionMetadata:
     """The rows of one forward pass: as many for every one of some consecutive slots, written from `starts` on.
 
     starts: (batch,) int32, position of each slot's first row; counts: (batch,) int32, how many of a slot's rows are
@@ -52,7 +52,7 @@ class Rows:
     num: int  # rows per slot
     starts: np.ndarray
     counts: np.ndarray
-    sight: Sight
+    mask_kind: MaskKind
     parents: np.ndarray | None = None
 
     @property
@@ -60,11 +60,11 @@ class Rows:
         return len(self.starts)
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> AttentionTensors:
         """These rows for torch; made when first asked for."""
         device = self.cache.data.device
         starts, targets = upload(np.stack((self.seen_from, self.written_from)), device).long()
-        return Plan(
+        return AttentionTensors(
             self.cache,
             self.first_slot,
             starts,
@@ -90,9 +90,9 @@ class Rows:
 
     def visible(self) -> np.ndarray:
         """(batch or 1, rows, rows) bool: what each row sees of the others; every row sees itself."""
-        if self.sight is Sight.CAUSAL:
+        if self.mask_kind is MaskKind.CAUSAL:
             return np.tri(self.num, dtype=bool)[None]
-        if self.sight is Sight.WHOLE:
+        if self.mask_kind is MaskKind.FULL:
             return np.ones((1, self.num, self.num), bool)
         assert self.parents is not None
         seen = np.zeros((self.batch, self.num, self.num), bool)
@@ -105,8 +105,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What torch reads of Rows: tensors on the cache's device, so that a pass over them can be recorded.
+class AttentionTensors:
+    """What torch reads of AttentionMetadata: tensors on the cache's device, so that a pass over them can be recorded.
 
     starts: (batch,) int64, positions before its rows that a slot's rows see; targets: (batch,) int64, where the first
     of them is written: the same number, or the capacity where the slot idles; visible: (batch or 1, rows, rows) bool,
@@ -126,7 +126,7 @@ class Plan:
 
     @property
     def num(self) -> int:
-        """Rows per slot."""
+        """AttentionMetadata per slot."""
         return int(self.visible.shape[-1])
 
     @property
@@ -171,12 +171,16 @@ class Plan:
         return self._masks[groups]
 
 
-def prompt_rows(cache: KVCache, slot: int, start: int, count: int) -> Rows:
+def prompt_rows(cache: KVCache, slot: int, start: int, count: int) -> AttentionMetadata:
     """A piece of one sequence, row by row."""
-    return Rows(cache, slot, count, np.array([start], np.int32), np.array([count], np.int32), Sight.CAUSAL)
+    return AttentionMetadata(
+        cache, slot, count, np.array([start], np.int32), np.array([count], np.int32), MaskKind.CAUSAL
+    )
 
 
-def attend(plan: Plan, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None) -> Tensor:
+def attend(
+    plan: AttentionTensors, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None
+) -> Tensor:
     """Write keys and values, then attend. All (batch, heads, rows, head_dim); queries may have more heads (GQA)."""
     plan.cache.write(layer, plan.locations, keys, values)
     keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.key_length)
@@ -199,7 +203,7 @@ def _kv_slots(
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001
     *,
-    plan: Plan,
+    plan: AttentionTensors,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:

@@ -7,8 +7,9 @@ into static buffers first, and passes are rounded up to few shapes:
     rows    0 ......... real rows) ...... 1, or a multiple of eight, or as many as there can be
     keys    0 ......... the longest) .... a power of two or one and a half of one, or all that fits a slot
 
-Rows and slots that rounding adds are computed as well. They are written to scratch (see KVCache): rows behind the real
-ones of their slot, whole slots behind the capacity. Each sees itself at least, and no real row sees them.
+AttentionMetadata and slots that rounding adds are computed as well. They are written to scratch (see KVCache): rows
+behind the real ones of their slot, whole slots behind the capacity. Each sees itself at least, and no real row sees
+them.
 
 Knows nothing of models or trees.
 """
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import Plan, Rows
+from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.kernels import choice
 from model.backends.kv_cache import KVCache
 from model.transfer import pinned
@@ -35,7 +36,7 @@ LEAST_KEYS = 256
 
 Outputs = tuple[Tensor, ...]
 # (plan, numbers (planes, batch, rows) int64, states (batch, rows, width) or None) -> tensors (batch, ...)
-Compute = Callable[[Plan, Tensor, Tensor | None], Outputs]
+Compute = Callable[[AttentionTensors, Tensor, Tensor | None], Outputs]
 
 
 class Recorder(Protocol):
@@ -111,7 +112,7 @@ class Replays:
         self._compute, self._cache, self._recorder, self._max_rows = compute, cache, recorder, max_rows
         self._recordings: dict[Shape, _Recording] = {}
 
-    def __call__(self, rows: Rows, numbers: np.ndarray, states: Tensor | None = None) -> Outputs:
+    def __call__(self, rows: AttentionMetadata, numbers: np.ndarray, states: Tensor | None = None) -> Outputs:
         """Run it. numbers: (planes, batch, rows) int64; states: (batch, rows, width), if it takes any.
 
         What is returned lies in memory that the next pass of this recorder, of whatever kind, may use: it is to be
@@ -144,7 +145,7 @@ class Replays:
         """Those recorded so far."""
         return tuple(self._recordings)
 
-    def shape(self, rows: Rows, width: int) -> Shape:
+    def shape(self, rows: AttentionMetadata, width: int) -> Shape:
         """The smallest one to hold these rows."""
         assert rows.first_slot == 0
         assert rows.num <= self._max_rows
@@ -171,9 +172,9 @@ class Replays:
             keys = keys * 3 // 2 if keys & (keys - 1) == 0 else keys * 4 // 3
         return min(keys, self._cache.stride)
 
-    def _filled(self, shape: Shape, rows: Rows, numbers: np.ndarray) -> np.ndarray:
+    def _filled(self, shape: Shape, rows: AttentionMetadata, numbers: np.ndarray) -> np.ndarray:
         """The plan and `numbers` as one array of this shape: (3 + planes, batch, rows) int64, zero where nothing is
-        real. Planes: starts, targets, what the rows see as bits (see Plan), `numbers`."""
+        real. Planes: starts, targets, what the rows see as bits (see AttentionTensors), `numbers`."""
         filled = self._idle(shape, len(numbers))
         filled[0, : rows.batch] = rows.seen_from[:, None]
         filled[1, : rows.batch] = rows.written_from[:, None]
@@ -200,7 +201,7 @@ class Replays:
         def run() -> Outputs:
             places = torch.arange(shape.rows, device=device)
             visible = (buffer[2, :, :, None] >> places & 1).bool()
-            plan = Plan(self._cache, 0, buffer[0, :, 0], buffer[1, :, 0], visible, shape.keys)
+            plan = AttentionTensors(self._cache, 0, buffer[0, :, 0], buffer[1, :, 0], visible, shape.keys)
             return self._compute(plan, buffer[3:], entering)
 
         if len(self._recordings) >= MAX_RECORDINGS:

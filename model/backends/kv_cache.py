@@ -190,8 +190,8 @@ class KVCache:
             self.rearrange(moves)
 
     def rearrange(self, moves: Seq[Move]) -> None:
-        """Rows within their slots, all read before any is written."""
-        # Rows move down only, and all sources are read before any target is written.
+        """AttentionMetadata within their slots, all read before any is written."""
+        # AttentionMetadata move down only, and all sources are read before any target is written.
         sources, targets = [], []
         for slot, old, new in moves:
             for head in range(self.num_heads):

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from model.backends.attention import Rows, Sight
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.graphs import Replays, recorder
 from model.backends.kernels import choice
 from model.bench import report
@@ -93,12 +93,12 @@ class Batch:
         for index in range(self.number):
             self.engine.abort(f"{index}")
 
-    def rows(self, num: int) -> Rows:
+    def rows(self, num: int) -> AttentionMetadata:
         """A chain of `num` rows after each sequence's tokens."""
         starts = np.array(self.engine.cache.lengths[: self.number], np.int32)
         parents = np.tile(np.arange(-1, num - 1, dtype=np.int32), (self.number, 1))
         counts = np.full(self.number, num, np.int32)
-        return Rows(self.engine.cache, 0, num, starts, counts, Sight.TREE, parents)
+        return AttentionMetadata(self.engine.cache, 0, num, starts, counts, MaskKind.TREE, parents)
 
     def run(self, num: int) -> Callable[[], object]:
         """The target's pass over `num` rows of each, to the best token of every row."""
@@ -119,14 +119,14 @@ class Batch:
             return None
         assert isinstance(drafter, FlashDrafter)
         newest, budgets = np.full(self.number, 9, np.int64), np.full(self.number, NODES - 1, np.int64)
-        width = target.hidden_size * len(target.tap_layers)
-        taps = torch.zeros(self.number, NODES, width, dtype=target.dtype, device=target.device)
+        width = target.hidden_size * len(target.aux_layers)
+        aux_hidden_states = torch.zeros(self.number, NODES, width, dtype=target.dtype, device=target.device)
 
         @torch.inference_mode()
         def run() -> object:
             lengths = drafter.cache.lengths[:]
             trees = drafter.propose(newest, budgets)
-            drafter.observe(trees, [[0, 1]] * self.number, taps)
+            drafter.observe(trees, [[0, 1]] * self.number, aux_hidden_states)
             drafter.cache.lengths[:] = lengths  # the next call begins where this one did
             return trees
 

@@ -81,7 +81,7 @@ class ReplayDrafter:
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
         return True
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
         pass
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
@@ -91,7 +91,7 @@ class ReplayDrafter:
             proposed.append([t if u < self._accuracy else (t + 1) % self._vocab_size for t, u in tokens])
         return chains(newest, proposed)
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
         for slot, path in enumerate(paths):
             for row in path:
                 self._sequences[slot].add(int(trees.tokens[slot, row]))

@@ -42,10 +42,10 @@ class Proposing(Protocol):
         the last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
         ...
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
         """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
-        none of a slot that does not decode, or that it does not know, and some of at least one. taps: (slots, rows,
-        num_taps * hidden), good until the next pass."""
+        none of a slot that does not decode, or that it does not know, and some of at least one. aux_hidden_states:
+        (slots, rows, num_taps * hidden), good until the next pass."""
         ...
 
 
@@ -82,9 +82,9 @@ class Drafter(Proposing, Protocol):
         and nothing is changed."""
         ...
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        """The target has computed prompt positions start.. of it. taps: (positions, num_taps * hidden); embeds:
-        (positions, hidden), what entered there: of tokens, and of media."""
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        """The target has computed prompt positions start.. of it. aux_hidden_states: (positions, num_taps * hidden);
+        embeds: (positions, hidden), what entered there: of tokens, and of media."""
         ...
 
     def free(self, slot: int) -> None:

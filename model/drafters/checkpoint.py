@@ -24,6 +24,7 @@ from model.targets.base import Target
 
 DraftShape = DraftConfig | EagleConfig | MedusaConfig
 Network = DraftNetwork | EagleNetwork | MedusaNetwork
+RENAMED = {"tap_layers": "aux_layers"}  # how drafts trained by earlier versions name fields of their shape
 KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "flash": (DraftConfig, DraftNetwork),
     "flash-paper": (DraftConfig, DraftNetwork),
@@ -75,10 +76,11 @@ def save(folder: Path, network: Network, target: Target, *, drafter: str | None 
 def described(folder: Path) -> Described:
     """The draft in `folder`, but for its weights. ConfigError if it cannot be read."""
     try:
-        told = json.loads((folder / "config.json").read_text())
-        config_type, _ = KINDS[told["drafter"]]
-        config = config_type(**{**told["draft"], "tap_layers": tuple(told["draft"]["tap_layers"])})
-        return Described(told["drafter"], config, told["target_fingerprint"])
+        written = json.loads((folder / "config.json").read_text())
+        config_type, _ = KINDS[written["drafter"]]
+        shape = {RENAMED.get(name, name): value for name, value in written["draft"].items()}
+        config = config_type(**{**shape, "aux_layers": tuple(shape["aux_layers"])})
+        return Described(written["drafter"], config, written["target_fingerprint"])
     except UNREADABLE as error:
         raise _unreadable(folder, error) from error
 
@@ -86,10 +88,10 @@ def described(folder: Path) -> Described:
 def load(folder: Path, target: Target) -> Network:
     """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target, or if
     its weights are no finite numbers there."""
-    told = described(folder)
-    _, network_type = KINDS[told.drafter]
+    found = described(folder)
+    _, network_type = KINDS[found.drafter]
     try:
-        network: Network = network_type(told.config)
+        network: Network = network_type(found.config)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
     except UNREADABLE as error:
         raise _unreadable(folder, error) from error
@@ -97,17 +99,17 @@ def load(folder: Path, target: Target) -> Network:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigError(
-            f"draft {str(folder)!r} must be trained again: this version has other weights in a {told.drafter!r} of its "
-            f"shape; {error}"
+            f"draft {str(folder)!r} must be trained again: this version has other weights in a {found.drafter!r} "
+            f"of its shape; {error}"
         ) from error
-    if told.target_fingerprint != fingerprint(target):
+    if found.target_fingerprint != fingerprint(target):
         raise ConfigError(
             f"draft {str(folder)!r} was trained for another target than the one being served; "
             "train one for this target, or serve with --drafter off"
         )
-    if told.config.tap_layers != target.tap_layers:
+    if found.config.aux_layers != target.aux_layers:
         raise ConfigError(
-            f"draft {str(folder)!r} reads layers {told.config.tap_layers}; the target offers {target.tap_layers}"
+            f"draft {str(folder)!r} reads layers {found.config.aux_layers}; the target offers {target.aux_layers}"
         )
     offered = network.offered
     if offered is not None and (offered.min() < 0 or offered.max() >= target.vocab_size):

@@ -27,7 +27,7 @@ class LayerConfig(Protocol):
     def target_hidden_size(self) -> int: ...
 
     @property
-    def tap_layers(self) -> tuple[int, ...]: ...
+    def aux_layers(self) -> tuple[int, ...]: ...
 
     @property
     def num_heads(self) -> int: ...
@@ -57,13 +57,13 @@ class Fuse(nn.Module):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         width = config.target_hidden_size
-        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=1e-6) for _ in config.tap_layers])
-        self.linear = nn.Linear(width * len(config.tap_layers), config.hidden_size, bias=False)
+        self.norms = nn.ModuleList([nn.RMSNorm(width, eps=1e-6) for _ in config.aux_layers])
+        self.linear = nn.Linear(width * len(config.aux_layers), config.hidden_size, bias=False)
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
 
-    def forward(self, taps: Tensor) -> Tensor:
+    def forward(self, aux_hidden_states: Tensor) -> Tensor:
         """(..., num_taps * target_hidden) -> (..., hidden)."""
-        parts = taps.unflatten(-1, (len(self.norms), -1))
+        parts = aux_hidden_states.unflatten(-1, (len(self.norms), -1))
         weights = torch.stack([norm.weight for norm in self.norms])  # type: ignore[misc]
         scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all at once: it runs at every step
         fused: Tensor = self.norm(self.linear(scaled.flatten(-2)))

@@ -66,7 +66,7 @@ class NgramDrafter:
         self._read(slot, 0, length)
         return True
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
         self._read(slot, start, start + len(embeds))
 
     def _read(self, slot: int, start: int, end: int) -> None:
@@ -84,7 +84,7 @@ class NgramDrafter:
         ]
         return chains(newest, found)
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
         for slot, path in enumerate(paths):
             for row in path:
                 self._texts[slot].add(int(trees.tokens[slot, row]))

@@ -68,7 +68,7 @@ def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
     for name, value in chosen.items():
         if value < LEAST.get(name, 1):
             raise ConfigError(f"{name} is out of range: {value}")
-    made: DraftShape = kind(**common, tap_layers=target.tap_layers, **chosen)
+    made: DraftShape = kind(**common, aux_layers=target.aux_layers, **chosen)
     return made
 
 

@@ -22,11 +22,11 @@ KINDS: dict[str, Any] = {
 }
 
 
-def tap_layers(config: EngineConfig) -> tuple[int, ...] | None:
+def aux_layers(config: EngineConfig) -> tuple[int, ...] | None:
     """The target's layers that the draft of a resolved config reads; None where there is none."""
     if config.drafter not in TRAINED or config.draft is None:
         return None
-    return checkpoint.described(Path(config.draft)).config.tap_layers
+    return checkpoint.described(Path(config.draft)).config.aux_layers
 
 
 def load_drafter(config: EngineConfig, target: Target, room: Room) -> Drafter | None:

@@ -36,9 +36,9 @@ from model.engine.prefix_cache import PrefixCache
 from model.engine.round import Round, TorchRound
 from model.engine.scheduler import Chunk, Decoding, Scheduler
 from model.engine.sequence import Sequence
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
-from model.engine.warm_up import Chains, rehearse
+from model.engine.warm_up import Chains, warm_up
 from model.errors import ConfigError
 from model.request import (
     EngineInfo,
@@ -69,7 +69,7 @@ class Engine:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
-        self.target = target = target or load_target(config, registry.tap_layers(config))
+        self.target = target = target or load_target(config, registry.aux_layers(config))
         self.max_model_len = config.context(target.max_positions)
         margin = config.nodes + 1
         num_slots = self._num_slots(margin)
@@ -86,7 +86,7 @@ class Engine:
         if target.device.index is not None and target.device.type == "cuda":
             torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
-        self.counters, self.load = Counters(), Load(num_slots, config.nodes)
+        self.counters, self.load = Counters(), SpeculationController(num_slots, config.nodes)
         self.prefixes = PrefixCache(enabled=config.prefix_cache)
         self.round: Round
         if target.verifier is not None:
@@ -136,7 +136,7 @@ class Engine:
         else:
             self.round.use(Chains())
         with nullcontext() if self.round.native else self._torch():
-            rehearse(self.round, self.load, caches)
+            warm_up(self.round, self.load, caches)
 
     def _memory(self) -> dict[str, int]:
         """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
@@ -293,11 +293,11 @@ class Engine:
             rows = prompt_rows(self.cache, slot, chunk.start, count)
             embeds = sequence.embeds[None, chunk.start : chunk.end]
             positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
-            hidden, taps = target.forward(embeds, positions, rows)
+            hidden, aux_hidden_states = target.forward(embeds, positions, rows)
             self.cache.keep([slot], [range(count)])
             if self.drafter and sequence.speculates:
                 begun = self.counters.now()
-                self.drafter.prefill(slot, chunk.start, taps[0], embeds[0])
+                self.drafter.prefill(slot, chunk.start, aux_hidden_states[0], embeds[0])
                 self.load.read(count, self.counters.now() - begun)
         sequence.computed = chunk.end
         self.prefixes.hold(slot, sequence.contents, chunk.end, drafted=sequence.speculates)

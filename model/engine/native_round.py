@@ -20,7 +20,7 @@ from model.backends.native.step import CacheArrays, RoundArrays, Verifier, linea
 from model.decoding.tree import PLAIN, Trees
 from model.drafters.base import Proposing
 from model.drafters.flash.drafter import FlashDrafter
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 
 PARTS = ("propose", "grow", "verify", "accept", "observe")
@@ -52,7 +52,7 @@ class _Shape:
         self.chosen, self.emitted = numbers(memory.chosen), numbers(memory.emitted)
         self.paths, self.accepted = numbers(memory.paths), memory.accepted[:batch]
         self.logits = states(memory.logits, memory.verifier.head.outputs)
-        self.taps = states(memory.taps, memory.tap_width)
+        self.aux_hidden_states = states(memory.aux_hidden_states, memory.tap_width)
 
 
 class NativeRound:
@@ -60,7 +60,7 @@ class NativeRound:
 
     native = True
 
-    def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, load: Load) -> None:
+    def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, load: SpeculationController) -> None:
         self.verifier, self.cache, self.load, self._counters = verifier, cache, load, counters
         self.drafter: Proposing | None = None
         self.flash: FlashDrafter | None = None  # the same, where it has its part in the native calls
@@ -69,7 +69,10 @@ class NativeRound:
         self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self.roots = np.zeros(slots, np.int32)
         self.tap_width = stack.num_taps * stack.shape.hidden
-        self.taps, self.logits = like.new_empty(most * self.tap_width), like.new_empty(most * verifier.head.outputs)
+        self.aux_hidden_states, self.logits = (
+            like.new_empty(most * self.tap_width),
+            like.new_empty(most * verifier.head.outputs),
+        )
         self.tokens, self.chosen, self.emitted = (np.zeros(most, np.int64) for _ in range(3))
         self.parents, self.depths, self.paths = (np.zeros(most, np.int32) for _ in range(3))
         self.scores, self.sizes = np.zeros(most), np.zeros(slots, np.int64)
@@ -97,7 +100,7 @@ class NativeRound:
             paths=pointer(self.paths),
             accepted=pointer(self.accepted),
             shown=pointer(self._shown),
-            taps=pointer(self.taps),
+            taps=pointer(self.aux_hidden_states),
             logits=pointer(self.logits),
             chosen=pointer(self.chosen, np.int64),
             emitted=pointer(self.emitted, np.int64),
@@ -157,7 +160,7 @@ class NativeRound:
             if any(told):
                 paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
                 with counters.timed("draft"):
-                    drafter.observe(shape.trees, paths, shape.taps)
+                    drafter.observe(shape.trees, paths, shape.aux_hidden_states)
         return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]
 
     @property

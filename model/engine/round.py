@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import Plan, Rows, Sight
+from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind
 from model.backends.graphs import MAX_ROWS, Recorder, Replays
 from model.backends.kv_cache import KVCache
 from model.decoding import tree, verify
 from model.decoding.tree import IDLE, PLAIN, Trees
 from model.drafters.base import Proposing
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 from model.targets.base import Target
 
@@ -60,7 +60,7 @@ class TorchRound:
         target: Target,
         cache: KVCache,
         counters: Counters,
-        load: Load,
+        load: SpeculationController,
         recorder: Recorder | None = None,
     ) -> None:
         """With a `recorder`, the target's passes are recorded and replayed: see graphs.py."""
@@ -90,10 +90,10 @@ class TorchRound:
         with self._counters.timed("verify"):
             starts = np.array(self.cache.lengths[:batch], np.int32)
             counts = np.where(budgets == IDLE, 0, trees.sizes).astype(np.int32)
-            rows = Rows(self.cache, 0, trees.rows, starts, counts, Sight.TREE, trees.parents)
+            rows = AttentionMetadata(self.cache, 0, trees.rows, starts, counts, MaskKind.TREE, trees.parents)
             places = (self.roots[:batch, None] + trees.depths)[None]
-            logits, taps = self.answers(trees.tokens, np.repeat(places, self.target.num_axes, 0), rows)
-        self._trees, self._taps = trees, taps
+            logits, aux_hidden_states = self.answers(trees.tokens, np.repeat(places, self.target.num_axes, 0), rows)
+        self._trees, self._taps = trees, aux_hidden_states
         return trees, None, logits
 
     def accept(self, chosen: np.ndarray) -> list[list[int]]:
@@ -112,15 +112,15 @@ class TorchRound:
                     self.drafter.observe(self._trees, told, self._taps)
         return [verdict.tokens for verdict in verdicts]
 
-    def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+    def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """tokens (batch, rows), positions (axes, batch, rows): logits (batch, rows, vocab), and what is tapped."""
         if self.passes is not None:
-            hidden, taps = self.passes(rows, np.concatenate((tokens[None], positions)))
-            return self.target.logits(hidden[:, : rows.num]), taps[:, : rows.num]
+            hidden, aux_hidden_states = self.passes(rows, np.concatenate((tokens[None], positions)))
+            return self.target.logits(hidden[:, : rows.num]), aux_hidden_states[:, : rows.num]
         embeds = self.target.embed(torch.from_numpy(tokens).to(self.target.device))
-        hidden, taps = self.target.forward(embeds, positions, rows)
-        return self.target.logits(hidden), taps
+        hidden, aux_hidden_states = self.target.forward(embeds, positions, rows)
+        return self.target.logits(hidden), aux_hidden_states
 
-    def run(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(self, plan: AttentionTensors, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         """numbers: (1 + axes, batch, rows), tokens and position ids."""
         return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)

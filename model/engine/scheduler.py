@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from model.config import EngineConfig
 from model.engine.sequence import Sequence
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scheduler:
     question waits, behind a long video. How much a bite may be is learnt from how long passes take.
     """
 
-    def __init__(self, config: EngineConfig, load: Load) -> None:
+    def __init__(self, config: EngineConfig, load: SpeculationController) -> None:
         self._config, self._load = config, load
         self._whole = WHOLE_CHUNKS * config.prefill_chunk
         self._turns = 0  # of those that decode

@@ -46,7 +46,7 @@ KNEE = 1.5  # times as long as without nodes: the most that is taken to be worth
 RENEW = 16  # rounds after which what is made of the counts is made anew
 
 
-class Load:
+class SpeculationController:
     """For an engine of `slots` slots, each of which verifies at most `nodes` nodes a round.
 
     Until `learn` was called it knows no prices: whoever may draft then drafts as much as there is room for.

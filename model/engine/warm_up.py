@@ -14,7 +14,7 @@ from model.backends.kv_cache import KVCache
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.engine.round import Round
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 
 SECONDS = 0.4  # that it may take; what is not timed by then is interpolated
 CONTEXT = 256  # tokens that each sequence pretends to hold
@@ -27,11 +27,11 @@ class Chains:
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         return tree.chains(newest, [[0] * int(budget) for budget in budgets])
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
         raise AssertionError("nothing is accepted in a rehearsal")
 
 
-def rehearse(now: Round, load: Load, caches: list[KVCache]) -> None:
+def warm_up(now: Round, load: SpeculationController, caches: list[KVCache]) -> None:
     """Time rounds of few and of many sequences and nodes, and let the load learn from it. caches: those that rounds
     read; all their slots are free, and are so again."""
     until, held = time.perf_counter() + SECONDS, min(CONTEXT, caches[0].capacity // 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from model.backends.attention import Plan, Rows
+from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.native.step import Verifier
 from model.errors import ConfigError
 from model.request import Geometry, Medium, Message
@@ -42,7 +42,7 @@ class Target(Protocol):
     verifier: Verifier | None  # what a native round needs, where the decoder runs natively
     native: bool  # all that takes long runs in the native library, nothing in torch
     recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
-    tap_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
+    aux_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
     group: Group | None  # the devices that share its decoder, where that is not one alone
     final_norm: Tensor  # (hidden,) scale of the norm between the last layer and lm_head
 
@@ -72,15 +72,16 @@ class Target(Protocol):
         axis, and generated tokens go on from there."""
         ...
 
-    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """One pass: embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
 
         Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
-        (batch, rows, num_taps * hidden). What they hold in rows that are not real (see Rows) does not matter.
+        (batch, rows, num_taps * hidden). What they hold in rows that are not real (see AttentionMetadata) does not
+        matter.
         """
         ...
 
-    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def run(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> tuple[Tensor, Tensor]:
         """`forward` by torch alone, all that it reads being on the device; positions (axes, batch, rows) integers."""
         ...
 

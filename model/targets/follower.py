@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from model.backends.attention import Rows, Sight
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.kv_cache import KVCache, Move
 from model.config import EngineConfig
 from model.targets.parallel import join, read
@@ -23,10 +23,10 @@ log = logging.getLogger("flashserve.parallel")
 class Follower:
     """One further device's share of the target: orders in, nothing out."""
 
-    def __init__(self, given: dict[str, Any], tap_layers: tuple[int, ...] | None, rank: int, address: str) -> None:
+    def __init__(self, given: dict[str, Any], aux_layers: tuple[int, ...] | None, rank: int, address: str) -> None:
         config = EngineConfig(**given)
         join(config, rank, address)
-        self._target = target_class(config)(config, tap_layers=tap_layers)
+        self._target = target_class(config)(config, aux_layers=aux_layers)
         self._cache: KVCache | None = None
 
     @torch.inference_mode()
@@ -45,10 +45,10 @@ class Follower:
         self._cache = KVCache(**shape, dtype=self._target.dtype, device=self._target.device)
 
     def _pass(self, shape: tuple[int, ...], positions: np.ndarray, told: tuple[Any, ...]) -> None:
-        first_slot, num, starts, counts, sight, parents = told
+        first_slot, num, starts, counts, mask_kind, parents = told
         embeds = torch.empty(shape, dtype=self._target.dtype, device=self._target.device)
         distributed.broadcast(embeds, src=0)
-        rows = Rows(self._cache_of(), first_slot, num, starts, counts, Sight(sight), parents)
+        rows = AttentionMetadata(self._cache_of(), first_slot, num, starts, counts, MaskKind(mask_kind), parents)
         self._target.forward(embeds, positions, rows)
 
     def _swap(self, one: int, other: int, from_one: int, from_other: int) -> None:

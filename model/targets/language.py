@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model.backends import attention
-from model.backends.attention import Plan, Rows
+from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.native.step import Verifier
 from model.config import EngineConfig
 from model.targets import packed
@@ -37,13 +37,13 @@ class LanguageModel:
         config: EngineConfig,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        tap_layers: tuple[int, ...] | None,
+        aux_layers: tuple[int, ...] | None,
         *,
         num_axes: int,
         group: Group | None = None,
     ) -> None:
         """A resolved config; a conditional generation model of transformers, whose decoder layers may be released. For
-        `tap_layers` see `model.targets.base.load`. A `group` is told of every pass."""
+        `aux_layers` see `model.targets.registry.load_target`. A `group` is told of every pass."""
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
@@ -58,12 +58,12 @@ class LanguageModel:
         self.max_positions, self.num_axes = text.max_position_embeddings, num_axes
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
-        self.tap_layers = tapped(self.num_layers, tap_layers)
+        self.aux_layers = tapped(self.num_layers, aux_layers)
         self.final_norm = language.norm.weight
         # The last trees reach beyond the last position; what they hold there is never kept.
         alone = config.tensor_parallel == 1
         reach = self.max_positions + config.nodes
-        self.decoder = packed.decoder(language, self.tap_layers, reach) if alone else None
+        self.decoder = packed.decoder(language, self.aux_layers, reach) if alone else None
         self.group = group
         self.recordable = alone and self.decoder is None and packed.rope_is_fixed(text)
         head = self.model.lm_head
@@ -72,7 +72,7 @@ class LanguageModel:
         if self.decoder is not None and self.head.matrix is not None:
             self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head.matrix, num_axes)
         self._taps: dict[int, Tensor] = {}
-        for layer in self.tap_layers if self.decoder is None else ():
+        for layer in self.aux_layers if self.decoder is None else ():
             language.layers[layer].register_forward_hook(self._tap(layer))
 
     def _tap(self, layer: int) -> Any:
@@ -91,14 +91,14 @@ class LanguageModel:
         embedded: Tensor = self._language.embed_tokens(ids)
         return embedded
 
-    def forward(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
         if self.decoder is not None:
             return self.decoder.forward(embeds, positions, rows)
         if self.group is not None:
             self.group.announce(embeds, positions, rows)
         return self.run(embeds, upload(positions, self.device), rows.plan)
 
-    def run(self, embeds: Tensor, positions: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def run(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> tuple[Tensor, Tensor]:
         places = positions.long()
         hidden = self._language(
             inputs_embeds=embeds,
@@ -106,7 +106,7 @@ class LanguageModel:
             use_cache=False,
             plan=plan,
         ).last_hidden_state
-        return hidden, torch.cat([self._taps.pop(layer) for layer in self.tap_layers], -1)
+        return hidden, torch.cat([self._taps.pop(layer) for layer in self.aux_layers], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

@@ -33,15 +33,15 @@ class LlavaTarget(LanguageModel):
         config: EngineConfig,
         model: Any = None,
         processor: Any = None,
-        tap_layers: tuple[int, ...] | None = None,
+        aux_layers: tuple[int, ...] | None = None,
         group: Group | None = None,
     ) -> None:
-        """The checkpoint that a resolved config names; or these, which are on no disk. For `tap_layers` see `load`."""
+        """The checkpoint that a resolved config names; or these, which are on no disk. For `aux_layers` see `load`."""
         self.processor = processor or AutoProcessor.from_pretrained(config.model)
         model = model or LlavaForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
-        super().__init__(config, model, self.processor.tokenizer, tap_layers, num_axes=1, group=group)
+        super().__init__(config, model, self.processor.tokenizer, aux_layers, num_axes=1, group=group)
         self.tower = packed.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
         self.image_id: int = self.model.config.image_token_index

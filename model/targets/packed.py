@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import Rows, Sight
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.native import library
 from model.backends.native.library import Matrix
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
@@ -35,7 +35,7 @@ def rope_is_fixed(config: Any) -> bool:
     return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)
 
 
-def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stack | None:
+def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int) -> Stack | None:
     """A Llama-like language model for position ids below `num_positions`, its own layers released; None where it is
     not one."""
     config, first = model.config, model.layers[0]
@@ -70,7 +70,7 @@ def decoder(model: Any, tap_layers: tuple[int, ...], num_positions: int) -> Stac
             _axes(rope_parameters.get("mrope_section"), shape.head_dim),
         ),
         final_norm=Norm(model.norm.weight),
-        taps=tap_layers,
+        aux_layers=aux_layers,
     )
     return stack
 
@@ -142,7 +142,7 @@ class Tower:
         cache = scratch(self.shape, batch, num, x.dtype)
         starts, counts = np.zeros(batch, np.int32), np.full(batch, num, np.int32)
         places = np.zeros((1, batch, num), np.int32)
-        seen, _ = self.stack.forward(x, places, Rows(cache, 0, num, starts, counts, Sight.WHOLE))
+        seen, _ = self.stack.forward(x, places, AttentionMetadata(cache, 0, num, starts, counts, MaskKind.FULL))
         projected: Tensor = self.second(self.act(self.first(seen[:, 1:] if self.drop_class else seen)))
         return projected
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from model.backends.attention import Rows
+from model.backends.attention import AttentionMetadata
 from model.backends.kv_cache import KVCache, Move
 from model.config import EngineConfig
 from model.errors import ConfigError
@@ -74,7 +74,7 @@ def local(parameter: Tensor) -> Tensor:
 class Group:
     """The leader's view of its followers. One group a process: torch has one default group of processes."""
 
-    def __init__(self, config: EngineConfig, tap_layers: tuple[int, ...] | None) -> None:
+    def __init__(self, config: EngineConfig, aux_layers: tuple[int, ...] | None) -> None:
         """Starts the followers, which load the target while the leader does; `config` is a resolved one."""
         if distributed.is_initialized():
             raise ConfigError("this process already is part of a group: one engine with tensor_parallel a process")
@@ -91,7 +91,7 @@ class Group:
         ]
         for rank, follower in enumerate(self._followers, 1):
             device = f"cuda:{first + rank}" if config.device.startswith("cuda") else config.device
-            _write(follower, ("begin", (asdict(config) | {"device": device}, tap_layers, rank, address)))
+            _write(follower, ("begin", (asdict(config) | {"device": device}, aux_layers, rank, address)))
         threading.Thread(target=self._watch, name="followers", daemon=True).start()
         join(config, 0, address)
 
@@ -104,9 +104,9 @@ class Group:
         self.tell("make", {name: value for name, value in shape.items() if name not in ("dtype", "device")})
         return _LeadingCache(self, shape)
 
-    def announce(self, embeds: Tensor, positions: np.ndarray, rows: Rows) -> None:
+    def announce(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> None:
         """A pass over these rows follows, here and there."""
-        told = (rows.first_slot, rows.num, rows.starts, rows.counts, int(rows.sight), rows.parents)
+        told = (rows.first_slot, rows.num, rows.starts, rows.counts, int(rows.mask_kind), rows.parents)
         self.tell("pass", tuple(embeds.shape), positions, told)
         distributed.broadcast(embeds.contiguous(), src=0)
 

@@ -44,16 +44,16 @@ class Qwen25VLTarget(LanguageModel):
     """See `model.targets.base.Target`."""
 
     def __init__(
-        self, config: EngineConfig, tap_layers: tuple[int, ...] | None = None, group: Group | None = None
+        self, config: EngineConfig, aux_layers: tuple[int, ...] | None = None, group: Group | None = None
     ) -> None:
-        """The checkpoint that a resolved config names. For `tap_layers` see `load`."""
+        """The checkpoint that a resolved config names. For `aux_layers` see `load`."""
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
         if "sliding_attention" in model.config.text_config.layer_types:
             raise ConfigError(f"model {config.model!r} uses sliding window attention, which is not supported")
         super().__init__(
-            config, model, AutoTokenizer.from_pretrained(config.model), tap_layers, num_axes=3, group=group
+            config, model, AutoTokenizer.from_pretrained(config.model), aux_layers, num_axes=3, group=group
         )
         vision = self.model.config.vision_config
         self.patch, self.merge, self.together = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size

@@ -27,10 +27,10 @@ def target_class(config: EngineConfig) -> Any:
     return FAMILIES[kind]
 
 
-def load_target(config: EngineConfig, tap_layers: tuple[int, ...] | None = None) -> Target:
-    """The target that a resolved config names. tap_layers: those that its draft reads, -1 being the last; None: some,
+def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None) -> Target:
+    """The target that a resolved config names. aux_layers: those that its draft reads, -1 being the last; None: some,
     evenly spaced."""
     named = target_class(config)
-    group = Group(config, tap_layers) if config.tensor_parallel > 1 else None
-    target: Target = named(config, tap_layers=tap_layers, group=group)
+    group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
+    target: Target = named(config, aux_layers=aux_layers, group=group)
     return target

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import Rows, Sight
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.native import library
 from model.backends.native.library import Matrix
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
@@ -73,7 +73,7 @@ class WindowTower:
         batch, num = x.shape[:2]
         cache = scratch(self.shape, batch, num, x.dtype)
         at = np.ascontiguousarray(np.broadcast_to(at.reshape(2, -1, num), (2, batch, num)))
-        rows = Rows(cache, 0, num, np.zeros(batch, np.int32), counts, Sight.WHOLE)
+        rows = AttentionMetadata(cache, 0, num, np.zeros(batch, np.int32), counts, MaskKind.FULL)
         return stack.forward(x, at, rows)[0]
 
 

@@ -47,7 +47,7 @@ class Anchors:
                 newest.append(ids[p])
                 labels.append([ids[p + 1 + j] if p + 1 + j < len(ids) else -100 for j in range(block)])
                 taught.append(each.taught[[min(p + j, len(ids) - 1) - first + 1 for j in range(block)]])
-        device = seen[0].taps.device
+        device = seen[0].aux_hidden_states.device
         by_answer = (len(seen), count)
         return cls(
             torch.tensor(places, device=device).view(by_answer),
@@ -124,7 +124,7 @@ def flash_logits(learner: Learner, network: DraftNetwork, seen: list[Seen], anch
     block, count = network.config.block, anchors.places.shape[1]
     contexts, before = [], []
     for each, places in zip(seen, anchors.places.tolist(), strict=True):
-        context, index = context_of(network, each.taps.float(), each.prompt)
+        context, index = context_of(network, each.aux_hidden_states.float(), each.prompt)
         contexts.append(context)
         before.append([index[p] for p in places])
     context = _padded(contexts)
@@ -146,19 +146,19 @@ def flash_logits(learner: Learner, network: DraftNetwork, seen: list[Seen], anch
     return drafted if head is None else drafted + head.bias(hidden.flatten(0, 1), anchors.previous)
 
 
-def context_of(network: DraftNetwork, taps: Tensor, prompt: TokenizedPrompt) -> tuple[Tensor, list[int]]:
+def context_of(network: DraftNetwork, aux_hidden_states: Tensor, prompt: TokenizedPrompt) -> tuple[Tensor, list[int]]:
     """The draft's context of one sequence: its rows (rows, hidden); for each position, how many rows lie before it."""
     parts, read = list[Tensor](), list[tuple[int, bool]]()  # what is fused; rows of each part, and whether visual
     at = 0
     for start, end in prompt.spans:
-        medium = taps[start : end if network.config.num_latents else start]
+        medium = aux_hidden_states[start : end if network.config.num_latents else start]
         if network.config.pooled and len(medium):
             medium = network.averaged(network.read(medium, 0, len(medium)), len(medium))
-        parts += [taps[at:start], medium]
+        parts += [aux_hidden_states[at:start], medium]
         read += [(start - at, False), (end - start, True)]
         at = end
-    parts.append(taps[at:])
-    read.append((len(taps) - at, False))
+    parts.append(aux_hidden_states[at:])
+    read.append((len(aux_hidden_states) - at, False))
     fused = network.fuse(torch.cat(parts)).split([len(part) for part in parts])
     rows: list[Tensor] = []
     index: list[int] = []
@@ -180,7 +180,7 @@ def eagle_logits(learner: Learner, network: EagleNetwork, seen: list[Seen], anch
 
     A draft's rows see the context up to the position before its newest token, and those of its own that came before.
     """
-    features = _padded([network.fuse(each.taps.float()) for each in seen])
+    features = _padded([network.fuse(each.aux_hidden_states.float()) for each in seen])
     entries = network.entry(_padded([each.embeds.float() for each in seen]))
     context = network.entering(features[:, :-1], entries[:, 1:])
     device, (batch, longest) = context.device, context.shape[:2]
@@ -216,7 +216,7 @@ class Growing:
 
 def medusa_logits(learner: Learner, network: MedusaNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
     """All heads, over what the target's last layer gave at the position before the newest token."""
-    last = torch.cat([each.taps[p - 1] for each, p in zip(seen, anchors.places, strict=True)])
+    last = torch.cat([each.aux_hidden_states[p - 1] for each, p in zip(seen, anchors.places, strict=True)])
     return learner.read(network(last.float()))
 
 

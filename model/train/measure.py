@@ -44,7 +44,7 @@ class Acceptance:
 
 
 def miscalibration(calibration: Sequence[tuple[float, float, int]]) -> float:
-    """Average the error of a draft's confidences; `calibration` as `Load.calibration` has it."""
+    """Average the error of a draft's confidences; `calibration` as `SpeculationController.calibration` has it."""
     nodes = sum(count for _, _, count in calibration)
     return sum(count * abs(said - seen) for said, seen, count in calibration) / max(1, nodes)
 

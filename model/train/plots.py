@@ -15,7 +15,8 @@ def draw(
     calibration: Sequence[tuple[float, float, int]],
     folder: Path,
 ) -> list[str]:
-    """Names of the pictures written. calibration: as `model.engine.speculation.Load.calibration` tells it."""
+    """Names of the pictures written. calibration: as `model.engine.speculation.SpeculationController.calibration`
+    tells it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

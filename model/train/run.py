@@ -261,7 +261,7 @@ def finish(
         "miscalibration": round(miscalibration(calibration), 3),
     }
     checkpoint.save(settings.output, network, target, drafter=settings.drafter, **notes)
-    hidden = ("target_hidden_size", "vocab_size", "tap_layers", "rope_theta")
+    hidden = ("target_hidden_size", "vocab_size", "aux_layers", "rope_theta")
     shape = ", ".join(f"{name} {value}" for name, value in asdict(network.config).items() if name not in hidden)
     card.write(
         settings.output,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import Rows, Sight
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.kv_cache import KVCache
 from model.drafters.checkpoint import Network
 from model.drafters.eagle.network import EagleNetwork
@@ -23,13 +23,13 @@ from model.train.data import Example
 class Seen:
     """One prompt and answer as the target saw them, in its dtype.
 
-    taps: (positions, num_taps * hidden); taught: (answer tokens + 1, tokens offered to the draft), row i the
-    log-probabilities from which answer token i came; ids: prompt and answer; prompt: without its media, whose pixels
-    would take more than all the rest; embeds: (positions, hidden), what entered there; of a draft that does not read
-    that, (0, hidden).
+    aux_hidden_states: (positions, num_taps * hidden); taught: (answer tokens + 1, tokens offered to the draft), row i
+    the log-probabilities from which answer token i came; ids: prompt and answer; prompt: without its media, whose
+    pixels would take more than all the rest; embeds: (positions, hidden), what entered there; of a draft that does
+    not read that, (0, hidden).
     """
 
-    taps: Tensor
+    aux_hidden_states: Tensor
     embeds: Tensor
     taught: Tensor
     ids: list[int]
@@ -37,7 +37,7 @@ class Seen:
 
     @property
     def num_bytes(self) -> int:
-        return self.taps.nbytes + self.embeds.nbytes + self.taught.nbytes
+        return self.aux_hidden_states.nbytes + self.embeds.nbytes + self.taught.nbytes
 
 
 def capture(
@@ -66,8 +66,8 @@ def capture(
         after = places[:, -1:] + 1 + np.arange(width - places.shape[1], dtype=np.int32)
         positions.append(np.concatenate((places, after), 1))
     counts = np.array([len(each) for each in ids], np.int32)
-    rows = Rows(cache, 0, width, np.zeros(batch, np.int32), counts, Sight.CAUSAL)
-    hidden, taps = target.forward(embeds, np.stack(positions, 1), rows)
+    rows = AttentionMetadata(cache, 0, width, np.zeros(batch, np.int32), counts, MaskKind.CAUSAL)
+    hidden, aux_hidden_states = target.forward(embeds, np.stack(positions, 1), rows)
     seen = []
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
         first, end = len(prompt.ids) - 1, len(each)
@@ -75,7 +75,7 @@ def capture(
         if network.offered is not None:
             taught = taught[:, network.offered]
         read = end if isinstance(network, EagleNetwork) else 0
-        kept = taps[b, :end].clone(), embeds[b, :read].clone()
+        kept = aux_hidden_states[b, :end].clone(), embeds[b, :read].clone()
         seen.append(Seen(*kept, taught, each, replace(prompt, media=())))
     return seen
 

@@ -36,9 +36,9 @@ class Guided:
     def share(self, source: int, slot: int, length: int) -> bool:
         return self.drafter.share(source, slot, length) and self.oracle.share(source, slot, length)
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        self.drafter.prefill(slot, start, taps, embeds)
-        self.oracle.prefill(slot, start, taps, embeds)
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        self.drafter.prefill(slot, start, aux_hidden_states, embeds)
+        self.oracle.prefill(slot, start, aux_hidden_states, embeds)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         trees = self.drafter.propose(newest, budgets)
@@ -57,9 +57,9 @@ class Guided:
             self.trees[sequence.request.request_id, len(sequence.tokens)] = set(paths)
         return self.oracle.propose(newest, budgets)
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        self.drafter.observe(trees, paths, taps)
-        self.oracle.observe(trees, paths, taps)
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
+        self.drafter.observe(trees, paths, aux_hidden_states)
+        self.oracle.observe(trees, paths, aux_hidden_states)
 
     def free(self, slot: int) -> None:
         self.drafter.free(slot)

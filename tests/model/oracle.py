@@ -54,14 +54,14 @@ class OracleDrafter:
     def exchange(self, one: int, other: int) -> None:
         self.cache.exchange(one, other)
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        assert taps.ndim == embeds.ndim == 2
-        assert len(taps) == len(embeds)
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        assert aux_hidden_states.ndim == embeds.ndim == 2
+        assert len(aux_hidden_states) == len(embeds)
         assert start == self.cache.lengths[slot], "a prompt's chunks come out of order"
-        self.cache.lengths[slot] += len(taps)
+        self.cache.lengths[slot] += len(aux_hidden_states)
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
-        assert len(trees.tokens) == taps.shape[0] == len(paths)
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
+        assert len(trees.tokens) == aux_hidden_states.shape[0] == len(paths)
         for slot, path in enumerate(paths):
             assert path == sorted(set(path))
             self.cache.lengths[slot] += len(path)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from model.backends import attention
-from model.backends.attention import Rows, Sight, prompt_rows
+from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
 from model.backends.kv_cache import KVCache
 from model.decoding.tree import Trees
 from model.engine.engine import Engine
@@ -71,7 +71,9 @@ def test_each_row_of_a_tree_sees_its_own_path_and_nothing_else(
         pasts.append(past[:, 0])
     trees = random_tree(rng, 3, 9)
     queries, keys, values = (torch.randn(3, n, 9, DIM) for n in (heads, kv_heads, kv_heads))
-    rows = Rows(kv, 0, 9, np.array(kv.lengths, np.int32), trees.sizes.astype(np.int32), Sight.TREE, trees.parents)
+    rows = AttentionMetadata(
+        kv, 0, 9, np.array(kv.lengths, np.int32), trees.sizes.astype(np.int32), MaskKind.TREE, trees.parents
+    )
     mixed = attention.attend(rows.plan, 0, queries, keys, values)
     for b in range(3):
         for row in range(int(trees.sizes[b])):

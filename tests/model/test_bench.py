@@ -27,7 +27,7 @@ from model.decoding import sampling
 from model.engine.engine import Engine
 from model.engine.native_round import NativeRound
 from model.engine.round import TorchRound
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.request import Message, SamplingParams
 from service.cli import app
 from service.commands.generate import generate
@@ -96,7 +96,9 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
 ) -> None:
     monkeypatch.setattr(profile, "BYTES_MOVED", 1 << 22)
     monkeypatch.setattr(profile, "MATRIX", 64)
-    monkeypatch.setattr(Load, "known", False)  # an untrained draft brings nothing, and would not be used
+    monkeypatch.setattr(
+        SpeculationController, "known", False
+    )  # an untrained draft brings nothing, and would not be used
     options = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
     bench.main([*models(tiny_checkpoint, tiny_draft), *options])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

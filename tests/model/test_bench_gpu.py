@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.backends.attention import Plan
+from model.backends.attention import AttentionTensors
 from model.backends.kv_cache import KVCache
 from model.backends.native import library
 from model.bench import gpu, random_weights
@@ -64,11 +64,11 @@ def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() ->
         dtype=torch.bfloat16, device=target.device,
     )  # fmt: skip
     starts = torch.zeros(2, dtype=torch.int64, device="meta")
-    plan = Plan(kv, 0, starts, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
+    plan = AttentionTensors(kv, 0, starts, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
     ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
-    hidden, taps = target.run(target.embed(ids), ids[None], plan)
+    hidden, aux_hidden_states = target.run(target.embed(ids), ids[None], plan)
     assert target.logits(hidden).shape == (2, 16, 152064)
-    assert taps.shape == (2, 16, 3584), "of the last layer alone"
+    assert aux_hidden_states.shape == (2, 16, 3584), "of the last layer alone"
 
 
 @pytest.mark.gpu

@@ -82,10 +82,10 @@ def test_the_models_own_limit_on_length_holds(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("layers", range(1, 60))
 def test_tapped_layers_exist_and_are_spread(layers: int) -> None:
-    taps = evenly_spaced(layers)
-    assert list(taps) == sorted(set(taps))
-    assert all(0 <= t < layers for t in taps)
-    assert taps[-1] >= layers / 2 or layers == 1
+    aux_hidden_states = evenly_spaced(layers)
+    assert list(aux_hidden_states) == sorted(set(aux_hidden_states))
+    assert all(0 <= t < layers for t in aux_hidden_states)
+    assert aux_hidden_states[-1] >= layers / 2 or layers == 1
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -151,7 +151,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
 def test_the_sequential_head_says_along_a_path_what_it_was_taught_to() -> None:
     """In training all of a path at once, in serving level by level, with other paths beside it."""
     torch.manual_seed(0)
-    head = SequentialHead(DraftConfig(32, 24, vocab_size=50, tap_layers=(1,), sequential_rank=8)).requires_grad_(False)
+    head = SequentialHead(DraftConfig(32, 24, vocab_size=50, aux_layers=(1,), sequential_rank=8)).requires_grad_(False)
     torch.nn.init.normal_(head.after.weight)
     hidden, tokens = torch.randn(3, 6, 24), torch.randint(50, (3, 6))
     taught, step = head.bias(hidden, tokens), head.along(hidden)
@@ -270,20 +270,20 @@ def test_averaged_rows_are_means_of_what_is_read_whatever_the_chunks(
     tiny_target: Target, pooled: int, total: int
 ) -> None:
     network = tiny.new_draft(tiny_target, pooled=pooled)
-    taps, rng = torch.randn(total, 6, dtype=torch.float64), random.Random(0)
-    whole = network.read(taps, 0, total)
+    aux_hidden_states, rng = torch.randn(total, 6, dtype=torch.float64), random.Random(0)
+    whole = network.read(aux_hidden_states, 0, total)
     assert len(whole) <= total
     assert len(whole) >= min(total, 16 * pooled), "means of too few"
     for _ in range(20):
         cuts = [0, *sorted(rng.choices(range(total), k=4)), total]
-        parts = [network.read(taps[a:b], a, total) for a, b in itertools.pairwise(cuts)]
+        parts = [network.read(aux_hidden_states[a:b], a, total) for a, b in itertools.pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole), cuts
     means = network.averaged(whole, total)
     assert len(means) == min(pooled, total)
     apart = -(-total // len(whole))
     for row, mean in enumerate(means):
         mine = [p for p in range(0, total, apart) if p * len(means) // total == row]
-        torch.testing.assert_close(mean, taps[mine].mean(0))
+        torch.testing.assert_close(mean, aux_hidden_states[mine].mean(0))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_of_a_large_vocabulary_a_new_draft_is_offered_a_part(tiny_target: Target
 
 def test_rotary_positions_are_relative() -> None:
     """A key's place matters only by its distance: cached keys stay right while the block moves on."""
-    config = DraftConfig(hidden_size=32, target_hidden_size=64, vocab_size=9, tap_layers=(0,), num_heads=2)
+    config = DraftConfig(hidden_size=32, target_hidden_size=64, vocab_size=9, aux_layers=(0,), num_heads=2)
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
 
@@ -413,7 +413,7 @@ def test_a_draft_that_reads_other_layers_is_refused(tiny_target: Target, tmp_pat
         hidden_size=32,
         target_hidden_size=tiny_target.hidden_size,
         vocab_size=tiny_target.vocab_size,
-        tap_layers=tuple(t - 1 for t in tiny_target.tap_layers),
+        aux_layers=tuple(t - 1 for t in tiny_target.aux_layers),
     )
     checkpoint.save(tmp_path, DraftNetwork(config), tiny_target)
     with pytest.raises(ConfigError, match="layers"):

@@ -333,10 +333,10 @@ def test_its_context_is_what_recomputing_from_scratch_gives(
                     continue
                 computed = len(prompt.ids) + known - 1
                 if isinstance(network, MedusaNetwork):
-                    wanted = whole.taps[computed - 1]
+                    wanted = whole.aux_hidden_states[computed - 1]
                 else:
                     assert isinstance(network, EagleNetwork)
-                    features = network.fuse(whole.taps[:computed])
+                    features = network.fuse(whole.aux_hidden_states[:computed])
                     rows = network.entering(features[:-1], network.entry(whole.embeds[1:computed]))[None]
                     both = network.context_keys_values(rows, torch.arange(computed - 1)[None])
                     wanted = torch.cat((*(part.flatten() for part in both), features[-1]))
@@ -520,7 +520,7 @@ def test_a_draft_of_any_kind_is_bound_to_its_target(
 
 def test_the_target_offers_the_layers_that_its_draft_reads(tiny_checkpoint: Path, drafts: dict[str, Path]) -> None:
     for name, layers in {"flash": (3,), "flash-paper": (1, 2, 3), "eagle": (1, 2, 3), "medusa": (3,)}.items():
-        assert tiny.engine_of(name, tiny_checkpoint, drafts).target.tap_layers == layers
+        assert tiny.engine_of(name, tiny_checkpoint, drafts).target.aux_layers == layers
     with pytest.raises(ConfigError, match="reads layers"):
         checkpoint.load(drafts["medusa"], tiny.target_for("eagle", tiny_checkpoint))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.backends.attention import Sight
+from model.backends.attention import MaskKind
 from model.backends.native import library
 from model.backends.native.builds import BUILDS, FLAGS, NAMES, compiler
 from model.backends.native.library import Library, Matrix
@@ -172,7 +172,7 @@ def outputs(one: Library, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         stack = Stack(shape, weights, rotary=None if clip else rotary(32, 300))
         starts, parents = np.array([17, 95], np.int32), some_tree(21, 2, seed=3)
         x, depths = normal(2, 21, HIDDEN, seed=2).to(dtype), np.tile(np.arange(21), (2, 1))
-        for sight, more in ((Sight.CAUSAL, {}), (Sight.TREE, {"parents": parents})):
-            found.append(decoded(stack, cache(shape, 2, dtype), starts, x, depths, sight, **more).clone())
+        for mask_kind, more in ((MaskKind.CAUSAL, {}), (MaskKind.TREE, {"parents": parents})):
+            found.append(decoded(stack, cache(shape, 2, dtype), starts, x, depths, mask_kind, **more).clone())
     matrix = Matrix(normal(100, 96, seed=1).to(dtype), normal(100, seed=2).to(dtype))
     return [*found, *(matrix(normal(rows, 96, seed=3).to(dtype)) for rows in (1, 5, 40))]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from model.backends import graphs
-from model.backends.attention import Plan, Rows, Sight, attend
+from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, attend
 from model.backends.graphs import Replays, Shape
 from model.backends.kernels import choice
 from model.backends.kv_cache import KVCache
@@ -143,7 +143,7 @@ def cache(num_slots: int = 5) -> KVCache:
     )  # fmt: skip
 
 
-def attending(plan: Plan, numbers: Tensor, states: Tensor | None) -> tuple[Tensor, ...]:
+def attending(plan: AttentionTensors, numbers: Tensor, states: Tensor | None) -> tuple[Tensor, ...]:
     """Queries, keys and values out of the states: (batch, rows, 3 * 2 * 8)."""
     assert states is not None
     q, k, v = states.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
@@ -151,8 +151,8 @@ def attending(plan: Plan, numbers: Tensor, states: Tensor | None) -> tuple[Tenso
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 1), (3, 2), (3, 9), (4, 8), (5, 16), (5, 11)])
-@pytest.mark.parametrize("sight", Sight)
-def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows: int, sight: Sight) -> None:
+@pytest.mark.parametrize("mask_kind", MaskKind)
+def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows: int, mask_kind: MaskKind) -> None:
     """Slots within the batch and beyond it hold something; a pass may write behind that alone, and where a slot idles,
     behind the capacity: what a former sequence left there can still be shared."""
     torch.manual_seed(batch * rows)
@@ -171,8 +171,8 @@ def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows:
     states, numbers = torch.randn(batch, rows, 48), rng.integers(0, 1000, (2, batch, rows))
     replays = Replays(attending, kv, graphs.Again(), max_rows=16)
     for _ in range(2):  # recorded, then replayed
-        mixed_, sums = replays(Rows(kv, 0, rows, starts, counts, sight, parents), numbers, states)
-    own = Rows(plain, 0, rows, starts, counts, sight, parents).plan
+        mixed_, sums = replays(AttentionMetadata(kv, 0, rows, starts, counts, mask_kind, parents), numbers, states)
+    own = AttentionMetadata(plain, 0, rows, starts, counts, mask_kind, parents).plan
     theirs, _ = attending(own, torch.from_numpy(numbers), states)
     torch.testing.assert_close(mixed_[:3, :rows], theirs[:3], atol=1e-6, rtol=0)
     assert mixed_.isfinite().all(), "rows that rounding adds must not spoil others"
@@ -185,7 +185,7 @@ def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows:
         for cache_, way in ((kv, "replayed"), (plain, "plain")):
             same = (cache_.data[:, :, slot] == before[:, :, slot]).all(-1).flatten(0, 2).all(0)
             assert same[unused].all(), f"a {way} pass wrote where it must not"
-    assert replays.shapes == (replays.shape(Rows(kv, 0, rows, starts, counts, sight, parents), 48),)
+    assert replays.shapes == (replays.shape(AttentionMetadata(kv, 0, rows, starts, counts, mask_kind, parents), 48),)
 
 
 def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
@@ -197,7 +197,7 @@ def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
 
     def shape(batch: int, rows: int, start: int) -> Shape:
         starts = np.full(batch, start, np.int32)
-        return replays.shape(Rows(kv, 0, rows, starts, np.ones(batch, np.int32), Sight.CAUSAL), 0)
+        return replays.shape(AttentionMetadata(kv, 0, rows, starts, np.ones(batch, np.int32), MaskKind.CAUSAL), 0)
 
     assert [shape(batch, 1, 0).batch for batch in (1, 2, 3, 5, 8, 9, 12)] == [1, 2, 4, 8, 8, 12, 12]
     assert [shape(1, rows, 0).rows for rows in (1, 2, 8, 9, 16)] == [1, 8, 8, 16, 16]
@@ -209,11 +209,11 @@ def test_what_rounding_adds_sees_itself_and_nothing_that_is_new_besides() -> Non
     """A row that sees nothing at all is NaN in some kernels, and NaN spreads through the cache."""
     kv, seen = cache(), list[Tensor]()
 
-    def look(plan: Plan, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
+    def look(plan: AttentionTensors, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
         seen.append(plan.visible.clone())
         return (plan.starts,)
 
-    rows = Rows(kv, 0, 3, np.zeros(3, np.int32), np.full(3, 3, np.int32), Sight.WHOLE)
+    rows = AttentionMetadata(kv, 0, 3, np.zeros(3, np.int32), np.full(3, 3, np.int32), MaskKind.FULL)
     Replays(look, kv, graphs.Again(), max_rows=16)(rows, np.zeros((0, 3, 3), np.int64))
     expected = torch.eye(8, dtype=torch.bool).repeat(4, 1, 1)
     expected[:3, :3, :3] = True
@@ -234,7 +234,9 @@ def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monke
         for rows in range(1, 17):
             starts, counts = np.full(batch, 3 * rows, np.int32), np.ones(batch, np.int32)
             numbers = np.zeros((2, batch, rows), np.int64)
-            replays(Rows(kv, 0, rows, starts, counts, Sight.CAUSAL), numbers, torch.randn(batch, rows, 48))
+            replays(
+                AttentionMetadata(kv, 0, rows, starts, counts, MaskKind.CAUSAL), numbers, torch.randn(batch, rows, 48)
+            )
     assert replays.shapes == ahead
 
 
@@ -243,23 +245,23 @@ def test_sixty_four_rows_see_each_other_through_the_sign_bit_too() -> None:
     kv.data.zero_()
     seen: list[Tensor] = []
 
-    def look(plan: Plan, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
+    def look(plan: AttentionTensors, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
         seen.append(plan.visible.clone())
         return (plan.starts,)
 
-    rows = Rows(kv, 0, 64, np.zeros(1, np.int32), np.array([64], np.int32), Sight.CAUSAL)
+    rows = AttentionMetadata(kv, 0, 64, np.zeros(1, np.int32), np.array([64], np.int32), MaskKind.CAUSAL)
     Replays(look, kv, graphs.Again(), max_rows=64)(rows, np.zeros((0, 1, 64), np.int64))
     assert np.array_equal(seen[-1].numpy(), rows.visible())
 
 
-def on_meta(num_layers: int, heads: int, head_dim: int) -> tuple[KVCache, Plan]:
+def on_meta(num_layers: int, heads: int, head_dim: int) -> tuple[KVCache, AttentionTensors]:
     """A cache and three rows of one slot whose tensors have no contents: whatever asks for a number of them fails."""
     kv = KVCache(
         num_layers=num_layers, num_slots=1, num_heads=heads, head_dim=head_dim, capacity=100, margin=16,
         dtype=torch.float32, device=torch.device("meta"),
     )  # fmt: skip
     starts = torch.zeros(1, dtype=torch.int64, device="meta")
-    return kv, Plan(kv, 0, starts, starts, torch.ones(1, 5, 5, dtype=torch.bool, device="meta"), 64)
+    return kv, AttentionTensors(kv, 0, starts, starts, torch.ones(1, 5, 5, dtype=torch.bool, device="meta"), 64)
 
 
 def test_a_pass_asks_for_no_number_on_its_way(
@@ -276,11 +278,11 @@ def test_a_pass_asks_for_no_number_on_its_way(
     drafter._ends, drafter.tails = drafter._ends.to("meta"), drafter.tails.to("meta")
     _, plan = on_meta(4, 2, 32)
     ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
-    hidden, taps = target.run(target.embed(ids), ids[None], plan)
+    hidden, aux_hidden_states = target.run(target.embed(ids), ids[None], plan)
     assert hidden.shape == (1, 5, 64)
-    assert taps.shape == (1, 5, 3 * 64)
+    assert aux_hidden_states.shape == (1, 5, 3 * 64)
     drafter.cache, plan = on_meta(2, 2, 16)
-    drafter._observe(plan, ids[None], taps)
+    drafter._observe(plan, ids[None], aux_hidden_states)
     (found,) = drafter._propose(plan, ids[None], None)
     assert found.shape == (1, 3, 20)
 

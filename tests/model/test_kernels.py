@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.backends.attention import Plan, Rows, Sight, attend
+from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, attend
 from model.backends.kernels import choice
 from model.backends.kernels.choice import TreeAttention
 from model.backends.kv_cache import KVCache
@@ -37,7 +37,7 @@ def kernel() -> TreeAttention:
     return tree_attention
 
 
-def torchs(plan: Plan, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def torchs(plan: AttentionTensors, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     assert plan.cache.data.dtype == torch.float64, "too precise for the kernel, so torch attends"
     return attend(plan, 0, queries, keys, values)
 
@@ -65,7 +65,7 @@ def test_it_attends_as_torch_does(
     kv.data.copy_(torch.randn(kv.data.shape))
     starts = np.array(lengths, np.int32)
     parents = random_tree(rng, 3, rows).parents if rows > 3 else np.full((3, rows), -1)
-    plan = Rows(kv, 0, rows, starts, np.full(3, rows, np.int32), Sight.TREE, parents).plan
+    plan = AttentionMetadata(kv, 0, rows, starts, np.full(3, rows, np.int32), MaskKind.TREE, parents).plan
     queries, keys, values = (torch.randn(3, n, rows, dim, device=DEVICE).double() for n in (heads, kv_heads, kv_heads))
     expected = torchs(plan, queries, keys, values)
     both = kv.data[0].float()

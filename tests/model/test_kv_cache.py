@@ -78,7 +78,7 @@ def test_keep_moves_the_accepted_rows_down_in_order() -> None:
 
 
 def test_keep_reads_all_rows_before_it_writes_any() -> None:
-    """Rows 1..6 to 0..5: each target is the next one's source."""
+    """AttentionMetadata 1..6 to 0..5: each target is the next one's source."""
     kv = cache()
     slot = kv.allocate()
     write(kv, 0, [[0, 1, 2, 3, 4, 5, 6]])

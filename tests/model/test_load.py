@@ -1,4 +1,5 @@
-"""Load-aware drafting: what is decided follows from prices and chances alone, and never touches what is said."""
+"""SpeculationController-aware drafting: what is decided follows from prices and chances alone, and never touches what
+is said."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from model.demo import prompts
 from model.engine.engine import Engine
 from model.engine.native_round import NativeRound
 from model.engine.sequence import Sequence
-from model.engine.speculation import BINS, FIRST_PAUSE, LONGEST_PAUSE, PLAIN_EVERY, PROBE, Load
+from model.engine.speculation import BINS, FIRST_PAUSE, LONGEST_PAUSE, PLAIN_EVERY, PROBE, SpeculationController
 from model.request import Request, SamplingParams
 from tests.model import tiny
 from tests.model.oracle import OracleDrafter
@@ -95,9 +96,9 @@ def test_the_native_library_admits_the_same_nodes(slope: float) -> None:
 # -- who drafts
 
 
-def known(plain: float = 1.0, drafting: float = 2.0, slots: int = 8, nodes: int = 7) -> Load:
+def known(plain: float = 1.0, drafting: float = 2.0, slots: int = 8, nodes: int = 7) -> SpeculationController:
     """A load for which every round takes as long, whatever its batch."""
-    load = Load(slots, nodes)
+    load = SpeculationController(slots, nodes)
     load.learn(np.full(len(load.batches), plain), np.full((len(load.batches), len(load.places)), drafting))
     return load
 
@@ -107,7 +108,7 @@ def sequence() -> Sequence:
 
 
 def rounds(
-    load: Load, one: Sequence, accepted: int, count: int, *, plain: float = 1.0, drafting: float = 2.0
+    load: SpeculationController, one: Sequence, accepted: int, count: int, *, plain: float = 1.0, drafting: float = 2.0
 ) -> list[int]:
     """Nodes that it may verify in each of `count` rounds, of which every one with nodes brings `accepted`."""
     asked = []
@@ -162,7 +163,7 @@ def test_plain_rounds_are_rare_where_drafting_pays() -> None:
 
 def test_drafting_begins_at_a_new_load_though_whole_trees_would_not_pay_there() -> None:
     """Every row costs, as without a matrix unit: 31 nodes for each of eight sequences take eight plain rounds."""
-    load = Load(8, 31)
+    load = SpeculationController(8, 31)
     load.learn(np.ones(len(load.batches)), np.array([[1.2 + 0.025 * b * n for n in load.places] for b in load.batches]))
     alone, others = sequence(), [sequence() for _ in range(8)]
     for _ in range(100):
@@ -193,7 +194,7 @@ def test_short_answers_are_not_drafted_for_where_reading_the_prompt_takes_longer
 
 
 def test_chances_are_what_was_seen_where_enough_was() -> None:
-    load = Load(8, 7)
+    load = SpeculationController(8, 7)
     said = load.chance.copy()
     load.tried[3], load.held[3] = 4000, 400  # a bin in which the draft thinks that nearly all are right
     load._weigh()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model.backends.attention import Rows, Sight, attend
+from model.backends.attention import AttentionMetadata, MaskKind, attend
 from model.backends.kv_cache import KVCache
 from model.backends.native import library
 from model.backends.native.builds import BUILDS
@@ -32,7 +32,7 @@ from model.decoding.tree import IDLE
 from model.drafters.flash.network import DraftConfig, SequentialHead
 from model.engine.engine import Engine
 from model.engine.native_round import NativeRound
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 from tests.model import tiny
 from tests.model.libraries import every_library
@@ -86,7 +86,9 @@ def rotary(head_dim: int, positions: int) -> Rotary:
     return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), np.zeros(head_dim, np.int32))
 
 
-def in_torch(shape: Shape, layers: list[LayerWeights], turn: Rotary | None, x: Tensor, places: Tensor, rows: Rows):
+def in_torch(
+    shape: Shape, layers: list[LayerWeights], turn: Rotary | None, x: Tensor, places: Tensor, rows: AttentionMetadata
+):
     """The same layers in plain torch, float64, over a float64 cache."""
 
     def norm(x: Tensor, n: Norm) -> Tensor:
@@ -135,14 +137,14 @@ def some_tree(rows: int, batch: int, seed: int) -> np.ndarray:
     return np.array([[-1, *(rng.integers(0, row) for row in range(1, rows))] for _ in range(batch)], np.int32)
 
 
-@pytest.mark.parametrize("sight", list(Sight))
+@pytest.mark.parametrize("mask_kind", list(MaskKind))
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "clip"),
     [(4, 4, 32, False), (4, 2, 64, False), (8, 1, 16, False), (2, 2, 80, True), (40, 1, 16, False)],
     ids=["mha", "gqa", "mqa", "clip", "more heads than a block"],
 )
 def test_it_computes_what_torch_computes(
-    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, clip: bool, sight: Sight
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, clip: bool, mask_kind: MaskKind
 ) -> None:
     """Every kind of layer, of mask and of length, against float64; slots that idle are not touched."""
     settings = {"norm": "layer", "activation": "quick_gelu"} if clip else {}
@@ -151,14 +153,14 @@ def test_it_computes_what_torch_computes(
         cast(layer(10 * i, heads, kv_heads, head_dim, bias=clip or kv_heads == 2, clip=clip), dtype) for i in (1, 2)
     ]
     turn = None if clip else rotary(head_dim, 300)
-    stack = Stack(shape, weights, rotary=turn, taps=(0,))
+    stack = Stack(shape, weights, rotary=turn, aux_layers=(0,))
     starts, rows = np.array([0, 31, 64, 150], np.int32), 21
     counts = np.array([21, 0, 7, 21], np.int32)
     parents = some_tree(rows, 4, seed=3)
     kept = cache(shape, 5, dtype)
     fine = cache(shape, 5, torch.float64)
     x = normal(4, rows, HIDDEN, seed=5).to(dtype)
-    if sight is Sight.TREE:
+    if mask_kind is MaskKind.TREE:
         depth = np.zeros_like(parents)
         for row in range(1, rows):
             depth[:, row] = depth[np.arange(4), parents[:, row]] + 1
@@ -166,14 +168,18 @@ def test_it_computes_what_torch_computes(
         depth = np.tile(np.arange(rows, dtype=np.int32), (4, 1))
     places = (starts[:, None] + depth)[None]
     before = kept.data.clone()
-    hidden, taps = stack.forward(x, places, Rows(kept, 1, rows, starts, counts, sight, parents))
-    assert taps.shape == (4, rows, HIDDEN)
+    hidden, aux_hidden_states = stack.forward(
+        x, places, AttentionMetadata(kept, 1, rows, starts, counts, mask_kind, parents)
+    )
+    assert aux_hidden_states.shape == (4, rows, HIDDEN)
     assert torch.equal(kept.data[:, :, 2], before[:, :, 2]), "an idle slot was written to"
     assert torch.equal(kept.data[:, :, 0], before[:, :, 0]), "a slot outside the batch was written to"
     atol, rtol = (2e-5, 1e-5) if dtype is torch.float32 else (0.12, 0.05)
     for b in np.flatnonzero(counts):
         n = int(counts[b])
-        one = Rows(fine, 1 + int(b), n, starts[b : b + 1], counts[b : b + 1], sight, parents[b : b + 1, :n].copy())
+        one = AttentionMetadata(
+            fine, 1 + int(b), n, starts[b : b + 1], counts[b : b + 1], mask_kind, parents[b : b + 1, :n].copy()
+        )
         expected = in_torch(
             shape, weights, turn, x[b : b + 1, :n].double(), torch.from_numpy(places[0, b : b + 1, :n]), one
         )
@@ -181,12 +187,12 @@ def test_it_computes_what_torch_computes(
 
 
 def decoded(
-    stack: Stack, kept: KVCache, starts: np.ndarray, x: Tensor, depths: np.ndarray, sight: Sight, **more
+    stack: Stack, kept: KVCache, starts: np.ndarray, x: Tensor, depths: np.ndarray, mask_kind: MaskKind, **more
 ) -> Tensor:
     batch, rows = x.shape[:2]
     counts = np.full(batch, rows, np.int32)
     places = (starts[:, None] + depths)[None].astype(np.int32)
-    return stack.forward(x, places, Rows(kept, 0, rows, starts, counts, sight, **more))[0]
+    return stack.forward(x, places, AttentionMetadata(kept, 0, rows, starts, counts, mask_kind, **more))[0]
 
 
 @pytest.mark.parametrize("held", [0, 17, 30, 31, 32, 95, 130])
@@ -198,17 +204,17 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
     )
     x = normal(1, 40, HIDDEN, seed=2).to(dtype)
     start = np.array([held], np.int32)
-    whole = decoded(stack, cache(shape, 1, dtype), start, x, np.arange(40)[None], Sight.CAUSAL)
+    whole = decoded(stack, cache(shape, 1, dtype), start, x, np.arange(40)[None], MaskKind.CAUSAL)
 
     kept = cache(shape, 1, dtype)
     for row in range(12):  # one by one
-        one = decoded(stack, kept, start + row, x[:, row : row + 1], np.zeros((1, 1)), Sight.CAUSAL)
+        one = decoded(stack, kept, start + row, x[:, row : row + 1], np.zeros((1, 1)), MaskKind.CAUSAL)
         assert torch.equal(one[:, 0], whole[:, row]), f"row {row} alone"
 
     kept = cache(shape, 1, dtype)
     for first, end in ((0, 1), (1, 18), (18, 37), (37, 40)):  # in chunks
         places = np.arange(end - first)[None]
-        part = decoded(stack, kept, start + first, x[:, first:end], places, Sight.CAUSAL)
+        part = decoded(stack, kept, start + first, x[:, first:end], places, MaskKind.CAUSAL)
         assert torch.equal(part, whole[:, first:end]), f"rows {first} to {end}"
 
     kept = cache(shape, 16, dtype, seed=1)  # beside fifteen that hold more or less
@@ -218,7 +224,7 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
     crowd = normal(16, 9, HIDDEN, seed=3).to(dtype)  # 144 rows: more than one head's task takes
     crowd[3] = x[0, :9]
     places = np.tile(np.arange(9), (16, 1))
-    assert torch.equal(decoded(stack, kept, starts, crowd, places, Sight.CAUSAL)[3], whole[0, :9]), "in a batch"
+    assert torch.equal(decoded(stack, kept, starts, crowd, places, MaskKind.CAUSAL)[3], whole[0, :9]), "in a batch"
 
     # The branch 0-1-4-5-9 among others: what is on it must not see or feel what is not.
     parents = np.array([[-1, 0, 0, 0, 1, 4, 2, 6, 1, 5, 9]], np.int32)
@@ -226,7 +232,7 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
     branch = [0, 1, 4, 5, 9, 10]
     rows = normal(1, 11, HIDDEN, seed=4).to(dtype)
     rows[0, branch] = x[0, :6]
-    grown = decoded(stack, cache(shape, 1, dtype), start, rows, depths, Sight.TREE, parents=parents)
+    grown = decoded(stack, cache(shape, 1, dtype), start, rows, depths, MaskKind.TREE, parents=parents)
     assert torch.equal(grown[0, branch], whole[0, :6]), "on a branch of a tree"
 
 
@@ -241,7 +247,7 @@ def test_no_arithmetic_makes_a_number_of_what_is_none(dtype: torch.dtype, payloa
     wide = dtype is torch.float32
     bits = kept.data.view(torch.int32 if wide else torch.int16)
     bits[:, 0, :, :, 5] = 0x7FC00000 + payload if wide else 0x7FC0 + payload % 0x40
-    hidden = decoded(stack, kept, starts, normal(1, rows, HIDDEN, seed=3).to(dtype), np.arange(rows), Sight.CAUSAL)
+    hidden = decoded(stack, kept, starts, normal(1, rows, HIDDEN, seed=3).to(dtype), np.arange(rows), MaskKind.CAUSAL)
     assert hidden.isnan().all()
 
 
@@ -257,7 +263,9 @@ def test_threads_that_lose_their_cores_change_nothing(dtype: torch.dtype) -> Non
 
     def jobs() -> list[Tensor]:
         kept = cache(shape, 1, dtype)
-        few, many = (decoded(stack, kept, start, x[:, :n], np.arange(n)[None], Sight.CAUSAL).clone() for n in (3, 40))
+        few, many = (
+            decoded(stack, kept, start, x[:, :n], np.arange(n)[None], MaskKind.CAUSAL).clone() for n in (3, 40)
+        )
         return [few, matrix(x[0]), many, matrix(x[0, :1])]
 
     alone = jobs()
@@ -357,7 +365,7 @@ class Rounding(SequentialHead):
 
 def sequential(rank: int, *, vocab: int, dtype: torch.dtype, some: bool = False) -> tuple[SequentialHead, Sequential]:
     """A head that reads hidden states of 32 numbers, and speaks of all tokens or half of them: exact, and packed."""
-    shape = DraftConfig(32, 32, vocab, tap_layers=(1,), sequential_rank=rank, vocabulary=vocab // 2 if some else 0)
+    shape = DraftConfig(32, 32, vocab, aux_layers=(1,), sequential_rank=rank, vocabulary=vocab // 2 if some else 0)
     exact = Rounding(shape).requires_grad_(False)
     for seed, weight in enumerate(exact.parameters()):
         weight.copy_(normal(*weight.shape, seed=seed, scale=4 / rank**0.5))
@@ -395,11 +403,12 @@ class Given:
 
 @pytest.mark.parametrize("vocab", [48, 77])
 def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab: int) -> None:
-    """Logits, taps, choices, the accepted path and the rows it moves, in every layer and head and in no other slot."""
+    """Logits, aux_hidden_states, choices, the accepted path and the rows it moves, in every layer and head and in no
+    other slot."""
     shape = Shape(hidden=HIDDEN, heads=HEADS, kv_heads=2, head_dim=32, intermediate=INNER, eps=1e-6)
     layers = [cast(layer(seed, HEADS, 2, 32, bias=False, clip=False), dtype) for seed in (10, 20)]
     final = Norm((1 + normal(HIDDEN, seed=3, scale=0.1)).to(dtype))
-    stack = Stack(shape, layers, rotary=rotary(32, 256), final_norm=final, taps=(0, 1))
+    stack = Stack(shape, layers, rotary=rotary(32, 256), final_norm=final, aux_layers=(0, 1))
     embeddings = normal(vocab, HIDDEN, seed=4).to(dtype)
     weight = normal(vocab, HIDDEN, seed=5, scale=HIDDEN**-0.5).to(dtype)
     weight[vocab // 2 : 2 * (vocab // 2)] = weight[: vocab // 2]  # (nearly) every logit twice
@@ -415,13 +424,13 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     for each in (held, expected_cache):
         each.lengths[:] = array("i", [40, 3, 9, 20])
     starts, counts = np.array([40, 3, 9], np.int32), np.array([7, 0, 5], np.int32)
-    rows = Rows(expected_cache, 0, 7, starts, counts, Sight.TREE, trees.parents)
+    rows = AttentionMetadata(expected_cache, 0, 7, starts, counts, MaskKind.TREE, trees.parents)
     places = (roots[:, None] + trees.depths)[None]
-    hidden, taps = stack.forward(embeddings[torch.from_numpy(trees.tokens)], places, rows)
+    hidden, aux_hidden_states = stack.forward(embeddings[torch.from_numpy(trees.tokens)], places, rows)
     expected = head(hidden)
 
     drafter = Given(trees)
-    now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), Load(4, 11))
+    now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), SpeculationController(4, 11))
     now.use(drafter)  # type: ignore[arg-type]
     now.newest[:3], now.budgets[:3], now.roots[:3] = trees.tokens[:, 0], [6, IDLE, 4], roots
     seen, chosen, logits = now.look(3, 6)
@@ -440,7 +449,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     assert verdicts[0].path != list(range(len(verdicts[0].path))), "nothing would have to move"
     assert now.accept(told) == [verdict.tokens for verdict in verdicts]
     assert drafter.observed == [verdict.path for verdict in verdicts]
-    assert torch.equal(now._now.taps[0, : counts[0]], taps[0, : counts[0]])
+    assert torch.equal(now._now.aux_hidden_states[0, : counts[0]], aux_hidden_states[0, : counts[0]])
     expected_cache.keep(range(3), drafter.observed)
     assert held.lengths == expected_cache.lengths
     for slot, length in enumerate(held.lengths):

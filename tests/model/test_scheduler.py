@@ -10,7 +10,7 @@ from model.config import EngineConfig
 from model.decoding.detokenize import StopStrings
 from model.engine.scheduler import Chunk, Decoding, Scheduler
 from model.engine.sequence import Sequence
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.request import Request, SamplingParams
 from model.targets.prompt import TokenizedPrompt
 
@@ -27,7 +27,7 @@ class Day:
 
     def __init__(self, seconds: Callable[[Chunk], float], **settings: float) -> None:
         config = EngineConfig(prefill_chunk=CHUNK, **settings)  # type: ignore[arg-type]
-        self.scheduler = Scheduler(config, Load(config.max_num_seqs, config.nodes))
+        self.scheduler = Scheduler(config, SpeculationController(config.max_num_seqs, config.nodes))
         self.seconds = seconds
         self.turns: list[list[tuple[str, int]]] = [[]]
         self.gaps = [0.0]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from model.backends.native import library
 from model.drafters.flash.network import DraftNetwork
 from model.engine.engine import Engine
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 from model.errors import ConfigError
 from model.request import Request
 from tests.model import tiny
@@ -151,7 +151,7 @@ def test_what_was_learnt_of_the_old_draft_is_forgotten(tiny_checkpoint: Path, dr
     """Prices of rounds are the machine's, and stay."""
     engine = engine_of(tiny_checkpoint, drafts["flash"], adaptive_drafting=True)
     tiny.drain(engine, mixed(8))
-    load, fresh = engine.load, Load(8, engine.config.nodes)
+    load, fresh = engine.load, SpeculationController(8, engine.config.nodes)
     assert load.tried.sum() > 0
     plain = load.plain.copy()
     swap(engine, drafts["longer"])

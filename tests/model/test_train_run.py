@@ -186,7 +186,7 @@ def test_figures_add_up() -> None:
 def test_defaults_follow_the_target() -> None:
     """The bundled target's draft is what it always was; a published target's is half as wide, and fits in memory."""
     assert (width(256), width(64), width(3584)) == (256, 64, 1792)
-    large = DraftConfig(64, 64, vocab_size=152_064, tap_layers=(1,))
+    large = DraftConfig(64, 64, vocab_size=152_064, aux_layers=(1,))
     assert anchors(16, replace(large, vocab_size=768)) == 24
     assert 1 <= anchors(16, large) < 24
     assert anchors(16, replace(large, vocabulary=768)) == 24

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.backends.attention import Rows, Sight
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.kv_cache import KVCache
 from model.config import PAPER_NODES
 from model.decoding import verify
 from model.decoding.tree import Along, FixedTree, Trees, best_first, fill, planted, roots
 from model.drafters.flash.drafter import PAPER_TREE
-from model.engine.speculation import Load
+from model.engine.speculation import SpeculationController
 
 VOCAB = 12
 NO_ENDS = torch.tensor((), dtype=torch.int64)
@@ -138,7 +138,7 @@ def test_a_row_sees_itself_and_its_ancestors() -> None:
         num_layers=1, num_slots=1, num_heads=1, head_dim=1, capacity=8, margin=0,
         dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
-    rows = Rows(cache, 0, 6, np.zeros(1, np.int32), np.array([5], np.int32), Sight.TREE, parents)
+    rows = AttentionMetadata(cache, 0, 6, np.zeros(1, np.int32), np.array([5], np.int32), MaskKind.TREE, parents)
     seen = {row: set(np.flatnonzero(rows.visible()[0, row]).tolist()) for row in range(6)}
     assert seen == {0: {0}, 1: {0, 1}, 2: {0, 2}, 3: {0, 1, 3}, 4: {0, 1, 3, 4}, 5: {5}}
 
@@ -247,4 +247,4 @@ def test_of_a_fixed_tree_nothing_is_kept_where_the_draft_says_no_number(wrong: f
     trees = planted(np.array([7, 9]), fill(shape, logits).numpy(), shape, np.array([25, 25]))
     assert trees.sizes.tolist() == [26, 1]
     assert np.isfinite(trees.scores).all()
-    Load(2, 25).saw(trees, [[0, 1], [0]])
+    SpeculationController(2, 25).saw(trees, [[0, 1], [0]])

@@ -94,7 +94,7 @@ def new_draft(target: Target, *, seed: int = 0, **shape: Any) -> DraftNetwork:
         hidden_size=32,
         target_hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
-        tap_layers=target.tap_layers,
+        aux_layers=target.aux_layers,
         **{**settings, "sequential_rank": 8, **shape},
     )
     torch.manual_seed(seed)
@@ -118,11 +118,11 @@ def new_network(drafter: str, target: Target, *, seed: int = 0, vocabulary: int 
     torch.manual_seed(seed)
     network: Network
     if drafter == "medusa":
-        network = MedusaNetwork(MedusaConfig(**common, tap_layers=target.tap_layers, block=4), target.final_norm)
+        network = MedusaNetwork(MedusaConfig(**common, aux_layers=target.aux_layers, block=4), target.final_norm)
         torch.nn.init.normal_(network.heads.weight, std=0.2)
     elif drafter == "eagle":
         shape = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "block": 5}
-        network = EagleNetwork(EagleConfig(**common, **shape, tap_layers=target.tap_layers))
+        network = EagleNetwork(EagleConfig(**common, **shape, aux_layers=target.aux_layers))
     else:
         paper = presets.PAPER if drafter == "flash-paper" else {}
         return new_draft(target, seed=seed, **{**paper, "vocabulary": vocabulary})

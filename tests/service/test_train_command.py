@@ -80,7 +80,7 @@ def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
     assert all((one[name] == other[name]).all() for name in one)
     told = [json.loads((f / "config.json").read_text()) for f in (tmp_path / "whole", killed)]
     assert told[0]["acceptance_length"] == told[1]["acceptance_length"]
-    assert told[0]["draft"]["tap_layers"] == [3], "the last, and only that"
+    assert told[0]["draft"]["aux_layers"] == [3], "the last, and only that"
     assert not (killed / "run" / "state.tmp").exists(), "saved beside and moved into place"
 
 
@@ -108,7 +108,7 @@ def test_a_folder_of_pictures_and_clips_becomes_a_draft_that_is_served(target: P
     assert result.exit_code == 0, result.output
     assert f"--draft {output}" in result.output
     told = json.loads((output / "config.json").read_text())
-    assert (told["drafter"], told["draft"]["tap_layers"]) == ("medusa", [3])
+    assert (told["drafter"], told["draft"]["aux_layers"]) == ("medusa", [3])
     assert "12 prompts (8 of image, 4 of video)" in told["data"]
     unusable = (output / "run" / "answers.jsonl").read_text().count("unusable")
     assert unusable > 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import Rows
+from model.backends.attention import AttentionMetadata
 from model.backends.kv_cache import KVCache
 from model.backends.native.library import K_STEP, LANES, Matrix, Mirror, functions, pointer, round_up
 
@@ -100,7 +100,7 @@ class _Stack(Mirror):
 
 class _Rows(Mirror):
     _fields_ = [
-        *((n, ctypes.c_int32) for n in "batch rows first_slot sight".split()),
+        *((n, ctypes.c_int32) for n in "batch rows first_slot mask_kind".split()),
         *((n, ctypes.c_void_p) for n in "starts counts parents positions cache".split()),
         *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
     ]
@@ -116,10 +116,10 @@ class Stack:
         *,
         rotary: Rotary | None = None,
         final_norm: Norm | None = None,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
     ) -> None:
         assert shape.fits
-        self.shape, self.num_taps = shape, len(taps)
+        self.shape, self.num_taps = shape, len(aux_layers)
         self._kept: list[object] = []  # whatever the library holds pointers to
         packed = []
         for layer in layers:  # one after the other: whoever makes them as they are asked for holds one at a time
@@ -136,14 +136,14 @@ class Stack:
             intermediate=round_up(shape.intermediate, K_STEP),
             norm=("rms", "layer").index(shape.norm),
             activation=("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh").index(shape.activation),
-            num_taps=len(taps),
+            num_taps=len(aux_layers),
             eps=shape.eps,
             scale=shape.head_dim**-0.5,
             layers=ctypes.cast(described, ctypes.c_void_p),
             cos=self._keep(rotary.cos if rotary else None),
             sin=self._keep(rotary.sin if rotary else None),
             axes=self._keep(np.ascontiguousarray(rotary.axes, np.int32) if rotary else None),
-            taps=self._keep(np.array(taps, np.int32)),
+            taps=self._keep(np.array(aux_layers, np.int32)),
             final_norm=self._keep(final_norm.weight if final_norm else None),
             final_bias=self._keep(final_norm.bias if final_norm else None),
         )
@@ -204,7 +204,7 @@ class Stack:
         filled = [torch.cat((p, p.new_zeros(width - p.shape[0], *p.shape[1:]))) for p in parts]
         return torch.stack([p.unflatten(0, (-1, LANES)) for p in filled], 1).flatten(0, 2)
 
-    def described(self, rows: Rows, positions: np.ndarray | None) -> _Rows:
+    def described(self, rows: AttentionMetadata, positions: np.ndarray | None) -> _Rows:
         """Rows as the library reads them; positions: (axes, batch, rows) int32, or None for those in their slots."""
         parts = [rows.starts, rows.counts]
         if positions is not None:
@@ -220,7 +220,7 @@ class Stack:
             batch,
             num,
             rows.first_slot,
-            rows.sight,
+            rows.mask_kind,
             at,
             at + size * batch,
             None if rows.parents is None else at + size * (len(together) - rows.parents.size),
@@ -231,7 +231,7 @@ class Stack:
         described.kept = together
         return described
 
-    def forward(self, embeds: Tensor, positions: np.ndarray | None, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, embeds: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """embeds (batch, rows, hidden), positions (axes, batch, rows) int32: final hidden states (batch, rows, hidden),
         and tapped layers' outputs side by side (batch, rows, num_taps * hidden). Rows that are not real stay unset."""
         assert embeds.dtype is self.dtype is rows.cache.data.dtype
@@ -248,7 +248,7 @@ class Stack:
         )
         return hidden, taps
 
-    def hold(self, context: Tensor, positions: np.ndarray | None, rows: Rows) -> None:
+    def hold(self, context: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> None:
         """Only write every layer's keys and values of context (batch, rows, hidden)."""
         assert context.dtype is self.dtype is rows.cache.data.dtype
         context = context.contiguous()

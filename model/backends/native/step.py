@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import Rows
+from model.backends.attention import AttentionMetadata
 from model.backends.native.candidates import Candidates, TreeArrays
 from model.backends.native.library import K_STEP, Matrix, Mirror, functions, pointer
 from model.backends.native.stack import Stack
@@ -136,7 +136,9 @@ class DraftStep:
         """Of the table of what tokens put into it, which it alone holds."""
         return 0 if self._token_table is None else self._token_table.nbytes
 
-    def propose(self, newest: np.ndarray, budgets: np.ndarray, rows: Rows, tails: Tensor) -> tuple[Trees, Tensor]:
+    def propose(
+        self, newest: np.ndarray, budgets: np.ndarray, rows: AttentionMetadata, tails: Tensor
+    ) -> tuple[Trees, Tensor]:
         """Draft a block behind the newest token of each slot, and grow a tree from it.
 
         newest, budgets: (batch,) int64; rows: the block's, none where a slot does not draft; tails: (slots, hidden),
@@ -154,7 +156,7 @@ class DraftStep:
         )
         return trees, logits
 
-    def observe(self, taps: Tensor, paths: np.ndarray, rows: Rows, tails: Tensor) -> None:
+    def observe(self, taps: Tensor, paths: np.ndarray, rows: AttentionMetadata, tails: Tensor) -> None:
         """Add what the target kept to each context.
 
         taps: (batch, num, taps * target's hidden); paths: (batch, num) int32, which of those rows were kept, in order;

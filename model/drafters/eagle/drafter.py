@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from model.backends import attention
-from model.backends.attention import Rows, Sight, prompt_rows
+from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
 from model.backends.kv_cache import KVCache
 from model.backends.linear import held_by, pack
 from model.decoding import tree
@@ -94,8 +94,8 @@ class EagleDrafter:
         for slot, computed in held.items():
             assert self.cache.lengths[slot] == max(0, computed - 1), "the draft's context is not what the target kept"
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:
-        fused = self.network.fuse(taps)
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        fused = self.network.fuse(aux_hidden_states)
         features, entries = torch.cat((self._pending[slot][None], fused[:-1])), self.network.entry(embeds)
         if start == 0:  # nothing comes before the first position
             features, entries = features[1:], entries[1:]
@@ -107,23 +107,25 @@ class EagleDrafter:
         self._write(rows, entering)
         self.cache.lengths[slot] += count
 
-    def _write(self, rows: Rows, entering: Tensor) -> None:
+    def _write(self, rows: AttentionMetadata, entering: Tensor) -> None:
         """Keys and values of what enters the layer, (batch, rows, hidden)."""
         keys, values = self.network.context_keys_values(entering, rows.plan.positions)
         self.cache.write(0, rows.plan.locations, keys, values)
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
         index = indexed(paths, max(map(len, paths)))
         starts = np.array(self.cache.lengths[: len(paths)], np.int32)
         counts = np.array([len(path) for path in paths], np.int32)
-        rows = Rows(self.cache, 0, index.shape[1], starts, counts, Sight.CAUSAL)
+        rows = AttentionMetadata(self.cache, 0, index.shape[1], starts, counts, MaskKind.CAUSAL)
         tokens = np.take_along_axis(trees.tokens, index.astype(np.int64), 1)
-        places = upload(index, taps.device).long()
-        fused = self.network.fuse(taps.gather(1, places[:, :, None].expand(-1, -1, taps.shape[-1])))
+        places = upload(index, aux_hidden_states.device).long()
+        fused = self.network.fuse(
+            aux_hidden_states.gather(1, places[:, :, None].expand(-1, -1, aux_hidden_states.shape[-1]))
+        )
         pending = self._pending[: len(fused)]
         features = torch.cat((pending[:, None], fused[:, :-1]), 1)
-        self._write(rows, self.network.entering(features, self._entry(upload(tokens, taps.device))))
-        take_last(pending, fused, upload(counts, taps.device).long())
+        self._write(rows, self.network.entering(features, self._entry(upload(tokens, aux_hidden_states.device))))
+        take_last(pending, fused, upload(counts, aux_hidden_states.device).long())
         for slot, path in enumerate(paths):
             self.cache.lengths[slot] += len(path)
 
@@ -161,7 +163,7 @@ class Expansion:
         self._depths = np.concatenate((self._depths, np.full(tokens.shape[1], depth, np.int32)))
         num = self._parents.shape[1]
         counts = np.where(self._drafting, num, 0).astype(np.int32)
-        rows = Rows(drafter.cache, 0, num, self._starts, counts, Sight.TREE, self._parents)
+        rows = AttentionMetadata(drafter.cache, 0, num, self._starts, counts, MaskKind.TREE, self._parents)
         plan = rows.plan
         positions = plan.starts[:, None] + upload(self._depths, plan.starts.device)
         self._features = network.step(

@@ -22,12 +22,12 @@ from model.drafters.layers import Attend, DraftLayer, Fuse, first_tokens, rotary
 
 @dataclass(frozen=True)
 class EagleConfig:
-    """Shape of a draft. `tap_layers` are the target's decoder layers whose outputs it reads."""
+    """Shape of a draft. `aux_layers` are the target's decoder layers whose outputs it reads."""
 
     hidden_size: int
     target_hidden_size: int
     vocab_size: int
-    tap_layers: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     num_heads: int = 4
     intermediate_size: int = 512
     block: int = 7  # tokens drafted ahead at most: as many passes

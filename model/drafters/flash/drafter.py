@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.backends import attention
-from model.backends.attention import Plan, Rows, Sight
+from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind
 from model.backends.graphs import MAX_ROWS, Replays
 from model.backends.kv_cache import KVCache
 from model.backends.linear import held_by, pack
@@ -74,7 +74,7 @@ class FlashDrafter:
             self._observations = Replays(self._observe, self.cache, room.recorder, max_rows=room.margin)
             with torch.inference_mode():
                 self._proposals.prepare(1, [self.block])
-                width = len(config.tap_layers) * config.target_hidden_size
+                width = len(config.aux_layers) * config.target_hidden_size
                 self._observations.prepare(0, range(1, room.margin + 1), width)
 
     @staticmethod
@@ -129,24 +129,26 @@ class FlashDrafter:
         assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
         assert self._spans.keys() == self._visual.keys() == held.keys(), "a medium of a sequence that is gone"
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
         rows = []
-        at, end = start, start + len(taps)
+        at, end = start, start + len(aux_hidden_states)
         for first, last in self._spans[slot]:
             if last <= start or first >= end:
                 continue
             if first > at:
-                rows.append(self._fused(taps[at - start : first - start]))
+                rows.append(self._fused(aux_hidden_states[at - start : first - start]))
             at = max(first, at)
             upto = min(last, end)
             if self.network.config.num_latents:
-                self._visual[slot].append(self._seen(taps[at - start : upto - start], at - first, last - first))
+                self._visual[slot].append(
+                    self._seen(aux_hidden_states[at - start : upto - start], at - first, last - first)
+                )
                 if upto == last:
                     rows.append(self._latents(self._visual[slot], last - first))
                     self._visual[slot] = []
             at = upto
         if at < end:
-            rows.append(self._fused(taps[at - start :]))
+            rows.append(self._fused(aux_hidden_states[at - start :]))
         if rows:
             context = torch.cat(rows)
             behind = self._behind(slot, len(context), [len(context)])
@@ -157,12 +159,16 @@ class FlashDrafter:
             self.tails[slot] = context[-1]
             self._advance(slot, [len(context)])
 
-    def _fused(self, taps: Tensor) -> Tensor:
-        return self.network.fuse(taps) if self.step is None else self.step.fused(taps)
+    def _fused(self, aux_hidden_states: Tensor) -> Tensor:
+        return self.network.fuse(aux_hidden_states) if self.step is None else self.step.fused(aux_hidden_states)
 
-    def _seen(self, taps: Tensor, at: int, total: int) -> Tensor:
+    def _seen(self, aux_hidden_states: Tensor, at: int, total: int) -> Tensor:
         """What is kept of some positions of a medium until all of it is known."""
-        return self.network.read(taps, at, total).clone() if self.network.config.pooled else self._fused(taps)
+        return (
+            self.network.read(aux_hidden_states, at, total).clone()
+            if self.network.config.pooled
+            else self._fused(aux_hidden_states)
+        )
 
     def _latents(self, seen: list[Tensor], total: int) -> Tensor:
         """Of a medium of so many positions, of which that was kept."""
@@ -171,19 +177,19 @@ class FlashDrafter:
             rows = self._fused(self.network.averaged(rows, total))
         return rows if self.network.compressor is None else self.network.compressor(rows[None])[0]
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
         counts = [len(path) for path in paths]
         rows = self._behind(0, max(counts), counts)
         if self.step is not None:
-            self.step.observe(taps, indexed(paths, taps.shape[1]), rows, self.tails)
+            self.step.observe(aux_hidden_states, indexed(paths, aux_hidden_states.shape[1]), rows, self.tails)
         else:
-            self._observe_in_torch(indexed(paths, rows.num), rows, taps)
+            self._observe_in_torch(indexed(paths, rows.num), rows, aux_hidden_states)
         self._advance(0, counts)
 
-    def _observe_in_torch(self, index: np.ndarray, rows: Rows, taps: Tensor) -> None:
-        """Add the rows of taps that index (batch, rows) names to each context."""
-        told = upload(np.concatenate((index, rows.counts[:, None]), 1), taps.device).long()
-        kept = taps.gather(1, told[:, :-1, None].expand(-1, -1, taps.shape[-1]))
+    def _observe_in_torch(self, index: np.ndarray, rows: AttentionMetadata, aux_hidden_states: Tensor) -> None:
+        """Add the rows of aux_hidden_states that index (batch, rows) names to each context."""
+        told = upload(np.concatenate((index, rows.counts[:, None]), 1), aux_hidden_states.device).long()
+        kept = aux_hidden_states.gather(1, told[:, :-1, None].expand(-1, -1, aux_hidden_states.shape[-1]))
         if self._observations is not None:
             (context,) = self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
@@ -191,21 +197,21 @@ class FlashDrafter:
             self._hold(rows.plan, context)
         take_last(self.tails[: rows.batch], context, told[:, -1])
 
-    def _observe(self, plan: Plan, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+    def _observe(self, plan: AttentionTensors, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
         assert kept is not None
         context = self.network.fuse(kept)
         self._hold(plan, context)
         return (context,)
 
-    def _hold(self, plan: Plan, context: Tensor) -> None:
+    def _hold(self, plan: AttentionTensors, context: Tensor) -> None:
         """Write keys and values of context (batch, rows, hidden)."""
         for layer, (keys, values) in enumerate(self.network.context_keys_values(context, plan.positions)):
             self.cache.write(layer, plan.locations, keys, values)
 
-    def _behind(self, first_slot: int, num: int, counts: list[int]) -> Rows:
+    def _behind(self, first_slot: int, num: int, counts: list[int]) -> AttentionMetadata:
         """`num` rows, of which counts[b] are real, behind what slots first_slot.. hold."""
         starts = np.array(self.cache.lengths[first_slot : first_slot + len(counts)], np.int32)
-        return Rows(self.cache, first_slot, num, starts, np.array(counts, np.int32), Sight.CAUSAL)
+        return AttentionMetadata(self.cache, first_slot, num, starts, np.array(counts, np.int32), MaskKind.CAUSAL)
 
     def _advance(self, first_slot: int, counts: list[int]) -> None:
         for b, count in enumerate(counts):
@@ -214,7 +220,7 @@ class FlashDrafter:
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
-        rows = Rows(self.cache, 0, self.block, starts, counts, Sight.WHOLE)
+        rows = AttentionMetadata(self.cache, 0, self.block, starts, counts, MaskKind.FULL)
         if self.step is not None:
             trees, self.drafted = self.step.propose(newest, budgets, rows, self.tails)
             return trees
@@ -228,7 +234,7 @@ class FlashDrafter:
             return tree.planted(newest, found, self._fixed, budgets)
         return tree.pruned(newest, found, width=self.width, budgets=budgets)
 
-    def _propose(self, plan: Plan, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
+    def _propose(self, plan: AttentionTensors, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
         """Draft a block for every slot, and choose nodes from it, as `tree.levels` returns them. numbers: (1, batch,
         block), the newest token of each slot, repeated."""
         newest = numbers[0, :, 0]

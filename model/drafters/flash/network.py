@@ -25,12 +25,12 @@ ENOUGH = 32  # positions whose mean stands for a row
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Shape of a draft. `tap_layers` are the target's decoder layers whose outputs it reads."""
+    """Shape of a draft. `aux_layers` are the target's decoder layers whose outputs it reads."""
 
     hidden_size: int
     target_hidden_size: int
     vocab_size: int
-    tap_layers: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     num_layers: int = 2
     num_heads: int = 4
     intermediate_size: int = 512
@@ -137,10 +137,10 @@ class DraftNetwork(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.target_hidden_size, bias=False)
         self.sequential = SequentialHead(config) if config.sequential_rank else None
 
-    def read(self, taps: Tensor, at: int, total: int) -> Tensor:
+    def read(self, aux_hidden_states: Tensor, at: int, total: int) -> Tensor:
         """Of some positions of a medium of `total`, (positions, width), of which the first is its `at`-th: those that
         are read to average them. All of them; of many, some evenly spread (an odd number apart: from all columns)."""
-        return taps[-at % _apart(self.config.pooled, total) :: _apart(self.config.pooled, total)]
+        return aux_hidden_states[-at % _apart(self.config.pooled, total) :: _apart(self.config.pooled, total)]
 
     def rows_of(self, total: int) -> int:
         """Of context, that a medium of so many positions becomes."""

@@ -53,21 +53,21 @@ class MedusaDrafter:
         self._held[slot] = length  # of these it needs nothing: what follows is read before it proposes
         return True
 
-    def prefill(self, slot: int, start: int, taps: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
-        self._held[slot] = start + len(taps)
-        self._last[slot] = taps[-1]
+    def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        self._held[slot] = start + len(aux_hidden_states)
+        self._last[slot] = aux_hidden_states[-1]
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
         logits, offered = self._head(self.network(self._last[: len(newest)])), self.network.offered
         return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets, offered=offered)
 
-    def observe(self, trees: Trees, paths: Seq[list[int]], taps: Tensor) -> None:  # noqa: ARG002
+    def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
         slots = [slot for slot, path in enumerate(paths) if path]
         for slot in slots:
             self._held[slot] += len(paths[slot])
-        rows = [slot * taps.shape[1] + paths[slot][-1] for slot in slots]
-        where = upload(np.array((slots, rows)), taps.device)
-        self._last.index_copy_(0, where[0], taps.flatten(0, 1).index_select(0, where[1]))
+        rows = [slot * aux_hidden_states.shape[1] + paths[slot][-1] for slot in slots]
+        where = upload(np.array((slots, rows)), aux_hidden_states.device)
+        self._last.index_copy_(0, where[0], aux_hidden_states.flatten(0, 1).index_select(0, where[1]))
 
     def free(self, slot: int) -> None:
         del self._held[slot]

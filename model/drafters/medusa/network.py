@@ -18,11 +18,11 @@ from model.drafters.layers import first_tokens
 
 @dataclass(frozen=True)
 class MedusaConfig:
-    """Shape of a draft. `tap_layers` is the target's last decoder layer alone."""
+    """Shape of a draft. `aux_layers` is the target's last decoder layer alone."""
 
     target_hidden_size: int
     vocab_size: int
-    tap_layers: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     block: int = 7  # heads: tokens proposed per pass
     vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
 
