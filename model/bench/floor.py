@@ -46,15 +46,17 @@ def measure_limits(
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Time one call, the mean of several after a few that do not count; on a GPU in device time, calls following one
-    another without a wait."""
+    """Time one call, after a few that do not count: on a processor, which others use too, the shortest of several; on a
+    GPU the mean of several that follow one another without a wait, in device time."""
     for _ in range(3):
         function()
     if device.type != "cuda":
-        begun = time.perf_counter()
+        times = []
         for _ in range(repeats):
+            begun = time.perf_counter()
             function()
-        return (time.perf_counter() - begun) / repeats
+            times.append(time.perf_counter() - begun)
+        return min(times)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     for _ in range(repeats):

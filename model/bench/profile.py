@@ -123,7 +123,8 @@ def run(
 
 def _rows(key: dict[str, Any], phases: Phases) -> Iterator[dict[str, Any]]:
     whole = sum(phases.seconds.values())
-    for part, seconds in (*phases.seconds.items(), ("all", whole)):
+    other = phases.seconds.pop("other")
+    for part, seconds in (*phases.seconds.items(), ("other", other), ("all", whole)):
         least = phases.floor if part in ("verify", "prefill", "all") else None
         yield {
             **key,
