@@ -266,6 +266,7 @@ def check_name(word: str, document: Path) -> str | None:
     if re.fullmatch(r"--[a-z][a-z0-9-]+", word):
         return None if word in _options() else f"no program of ours has the option {word}"
     if found := re.fullmatch(r"FLASH_([A-Z_]+)(?:=.*)?", word):
-        known = found[1].lower() in Settings.model_fields or found[1] in ("BUILDS", "NATIVE")
+        builds = "".join(path.read_text() for path in (ROOT / "model/backends/native").glob("*.py"))
+        known = found[1].lower() in Settings.model_fields or f'"FLASH_{found[1]}"' in builds
         return None if known else f"there is no variable {word}"
     return None
