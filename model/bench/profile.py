@@ -27,7 +27,7 @@ from model.errors import ConfigError
 from model.request import Request
 
 BYTES_MOVED = 1 << 30  # far beyond any cache
-MATRIX = 2048
+MATRIX = 1024
 ROUNDS = 4  # requests at least for each one at once
 HEADINGS = ("drafter", "batch", "step", "part", "ms", "share", "floor ms", "x floor")
 NOTES = """\
