@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ DrafterName = Literal["auto", "flash", "flash-paper", "eagle", "medusa", "ngram"
 DRAFTERS: tuple[str, ...] = get_args(DrafterName)
 TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # a folder holds what they have learnt
 MAX_NODES, PAPER_NODES = 15, 25  # draft nodes per sequence and step; of flash-paper's fixed tree
+# Largest values of max_nodes, tree_width and max_verify_tokens: the native library keeps a tree's nodes on its stack.
+MOST_NODES, WIDEST_TREE, MOST_VERIFY_TOKENS = 1024, 64, 65_536
 DEFAULT_MAX_MODEL_LEN = 4096
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name": what reads otherwise can only be a path
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -51,21 +54,24 @@ class EngineConfig:
             raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}; got {self.drafter!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        at_least = {
-            "max_num_seqs": 1,
-            "max_model_len": 16,
-            "prefill_chunk": 16,
-            "max_decode_slowdown": 1.5,
-            "max_verify_tokens": 1,
-            "max_nodes": 0,
-            "tree_width": 1,
-            "encoder_cache_bytes": 0,
-            "tensor_parallel": 1,
-            "threads": 1,
+        bounds: dict[str, tuple[float, float]] = {
+            "max_num_seqs": (1, math.inf),
+            "max_model_len": (16, math.inf),
+            "prefill_chunk": (16, math.inf),
+            "max_decode_slowdown": (1.5, math.inf),
+            "max_verify_tokens": (1, MOST_VERIFY_TOKENS),
+            "max_nodes": (0, MOST_NODES),
+            "tree_width": (1, WIDEST_TREE),
+            "encoder_cache_bytes": (0, math.inf),
+            "tensor_parallel": (1, math.inf),
+            "threads": (1, math.inf),
         }
-        for name, least in at_least.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}; got {value}")
+            if value is not None and value > most:
+                raise ConfigError(f"{name} must be at most {most}; got {value}")
 
     @property
     def nodes(self) -> int:

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from model.config import DEFAULT_MAX_MODEL_LEN, MAX_NODES, PAPER_NODES, DrafterName, EngineConfig
+from model.config import (
+    DEFAULT_MAX_MODEL_LEN,
+    MAX_NODES,
+    MOST_NODES,
+    MOST_VERIFY_TOKENS,
+    PAPER_NODES,
+    DrafterName,
+    EngineConfig,
+)
 from service import cores
 
 MIB = 1024 * 1024
@@ -116,14 +124,16 @@ class Settings(BaseSettings):
         "Model",
         None,
         "Maximum draft tokens (tree nodes) verified per sequence and step. Default: "
-        f"{MAX_NODES}; with flash-paper {PAPER_NODES}.",
+        f"{MAX_NODES}; with flash-paper {PAPER_NODES}. At most {MOST_NODES}.",
         ge=0,
+        le=MOST_NODES,
     )
     max_verify_tokens: int | None = option(
         "Model",
         None,
         f"Maximum tokens verified per step, over all sequences. Default: {EngineConfig.max_verify_tokens}.",
         ge=1,
+        le=MOST_VERIFY_TOKENS,
     )
     encoder_cache_bytes: int | None = option(
         "Model",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model.backends.kv_cache import KVCache
-from model.config import EngineConfig
+from model.backends.native.candidates import MAX_WIDTH
+from model.config import MOST_NODES, MOST_VERIFY_TOKENS, TRAINED, WIDEST_TREE, EngineConfig
 from model.engine.engine import Engine
 from model.errors import ConfigError
 from model.targets.base import evenly_spaced
@@ -28,8 +29,11 @@ from tests.model import tiny
         ("threads", 0),
         ("prefill_chunk", 15),
         ("max_verify_tokens", 0),
+        ("max_verify_tokens", 65_537),
         ("max_nodes", -1),
+        ("max_nodes", 1025),
         ("tree_width", 0),
+        ("tree_width", 65),
         ("encoder_cache_bytes", -1),
     ],
 )
@@ -113,3 +117,15 @@ def test_memory_is_known_before_the_first_request(tiny_checkpoint: Path, tiny_dr
     assert 0 < memory["draft_weights"] < 5 * (tiny_draft / "model.safetensors").stat().st_size, "rotary tables included"
     plain = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1)).info.memory
     assert plain.keys() == {"weights", "kv_cache", "encoder_cache"}
+
+
+@pytest.mark.parametrize("width", [MAX_WIDTH, WIDEST_TREE], ids=["natively", "by torch"])
+@pytest.mark.parametrize("drafter", [*TRAINED, "ngram"])
+def test_the_largest_trees_and_the_widest_can_be_drafted(
+    drafter: str, width: int, tiny_checkpoint: Path, drafts: dict[str, Path]
+) -> None:
+    """A bound that the engine does not survive is none."""
+    largest = {"max_nodes": MOST_NODES, "tree_width": width, "max_verify_tokens": MOST_VERIFY_TOKENS, "max_num_seqs": 2}
+    requests = [tiny.ask(f"r{i}", "Hi", max_tokens=8) for i in range(2)]
+    plain = tiny.answers(Engine(tiny.config(tiny_checkpoint, drafter="off")), requests)
+    assert tiny.answers(tiny.engine_of(drafter, tiny_checkpoint, drafts, **largest), requests) == plain

@@ -144,6 +144,8 @@ def test_the_house_is_empty_when_nobody_uploads_either() -> None:
         ("port", "70000", "less than or equal to 65535"),
         ("workers", "0", "greater than or equal to 1"),
         ("drafter", "magic", "Input should be"),
+        ("max_nodes", "1025", "less than or equal to 1024"),
+        ("max_verify_tokens", "65537", "less than or equal to 65536"),
         ("device", "tpu", "must be auto, cpu, cuda"),
         ("max_waiting", "many", "valid integer"),
         ("dtype", "int4", "Input should be"),
