@@ -9,6 +9,7 @@ the keyword argument `plan` with which it was called.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -27,6 +28,9 @@ from model.transfer import upload
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
 KERNEL_ROWS = 64  # more rows of a slot than these are a piece of a prompt, at which torch's kernels are good
+# Arguments that transformers passes to attention beside `plan` and `scaling`, and that change nothing here.
+HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"})
+NEUTRAL = {"dropout": 0.0, "is_causal": True}  # these values ask for what is done anyway
 KEY_BUCKET = 64  # torch: key lengths are rounded up to this, so that kernels see few shapes
 
 
@@ -196,17 +200,33 @@ def attend(
     return mixed
 
 
+def _check_supported(capacity: int, attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError for an argument that changes the result and is not implemented here."""
+    for name, value in options.items():
+        if name in HARMLESS or value is None:
+            continue
+        if name == "sliding_window" and value >= capacity:  # it never applies
+            continue
+        if name in NEUTRAL and value == NEUTRAL[name]:
+            continue
+        shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+        raise NotImplementedError(f"attention {NAME!r} does not implement {name}={shown}, which this model needs")
+    if attention_mask is not None:
+        raise NotImplementedError(f"attention {NAME!r} does not implement an attention_mask of the model's own")
+
+
 def _kv_slots(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001
+    attention_mask: Tensor | None,
     *,
     plan: AttentionTensors,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
+    _check_supported(plan.cache.capacity, attention_mask, options)
     mixed = attend(plan, int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
     return mixed.transpose(1, 2), None
 

@@ -17,7 +17,7 @@ from model.backends import attention
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.native.step import Verifier
 from model.config import EngineConfig
-from model.targets import packed
+from model.targets import packed, support
 from model.targets.base import tapped
 from model.targets.head import Head
 from model.targets.parallel import Group, local
@@ -63,9 +63,11 @@ class LanguageModel:
         # The last trees reach beyond the last position; what they hold there is never kept.
         alone = config.tensor_parallel == 1
         reach = self.max_positions + config.nodes
-        self.decoder = packed.decoder(language, self.aux_layers, reach) if alone else None
+        self.decoder = (
+            packed.decoder(language, self.aux_layers, reach, config.context(self.max_positions)) if alone else None
+        )
         self.group = group
-        self.recordable = alone and self.decoder is None and packed.rope_is_fixed(text)
+        self.recordable = alone and self.decoder is None and support.rope_is_fixed(text)
         head = self.model.lm_head
         self.head = Head(local(head.weight), None if head.bias is None else local(head.bias))
         self.verifier = None

@@ -17,9 +17,9 @@ from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.native import library
 from model.backends.native.library import Matrix
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
+from model.targets.support import rope_is_fixed, windows
 
 LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer")
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 
 
@@ -27,17 +27,9 @@ def joined(*parts: Tensor | None) -> Tensor | None:
     return None if parts[0] is None else torch.cat([part.detach() for part in parts if part is not None])
 
 
-def rope_is_fixed(config: Any) -> bool:
-    """Tell whether a position's rotation depends on the position alone. "dynamic" and "longrope" choose frequencies by
-    the largest position of a pass, and wait for it. Some models have parameters for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
-    return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)
-
-
-def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int) -> Stack | None:
-    """A Llama-like language model for position ids below `num_positions`, its own layers released; None where it is
-    not one."""
+def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context: int) -> Stack | None:
+    """A Llama-like language model for position ids below `num_positions` and sequences of at most `context` tokens, its
+    own layers released; None where it is not one."""
     config, first = model.config, model.layers[0]
     shape = Shape(
         hidden=config.hidden_size,
@@ -49,12 +41,11 @@ def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int) -> Stac
     )
     weight = first.mlp.gate_proj.weight
     rope_parameters = getattr(config, "rope_parameters", None) or {}
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     fits = (
         all(type(layer).__name__ in LLAMA_LIKE for layer in model.layers)
         and config.hidden_act == "silu"
         and rope_is_fixed(config)
-        and not windowed
+        and all(size >= context for size in windows(config).values())
     )
     if not (fits and shape.fits and library.supports(weight.dtype, weight.device)):
         return None

@@ -21,7 +21,6 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from model.backends.native import library
 from model.config import EngineConfig
-from model.errors import ConfigError
 from model.request import Area, Geometry, Medium, Message, RequestError
 from model.targets import pixels, windows
 from model.targets.language import LanguageModel
@@ -50,8 +49,6 @@ class Qwen25VLTarget(LanguageModel):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
-        if "sliding_attention" in model.config.text_config.layer_types:
-            raise ConfigError(f"model {config.model!r} uses sliding window attention, which is not supported")
         super().__init__(
             config, model, AutoTokenizer.from_pretrained(config.model), aux_layers, num_axes=3, group=group
         )

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from model.config import EngineConfig
 from model.errors import ConfigError
+from model.targets import support
 from model.targets.base import Target
 from model.targets.llava import LlavaTarget
 from model.targets.parallel import Group
 from model.targets.qwen2_5_vl import Qwen25VLTarget
+from model.targets.stored import stored_weights
 
 FAMILIES: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
 
 
 def target_class(config: EngineConfig) -> Any:
-    """The class of the target that a resolved config names. ConfigError."""
+    """The class of the target that a resolved config names. ConfigError where there is none, or where the checkpoint
+    needs what is not supported; no weights are read."""
     try:
-        kind = AutoConfig.from_pretrained(config.model).model_type
+        checkpoint = AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
+    kind = checkpoint.model_type
     if kind not in FAMILIES:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(FAMILIES)}")
+    weights = stored_weights(config.model, getattr(torch, config.dtype), checkpoint.dtype)
+    support.check(config, checkpoint, weights.names if weights else ())
     return FAMILIES[kind]
 
 

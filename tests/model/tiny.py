@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 from model.backends.graphs import Replays
 from model.config import EngineConfig
@@ -40,15 +46,31 @@ CORPUS = (
 
 
 def save_checkpoint(
-    folder: Path, *, kv_heads: int = 2, seed: int = 0, layers: int = 4, positions: int = 512, width: int = 64
+    folder: Path,
+    *,
+    kv_heads: int = 2,
+    seed: int = 0,
+    layers: int = 4,
+    positions: int = 512,
+    width: int = 64,
+    family: type[Any] = LlamaConfig,
+    text: Mapping[str, Any] | None = None,
+    vision: PreTrainedConfig | None = None,
+    strategy: str = "default",
+    class_tokens: int = 1,
 ) -> Path:
-    """Four layers of width 64, two heads; a tower that makes 16 tokens of a 32 x 32 picture."""
+    """Four layers of width 64, two heads; a tower that makes 16 tokens of a 32 x 32 picture.
+
+    family, text: another language model, and what its config has beside; vision: another tower, which adds so many
+    class tokens to a picture's patches.
+    """
     tokenizer = demo.train_tokenizer(CORPUS, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in demo.SPECIAL}
     special = {"bos_token_id": ids[demo.BOS], "eos_token_id": ids[demo.END], "pad_token_id": ids[demo.PAD]}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+        vision_config=vision
+        or CLIPVisionConfig(
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -57,7 +79,7 @@ def save_checkpoint(
             patch_size=PATCH,
             projection_dim=32,
         ),
-        text_config=LlamaConfig(
+        text_config=family(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=96,
@@ -67,10 +89,11 @@ def save_checkpoint(
             max_position_embeddings=positions,
             tie_word_embeddings=False,
             **special,
+            **(text or {}),
         ),
         image_token_index=ids[demo.IMAGE],
         vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         image_seq_length=TOKENS_PER_IMAGE,
         tie_word_embeddings=False,
         **special,
@@ -83,7 +106,9 @@ def save_checkpoint(
                 torch.nn.init.normal_(weight, std=0.3 if "embed_tokens" in name else 0.25)
         target.lm_head.weight.mul_(2.0)
     target.save_pretrained(folder)
-    demo.processor(tokenizer, SIDE, PATCH).save_pretrained(folder)
+    processor = demo.processor(tokenizer, SIDE, PATCH)
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = strategy, class_tokens
+    processor.save_pretrained(folder)
     return folder
 
 
