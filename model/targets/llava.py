@@ -16,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from model.backends.native import library
 from model.config import EngineConfig
+from model.errors import ConfigError
 from model.request import Geometry, Medium, Message
 from model.targets import packed, pixels
 from model.targets.language import LanguageModel
@@ -38,6 +39,7 @@ class LlavaTarget(LanguageModel):
     ) -> None:
         """The checkpoint that a resolved config names; or these, which are on no disk. For `aux_layers` see `load`."""
         self.processor = processor or AutoProcessor.from_pretrained(config.model)
+        self.geometry = self._geometry(config.model)
         model = model or LlavaForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
@@ -45,10 +47,7 @@ class LlavaTarget(LanguageModel):
         self.tower = packed.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
         self.image_id: int = self.model.config.image_token_index
-        self.geometry = self._geometry()
-        vision = self.model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        self.tokens_per_image = patches + (self.model.config.vision_feature_select_strategy == "full")
+        self.tokens_per_image = self._features_of_an_image(config.model)
         render = partial(self.processor.apply_chat_template, add_generation_prompt=True)
         self._conversations = Conversations(self.tokenizer, render, self._parts)
 
@@ -56,17 +55,37 @@ class LlavaTarget(LanguageModel):
     def num_bytes(self) -> int:
         return self.bytes_beside(self.tower)
 
-    def _geometry(self) -> Geometry:
+    def _geometry(self, name: str) -> Geometry:
+        """Read the one size to which the image processor brings every picture. ConfigError where there is none."""
         images = self.processor.image_processor
-        size, crop = images.size, images.crop_size
+        size = images.size
         exact = (int(size["height"]), int(size["width"])) if size.get("height") else None
+        if not (exact or (size.get("shortest_edge") and images.do_center_crop)):
+            raise ConfigError(
+                f"model {name!r} cannot be served: its image processor (size {dict(size)}, no do_center_crop) leaves "
+                "pictures at different sizes; use one that brings all to one size"
+            )
         return Geometry(
             exact=exact,
             shortest_edge=None if exact else int(size["shortest_edge"]),
-            crop=(int(crop["height"]), int(crop["width"])) if images.do_center_crop else None,
+            crop=(int(images.crop_size["height"]), int(images.crop_size["width"])) if images.do_center_crop else None,
             resample=int(images.resample),
             default_num_frames=6,
         )
+
+    @torch.inference_mode()
+    def _features_of_an_image(self, name: str) -> int:
+        """Count the features that the tower makes of a picture: with a class token or without, as its checkpoint
+        selects them. A prompt reserves as many places. ConfigError where the tower cannot read the processor's size."""
+        size = self.geometry.crop or self.geometry.exact
+        assert size is not None
+        try:
+            return len(self.encode(Medium("image", np.zeros((1, *size, 3), np.uint8)), 0, 1))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model {name!r} cannot be served: its vision tower ({type(self.model.model.vision_tower).__name__}) "
+                f"does not read pictures of {size[0]} x {size[1]} pixels as its image processor makes them: {error}"
+            ) from error
 
     # --- prompt
 

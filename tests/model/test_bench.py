@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from model.bench import __main__ as bench
 from model.bench import equality, figures, floor, profile
 from model.bench.arms import Run
+from model.bench.differences import Comparison, find_differences
+from model.bench.jobs import GREEDY, Job
 from model.bench.margins import margin
 from model.bench.reference import Reference
+from model.bench.workload import Sample
 from model.config import EngineConfig
 from model.decoding import sampling
 from model.engine.engine import Engine
@@ -222,6 +226,22 @@ def test_a_planted_difference_is_found(
     assert result["float64"]["differences"], "finer numbers must not wash a bug away"
     # What runs without speculation was not touched, and must not be blamed.
     assert not any(row["differences"] for row in result["comparisons"] if row["comparison"] == "generate = plain")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_where_bits_are_promised_no_near_tie_is_an_excuse(exact: bool) -> None:
+    """bfloat16's epsilon is wide: it hid whatever the native library did wrong at a near tie."""
+
+    class Judge:
+        def logits(self, _conversation: object, _answer: object) -> Tensor:
+            return LOGITS
+
+    jobs = [Job(0, GREEDY), Job(0, GREEDY, aborted_after=1)]
+    comparison = Comparison("plain = in a crowd", jobs, [(1, 5), (1, 5)], [(2, 5), (1,)], exact)
+    samples = [Sample((Message("user", ("Hi",)),), "image", 8)]
+    (found,) = find_differences([comparison], samples, Judge(), (0.2, 0.2))  # type: ignore[arg-type]
+    assert found.margin == pytest.approx(0.1)
+    assert found.excused != exact
 
 
 # -- margins

@@ -172,7 +172,7 @@ def test_arguments_of_attention_are_implemented_or_refused(options: dict[str, An
     kv = cache(1, capacity=100)
     rows = attention.prompt_rows(kv, kv.allocate(), 0, 3)
     query, key, value = torch.randn(3, 1, 1, 3, 8)
-    module = torch.nn.Module()
+    module: Any = torch.nn.Module()
     module.layer_idx = 0
     if fits:
         attention._kv_slots(module, query, key, value, None, plan=rows.plan, **options)
