@@ -314,7 +314,7 @@ def test_bfloat16_leaves_float32_where_rounding_decides_only(
 def test_bfloat16_says_the_same_however_it_is_run(
     tiny_checkpoint: Path,
     tiny_draft: Path,
-    judge: Reference,
+    judge: Judge,
     backend: str,
     number: int,
     monkeypatch: pytest.MonkeyPatch,
