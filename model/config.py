@@ -127,12 +127,12 @@ class EngineConfig:
             raise ConfigError(
                 f"drafter {self.drafter!r} needs a trained draft for this model: give --draft PATH, or --drafter off"
             )
-        held = drafter_of(Path(draft))
-        if self.drafter not in ("auto", held):
+        found = drafter_of(Path(draft))
+        if self.drafter not in ("auto", found):
             raise ConfigError(
-                f"draft {draft!r} is one for --drafter {held}, not for {self.drafter!r}: give --draft PATH of such one"
+                f"draft {draft!r} is one for --drafter {found}, not for {self.drafter!r}: give --draft PATH of such one"
             )
-        return held
+        return found
 
     def context(self, max_positions: int) -> int:
         """Tokens of prompt and answer together, for a model that knows so many positions. ConfigError where more are

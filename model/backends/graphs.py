@@ -130,7 +130,7 @@ class Replays:
     def prepare(self, planes: int, rows: Iterable[int], width: int = 0) -> None:
         """Record every shape of passes over so many rows now, for nobody to wait for it later: the largest first, in
         whose memory the others then find room. Where the number of keys makes a shape, they are too many for that."""
-        if not self._reads_what_is_held:
+        if not self._reads_cache:
             return
         most = self._cache.num_slots
         batches = {self._batch(number) for number in range(1, most + 1)}
@@ -159,13 +159,13 @@ class Replays:
         return 1 if num == 1 else min(-(-num // ROW_STEP) * ROW_STEP, self._max_rows)
 
     @property
-    def _reads_what_is_held(self) -> bool:
+    def _reads_cache(self) -> bool:
         """Whether attention reads as many keys of a slot as there are, whatever number it is offered."""
         data = self._cache.data
         return choice.tree_attention(data.dtype, data.shape[-1], data.device) is not None
 
     def _keys(self, longest: int) -> int:
-        if self._reads_what_is_held:
+        if self._reads_cache:
             return self._cache.stride
         keys = LEAST_KEYS
         while keys < longest:

@@ -53,10 +53,10 @@ class KVCache:
         shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
         numbers = math.prod(shape)
         if device.type == "cpu":
-            held = memory.empty(numbers + ALIGNED, dtype)
+            storage = memory.empty(numbers + ALIGNED, dtype)
         else:
-            held = torch.empty(numbers + ALIGNED, dtype=dtype, device=device)
-        self.data = held.zero_()[:numbers].view(shape)
+            storage = torch.empty(numbers + ALIGNED, dtype=dtype, device=device)
+        self.data = storage.zero_()[:numbers].view(shape)
         # What native code needs to know; of a single layer, whose memory may serve all in turn, there is no next one.
         self.address = self.data.data_ptr()
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])
@@ -182,10 +182,10 @@ class KVCache:
         """Of the rows written beyond each slot's length keep those in `paths` (ascending row numbers), in order."""
         moves = []
         for slot, path in zip(slots, paths, strict=True):
-            held = self.lengths[slot]
+            storage = self.lengths[slot]
             if path and path[-1] != len(path) - 1:
-                moves += [(slot, held + old, held + new) for new, old in enumerate(path) if new != old]
-            self.lengths[slot] = held + len(path)
+                moves += [(slot, storage + old, storage + new) for new, old in enumerate(path) if new != old]
+            self.lengths[slot] = storage + len(path)
         if moves:
             self.rearrange(moves)
 

@@ -25,7 +25,7 @@ def pack(module: nn.Module) -> None:
                 setattr(child, name, Packed(linear))
 
 
-def held_by(module: nn.Module) -> int:
+def weight_bytes(module: nn.Module) -> int:
     """Bytes of its weights, packed ones included."""
     packed = (part.matrix.packed.nbytes for part in module.modules() if isinstance(part, Packed))
     return sum(parameter.nbytes for parameter in module.parameters()) + sum(packed)

@@ -35,8 +35,8 @@ class _Bytes:
         """None where that many are not left."""
         if size > len(self._left):
             return None
-        taken, self._left = self._left[:size], self._left[-(-size // ALIGNED) * ALIGNED :]
-        return taken
+        block, self._left = self._left[:size], self._left[-(-size // ALIGNED) * ALIGNED :]
+        return block
 
 
 _shared = _Bytes(0)  # by the small tensors to come
@@ -48,9 +48,9 @@ def empty(numbers: int, dtype: torch.dtype) -> Tensor:
     global _shared  # noqa: PLW0603
     size = numbers * dtype.itemsize
     with _one_at_a_time:
-        taken = _Bytes(size).take(size) if size >= SHARED else _shared.take(size)
-        if taken is None:
+        block = _Bytes(size).take(size) if size >= SHARED else _shared.take(size)
+        if block is None:
             _shared = _Bytes(SHARED)
-            taken = _shared.take(size)
-    assert taken is not None
-    return taken.view(dtype)
+            block = _shared.take(size)
+    assert block is not None
+    return block.view(dtype)

@@ -48,13 +48,13 @@ class Vocabulary:
             return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def said_by(self, token: int) -> bytes:
+    def written_bytes(self, token: int) -> bytes:
         """What a token adds to any text in UTF-8, maybe a part of a character, where the vocabulary is context-free."""
-        said = self._known.get(token)
-        if said is None:
+        cached = self._known.get(token)
+        if cached is None:
             text = self.text([token])
-            self._known[token] = said = self.bytes_of(token) if REPLACEMENT in text else text.encode()
-        return said
+            self._known[token] = cached = self.bytes_of(token) if REPLACEMENT in text else text.encode()
+        return cached
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for, a special one its name: of most vocabularies the very bytes, maybe of a part of a
@@ -80,32 +80,32 @@ class Detokenizer:
         # Of others the latest tokens: those whose text is still to come, and some before those, on which it depends.
         self._ids: list[int] = []
         self._shown = 0  # of these; what they say is known
-        self._said = ""
+        self._emitted = ""
 
     def decode(self, token: int) -> str:
         if token in self._skip:
             return ""
         if self._vocabulary.context_free:
-            return self._bytes.decode(self._vocabulary.said_by(token))
+            return self._bytes.decode(self._vocabulary.written_bytes(token))
         return self._in_context(token)
 
     def _in_context(self, token: int) -> str:
         vocabulary, ids = self._vocabulary, self._ids
         ids.append(token)
         text = vocabulary.text(ids)
-        piece = text[len(self._said) :]
+        piece = text[len(self._emitted) :]
         if piece.endswith(REPLACEMENT) and len(ids) - self._shown < LONGEST_CHARACTER:
             return ""  # an unfinished character; one that never ends is let through
         # What says nothing would not stand between the start of a text and what comes next.
         if len(ids) > CONTEXT and (latest := vocabulary.text(ids[self._shown :])):
             del ids[: self._shown]
             text = latest
-        self._shown, self._said = len(ids), text
+        self._shown, self._emitted = len(ids), text
         return piece
 
     def flush(self) -> str:
-        held = self._vocabulary.text(self._ids)[len(self._said) :] if self._ids else ""
-        return self._bytes.decode(b"", final=True) + held
+        tail = self._vocabulary.text(self._ids)[len(self._emitted) :] if self._ids else ""
+        return self._bytes.decode(b"", final=True) + tail
 
 
 class StopStrings:
@@ -113,22 +113,24 @@ class StopStrings:
 
     def __init__(self, stops: Seq[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def decode(self, text: str) -> str:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        self._pending += text
+        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            out, self._pending = self._pending[: min(found)], ""
             return out
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        keep = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0
+        )
+        out, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
         return out
 
     def flush(self) -> str:
-        out, self._held = ("" if self.stopped else self._held), ""
+        out, self._pending = ("" if self.stopped else self._pending), ""
         return out

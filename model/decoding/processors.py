@@ -63,8 +63,8 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: Seq[int], answer: 
     seen = counts > 0
     seen[:, [place[token] for token in read]] = True
     where = upload(ids, logits.device)
-    said, penalised = upload(counts, logits.device), upload(seen, logits.device)
+    repeats, penalised = upload(counts, logits.device), upload(seen, logits.device)
     values = logits[:, where]
     factor = params.repetition_penalty
     values = torch.where(penalised, torch.where(values > 0, values / factor, values * factor), values)
-    logits[:, where] = values - params.frequency_penalty * said - params.presence_penalty * (said > 0).double()
+    logits[:, where] = values - params.frequency_penalty * repeats - params.presence_penalty * (repeats > 0).double()

@@ -50,10 +50,10 @@ def _answers(folder: Path, clips: list[np.ndarray], question: str, *, video: boo
     target = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     answers: list[str] = []
     for start in tqdm(range(0, len(clips), BATCH), desc="video" if video else "image", disable=not progress):
-        given = inputs(clips[start : start + BATCH])
+        batch = inputs(clips[start : start + BATCH])
         with torch.inference_mode():
-            out = target.generate(**given, max_new_tokens=140, do_sample=False)
-        answers += tokenizer.batch_decode(out[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+            out = target.generate(**batch, max_new_tokens=140, do_sample=False)
+        answers += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
 
 
@@ -88,10 +88,10 @@ def video_scores(folder: Path, count: int, *, progress: bool = False) -> dict[st
     texts = _answers(folder, frames, captions.VIDEO[0], video=True, progress=progress)
     there = named = right = 0
     for scene, text in zip(drawn, texts, strict=True):
-        told = {(c.colour, c.shape): c.rest for c in captions.named_objects(text)}
+        described = {(c.colour, c.shape): c.rest for c in captions.named_objects(text)}
         there += len(scene.things)
-        named += sum((t.colour, t.shape) in told for t in scene.things)
-        right += sum(told.get((t.colour, t.shape)) == captions.moving(scene, t) for t in scene.things)
+        named += sum((t.colour, t.shape) in described for t in scene.things)
+        right += sum(described.get((t.colour, t.shape)) == captions.moving(scene, t) for t in scene.things)
     return {"clips": count, "objects": there, "named": round(named / there, 4), "motions": round(right / there, 4)}
 
 

@@ -63,8 +63,8 @@ def motion_loss(answers: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     """
     loss, right = torch.zeros(()), []
     for q, answer in enumerate(answers.float().split(list(MOTION_QUESTIONS.values()), -1)):
-        asked = labels[:, q] >= 0
-        if asked.any():
-            loss = loss + F.cross_entropy(answer[asked], labels[asked, q])
-        right.append((answer.argmax(-1) == labels[:, q])[asked].float().mean().item())
+        labelled = labels[:, q] >= 0
+        if labelled.any():
+            loss = loss + F.cross_entropy(answer[labelled], labels[labelled, q])
+        right.append((answer.argmax(-1) == labels[:, q])[labelled].float().mean().item())
     return loss, right

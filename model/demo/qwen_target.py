@@ -192,7 +192,7 @@ class Losses:
     answers: torch.Tensor
     dense: torch.Tensor
     likeness: torch.Tensor
-    told: float
+    accuracy: float
     right: list[float]  # shape, by the tower; x and y, by the language model
     motions: list[float]
 
@@ -218,9 +218,9 @@ def losses(
     for layer in text.layers:
         states.append(compiled(above)(layer, states[-1], cos, sin))
     wanted = batch["labels"][:, 1:]
-    asked = wanted != -100
-    logits = target.lm_head(normed(text.norm, states[-1][:, :-1][asked])).float()
-    told = (logits.argmax(-1) == wanted[asked]).float().mean().item()
+    labelled = wanted != -100
+    logits = target.lm_head(normed(text.norm, states[-1][:, :-1][labelled])).float()
+    accuracy = (logits.argmax(-1) == wanted[labelled]).float().mean().item()
     dense, likeness, right, moved = torch.zeros(()), torch.zeros(()), [math.nan] * 3, [math.nan] * len(MOTION_QUESTIONS)
     if square:
         seen = heads.tower.scene(tokens).float().unflatten(0, (len(batch["frames"]), -1))
@@ -235,7 +235,7 @@ def losses(
     if "motions" in batch:
         loss, moved = motion_loss(heads.motion(states[MOVED][medium]), batch["motions"])
         dense = dense + MOTION * loss
-    return Losses(F.cross_entropy(logits, wanted[asked]), dense, likeness, told, right, moved)
+    return Losses(F.cross_entropy(logits, wanted[labelled]), dense, likeness, accuracy, right, moved)
 
 
 def train(folder: Path, first_folder: Path, steps: int, image_only: int, borrowed: int, rate: float) -> None:
@@ -266,10 +266,17 @@ def train(folder: Path, first_folder: Path, steps: int, image_only: int, borrowe
     while training.step < steps:
         borrowing = max(0.0, 1 - training.step / max(1, borrowed))
         with torch.autocast("cpu", torch.bfloat16):
-            said = losses(target, heads, next(data), first if borrowing else None)
-        loss = said.answers + said.dense + borrowing * said.likeness
+            now = losses(target, heads, next(data), first if borrowing else None)
+        loss = now.answers + now.dense + borrowing * now.likeness
         training.learn(loss, [[*matrices, *others], tower.parameters()])
-        figures = (said.answers.item(), said.told, said.dense.item(), said.likeness.item(), *said.right, *said.motions)
+        figures = (
+            now.answers.item(),
+            now.accuracy,
+            now.dense.item(),
+            now.likeness.item(),
+            *now.right,
+            *now.motions,
+        )
         recent = [*recent[-39:], figures]
         if training.step % 20 == 0:
             means = np.nanmean(recent, 0)

@@ -191,18 +191,18 @@ def train(folder: Path, first_folder: Path, steps: int, batch: int = 24, rate: f
     data = iter(DataLoader(PairData(training.step, batch), batch_size=None, num_workers=1, prefetch_factor=4))
     view = views(tower.config, batch)
     while training.step < steps:
-        given = next(data)
+        example = next(data)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = compiled(tokens_of)(tower, given["pixels"], view)
+            tokens = compiled(tokens_of)(tower, example["pixels"], view)
             answers, moved = reader.scene(tokens), reader.motion(tokens)
         answers = answers.float().unflatten(0, (batch, -1)).split(list(TOWER_QUESTIONS.values()), -1)
-        dense, right = patch_loss(list(answers), given["labels"])
-        motion, told = motion_loss(moved, given["motions"])
-        alike = likeness_loss(tokens, first_features(first, given["frames"]))
+        dense, right = patch_loss(list(answers), example["labels"])
+        motion, by_kind = motion_loss(moved, example["motions"])
+        alike = likeness_loss(tokens, first_features(first, example["frames"]))
         training.learn(dense + 0.5 * motion + alike, [tower.parameters()])
         if training.step % 20 == 0 or training.step == steps:
             names = " ".join(f"{n}={r:.3f}" for n, r in zip(TOWER_QUESTIONS, right, strict=True))
-            moves = " ".join(f"{t:.2f}" for t in told[1:3])
+            moves = " ".join(f"{t:.2f}" for t in by_kind[1:3])
             print(
                 f"tower {training.step}/{steps} dense {dense.item():.3f} alike {alike.item():.3f} {names} "
                 f"motion {moves} ({training.pace})",

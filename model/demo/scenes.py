@@ -96,12 +96,12 @@ def scene_seed(split: Literal["train", "heldout"], kind: Literal["image", "video
     return ((index * 2 + (kind == "video")) * 2 + (split == "heldout")) * 1_000_003 + 17
 
 
-def _appearance(rng: random.Random, taken: set[tuple[str, str]], sizes: tuple[str, ...] = tuple(SIZES)) -> Thing:
+def _appearance(rng: random.Random, used: set[tuple[str, str]], sizes: tuple[str, ...] = tuple(SIZES)) -> Thing:
     while True:
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
-        if (shape, colour) not in taken:
+        if (shape, colour) not in used:
             break
-    taken.add((shape, colour))
+    used.add((shape, colour))
     size = rng.choice(sizes)
     texture = rng.choices(TEXTURES, (4, 2, 2, 2))[0]
     return Thing(shape, colour, size, texture, rng.uniform(*SIZES[size]), (0.5, 0.5))
@@ -121,12 +121,12 @@ def random_image_scene(seed: int) -> Scene:
     rng = random.Random(seed)
     background, tint, gradient = _surroundings(rng)
     count = rng.choices((1, 2, 3, 4, 5), (2, 4, 5, 4, 3))[0]
-    taken: set[tuple[str, str]] = set()
+    used: set[tuple[str, str]] = set()
     things: list[Thing] = []
     cells = rng.sample(range(9), 9)
     while len(things) < count and cells:
         cell = cells.pop()
-        thing = _appearance(rng, taken)
+        thing = _appearance(rng, used)
         for _ in range(8):
             x, y = ((cell % 3) + 0.5) / 3 + rng.uniform(-0.09, 0.09), ((cell // 3) + 0.5) / 3 + rng.uniform(-0.09, 0.09)
             inside = all(thing.radius + 0.01 <= v <= 0.99 - thing.radius for v in (x, y))
@@ -169,11 +169,11 @@ def random_video_scene(seed: int) -> Scene:
     rows = rng.random() < 0.5
     lanes = rng.sample(range(3), 3)
     count = rng.choices((1, 2, 3), (3, 5, 3))[0]
-    taken: set[tuple[str, str]] = set()
+    used: set[tuple[str, str]] = set()
     placed: list[tuple[int, float, float, Motion, Thing]] = []  # lane, start, velocity, motion, thing
     if count >= 2 and rng.random() < 0.4:
         lane = lanes.pop()
-        first, second = (_appearance(rng, taken, ("small", "medium")) for _ in range(2))
+        first, second = (_appearance(rng, used, ("small", "medium")) for _ in range(2))
         left, right = rng.uniform(first.radius + 0.02, 0.2), rng.uniform(0.8, 0.98 - second.radius)
         reach = (right - left - first.radius - second.radius) / 2  # each covers half of the gap until time 0.5
         forth: Direction = "right" if rows else "down"
@@ -181,7 +181,7 @@ def random_video_scene(seed: int) -> Scene:
         placed.append((lane, left, reach * 2, Motion("collide", forth), first))
         placed.append((lane, right, -reach * 2, Motion("collide", back), second))
     while len(placed) < count:
-        thing = _appearance(rng, taken)
+        thing = _appearance(rng, used)
         at, velocity, motion = _lane_motion(rng, thing, rows)
         placed.append((lanes.pop(), at, velocity, motion, thing))
     things = []

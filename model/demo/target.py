@@ -79,7 +79,7 @@ class Losses:
     answers: torch.Tensor
     dense: torch.Tensor
     motion: torch.Tensor
-    told: float
+    accuracy: float
     shapes: float
     motions: list[float]
 
@@ -94,14 +94,14 @@ def losses(
     embeds = embeds.masked_scatter(is_image[:, :, None].expand_as(embeds), features)
     out = target.model.language_model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
     wanted = batch["labels"][:, 1:]
-    asked = wanted != -100
-    logits = target.lm_head(out.last_hidden_state[:, :-1][asked]).float()
+    labelled = wanted != -100
+    logits = target.lm_head(out.last_hidden_state[:, :-1][labelled]).float()
     dense, right = patch_loss(list(heads(seen).float().split(list(QUESTIONS.values()), -1)), batch["patches"])
     motion, moved = torch.zeros(()), [math.nan] * len(MOTION_QUESTIONS)
     if "motions" in batch:
         motion, moved = motion_loss(motion_head(out.hidden_states[LAYER][is_image]), batch["motions"].flatten(0, 1))
-    told = (logits.argmax(-1) == wanted[asked]).float().mean().item()
-    return Losses(F.cross_entropy(logits, wanted[asked]), dense, motion, told, right[0], moved)
+    accuracy = (logits.argmax(-1) == wanted[labelled]).float().mean().item()
+    return Losses(F.cross_entropy(logits, wanted[labelled]), dense, motion, accuracy, right[0], moved)
 
 
 @torch.no_grad()
@@ -122,9 +122,9 @@ def wire_heads(
     scale = 2.0 / read.std(1)
     projector.linear_1.weight[units] = heads.weight[rows] * scale[:, None]
     projector.linear_1.bias[units] = (heads.bias[rows] - read.mean(1)) * scale
-    said = projector.linear_2(projector.act(projector.linear_1(seen))).std()
+    now = projector.linear_2(projector.act(projector.linear_1(seen))).std()
     columns = torch.randn(projector.linear_2.weight.shape[0], len(rows), generator=torch.Generator().manual_seed(1))
-    projector.linear_2.weight[:, units] = columns * said * 0.35
+    projector.linear_2.weight[:, units] = columns * now * 0.35
 
 
 def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> None:
@@ -156,11 +156,14 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
     recent: list[tuple[float, ...]] = []
     while training.step < steps:
         with torch.autocast("cpu", torch.bfloat16):
-            said = losses(target, heads, motion_head, next(data))
-        loss = said.answers + DENSE * said.dense + MOTION * said.motion
+            now = losses(target, heads, motion_head, next(data))
+        loss = now.answers + DENSE * now.dense + MOTION * now.motion
         training.learn(loss, [[*matrices, *others], seeing])
         step = training.step
-        recent = [*recent[-39:], (said.answers.item(), said.told, said.dense.item(), said.shapes, *said.motions)]
+        recent = [
+            *recent[-39:],
+            (now.answers.item(), now.accuracy, now.dense.item(), now.shapes, *now.motions),
+        ]
         if step % 20 == 0:
             means = np.nanmean(recent, 0)
             print(

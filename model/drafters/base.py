@@ -95,6 +95,6 @@ class Drafter(Proposing, Protocol):
         """Exchange two slots, either of which may be free: their sequences, and what is left for others to share."""
         ...
 
-    def check_integrity(self, held: Mapping[int, int]) -> None:
+    def check_integrity(self, by_slot: Mapping[int, int]) -> None:
         """It holds just these sequences; slot -> tokens that the target has computed. For tests and debugging."""
         ...

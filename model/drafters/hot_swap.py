@@ -35,7 +35,7 @@ class Packed:
     drafter: Drafter
 
 
-def read(folder: str, asked: EngineConfig, serving: EngineConfig, target: Target, room: Room) -> Incoming:
+def read(folder: str, requested: EngineConfig, serving: EngineConfig, target: Target, room: Room) -> Incoming:
     """The draft in `folder`, for an engine that was given `asked`, which it resolved to `serving`.
 
     ConfigError where it cannot be read, is no draft for this target, or asks for what is settled when an engine starts.
@@ -45,7 +45,7 @@ def read(folder: str, asked: EngineConfig, serving: EngineConfig, target: Target
             f"the engine runs with drafter {serving.drafter!r}, which uses no trained draft: "
             "start it with --draft PATH of one, then another can take its place"
         )
-    config = replace(asked, draft=folder).resolved()
+    config = replace(requested, draft=folder).resolved()
     if config.nodes > serving.nodes:
         raise ConfigError(
             f"draft {folder!r} is one for {config.drafter}, whose trees have {config.nodes} nodes, and the engine has "

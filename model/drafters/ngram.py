@@ -96,9 +96,9 @@ class NgramDrafter:
         exchange_items(self._texts, one, other)
         exchange_items(self._prompts, one, other)
 
-    def check_integrity(self, held: Mapping[int, int]) -> None:
-        assert self._texts.keys() == self._prompts.keys() == held.keys(), "texts of other sequences than there are"
-        for slot, computed in held.items():
+    def check_integrity(self, by_slot: Mapping[int, int]) -> None:
+        assert self._texts.keys() == self._prompts.keys() == by_slot.keys(), "texts of other sequences than there are"
+        for slot, computed in by_slot.items():
             spans = self._prompts[slot].spans
             visual = sum(max(0, min(last, computed) - first) for first, last in spans)
             assert len(self._texts[slot].tokens) == computed - visual, "a text is not what the target has kept"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 
-def take_last(held: Tensor, rows: Tensor, counts: Tensor) -> None:
+def take_last(states: Tensor, rows: Tensor, counts: Tensor) -> None:
     """held (batch, width) becomes the last of counts (batch,) int64 rows (batch, rows, width), where there are any."""
     last = rows.gather(1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]
-    held.copy_(torch.where(counts[:, None] > 0, last, held))
+    states.copy_(torch.where(counts[:, None] > 0, last, states))
 
 
 def exchange_rows(rows: Tensor, one: int, other: int) -> None:

@@ -16,24 +16,24 @@ class EncoderCache:
 
     def __init__(self, budget: int, version: str) -> None:
         self._budget, self._version = budget, version.encode()
-        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._features: OrderedDict[bytes, Tensor] = OrderedDict()
         self._bytes = 0
 
     def key(self, medium: Medium, salt: str = "") -> bytes:
         return hashlib.sha256(medium.digest + self._version + b"|" + salt.encode()).digest()
 
     def get(self, key: bytes) -> Tensor | None:
-        features = self._held.get(key)
+        features = self._features.get(key)
         if features is not None:
-            self._held.move_to_end(key)
+            self._features.move_to_end(key)
         return features
 
     def put(self, key: bytes, features: Tensor) -> None:
         size = features.numel() * features.element_size()
-        if size > self._budget or key in self._held:
+        if size > self._budget or key in self._features:
             return
-        self._held[key] = features
+        self._features[key] = features
         self._bytes += size
         while self._bytes > self._budget:
-            _, oldest = self._held.popitem(last=False)
+            _, oldest = self._features.popitem(last=False)
             self._bytes -= oldest.numel() * oldest.element_size()

@@ -8,28 +8,27 @@ with plus one token -> finished, the slot is free again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
 from model.backends import graphs
 from model.backends.attention import prompt_rows
 from model.backends.kv_cache import KVCache
 from model.backends.native import library
 from model.config import EngineConfig
-from model.decoding import processors, sampling, verify
+from model.decoding import sampling, verify
 from model.decoding.detokenize import Detokenizer, StopStrings, Vocabulary
-from model.decoding.tree import IDLE, PLAIN, Trees
+from model.decoding.tree import IDLE, PLAIN
 from model.drafters import hot_swap, registry
 from model.drafters.base import Drafter, Room
 from model.drafters.flash.drafter import FlashDrafter
 from model.drafters.hot_swap import Incoming, Packed
+from model.engine import choice
 from model.engine.encoder_cache import EncoderCache
 from model.engine.native_round import NativeRound
 from model.engine.prefix_cache import PrefixCache
@@ -48,7 +47,6 @@ from model.request import (
     RequestError,
     RequestOutput,
     Token,
-    TokenLogprob,
     TokenLogprobs,
 )
 from model.targets.base import Target
@@ -62,7 +60,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, target: Target | None = None, drafter: Drafter | None = None) -> None:
         """The target and the drafter that `config` names; or these, which it only tells how to run."""
-        self._asked, self.config = config, config.resolved()
+        self._requested, self.config = config, config.resolved()
         config = self.config
         if config.device == "cpu":
             if config.threads:
@@ -119,7 +117,7 @@ class Engine:
         """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
         self.prefixes.clear()  # what is rehearsed is written over them
         if drafter is not None and self.config.adaptive_drafting and self.load.nodes and not self.load.known:
-            self._rehearse(drafter)
+            self._warm_up(drafter)
         self._draft_with(drafter)
 
     def _draft_with(self, drafter: Drafter | None) -> None:
@@ -127,7 +125,7 @@ class Engine:
         self.round.use(drafter)
         self._native = self.round.native and (drafter is None or drafter.native)
 
-    def _rehearse(self, drafter: Drafter) -> None:
+    def _warm_up(self, drafter: Drafter) -> None:
         """Learn what rounds take, of FLASH's in the native stack with what drafting takes."""
         caches = [self.cache]
         if self.round.native and isinstance(drafter, FlashDrafter) and drafter.step is not None:
@@ -170,7 +168,7 @@ class Engine:
     def read_draft(self, folder: str) -> Incoming:
         """A draft that may take the present one's place. Any thread may call it, at any moment; nothing is changed.
         ConfigError if it does not fit."""
-        return hot_swap.read(folder, self._asked, self.config, self.target, self._room)
+        return hot_swap.read(folder, self._requested, self.config, self.target, self._room)
 
     def pack_draft(self, draft: Incoming) -> Packed:
         """All of the work that must be done between two steps. Nothing is changed yet."""
@@ -285,7 +283,7 @@ class Engine:
         assert sequence.embeds is not None
         assert sequence.positions is not None
         try:
-            self._see(sequence, chunk.end)
+            self._encode_media(sequence, chunk.end)
         except Exception as error:  # whatever a processor or tower may raise; the others must not suffer for it
             reason = f"the request's media could not be encoded: {type(error).__name__}"
             return [self._finish(sequence, "error", reason)]
@@ -306,9 +304,9 @@ class Engine:
             return []
         sequence.embeds = sequence.positions = None
         logits = target.logits(hidden[:, -1:])
-        process = self._processing([sequence], lambda _: [[]])
+        process = choice.processing([sequence], lambda _: [[]], self.target.eos_ids)
         first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
-        return [self._emit(sequence, first, 0, self._token_logprobs(sequence, logits[0], first))]
+        return [self._emit(sequence, first, 0, choice.token_logprobs(self.vocabulary, sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> int:
         """Give it a slot, what of its prompt has been computed for others, and its prompt's embeddings, with gaps where
@@ -352,7 +350,7 @@ class Engine:
         self.prefixes.forget(slot)
         return shared
 
-    def _see(self, sequence: Sequence, end: int) -> None:
+    def _encode_media(self, sequence: Sequence, end: int) -> None:
         """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes
         no longer at a time than the chunk of the prompt that it belongs to."""
         embeds, target = sequence.embeds, self.target
@@ -391,15 +389,18 @@ class Engine:
             now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
         active, most = len(decoding.sequences), max(decoding.nodes)
         self.counters.batch_sizes.append(active)
-        trees, likeliest, logits = now.look(batch, most)
-        chosen = self._chosen(by_slot, trees, likeliest, logits)
+        trees, likeliest, logits = now.draft_and_verify(batch, most)
+        chosen = likeliest
+        if chosen is None or not all(s is None or s.takes_likeliest for s in by_slot):
+            with self._torch():
+                chosen = choice.choose_at_nodes(by_slot, trees, likeliest, logits, self.target.eos_ids)
         sizes = trees.sizes.tolist()
-        told = now.accept(chosen)
+        accepted = now.commit(chosen)
         self._verified = sum(sizes) - batch
         outputs = []
         for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
             assert sequence.slot is not None
-            tokens, size = told[sequence.slot], sizes[sequence.slot]
+            tokens, size = accepted[sequence.slot], sizes[sequence.slot]
             sequence.computed += len(tokens)
             if nodes:
                 load.drafted(sequence, len(tokens) - 1)
@@ -407,57 +408,10 @@ class Engine:
             if sequence.request.params.logprobs is not None:
                 path = verify.walk(trees, sequence.slot, chosen[sequence.slot]).path
                 with self._torch():
-                    token_logprobs = self._token_logprobs(sequence, logits[sequence.slot, path], tokens)
+                    rows = logits[sequence.slot, path]
+                    token_logprobs = choice.token_logprobs(self.vocabulary, sequence, rows, tokens)
             outputs.append(self._emit(sequence, tokens, size - 1, token_logprobs))
         return outputs
-
-    def _chosen(
-        self, by_slot: list[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor
-    ) -> np.ndarray:
-        """What the target says at every node of the trees: (batch, rows)."""
-        if likeliest is not None and all(s is None or s.takes_likeliest for s in by_slot):
-            return likeliest
-        params = [s.request.params if s else sampling.GREEDY for s in by_slot]
-
-        def answered(b: int) -> list[int]:
-            sequence, depths = by_slot[b], trees.depths[b, : trees.sizes[b]]
-            return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
-
-        with self._torch():
-            return sampling.choose(logits, params, answered, likeliest, self._processing(by_slot, trees.paths))
-
-    def _processing(
-        self, by_slot: Seq[Sequence | None], paths: Callable[[int], list[list[int]]]
-    ) -> Callable[[int, Tensor], Tensor]:
-        """What sampling asks of requests that change their logits."""
-
-        def processed(b: int, logits: Tensor) -> Tensor:
-            sequence = by_slot[b]
-            assert sequence is not None
-            return processors.process(
-                logits,
-                sequence.request.params,
-                prompt=sequence.prompt.ids,
-                answer=sequence.tokens,
-                paths=paths(b),
-                ends=self.target.eos_ids,
-            )
-
-        return processed
-
-    def _token_logprobs(self, sequence: Sequence, logits: Tensor, tokens: list[int]) -> list[TokenLogprobs] | None:
-        """Of tokens that rows of logits (rows, vocab) decided; None where nobody asks."""
-        num = sequence.request.params.logprobs
-        if num is None:
-            return None
-
-        def told(token: int, logprob: float) -> TokenLogprob:
-            return TokenLogprob(token, self.vocabulary.bytes_of(token), logprob)
-
-        return [
-            TokenLogprobs(told(token, own), tuple(told(*one) for one in best))
-            for token, (own, best) in zip(tokens, sampling.likeliest_of(logits, tokens, num), strict=True)
-        ]
 
     # --- what comes of it
 
@@ -552,9 +506,9 @@ class Engine:
     def check_integrity(self) -> None:
         """Slots, lengths and sequences agree; for tests and debugging."""
         self.cache.check_integrity()
-        held = {s.slot: s.computed for s in self.scheduler.running if s.slot is not None}
-        assert len(held) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
-        assert all(self.cache.lengths[slot] == computed for slot, computed in held.items()), "a slot's length is off"
+        by_slot = {s.slot: s.computed for s in self.scheduler.running if s.slot is not None}
+        assert len(by_slot) + self.cache.num_free == self.cache.num_slots, "a slot leaked"
+        assert all(self.cache.lengths[slot] == computed for slot, computed in by_slot.items()), "a slot's length is off"
         if self.drafter:
             knows = {s.slot for s in self.scheduler.running if s.speculates}
-            self.drafter.check_integrity({slot: computed for slot, computed in held.items() if slot in knows})
+            self.drafter.check_integrity({slot: computed for slot, computed in by_slot.items() if slot in knows})

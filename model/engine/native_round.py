@@ -94,7 +94,7 @@ class NativeRound:
             trees=TreeArrays.of(self._now.trees, self.budgets),
             chance=pointer(load.chance, np.float64),
             tried=pointer(load.tried, np.int64),
-            held=pointer(load.held, np.int64),
+            held=pointer(load.hits, np.int64),
             counts=pointer(self.counts),
             positions=pointer(self._positions),
             paths=pointer(self.paths),
@@ -120,7 +120,7 @@ class NativeRound:
             struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
             struct.draft_cache = _described(held)
 
-    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
+    def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
         struct, flash, trees = self._struct, self.flash, None
         rows = 1
         if flash is not None:
@@ -144,7 +144,7 @@ class NativeRound:
         self._look(*self._given)
         return shape.trees, shape.chosen, shape.logits
 
-    def accept(self, chosen: np.ndarray) -> list[list[int]]:
+    def commit(self, chosen: np.ndarray) -> list[list[int]]:
         shape, drafter, counters = self._now, self.drafter, self._counters
         if chosen is not shape.chosen:
             shape.chosen[:] = chosen

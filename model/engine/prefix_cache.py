@@ -58,7 +58,7 @@ class Contents:
 
 
 @dataclass(slots=True)
-class _Held:
+class _Entry:
     contents: Contents
     length: int  # positions whose keys and values are there
     drafted: bool  # the drafter has read them, too
@@ -69,49 +69,49 @@ class PrefixCache:
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
-        self._held: dict[int, _Held] = {}  # the slot that was of use longest ago first
+        self._entries: dict[int, _Entry] = {}  # the slot that was of use longest ago first
 
     def hold(self, slot: int, contents: Contents, length: int, *, drafted: bool) -> None:
         """From now on a slot has the first `length` positions of these."""
-        self._held.pop(slot, None)
+        self._entries.pop(slot, None)
         if self._enabled:
-            self._held[slot] = _Held(contents, length, drafted)
+            self._entries[slot] = _Entry(contents, length, drafted)
 
     def forget(self, slot: int) -> None:
-        self._held.pop(slot, None)
+        self._entries.pop(slot, None)
 
     def exchange(self, one: int, other: int) -> None:
         """Note that two slots have exchanged what they hold."""
         places = {one: other, other: one}
-        self._held = {places.get(slot, slot): held for slot, held in self._held.items()}
+        self._entries = {places.get(slot, slot): entry for slot, entry in self._entries.items()}
 
     def clear(self) -> None:
-        self._held.clear()
+        self._entries.clear()
 
     def forget_drafts(self) -> None:
         """Another drafter, which has read none of it, is used from now on."""
-        for held in self._held.values():
-            held.drafted = False
+        for entry in self._entries.values():
+            entry.drafted = False
 
     def best(self, contents: Contents, most: int, *, drafted: bool) -> tuple[int, int]:
         """The slot that has most of what these begin with, and how many positions, at most `most`; with `drafted` of
         those that the drafter has read. 0 positions: none has enough."""
         slot, longest = -1, LEAST - 1
-        for at, held in self._held.items():
-            if held.drafted or not drafted:
-                shared = held.contents.shared_with(contents, min(most, held.length))
+        for at, entry in self._entries.items():
+            if entry.drafted or not drafted:
+                shared = entry.contents.shared_with(contents, min(most, entry.length))
                 if shared > longest:
                     slot, longest = at, shared
         if slot < 0:
             return slot, 0
-        self._held[slot] = self._held.pop(slot)  # it was of use
+        self._entries[slot] = self._entries.pop(slot)  # it was of use
         return slot, longest
 
     def choose(self, free: Seq[int], source: int, shared: int) -> int:
         """Of the free slots the one for a sequence that has `shared` positions in common with `source`: that one, where
         they are most of what it holds, else the one that is missed least: which holds nothing, or was of use longest
         ago. (Were they always copied, every hit would cost somebody else's.)"""
-        if shared and source in free and 2 * shared >= self._held[source].length:
+        if shared and source in free and 2 * shared >= self._entries[source].length:
             return source
-        order = {slot: at for at, slot in enumerate(self._held)}
+        order = {slot: at for at, slot in enumerate(self._entries)}
         return min(free, key=lambda slot: (order.get(slot, -1), slot))

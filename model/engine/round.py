@@ -38,13 +38,13 @@ class Round(Protocol):
         """Trees are this one's from now on; None: roots alone, which is plain decoding."""
         ...
 
-    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+    def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
         """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind
         each node (batch, rows) int64, if it is known, and its logits (batch, rows, vocab). Good until the next round;
         what stands in rows that are not real is no matter."""
         ...
 
-    def accept(self, chosen: np.ndarray) -> list[list[int]]:
+    def commit(self, chosen: np.ndarray) -> list[list[int]]:
         """Keep what the target's own tokens, chosen (batch, rows) int64, agree with. For every slot what is emitted:
         tokens of accepted nodes, then one that the target adds; nothing where it idles."""
         ...
@@ -80,7 +80,7 @@ class TorchRound:
     def use(self, drafter: Proposing | None) -> None:
         self.drafter = drafter
 
-    def look(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+    def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
         newest, budgets = self.newest[:batch], self.budgets[:batch]
         if self.drafter is None or not nodes:
             trees = tree.roots(newest)
@@ -96,7 +96,7 @@ class TorchRound:
         self._trees, self._taps = trees, aux_hidden_states
         return trees, None, logits
 
-    def accept(self, chosen: np.ndarray) -> list[list[int]]:
+    def commit(self, chosen: np.ndarray) -> list[list[int]]:
         batch = len(chosen)
         verdicts = [
             verify.IDLE if self.budgets[b] == IDLE else verify.walk(self._trees, b, chosen[b]) for b in range(batch)
@@ -106,10 +106,10 @@ class TorchRound:
         with self._counters.timed("verify"):
             self.cache.keep(range(batch), paths)
         if self.drafter is not None:
-            told = [[] if self.budgets[b] == PLAIN else path for b, path in enumerate(paths)]
-            if any(told):
+            kept_paths = [[] if self.budgets[b] == PLAIN else path for b, path in enumerate(paths)]
+            if any(kept_paths):
                 with self._counters.timed("draft"):
-                    self.drafter.observe(self._trees, told, self._taps)
+                    self.drafter.observe(self._trees, kept_paths, self._taps)
         return [verdict.tokens for verdict in verdicts]
 
     def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:

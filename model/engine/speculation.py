@@ -60,9 +60,9 @@ class SpeculationController:
         self.drafting = [[0.0] * len(self.places) for _ in self.batches]
         self.plain = [0.0] * len(self.batches)
         self.scale = [1.0] * len(self.batches)
-        self.tried, self.held = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)  # nodes by score; those accepted
-        self._said = np.exp(-(((np.arange(BINS) + 0.5) / FINENESS) ** 2))
-        self.chance = self._said.copy()  # of being accepted, by score
+        self.tried, self.hits = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)  # nodes by score; those accepted
+        self._confidence = np.exp(-(((np.arange(BINS) + 0.5) / FINENESS) ** 2))
+        self.chance = self._confidence.copy()  # of being accepted, by score
         self.curve_at: int | None = None  # address of `curve`'s memory, where prices are known
         self._rounds = 0
         # For the batch of now: rows of the tables above near it, and how near they are; seconds of a plain round, and
@@ -92,8 +92,8 @@ class SpeculationController:
     def forget_draft(self) -> None:
         """Another draft is used from now on: nothing is known of what it brings. What rounds take stays, and is
         corrected as ever."""
-        self.tried[:], self.held[:] = 0, 0  # in place: the native library has their addresses
-        self.chance[:] = self._said
+        self.tried[:], self.hits[:] = 0, 0  # in place: the native library has their addresses
+        self.chance[:] = self._confidence
         self._tries, self._brought, self._passed_over = 0, 0.0, 0
         self._readings, self._reading, self._answers = 0, 0.0, 0
         self._verified.clear()
@@ -175,20 +175,20 @@ class SpeculationController:
             if len(path):
                 bins = _bins(trees.scores[b])
                 np.add.at(self.tried, bins[1 : trees.sizes[b]], 1)
-                np.add.at(self.held, bins[list(path[1:])], 1)
+                np.add.at(self.hits, bins[list(path[1:])], 1)
 
     def _weigh(self) -> None:
         if (most := float(self.tried.max())) > FADE:
             self.tried[:] = self.tried * (FADE / 2 / most)
-            self.held[:] = self.held * (FADE / 2 / most)
-        seen = (self.held + TRUST * self._said) / (self.tried + TRUST)
+            self.hits[:] = self.hits * (FADE / 2 / most)
+        seen = (self.hits + TRUST * self._confidence) / (self.tried + TRUST)
         self.chance[:] = np.minimum.accumulate(seen)  # what the draft thinks less likely never counts for more
 
     def calibration(self) -> list[tuple[float, float, int]]:
         """By score, the likeliest first: the chance of being accepted that drafts gave their nodes, the share that was,
         and of how many. Of all that were verified since the draft came; of very many, the old ones count less."""
-        seen = zip(self._said.tolist(), self.held.tolist(), self.tried.tolist(), strict=True)
-        return [(said, held / tried, tried) for said, held, tried in seen if tried]
+        seen = zip(self._confidence.tolist(), self.hits.tolist(), self.tried.tolist(), strict=True)
+        return [(confidence, hits / tried, tried) for confidence, hits, tried in seen if tried]
 
     def begins(self, batch: int, prompt: int) -> bool:
         """Whether a sequence is to be drafted for at all, when `batch` of them decode; prompt: tokens."""

@@ -34,20 +34,20 @@ class Chains:
 def warm_up(now: Round, load: SpeculationController, caches: list[KVCache]) -> None:
     """Time rounds of few and of many sequences and nodes, and let the load learn from it. caches: those that rounds
     read; all their slots are free, and are so again."""
-    until, held = time.perf_counter() + SECONDS, min(CONTEXT, caches[0].capacity // 2)
+    until, length = time.perf_counter() + SECONDS, min(CONTEXT, caches[0].capacity // 2)
 
     def timed(batch: int, nodes: int) -> float:
         for cache in caches:
-            cache.lengths[:batch] = array("i", [held] * batch)
-        now.newest[:batch], now.budgets[:batch], now.roots[:batch] = 0, nodes, held
-        taken = []
+            cache.lengths[:batch] = array("i", [length] * batch)
+        now.newest[:batch], now.budgets[:batch], now.roots[:batch] = 0, nodes, length
+        seconds = []
         for _ in range(ATTEMPTS):
             begun = time.perf_counter()
-            _, likeliest, logits = now.look(batch, nodes)
+            _, likeliest, logits = now.draft_and_verify(batch, nodes)
             if likeliest is None:
                 logits[0, 0].argmax().item()  # a GPU is done by then
-            taken.append(time.perf_counter() - begun)
-        return min(taken)
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds)
 
     batches, places = np.array(load.batches), np.array(load.places)
     plain, drafting = np.full(len(batches), np.nan), np.full((len(batches), len(places)), np.nan)

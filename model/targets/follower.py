@@ -23,8 +23,8 @@ log = logging.getLogger("flashserve.parallel")
 class Follower:
     """One further device's share of the target: orders in, nothing out."""
 
-    def __init__(self, given: dict[str, Any], aux_layers: tuple[int, ...] | None, rank: int, address: str) -> None:
-        config = EngineConfig(**given)
+    def __init__(self, arguments: dict[str, Any], aux_layers: tuple[int, ...] | None, rank: int, address: str) -> None:
+        config = EngineConfig(**arguments)
         join(config, rank, address)
         self._target = target_class(config)(config, aux_layers=aux_layers)
         self._cache: KVCache | None = None
@@ -33,8 +33,8 @@ class Follower:
     def obey(self, orders: BinaryIO) -> None:
         """Until the leader is gone."""
         while (order := read(orders)) is not None:
-            name, given = order
-            getattr(self, f"_{name}")(*given)
+            name, arguments = order
+            getattr(self, f"_{name}")(*arguments)
 
     def _cache_of(self) -> KVCache:
         if self._cache is None:
@@ -44,8 +44,8 @@ class Follower:
     def _make(self, shape: dict[str, Any]) -> None:
         self._cache = KVCache(**shape, dtype=self._target.dtype, device=self._target.device)
 
-    def _pass(self, shape: tuple[int, ...], positions: np.ndarray, told: tuple[Any, ...]) -> None:
-        first_slot, num, starts, counts, mask_kind, parents = told
+    def _pass(self, shape: tuple[int, ...], positions: np.ndarray, metadata: tuple[Any, ...]) -> None:
+        first_slot, num, starts, counts, mask_kind, parents = metadata
         embeds = torch.empty(shape, dtype=self._target.dtype, device=self._target.device)
         distributed.broadcast(embeds, src=0)
         rows = AttentionMetadata(self._cache_of(), first_slot, num, starts, counts, MaskKind(mask_kind), parents)
@@ -66,9 +66,9 @@ def main() -> None:
     begin = read(orders)
     if begin is None:
         return
-    _, given = begin
+    _, arguments = begin
     try:
-        Follower(*given).obey(orders)
+        Follower(*arguments).obey(orders)
     except Exception:
         log.exception("a tensor-parallel follower cannot go on")
         os._exit(1)

@@ -85,9 +85,9 @@ class LanguageModel:
 
     def bytes_beside(self, tower: NativeTower | None) -> int:
         """Weights that transformers' modules still hold, and those packed for the native library, `tower` included."""
-        held = sum(local(parameter).nbytes for parameter in self.model.parameters())
+        in_torch = sum(local(parameter).nbytes for parameter in self.model.parameters())
         packed = sum(part.num_bytes for part in (self.decoder, tower) if part is not None)
-        return int(held + packed + self.head.packed_bytes)
+        return int(in_torch + packed + self.head.packed_bytes)
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._language.embed_tokens(ids)

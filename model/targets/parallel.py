@@ -95,9 +95,9 @@ class Group:
         threading.Thread(target=self._watch, name="followers", daemon=True).start()
         join(config, 0, address)
 
-    def tell(self, name: str, *given: Any) -> None:
+    def tell(self, name: str, *arguments: Any) -> None:
         for follower in self._followers:
-            _write(follower, (name, given))
+            _write(follower, (name, arguments))
 
     def cache(self, **shape: Any) -> KVCache:
         """A KV cache of the leader's heads; the followers make theirs."""
@@ -106,8 +106,8 @@ class Group:
 
     def announce(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> None:
         """A pass over these rows follows, here and there."""
-        told = (rows.first_slot, rows.num, rows.starts, rows.counts, int(rows.mask_kind), rows.parents)
-        self.tell("pass", tuple(embeds.shape), positions, told)
+        metadata = (rows.first_slot, rows.num, rows.starts, rows.counts, int(rows.mask_kind), rows.parents)
+        self.tell("pass", tuple(embeds.shape), positions, metadata)
         distributed.broadcast(embeds.contiguous(), src=0)
 
     def _watch(self) -> None:

@@ -56,7 +56,7 @@ def write(
     pictures: Sequence[str],
     left_out: Sequence[str],
 ) -> None:
-    """notes: what TEMPLATE names; figures: by kind of prompt, "all" among them, as `Acceptance.told`."""
+    """notes: what TEMPLATE names; figures: by kind of prompt, "all" among them, as `Acceptance.as_json`."""
     rows = "\n".join(
         f"| {kind} | {each['length']:.2f} | {each['prompts']} | {each['drafts']} |" for kind, each in figures.items()
     )
@@ -72,5 +72,5 @@ def write(
 
 
 def _listed(reasons: Sequence[str], most: int = 20) -> str:
-    told = [f"- {reason}" for reason in reasons[:most]]
-    return "\n".join(told + [f"- and {len(reasons) - most} more"] * (len(reasons) > most))
+    lines = [f"- {reason}" for reason in reasons[:most]]
+    return "\n".join(lines + [f"- and {len(reasons) - most} more"] * (len(reasons) > most))

@@ -115,8 +115,8 @@ def read(path: Path, prompts: Sequence[str] = ()) -> Data:
     else:
         raise ConfigError(f"data {str(path)!r} is neither a folder nor a JSONL file")
     if not data.items:
-        told = "".join(f"\n  {problem}" for problem in data.problems[:10])
-        raise ConfigError(f"data {str(path)!r} holds no prompt that can be used{told}")
+        lines = "".join(f"\n  {problem}" for problem in data.problems[:10])
+        raise ConfigError(f"data {str(path)!r} holds no prompt that can be used{lines}")
     return data
 
 
@@ -234,8 +234,8 @@ class FilePrompts:
 
     def _place(self, item: Item) -> float:
         """From 0 to 1, by the first file, or where there is none by the text."""
-        told = self._named(item.files[0]) if item.files else str(item.turns)
-        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:6], "big") / (1 << 48)
+        lines = self._named(item.files[0]) if item.files else str(item.turns)
+        return int.from_bytes(hashlib.sha256(lines.encode()).digest()[:6], "big") / (1 << 48)
 
     def _named(self, file: File) -> str:
         """Its path as seen from the data, so that these may be moved."""

@@ -22,22 +22,24 @@ class Acceptance:
 
     tokens: int = 0
     drafts: int = 0
-    held: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
     prompts: int = 0
 
     def __add__(self, other: Acceptance) -> Acceptance:
-        held = tuple(a + b for a, b in zip_longest(self.held, other.held, fillvalue=0))
-        return Acceptance(self.tokens + other.tokens, self.drafts + other.drafts, held, self.prompts + other.prompts)
+        accepted = tuple(a + b for a, b in zip_longest(self.accepted, other.accepted, fillvalue=0))
+        return Acceptance(
+            self.tokens + other.tokens, self.drafts + other.drafts, accepted, self.prompts + other.prompts
+        )
 
     @property
     def length(self) -> float:
         """Mean tokens that a verify step emits; 1 where nothing was drafted."""
         return self.tokens / self.drafts if self.drafts else 1.0
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "length": round(self.length, 3),
-            "positions": [round(count / self.drafts, 3) for count in self.held],
+            "positions": [round(count / self.drafts, 3) for count in self.accepted],
             "drafts": self.drafts,
             "prompts": self.prompts,
         }
@@ -46,7 +48,7 @@ class Acceptance:
 def miscalibration(calibration: Sequence[tuple[float, float, int]]) -> float:
     """Average the error of a draft's confidences; `calibration` as `SpeculationController.calibration` has it."""
     nodes = sum(count for _, _, count in calibration)
-    return sum(count * abs(said - seen) for said, seen, count in calibration) / max(1, nodes)
+    return sum(count * abs(confidence - seen) for confidence, seen, count in calibration) / max(1, nodes)
 
 
 def acceptance(

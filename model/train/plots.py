@@ -54,10 +54,10 @@ def draw(
         written.append(POSITIONS)
     if calibration:
         figure, axes = picture("Calibration", "chance that the draft gives a node", "share of such nodes accepted")
-        said, seen, nodes = zip(*calibration, strict=True)
+        confidence, seen, nodes = zip(*calibration, strict=True)
         axes.plot((0, 1), (0, 1), linestyle=":", color="grey")
-        axes.plot(said, seen, alpha=0.3)
-        axes.scatter(said, seen, [200 * count / max(nodes) for count in nodes])  # by area: how many nodes
+        axes.plot(confidence, seen, alpha=0.3)
+        axes.scatter(confidence, seen, [200 * count / max(nodes) for count in nodes])  # by area: how many nodes
         axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.0))
         figure.savefig(folder / CALIBRATION)
         written.append(CALIBRATION)

@@ -112,7 +112,7 @@ def run(
         numbers = spread(prompts.held_out, settings.evaluate_prompts)
         limit = {"max_tokens": settings.max_tokens, "seconds": settings.evaluate_seconds}
         measured = acceptance(engine, prompts.messages, numbers, stop=stop, **limit)  # type: ignore[arg-type]
-        return None if stop() else measured.told()
+        return None if stop() else measured.as_json()
 
     file = settings.run / "state.pt"
     history = train(
@@ -134,16 +134,16 @@ def run(
 def claim(settings: Settings, target: Target, network: Network, prompts: Prompts, team: Team) -> None:
     """Take the output folder for this training. ConfigError where it holds one of other settings."""
     # Through JSON and back: what is compared is what was written.
-    asked = json.loads(json.dumps(identity(settings, target, network, prompts, team)))
+    wanted = json.loads(json.dumps(identity(settings, target, network, prompts, team)))
     file = settings.run / "settings.json"
     begun = file.exists()
     team.wait()  # nobody writes before all have looked
     if begun:
-        held = json.loads(file.read_text())
+        stored = json.loads(file.read_text())
         changed = [
-            f"{name} was {held.get(name)}, now {asked.get(name)}"
-            for name in sorted(held.keys() | asked.keys())
-            if held.get(name) != asked.get(name)
+            f"{name} was {stored.get(name)}, now {wanted.get(name)}"
+            for name in sorted(stored.keys() | wanted.keys())
+            if stored.get(name) != wanted.get(name)
         ]
         if changed:
             raise ConfigError(
@@ -152,7 +152,7 @@ def claim(settings: Settings, target: Target, network: Network, prompts: Prompts
             )
     elif team.rank == 0:
         settings.run.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asked, indent=2) + "\n")
+        file.write_text(json.dumps(wanted, indent=2) + "\n")
     team.wait()
 
 
@@ -243,12 +243,14 @@ def finish(
         if stop():
             raise Interrupted
     whole, calibration = sum(measured.values(), Acceptance()), engine.load.calibration()
-    figures = {kind: each.told() for kind, each in ({"all": whole} | (measured if len(measured) > 1 else {})).items()}
+    figures = {
+        kind: each.as_json() for kind, each in ({"all": whole} | (measured if len(measured) > 1 else {})).items()
+    }
     with (settings.run / "log.jsonl").open("w") as log:
         log.writelines(json.dumps(row) + "\n" for row in history)
     files = answer_files(settings.answers_file)
-    asked = set(prompts.train)
-    left_out = [reason for each in files for number, reason in unusable(each).items() if number in asked]
+    wanted = set(prompts.train)
+    left_out = [reason for each in files for number, reason in unusable(each).items() if number in wanted]
     notes: dict[str, Any] = {
         "command": settings.command,
         "data": prompts.summary,

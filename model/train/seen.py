@@ -85,7 +85,7 @@ class Memory:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._held: dict[int, Seen] = {}
+        self._captured: dict[int, Seen] = {}
 
     def seen(
         self,
@@ -94,7 +94,7 @@ class Memory:
         messages: Callable[[int], tuple[Message, ...]],
         network: Network,
     ) -> list[Seen]:
-        missing = [e for e in batch if e.number not in self._held]
+        missing = [e for e in batch if e.number not in self._captured]
         fresh: dict[int, Seen] = {}
         if missing:
             prompts = [target.prompt(messages(e.number)) for e in missing]
@@ -104,5 +104,5 @@ class Memory:
         for number, seen in fresh.items():
             if seen.num_bytes <= self._budget:
                 self._budget -= seen.num_bytes
-                self._held[number] = seen
-        return [fresh.get(e.number) or self._held[e.number] for e in batch]
+                self._captured[number] = seen
+        return [fresh.get(e.number) or self._captured[e.number] for e in batch]

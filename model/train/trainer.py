@@ -99,15 +99,15 @@ def train(
             for setting in state.optimiser.param_groups:
                 setting["lr"] = rate
             state.optimiser.zero_grad()
-            told: list[Tensor] = []
+            losses: list[Tensor] = []
             for batch, rng in batches.of(state.step):
                 seen = memory.seen(target, batch, messages, network)
                 with torch.autocast(target.device.type, torch.bfloat16, enabled=config.autocast):
                     loss, hits = draft_loss(learner, seen, anchors=config.anchors, gamma=config.gamma, rng=rng)
                 (loss / config.accumulate).backward()
-                told.append(torch.cat((loss.detach().float()[None], hits.detach().float())))
+                losses.append(torch.cat((loss.detach().float()[None], hits.detach().float())))
             stopping = torch.tensor([float(stop())], device=target.device)
-            mean = share(network, torch.cat((torch.stack(told).mean(0), stopping)), team).tolist()
+            mean = share(network, torch.cat((torch.stack(losses).mean(0), stopping)), team).tolist()
             if not math.isfinite(mean[0]):
                 raise FloatingPointError(f"the loss is {mean[0]} at step {state.step}; try a lower rate")
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -132,12 +132,12 @@ def rate_at(step: int, config: TrainConfig) -> float:
     return config.rate * rise * (0.51 + 0.49 * math.cos(math.pi * step / config.steps))
 
 
-def share(network: nn.Module, told: Tensor, team: Team) -> Tensor:
+def share(network: nn.Module, losses: Tensor, team: Team) -> Tensor:
     """Average gradients over the team, in place, and with them what each of it has to tell."""
     if team.size == 1:
-        return told
+        return losses
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters()]
-    mean = team.average(torch.cat([*(g.flatten() for g in gradients), told]))
+    mean = team.average(torch.cat([*(g.flatten() for g in gradients), losses]))
     at = 0
     for parameter in network.parameters():
         parameter.grad = mean[at : at + parameter.numel()].view_as(parameter).clone()

@@ -217,7 +217,7 @@ def test_a_planted_difference_is_found(
     # Else an untrained draft is used now and then, as the machine's load has it.
     monkeypatch.setattr(equality, "EngineConfig", partial(EngineConfig, adaptive_drafting=False))
     for kind in (NativeRound, TorchRound):
-        monkeypatch.setattr(kind, "look", credulous(kind.look))
+        monkeypatch.setattr(kind, "draft_and_verify", credulous(kind.draft_and_verify))
     code, result = check(tiny_checkpoint, tiny_draft, tmp_path / "equality.json")
     assert code == 1
     assert not result["passed"]

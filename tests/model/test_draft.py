@@ -191,16 +191,20 @@ def test_a_native_round_drafts_what_its_parts_draft() -> None:
         seen: dict[tuple[str, int], Tensor] = {}
 
         def watched(
-            *given: int, look: Any = now.look, seen: Any = seen, engine: Any = engine, drafter: Any = drafter
+            *given: int,
+            verify: Any = now.draft_and_verify,
+            seen: Any = seen,
+            engine: Any = engine,
+            drafter: Any = drafter,
         ) -> Any:
-            result = look(*given)
+            result = verify(*given)
             logits = engine.round.drafted if engine.round.flash is not None else drafter.drafted
             for s in engine.scheduler.running:
                 if not s.prefilling and engine.round.budgets[s.slot] > 0:
                     seen[s.request.request_id, len(s.tokens)] = logits[s.slot].clone()
             return result
 
-        now.look = watched  # type: ignore[assignment,method-assign]
+        now.draft_and_verify = watched  # type: ignore[assignment,method-assign]
         for number, task in enumerate(prompts.TASKS):
             told = prompts.messages(number, split="heldout", task=task)
             engine.add(Request(f"{number}", told, SamplingParams(max_tokens=60)))

@@ -84,11 +84,11 @@ def test_the_native_library_admits_the_same_nodes(slope: float) -> None:
         now.newest[sequence.slot], now.budgets[sequence.slot] = sequence.tokens[-1], 9
         now.roots[sequence.slot] = sequence.next_position + len(sequence.tokens) - 1
     price, load.curve_at = load.curve_at, None
-    whole, _, _ = now.look(3, 9)
+    whole, _, _ = now.draft_and_verify(3, 9)
     whole = Trees(*(getattr(whole, name).copy() for name in ("tokens", "parents", "depths", "sizes", "scores")))
     assert whole.sizes.tolist() == [10, 10, 10]
     load.curve_at, load._curve[:] = price, 1.0 + slope * np.arange(len(load._curve))
-    few, _, _ = now.look(3, 9)
+    few, _, _ = now.draft_and_verify(3, 9)
     assert paths(few) == paths(admitted(whole, 3, load._curve, load._chances))
     assert {0.0: 27, 5.0: 0}.get(slope, sum(few.sizes) - 3) == sum(few.sizes) - 3
 
@@ -196,7 +196,7 @@ def test_short_answers_are_not_drafted_for_where_reading_the_prompt_takes_longer
 def test_chances_are_what_was_seen_where_enough_was() -> None:
     load = SpeculationController(8, 7)
     said = load.chance.copy()
-    load.tried[3], load.held[3] = 4000, 400  # a bin in which the draft thinks that nearly all are right
+    load.tried[3], load.hits[3] = 4000, 400  # a bin in which the draft thinks that nearly all are right
     load._weigh()
     assert load.chance[3] == pytest.approx(0.1, abs=0.01)
     assert (load.chance[:3] == said[:3]).all()

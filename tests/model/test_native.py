@@ -433,7 +433,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     now = NativeRound(Verifier(stack, embeddings, head), held, Counters(), SpeculationController(4, 11))
     now.use(drafter)  # type: ignore[arg-type]
     now.newest[:3], now.budgets[:3], now.roots[:3] = trees.tokens[:, 0], [6, IDLE, 4], roots
-    seen, chosen, logits = now.look(3, 6)
+    seen, chosen, logits = now.draft_and_verify(3, 6)
     assert np.array_equal(seen.parents, trees.parents)
     for b, count in enumerate(counts):
         assert torch.equal(logits[b, :count], expected[b, :count])
@@ -447,7 +447,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
         row = int(trees.parents[0, row])
     verdicts = [verify.walk(trees, b, told[b]) if counts[b] else verify.IDLE for b in range(3)]
     assert verdicts[0].path != list(range(len(verdicts[0].path))), "nothing would have to move"
-    assert now.accept(told) == [verdict.tokens for verdict in verdicts]
+    assert now.commit(told) == [verdict.tokens for verdict in verdicts]
     assert drafter.observed == [verdict.path for verdict in verdicts]
     assert torch.equal(now._now.aux_hidden_states[0, : counts[0]], aux_hidden_states[0, : counts[0]])
     expected_cache.keep(range(3), drafter.observed)

@@ -155,7 +155,7 @@ def test_what_was_learnt_of_the_old_draft_is_forgotten(tiny_checkpoint: Path, dr
     assert load.tried.sum() > 0
     plain = load.plain.copy()
     swap(engine, drafts["longer"])
-    assert load.tried.sum() == load.held.sum() == 0
+    assert load.tried.sum() == load.hits.sum() == 0
     assert (load.chance == fresh.chance).all()
     assert load.known
     assert load.plain == plain

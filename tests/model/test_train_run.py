@@ -180,7 +180,7 @@ def test_measuring_ends_in_time_and_leaves_the_engine_idle(plain_engine: Engine)
 def test_figures_add_up() -> None:
     both = Acceptance(10, 4, (3, 2), 1) + Acceptance(2, 2, (), 1)
     assert both == Acceptance(12, 6, (3, 2), 2)
-    assert both.told() == {"length": 2.0, "positions": [0.5, 0.333], "drafts": 6, "prompts": 2}
+    assert both.as_json() == {"length": 2.0, "positions": [0.5, 0.333], "drafts": 6, "prompts": 2}
 
 
 def test_defaults_follow_the_target() -> None:

@@ -51,28 +51,28 @@ def _attend_to_span(
     part = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for at in range(first, last, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        held = n < last
+        in_range = n < last
         keys = tl.load(
             k + b * k_batch + h * k_head + n[None, :] * k_position + d[:, None],
-            mask=held[None, :] & (d < D)[:, None],
+            mask=in_range[None, :] & (d < D)[:, None],
             other=0.0,
         )
         scores = tl.dot(queries, keys, input_precision="ieee") * scale
         behind = n - start
-        among = (behind >= 0) & held
+        among = (behind >= 0) & in_range
         seen = tl.load(
             visible + b * visible_batch + row[:, None] * num_rows + behind[None, :],
             mask=among[None, :] & (m < M)[:, None],
             other=0,
         )
-        scores = tl.where((behind < 0)[None, :] & held[None, :] | (seen != 0), scores, float("-inf"))
+        scores = tl.where((behind < 0)[None, :] & in_range[None, :] | (seen != 0), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing yet
         weights = tl.exp2(scores - finite[:, None])
         shrink = tl.exp2(top - finite)
         values = tl.load(
             v + b * v_batch + h * v_head + n[:, None] * v_position + d[None, :],
-            mask=held[:, None] & (d < D)[None, :],
+            mask=in_range[:, None] & (d < D)[None, :],
             other=0.0,
         )
         part = part * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")

@@ -23,7 +23,7 @@ from torch import Tensor
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
 from model.backends.kv_cache import KVCache
-from model.backends.linear import held_by, pack
+from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.drafters.base import Room
@@ -69,7 +69,7 @@ class EagleDrafter:
 
     @property
     def num_bytes(self) -> int:
-        return held_by(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
+        return weight_bytes(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
 
     @property
     def cache_bytes(self) -> int:
@@ -88,10 +88,10 @@ class EagleDrafter:
         self.cache.exchange(one, other)
         exchange_rows(self._pending, one, other)
 
-    def check_integrity(self, held: Mapping[int, int]) -> None:
+    def check_integrity(self, by_slot: Mapping[int, int]) -> None:
         self.cache.check_integrity()
-        assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
-        for slot, computed in held.items():
+        assert self.cache.num_free == self.cache.num_slots - len(by_slot), "draft and target hold different slots"
+        for slot, computed in by_slot.items():
             assert self.cache.lengths[slot] == max(0, computed - 1), "the draft's context is not what the target kept"
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:

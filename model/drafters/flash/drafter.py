@@ -19,7 +19,7 @@ from model.backends import attention
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind
 from model.backends.graphs import MAX_ROWS, Replays
 from model.backends.kv_cache import KVCache
-from model.backends.linear import held_by, pack
+from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import FixedTree, Trees
 from model.drafters.base import Room
@@ -99,7 +99,7 @@ class FlashDrafter:
     def num_bytes(self) -> int:
         own = self._head.num_bytes if self.network.offered is not None else 0
         packed = 0 if self.step is None else self.step.stack.num_bytes + self.step.num_bytes
-        return held_by(self.network) + own + packed
+        return weight_bytes(self.network) + own + packed
 
     @property
     def cache_bytes(self) -> int:
@@ -124,10 +124,10 @@ class FlashDrafter:
         exchange_items(self._spans, one, other)
         exchange_items(self._visual, one, other)
 
-    def check_integrity(self, held: Mapping[int, int]) -> None:
+    def check_integrity(self, by_slot: Mapping[int, int]) -> None:
         self.cache.check_integrity()
-        assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
-        assert self._spans.keys() == self._visual.keys() == held.keys(), "a medium of a sequence that is gone"
+        assert self.cache.num_free == self.cache.num_slots - len(by_slot), "draft and target hold different slots"
+        assert self._spans.keys() == self._visual.keys() == by_slot.keys(), "a medium of a sequence that is gone"
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
         rows = []
@@ -188,14 +188,14 @@ class FlashDrafter:
 
     def _observe_in_torch(self, index: np.ndarray, rows: AttentionMetadata, aux_hidden_states: Tensor) -> None:
         """Add the rows of aux_hidden_states that index (batch, rows) names to each context."""
-        told = upload(np.concatenate((index, rows.counts[:, None]), 1), aux_hidden_states.device).long()
-        kept = aux_hidden_states.gather(1, told[:, :-1, None].expand(-1, -1, aux_hidden_states.shape[-1]))
+        inputs = upload(np.concatenate((index, rows.counts[:, None]), 1), aux_hidden_states.device).long()
+        kept = aux_hidden_states.gather(1, inputs[:, :-1, None].expand(-1, -1, aux_hidden_states.shape[-1]))
         if self._observations is not None:
             (context,) = self._observations(rows, np.zeros((0, *index.shape), np.int64), kept)
         else:
             context = self.network.fuse(kept)
             self._hold(rows.plan, context)
-        take_last(self.tails[: rows.batch], context, told[:, -1])
+        take_last(self.tails[: rows.batch], context, inputs[:, -1])
 
     def _observe(self, plan: AttentionTensors, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
         assert kept is not None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.linear import held_by, pack
+from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.drafters.base import Room
@@ -32,7 +32,7 @@ class MedusaDrafter:
         self._head = target.head.of(network.offered)
         pack(network)
         self._last = torch.zeros(room.num_slots, target.hidden_size, dtype=target.dtype, device=target.device)
-        self._held: dict[int, int] = {}  # slot -> tokens that the target has computed
+        self._computed: dict[int, int] = {}  # slot -> tokens that the target has computed
 
     @staticmethod
     def new_cache(target: Target, network: MedusaNetwork, room: Room) -> None:  # noqa: ARG004
@@ -40,21 +40,21 @@ class MedusaDrafter:
 
     @property
     def num_bytes(self) -> int:
-        return held_by(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
+        return weight_bytes(self.network) + (self._head.num_bytes if self.network.offered is not None else 0)
 
     @property
     def cache_bytes(self) -> int:
         return self._last.nbytes
 
     def start(self, slot: int, prompt: TokenizedPrompt) -> None:  # noqa: ARG002
-        self._held[slot] = 0
+        self._computed[slot] = 0
 
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
-        self._held[slot] = length  # of these it needs nothing: what follows is read before it proposes
+        self._computed[slot] = length  # of these it needs nothing: what follows is read before it proposes
         return True
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
-        self._held[slot] = start + len(aux_hidden_states)
+        self._computed[slot] = start + len(aux_hidden_states)
         self._last[slot] = aux_hidden_states[-1]
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
@@ -64,17 +64,17 @@ class MedusaDrafter:
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
         slots = [slot for slot, path in enumerate(paths) if path]
         for slot in slots:
-            self._held[slot] += len(paths[slot])
+            self._computed[slot] += len(paths[slot])
         rows = [slot * aux_hidden_states.shape[1] + paths[slot][-1] for slot in slots]
         where = upload(np.array((slots, rows)), aux_hidden_states.device)
         self._last.index_copy_(0, where[0], aux_hidden_states.flatten(0, 1).index_select(0, where[1]))
 
     def free(self, slot: int) -> None:
-        del self._held[slot]
+        del self._computed[slot]
 
     def exchange(self, one: int, other: int) -> None:
-        exchange_items(self._held, one, other)
+        exchange_items(self._computed, one, other)
         exchange_rows(self._last, one, other)
 
-    def check_integrity(self, held: Mapping[int, int]) -> None:
-        assert self._held == held, "the draft stands elsewhere than the target"
+    def check_integrity(self, by_slot: Mapping[int, int]) -> None:
+        assert self._computed == by_slot, "the draft stands elsewhere than the target"

@@ -46,6 +46,6 @@ class MedusaNetwork(nn.Module):
     def forward(self, last: Tensor) -> Tensor:
         """What the target's last layer gave at a position, (..., target_hidden) -> (..., block, target_hidden), to be
         read by its lm_head: row j proposes the token j + 1 places after the one that the target itself says there."""
-        said = self.norm(last)
-        guessed: Tensor = said[..., None, :] + F.silu(self.heads(said)).unflatten(-1, (self.config.block, -1))
+        normed = self.norm(last)
+        guessed: Tensor = normed[..., None, :] + F.silu(self.heads(normed)).unflatten(-1, (self.config.block, -1))
         return guessed
