@@ -22,13 +22,13 @@ from model.backends.kv_cache import KVCache
 from model.backends.native import library
 from model.config import EngineConfig
 from model.decoding import sampling, verify
-from model.decoding.detokenize import Detokenizer, StopStrings, Vocabulary
+from model.decoding.detokenize import Vocabulary
 from model.decoding.tree import IDLE, PLAIN
 from model.drafters import hot_swap, registry
 from model.drafters.base import Drafter, Room
 from model.drafters.flash.drafter import FlashDrafter
 from model.drafters.hot_swap import Incoming, Packed
-from model.engine import choice
+from model.engine import choice, intake
 from model.engine.encoder_cache import EncoderCache
 from model.engine.native_round import NativeRound
 from model.engine.prefix_cache import PrefixCache
@@ -50,7 +50,7 @@ from model.request import (
     TokenLogprobs,
 )
 from model.targets.base import Target
-from model.targets.frames import fitting_frames, most_frames
+from model.targets.frames import most_frames
 from model.targets.parallel import share_of
 from model.targets.registry import load_target
 
@@ -189,37 +189,11 @@ class Engine:
     # --- requests
 
     def prepare(self, request: Request) -> Sequence:
-        """Do all of taking a request in that needs nothing of the engine's state: make its prompt, refuse what cannot
-        be served. Any thread may call it, one at a time. Raises RequestError."""
-        prompt = self.target.prompt(request.messages)
-        length, wanted = len(prompt.ids), request.params.max_tokens
-        if request.clamp_max_tokens and 0 < (room := self.max_model_len - length) < wanted:
-            wanted = room
-            fewest = min(request.params.min_tokens, room)
-            request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=fewest))
-        if length + wanted > self.max_model_len:
-            raise RequestError(
-                # Clients know the case by these words, up to "is".
-                f"the prompt is too long: this model's maximum context length is {self.max_model_len} tokens, the "
-                f"prompt takes {length} and max_tokens is {wanted}; send fewer or shorter media, a shorter prompt, "
-                f"or a smaller max_tokens{self._frames_hint(request, wanted)}",
-                param="max_tokens" if length < self.max_model_len else "messages",
-                code="context_length_exceeded",
-            )
-        if unknown := [token for token, _ in request.params.logit_bias if not 0 <= token < self.target.vocab_size]:
-            raise RequestError(
-                f"logit_bias names token {unknown[0]}; tokens are 0 to {self.target.vocab_size - 1}", param="logit_bias"
-            )
-        for medium in prompt.media:
-            _ = medium.digest  # kept there, for when its features are looked up
-        detokenizer = Detokenizer(self.vocabulary, self.target.eos_ids)
-        return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop))
+        """Build a request's sequence without touching the engine's state. Any thread may call it, one at a time.
 
-    def _frames_hint(self, request: Request, max_tokens: int) -> str:
-        """What to ask for where a request with videos does not fit."""
-        answer = min(max_tokens, self.max_model_len // 4) if request.clamp_max_tokens else max_tokens
-        fitting = fitting_frames(self.target, request.messages, self.max_model_len - answer)
-        return f"; with num_frames {fitting} it would fit" if fitting else ""
+        Raises RequestError.
+        """
+        return intake.prepare(request, self.target, self.vocabulary, self.max_model_len)
 
     def add(self, request: Request | Sequence) -> None:
         """Take a request in, prepared or not. RequestError, and nothing taken, if it cannot be served."""

@@ -1,0 +1,47 @@
+"""From a request to the sequence that the engine schedules: prompt, limits, detokenizer. Knows no cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from model.decoding.detokenize import Detokenizer, StopStrings, Vocabulary
+from model.engine.sequence import Sequence
+from model.request import Request, RequestError
+from model.targets.base import Target
+from model.targets.frames import fitting_frames
+
+
+def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_len: int) -> Sequence:
+    """Tokenise a request's conversation and check it against the limits. Raises RequestError for what cannot be served.
+
+    max_model_len: tokens of prompt and answer together.
+    """
+    prompt = target.prompt(request.messages)
+    length, max_tokens = len(prompt.ids), request.params.max_tokens
+    if request.clamp_max_tokens and 0 < (room := max_model_len - length) < max_tokens:
+        max_tokens = room
+        min_tokens = min(request.params.min_tokens, room)
+        request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=min_tokens))
+    if length + max_tokens > max_model_len:
+        raise RequestError(
+            # Clients know the case by these words, up to "is".
+            f"the prompt is too long: this model's maximum context length is {max_model_len} tokens, the "
+            f"prompt takes {length} and max_tokens is {max_tokens}; send fewer or shorter media, a shorter prompt, "
+            f"or a smaller max_tokens{_frames_hint(request, target, max_tokens, max_model_len)}",
+            param="max_tokens" if length < max_model_len else "messages",
+            code="context_length_exceeded",
+        )
+    if unknown := [token for token, _ in request.params.logit_bias if not 0 <= token < target.vocab_size]:
+        raise RequestError(
+            f"logit_bias names token {unknown[0]}; tokens are 0 to {target.vocab_size - 1}", param="logit_bias"
+        )
+    for medium in prompt.media:
+        _ = medium.digest  # computed here, off the engine's thread, and cached for the encoder cache
+    return Sequence(request, prompt, Detokenizer(vocabulary, target.eos_ids), StopStrings(request.params.stop))
+
+
+def _frames_hint(request: Request, target: Target, max_tokens: int, max_model_len: int) -> str:
+    """Suggest how many frames would fit, for a request with videos that does not; else nothing."""
+    answer = min(max_tokens, max_model_len // 4) if request.clamp_max_tokens else max_tokens
+    fitting = fitting_frames(target, request.messages, max_model_len - answer)
+    return f"; with num_frames {fitting} it would fit" if fitting else ""
