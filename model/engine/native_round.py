@@ -94,7 +94,7 @@ class NativeRound:
             trees=TreeArrays.of(self._now.trees, self.budgets),
             chance=pointer(load.chance, np.float64),
             tried=pointer(load.tried, np.int64),
-            held=pointer(load.hits, np.int64),
+            hits=pointer(load.hits, np.int64),
             counts=pointer(self.counts),
             positions=pointer(self._positions),
             paths=pointer(self.paths),
@@ -106,19 +106,19 @@ class NativeRound:
             emitted=pointer(self.emitted, np.int64),
             seconds=pointer(self._seconds, np.float64),
         )
-        self._given = ctypes.c_bool(like.dtype is torch.bfloat16), ctypes.byref(self._struct)
+        self._arguments = ctypes.c_bool(like.dtype is torch.bfloat16), ctypes.byref(self._struct)
         self._look, self._accept = functions().flash_look, functions().flash_accept
 
     def use(self, drafter: Proposing | None) -> None:
         self.drafter, self.flash, struct = drafter, None, self._struct
         struct.draft = None
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
-            self.flash, held, self._most_nodes = drafter, drafter.cache, step.most_nodes
+            self.flash, self._most_nodes = drafter, step.most_nodes
             self._vocabulary = step.head.outputs
             self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self._vocabulary)
             struct.drafted, struct.tails = pointer(self._drafted), pointer(drafter.tails)
             struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
-            struct.draft_cache = _described(held)
+            struct.draft_cache = _described(drafter.cache)
 
     def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
         struct, flash, trees = self._struct, self.flash, None
@@ -140,15 +140,15 @@ class NativeRound:
             struct.rows = struct.trees.rows = rows
         if trees is not None:
             shape.trees.fill(trees)
-        struct.given = trees is not None
-        self._look(*self._given)
+        struct.from_outside = trees is not None
+        self._look(*self._arguments)
         return shape.trees, shape.chosen, shape.logits
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
         shape, drafter, counters = self._now, self.drafter, self._counters
         if chosen is not shape.chosen:
             shape.chosen[:] = chosen
-        self._accept(*self._given)
+        self._accept(*self._arguments)
         counts = shape.accepted.tolist()
         propose, grow, verify, accept, observe = self._seconds.tolist()
         counters.step_seconds.append(("verify", verify + accept))
@@ -156,9 +156,9 @@ class NativeRound:
             counters.step_seconds.append(("draft", propose + grow + observe))
         elif drafter is not None:
             budgets = self.budgets[: len(counts)].tolist()
-            told = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
-            if any(told):
-                paths = [row[:count] for row, count in zip(shape.paths.tolist(), told, strict=True)]
+            kept = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
+            if any(kept):
+                paths = [row[:count] for row, count in zip(shape.paths.tolist(), kept, strict=True)]
                 with counters.timed("draft"):
                     drafter.observe(shape.trees, paths, shape.aux_hidden_states)
         return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]

@@ -64,10 +64,10 @@ class RoundArrays(Mirror):
         ("head", Linear),
         ("draft", ctypes.c_void_p),
         *((n, CacheArrays) for n in "target_cache draft_cache".split()),
-        *((n, ctypes.c_int32) for n in "batch rows axes given".split()),
+        *((n, ctypes.c_int32) for n in "batch rows axes from_outside".split()),
         *((n, ctypes.c_void_p) for n in "newest budgets roots".split()),
         ("trees", TreeArrays),
-        *((n, ctypes.c_void_p) for n in "curve chance tried held".split()),
+        *((n, ctypes.c_void_p) for n in "curve chance tried hits".split()),
         *(
             (n, ctypes.c_void_p)
             for n in "counts positions paths accepted shown taps logits drafted tails chosen emitted".split()
