@@ -1,11 +1,16 @@
-"""What holds for every test: no model hub is asked for anything, torch computes on one thread, and `gpu` tests run only
-where there is one."""
+"""What holds for every test: no model hub is asked for anything, torch computes on one thread, `gpu` tests run only
+where there is one, and `alone` ones while no other runs."""
 
+import fcntl
 import os
 import sys
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 if not Path("/dev/nvidiactl").exists():
@@ -32,3 +37,29 @@ def pytest_runtest_setup() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outermost: a test's timeout begins after the wait
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Runs a test marked `alone` while no other worker of pytest-xdist runs one.
+
+    Those that may run side by side share a lock. Whoever waits for the whole of it holds up those that come later.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with ExitStack() as stack:
+        with locked(HERE.parent, fcntl.LOCK_EX):
+            how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+            stack.enter_context(locked(HERE, how))
+        return (yield)
+
+
+@contextmanager
+def locked(path: Path, how: int) -> Iterator[None]:
+    file = os.open(path, os.O_RDONLY)
+    fcntl.flock(file, how)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a process that was forked has it open too
+        os.close(file)

@@ -33,7 +33,11 @@ def said(answer: Any) -> str:
     return str(choice.message.content)
 
 
-@pytest.mark.parametrize("files", [(), (RED,), (RED, BLUE), (CLIP,), (CLIP, RED)], ids=str)
+def kinds(files: tuple[media.File, ...]) -> str:
+    return "+".join(file.kind for file in files) or "text"
+
+
+@pytest.mark.parametrize("files", [(), (RED,), (RED, BLUE), (CLIP,), (CLIP, RED)], ids=kinds)
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_stream_says_and_counts_what_the_whole_answer_does(
     client: openai.OpenAI, files: tuple[media.File, ...], temperature: float
@@ -170,7 +174,7 @@ PENALISED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("files", [(), (RED,), (CLIP, RED)], ids=str)
+@pytest.mark.parametrize("files", [(), (RED,), (CLIP, RED)], ids=kinds)
 def test_penalties_and_log_probabilities_are_the_same_with_speculation_and_streamed(
     client: openai.OpenAI, files: tuple[media.File, ...]
 ) -> None:

@@ -43,6 +43,7 @@ def paced(start_server: StartServer) -> Server:
     return start_server({"delay": DELAY}, drain_timeout=2)
 
 
+@pytest.mark.alone
 def test_times_and_tokens_are_those_of_the_server(paced: Server) -> None:
     """Of a draft's answer, whose events hold four tokens each, a count of events would say four times too much."""
     off, on = load(paced.url, speculation=("off", "auto"))

@@ -424,6 +424,7 @@ async def test_without_children_to_be_had_the_answer_is_503(monkeypatch):
             await broken.start()
 
 
+@pytest.mark.alone
 async def test_the_loop_stays_free_while_large_files_pass_through():
     """/livez must answer while media are decoded: 32 MiB in, 64 frames out."""
     worst = 0.0

@@ -100,6 +100,7 @@ def test_the_gauges_follow_the_load(start_server: StartServer) -> None:
     server.wait(lambda: server.metric("flash_requests_running") + server.metric("flash_requests_waiting") == 0)
 
 
+@pytest.mark.alone
 def test_health_routes_answer_within_100_ms_while_16_requests_with_large_media_run(
     start_server: StartServer, tmp_path: Path
 ) -> None:
