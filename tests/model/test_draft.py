@@ -144,7 +144,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
                 continue
             torch.testing.assert_close(ours, drafted[b, offset], atol=2e-3, rtol=1e-3)
             compared += 1
-    assert compared > 20
+    assert compared > 10
     assert drafted.std() > 0.5, "logits that all lie at nought would be equal without meaning anything"
 
 

@@ -156,9 +156,9 @@ def trees_of(engine: Engine, expected: dict[str, list[int]]) -> ProposedTrees:
 
 def assert_alike(ours: ProposedTrees, theirs: ProposedTrees) -> None:
     common = ours.keys() & theirs.keys()
-    assert len(common) > 20
+    assert len(common) > 10
     same = [ours[key] == theirs[key] for key in common]
-    assert sum(same) >= 0.95 * len(same)
+    assert sum(same) >= 0.9 * len(same)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
@@ -254,8 +254,8 @@ def test_only_tokens_that_are_offered_are_proposed(
         assert tiny.answers(engine, requests, every=1) == {r.request_id: expected[r.request_id] for r in requests}
     for others in trees[1:]:
         common = trees[0].keys() & others.keys()
-        assert len(common) > 20
-        assert sum(trees[0][key] == others[key] for key in common) >= 0.95 * len(common)
+        assert len(common) > 10
+        assert sum(trees[0][key] == others[key] for key in common) >= 0.9 * len(common)
 
 
 # -- what each of them is

@@ -53,13 +53,14 @@ def test_a_request_that_takes_too_long_times_out(start_server: StartServer) -> N
 def test_a_full_queue_says_so_at_once_and_empties_again(start_server: StartServer) -> None:
     server = start_server({"delay": 0.05}, max_num_seqs=1, max_waiting=2)
     with ThreadPoolExecutor(12) as pool:
-        responses = list(pool.map(lambda i: server.chat(f"number {i}", max_tokens=40), range(12)))
+        responses = list(pool.map(lambda i: server.chat(f"number {i}", max_tokens=60), range(12)))
     refused = [response for response in responses if response.status_code == 503]
+    served = [response.elapsed for response in responses if response.status_code == 200]
     assert len(refused) == 9, "one decoded, two waiting"
     for response in refused:
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["code"] == "queue_full"
-        assert response.elapsed.total_seconds() < 0.4
+        assert response.elapsed < min(served), "it waited for a place"
     assert server.metric("flash_requests_rejected_total", reason="queue_full") == 9
     assert server.chat(max_tokens=1).status_code == 200
 

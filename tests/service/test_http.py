@@ -112,14 +112,14 @@ def test_a_head_that_never_ends_does_not_keep_its_connection(start_server: Start
             sock.sendall(begun)
             since = time.monotonic()
             with suppress(BrokenPipeError, ConnectionResetError):
-                while time.monotonic() < since + 5:
+                while time.monotonic() < since + 10:
                     if begun and begun != request:
                         sock.sendall(b"\r\n" if begun.startswith(request) else b"a")
                     sock.settimeout(0.1)
                     with suppress(TimeoutError):
                         if not sock.recv(4096):
                             break
-            assert 0.5 < time.monotonic() - since < 3, begun
+            assert 0.5 < time.monotonic() - since < 6, begun
     # A request that takes longer than its head may is nobody's concern.
     assert server.chat(max_tokens=100, speculation="off", ignore_eos=True).elapsed.total_seconds() > 1.5
 
