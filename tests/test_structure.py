@@ -110,7 +110,7 @@ def test_no_file_is_long_without_a_reason() -> None:
 def participles(source: str) -> Iterator[str]:
     """Identifiers of which a part is a banned participle."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and token.string.strip("_") not in FIELD_TERMS:
+        if token.type == tokenize.NAME and token.string.strip("_").lower() not in FIELD_TERMS:
             if BANNED & set(token.string.lower().split("_")):
                 yield token.string
 
