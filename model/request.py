@@ -1,4 +1,4 @@
-"""The engine's inputs and outputs: plain dataclasses, no tensors.
+"""Defines the engine's inputs and outputs: plain dataclasses, no tensors.
 
 This module is the whole interface between `model/` and its callers (the service, the command line, the benchmark).
 Importing it loads no torch.
@@ -20,7 +20,7 @@ TokenSource = Literal["draft", "target"]
 
 
 class RequestError(ValueError):
-    """The request is invalid; the message tells its sender what to change.
+    """Reports an invalid request; the message tells its sender what to change.
 
     `param` names the field at fault, `code` is a short machine-readable reason.
     """
@@ -34,7 +34,10 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature == 0` is greedy; all randomness depends on `seed` alone."""
+    """Says how tokens are chosen. `temperature == 0` is greedy; all randomness depends on `seed` alone.
+
+    Raises RequestError if a value is out of range.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -44,16 +47,18 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    min_tokens: int = 0  # fewer tokens end neither by an end-of-sequence token nor at a stop string
+    min_tokens: int = 0  # before this, neither an end-of-sequence token nor a stop string ends the answer
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias added to its logit), each token once
-    logprobs: int | None = None  # how many likeliest tokens to report with each token; None: no log-probabilities
+    logprobs: int | None = (
+        None  # how many of the likeliest tokens to report with each token; None: no log-probabilities
+    )
 
     @property
     def processes(self) -> bool:
-        """Whether logits processors apply (processors.py)."""
+        """Return whether logits processors apply (processors.py)."""
         return bool(
             self.logit_bias
             or self.min_tokens
@@ -84,10 +89,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class Medium:
-    """One image (one frame) or one video (its sampled frames), decoded and at the target's geometry.
+    """One image (one frame) or one video (its sampled frames), decoded.
 
-    frames: (num_frames, height, width, 3) uint8 RGB. seconds_per_frame: mean seconds between frames of a video; None:
-    unknown (a target that uses it then assumes half a second).
+    frames: (num_frames, height, width, 3) uint8 RGB; seconds_per_frame: mean seconds between the frames of a video,
+    None if unknown (a target that uses it then assumes half a second). Raises RequestError if seconds_per_frame is out
+    of range.
     """
 
     kind: Literal["image", "video"]
@@ -100,8 +106,8 @@ class Medium:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of kind, shape and pixels, on which features depend. Takes milliseconds for a video, so it may be
-        computed early."""
+        """Compute the SHA-256 of kind, shape and pixels, which features depend on. It is cached: for a video it takes
+        milliseconds."""
         digest = hashlib.sha256(f"{self.kind}|{self.frames.shape}|{self.frames.dtype}|".encode())
         digest.update(np.ascontiguousarray(self.frames).data)
         return digest.digest()
@@ -117,7 +123,7 @@ class Message:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt and how to decode it."""
+    """One conversation and how to decode its answer."""
 
     request_id: str
     messages: tuple[Message, ...]
@@ -125,12 +131,12 @@ class Request:
     speculation: bool = True
     running_stats: bool = False  # put `stats` into every output, not only the last
     salt: str = ""  # requests share the prefix and encoder caches only with those of the same salt
-    clamp_max_tokens: bool = False  # lower max_tokens to what the context has room for
+    clamp_max_tokens: bool = False  # lower max_tokens to the room left in the context
 
 
-@dataclass(slots=True)  # not frozen: creation, once per token, would take three times as long
+@dataclass(slots=True)  # not frozen: a frozen one takes three times as long to create, once per token
 class Token:
-    """One emitted token; `text` is what it adds to the answer (may be empty, see detokenize.py)."""
+    """One emitted token. `text` is the text that it adds to the answer (may be empty, see detokenize.py)."""
 
     id: int
     text: str
@@ -169,7 +175,7 @@ class RequestStats:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
 
-@dataclass(slots=True)  # not frozen, as Token
+@dataclass(slots=True)  # not frozen, like Token
 class RequestOutput:
     """The result of one step for one request. Exactly one output per request, the last, has a `finish_reason`."""
 
@@ -184,8 +190,11 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Area:
-    """Resizing by area, as in transformers' Qwen2-VL processors: sides become multiples of `multiple`, the pixels lie
-    between `min_pixels` and `max_pixels`, and the aspect ratio stays about the same."""
+    """Resizes by area, as transformers' Qwen2-VL processors do.
+
+    Sides become multiples of `multiple`, the number of pixels lies between `min_pixels` and `max_pixels`, and the
+    aspect ratio stays about the same.
+    """
 
     multiple: int
     min_pixels: int
@@ -193,10 +202,10 @@ class Area:
     all_frames: int | None = None  # maximum pixels of all frames of a video together; None: no limit
 
     MAX_RATIO: ClassVar[int] = 200  # of the longer side to the shorter
-    SLACK: ClassVar[float] = 1.05  # each of many frames may have this many times `min_pixels`, whatever `all_frames`
+    SLACK: ClassVar[float] = 1.05  # a frame may always have this many times `min_pixels`, regardless of `all_frames`
 
     def most(self, num_frames: int) -> int:
-        """Return the target pixels of one of `num_frames` frames."""
+        """Return the target number of pixels of one of `num_frames` frames."""
         if self.all_frames is None:
             return self.max_pixels
         return max(min(self.max_pixels, self.all_frames // num_frames), int(self.min_pixels * self.SLACK))
@@ -215,7 +224,7 @@ class Area:
 
     @property
     def longest(self) -> int:
-        """The longest possible side, pixels; rounding may change a narrow picture's aspect ratio by half."""
+        """Return the longest possible side in pixels. Rounding may halve or double a narrow picture's aspect ratio."""
         return math.isqrt(2 * self.MAX_RATIO * self.most(1)) + 2 * self.multiple
 
     def largest(self, num_frames: int) -> int:
@@ -233,11 +242,11 @@ class Area:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the target's image processor resizes a frame, so that the media decoder can do it early.
+    """Describes how the target's image processor resizes a frame, so that the media decoder can do it early.
 
-    Same steps as transformers' CLIP-style processors: resize (with PIL's `resample` filter), then centre-crop. `exact`
-    resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`. For resizing by area, `image` and
-    `video` are set and the first three are None.
+    The steps are those of transformers' CLIP-style processors: resize (with PIL's `resample` filter), then centre-crop.
+    `exact` resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`. For resizing by area,
+    `image` and `video` are set and the first three are None.
     """
 
     exact: tuple[int, int] | None  # (height, width)
@@ -246,9 +255,10 @@ class Geometry:
     resample: int  # PIL.Image.Resampling value
     default_num_frames: int
     image: Area | None = None
-    video: Area | None = None  # with `image`, of every frame of a video
+    video: Area | None = None  # set together with `image`; applies to each frame of a video
 
     def area(self, kind: Literal["image", "video"]) -> Area | None:
+        """Return the bounds for resizing by area; None if this geometry does not resize by area."""
         return self.image if kind == "image" else self.video
 
     def largest(self, kind: Literal["image", "video"], num_frames: int) -> int | None:
@@ -268,16 +278,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a loaded engine reports about itself."""
+    """Properties of a loaded engine."""
 
-    model: str  # name or path it was loaded from
+    model: str  # name or path of the checkpoint
     device: str
     dtype: str
     backend: str  # "torch", or the build of the native library
     drafter: str  # its name, or "off"
     max_model_len: int  # prompt + answer, tokens
     max_num_seqs: int
-    tokens_per_image: int  # the maximum, where it depends on the image
+    tokens_per_image: int  # the maximum, if it depends on the image
     geometry: Geometry
     max_frames: int  # of one video that fit the context, at the smallest frame size
     memory: dict[str, int] = field(default_factory=dict)  # maximum bytes, by purpose

@@ -1,4 +1,4 @@
-"""Arrays to a device and back. To a GPU they go through pinned memory and nobody waits; every way back is a wait."""
+"""Copies arrays to a device. Copies to a GPU go through pinned memory and do not block; copies back to the host do."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor
 
 
 def pinned(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor of the host, from which a copy to `device` need not be waited for.
+    """Return the array as a host tensor that can be copied to `device` without blocking.
 
-    Torch's allocator of pinned memory keeps a block until the copies out of it are over, so it may be dropped at once.
+    Torch's allocator of pinned memory keeps a block until the copies out of it are over, so the tensor may be dropped
+    at once.
     """
     host = torch.from_numpy(array)
     return host.pin_memory() if device.type == "cuda" else host
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on `device`; on the CPU it shares its memory."""
+    """Copy the array to `device`. On the CPU the tensor shares the array's memory."""
     return pinned(array, device).to(device, non_blocking=True)

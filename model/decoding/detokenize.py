@@ -1,6 +1,6 @@
-"""Token by token to text, never splitting a character, and stopping at stop strings. Knows nothing of models.
+"""Turns tokens into text one by one, never splits a character, and stops at stop strings. Knows nothing of models.
 
-Both classes are fed in order and flushed once at the end.
+Feed tokens or text to `decode` in order, and call `flush` once at the end.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 REPLACEMENT = "\ufffd"
 UTF8 = codecs.getincrementaldecoder("utf-8")
 LONGEST_CHARACTER = 8  # tokens
-CONTEXT = 12  # tokens that are looked at again for the sake of the next; more take longer
-BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's name of a token for one byte
-WORD_BEGINS = "\u2581"  # its space
+CONTEXT = 12  # tokens that are decoded again with the next one; more take longer
+BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's name for a token of one byte
+WORD_BEGINS = "\u2581"  # SentencePiece's space
 
 
 def _byte_level() -> dict[str, int]:
-    """GPT-2's letters for bytes: those that can be seen stand for themselves, the others for what follows 255."""
+    """Map GPT-2's letters to bytes: printable bytes are their own letters, the others have the letters from 256 on."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
     unseen = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + at): byte for at, byte in enumerate(unseen)}
@@ -30,26 +30,29 @@ BYTE_LEVEL = _byte_level()
 
 
 class Vocabulary:
-    """A tokenizer's way from ids to text, for all requests. transformers' own way there is several times as long."""
+    """Maps token ids to text, for all requests. Several times as quick as transformers' own way."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check which quick ways this tokenizer allows."""
         self._tokenizer = tokenizer
         kind = type(tokenizer)
         direct = isinstance(tokenizer, TokenizersBackend) and kind._decode is TokenizersBackend._decode
         self._backend = tokenizer.backend_tokenizer if direct else None
-        # Bytes side by side, so that what a token says does not depend on what came before it. Others may, say, drop a
-        # leading space at the start of a text.
+        # ByteLevel joins bytes, so that a token's text does not depend on the tokens before it. Other decoders may drop
+        # a leading space at the start of a text.
         self.context_free = self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
         self._known: dict[int, bytes] = {}
         self._added = frozenset(tokenizer.added_tokens_decoder)
 
     def text(self, ids: list[int]) -> str:
+        """Decode ids to text, without special tokens."""
         if self._backend is not None:
             return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def written_bytes(self, token: int) -> bytes:
-        """What a token adds to any text in UTF-8, maybe a part of a character, where the vocabulary is context-free."""
+        """Return the UTF-8 bytes that a token adds to any text; maybe a part of a character. Only for a context-free
+        vocabulary."""
         cached = self._known.get(token)
         if cached is None:
             text = self.text([token])
@@ -57,11 +60,11 @@ class Vocabulary:
         return cached
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token stands for, a special one its name: of most vocabularies the very bytes, maybe of a part of a
-        character."""
+        """Return the bytes that a token stands for, maybe a part of a character; for a special token its name. Empty if
+        the id is not in the vocabulary."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(name, str):
-            return b""  # models may have more outputs than there are tokens
+            return b""  # a model may have more outputs than its vocabulary has tokens
         if token in self._added:
             return name.encode()
         if self.context_free and all(character in BYTE_LEVEL for character in name):
@@ -72,17 +75,19 @@ class Vocabulary:
 
 
 class Detokenizer:
-    """`decode(id)` gives the text a token completes. A character spread over tokens comes with the last of them."""
+    """Decodes one answer. A character that is spread over several tokens comes with the last of them."""
 
     def __init__(self, vocabulary: Vocabulary, skip: frozenset[int]) -> None:
+        """Start an answer. skip: tokens without text, such as the end of sequence."""
         self._vocabulary, self._skip = vocabulary, skip
-        self._bytes = UTF8("replace")  # of a context-free vocabulary
-        # Of others the latest tokens: those whose text is still to come, and some before those, on which it depends.
+        self._bytes = UTF8("replace")  # for a context-free vocabulary
+        # For other vocabularies: the tokens whose text is still to come, and some before them, which it depends on.
         self._ids: list[int] = []
-        self._shown = 0  # of these; what they say is known
+        self._shown = 0  # how many of these have been emitted
         self._emitted = ""
 
     def decode(self, token: int) -> str:
+        """Return the text that this token completes; may be empty."""
         if token in self._skip:
             return ""
         if self._vocabulary.context_free:
@@ -90,13 +95,15 @@ class Detokenizer:
         return self._in_context(token)
 
     def _in_context(self, token: int) -> str:
+        """Decode a token of a vocabulary whose text depends on the tokens before it, by decoding the latest tokens
+        again."""
         vocabulary, ids = self._vocabulary, self._ids
         ids.append(token)
         text = vocabulary.text(ids)
         piece = text[len(self._emitted) :]
         if piece.endswith(REPLACEMENT) and len(ids) - self._shown < LONGEST_CHARACTER:
-            return ""  # an unfinished character; one that never ends is let through
-        # What says nothing would not stand between the start of a text and what comes next.
+            return ""  # an unfinished character; emit it anyway if it is too long to be one
+        # The kept tokens must have some text: otherwise the next token would be decoded as the start of a text.
         if len(ids) > CONTEXT and (latest := vocabulary.text(ids[self._shown :])):
             del ids[: self._shown]
             text = latest
@@ -104,19 +111,22 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
+        """Return the text of an unfinished character at the end of the answer."""
         tail = self._vocabulary.text(self._ids)[len(self._emitted) :] if self._ids else ""
         return self._bytes.decode(b"", final=True) + tail
 
 
 class StopStrings:
-    """Passes text through until one of the stop strings appears; what might be the beginning of one is held back."""
+    """Passes text through until a stop string appears. Holds back text that may be the beginning of a stop string."""
 
     def __init__(self, stops: Seq[str]) -> None:
+        """Search for these strings; none: pass everything."""
         self._stops = tuple(stops)
         self._pending = ""
         self.stopped = False
 
     def decode(self, text: str) -> str:
+        """Append text and return the part that can be emitted; nothing after a stop string."""
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         self._pending += text
@@ -132,5 +142,6 @@ class StopStrings:
         return out
 
     def flush(self) -> str:
+        """Return the text that was held back, at the end of an answer without a stop string."""
         out, self._pending = ("" if self.stopped else self._pending), ""
         return out

@@ -1,7 +1,7 @@
-"""What a request does to the target's logits before a token is chosen: bias, penalties, a shortest length.
+"""Applies a request's logits processors before a token is chosen: bias, penalties, a minimum length.
 
-A row of a tree is processed as it would be without a draft: what counts as said is the answer so far and the tokens on
-the row's own path. Knows tokens and logits only.
+A row of a draft tree is processed as it would be without a draft: the tokens counted are the answer so far and the
+tokens on the row's own path. Knows tokens and logits only.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def process(
     paths: Seq[Seq[int]],
     ends: Collection[int],
 ) -> Tensor:
-    """logits: (rows, vocab) any float -> (rows, vocab) float64, another tensor.
+    """Apply all processors of `params`: (rows, vocab) any float -> a new (rows, vocab) float64.
 
-    paths[r]: the tokens between the answer so far and what row r decides; ends: tokens that end an answer. In this
-    order: logit_bias is added; logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by
-    repetition_penalty (Keskar et al., arXiv 1909.05858, as transformers has it); frequency_penalty, times how often the
-    answer has a token, and presence_penalty, once, are subtracted, as OpenAI has them; and before min_tokens no token
-    ends the answer.
+    paths[r]: the draft tokens between the answer so far and row r; ends: end-of-sequence tokens. The order is:
+    logit_bias is added; the logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by
+    repetition_penalty (Keskar et al., arXiv 1909.05858, as transformers has it); frequency_penalty, times the count of
+    a token in the answer, and presence_penalty, once, are subtracted, as OpenAI has them; before min_tokens,
+    end-of-sequence tokens get -inf.
     """
     logits = logits.to(torch.float64, copy=True)
     if params.logit_bias:
@@ -49,6 +49,7 @@ def process(
 
 
 def _penalise(logits: Tensor, params: SamplingParams, prompt: Seq[int], answer: Seq[int], paths: Seq[Seq[int]]) -> None:
+    """Apply the three penalties in place, to the logits of tokens that occurred."""
     read = prompt if params.repetition_penalty != 1.0 else ()
     ids = np.unique(np.fromiter((*read, *answer, *(token for path in paths for token in path)), np.int64))
     if not len(ids):

@@ -1,7 +1,7 @@
-"""From logits to a token, with randomness that depends on (seed, position) alone. Knows nothing of drafts or trees.
+"""Chooses tokens from logits, with randomness that depends on (seed, position) alone. Knows nothing of drafts or trees.
 
 The token at position i of an answer is the inverse of the target's cumulative distribution at one uniform number
-u(seed, i). However a step was drafted, batched or resumed, position i meets the same u and so the same token.
+u(seed, i). Position i gets the same u, and so the same token, however its step was drafted, batched or resumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 
 def _mix(x: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well-mixed bits out."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits in, 64 well-mixed bits out."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -29,27 +29,27 @@ def _mix(x: int) -> int:
 
 
 def uniform(seed: int, position: int) -> float:
-    """The one number in [0, 1) that decides position `position` of a request with this seed."""
+    """Return the number in [0, 1) that decides position `position` of a request with this seed."""
     return (_mix(_mix(seed & _MASK) ^ ((position * 0xD1342543DE82EF95) & _MASK)) >> 11) * 2.0**-53
 
 
 def distribution(logits: Tensor, params: SamplingParams | Seq[SamplingParams]) -> Tensor:
-    """The distributions that requests draw from: (rows, vocab) any float -> (rows, vocab) float64.
+    """Compute the distributions that requests draw from: (rows, vocab) any float -> (rows, vocab) float64.
 
-    `params`: those of all rows, or one for each. Temperature, then top-k, top-p and min-p, each on what the one before
-    left, as transformers orders them. On a CPU a row's bits do not depend on the rows beside it, nor on the threads; on
-    a GPU, where sums are divided by how many rows there are, the last ones may.
+    params: those of all rows, or one for each row. Temperature, top-k, top-p and min-p apply in this order, each to the
+    result of the one before, as in transformers. On a CPU the bits of a row do not depend on the other rows or on the
+    number of threads. On a GPU the last bits may, since sums are divided by the number of rows.
     """
     each = (params,) if isinstance(params, SamplingParams) else params
     vocab = logits.shape[-1]
     settings = [(p.temperature, p.top_k if 0 < p.top_k < vocab else vocab, p.top_p, p.min_p) for p in each]
     most = max((k for _, k, _, _ in settings if k < vocab), default=0)
-    # One number for all rows, or a column with one for each. CUDA divides by the former otherwise than by the latter,
-    # so there it is always columns: a request's bits are the same alone.
+    # Settings are one number for all rows, or a column with one for each row. CUDA divides by a number and by a column
+    # with different results, so there it is always columns: the bits of a request are the same alone and in a batch.
     columns = len(settings) > 1 or logits.is_cuda
     temperature, top_k, top_p, min_p = _columns(settings, len(logits), logits.device) if columns else settings[0]
     logits = logits.double()
-    below = logits - logits.max(-1, keepdim=True).values  # so that no temperature, however small, makes an infinity
+    below = logits - logits.max(-1, keepdim=True).values  # so that even the smallest temperature makes no infinity
     probs = (below / temperature).softmax(-1)
     if most:
         least = probs.topk(most, -1).values
@@ -58,25 +58,26 @@ def distribution(logits: Tensor, params: SamplingParams | Seq[SamplingParams]) -
     if any(p.top_p < 1.0 for p in each):
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         upto = ordered.cumsum(-1)
-        before = upto - ordered  # a token stays while what comes before it is less than top_p
+        before = upto - ordered  # a token stays while the sum before it is less than top_p
         dropped = (before >= top_p * upto[:, -1:]) & (top_p < 1.0)
         probs = probs.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), 0.0)
     if any(p.min_p > 0.0 for p in each):
         probs = probs.masked_fill(probs < min_p * probs.max(-1, keepdim=True).values, 0.0)
-    return probs / probs.cumsum(-1)[:, -1:]  # one after the other: torch's sum of one long row is shared among threads
+    return probs / probs.cumsum(-1)[:, -1:]  # sums in order: torch splits the sum of a long row among threads
 
 
 def _columns(settings: list[tuple[float, int, float, float]], rows: int, device: torch.device) -> Tensor:
-    """Settings of all rows or of each as columns to compute with: (4, rows, 1) float64, in one upload."""
+    """Upload the settings of all rows, or of each row, as columns: (4, rows, 1) float64."""
     return upload(np.array(settings, np.float64).T[:, :, None].copy(), device).expand(-1, rows, -1)
 
 
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF in token order: (rows, vocab) float64 and (rows,) float64 -> (rows,) int64."""
+    """Invert the cumulative distributions, in token order: (rows, vocab) float64 and (rows,) float64 -> (rows,)
+    int64."""
     cumulative = probs.cumsum(-1)
     point = uniforms[:, None] * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
-    # Rounding can place the point on the very end; the last token with any probability is then meant.
+    # Rounding can place the point at the very end: choose the last token that has any probability.
     last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
     return torch.minimum(found, last)
 
@@ -88,12 +89,11 @@ def choose(
     likeliest: np.ndarray | None = None,
     process: Callable[[int, Tensor], Tensor] | None = None,
 ) -> np.ndarray:
-    """The target's own token at every row.
+    """Choose the target's own token at every row: (batch, rows) int64.
 
-    logits: (batch, rows, vocab); positions(b)[r]: the answer position that row r of request b decides; it may be
-    shorter than `rows`, the rest are then not looked at (their greedy token is returned); likeliest: (batch, rows)
-    int64, the greedy tokens, where they are known; process(b, logits (rows, vocab)): what requests that ask for it
-    choose from instead (processors.py). Returns (batch, rows) int64.
+    logits: (batch, rows, vocab); positions(b)[r]: the answer position that row r of request b decides. It may be
+    shorter than `rows`; the rows beyond it get their greedy token. likeliest: (batch, rows) int64, the greedy tokens if
+    they are known; process(b, logits (rows, vocab)): applies the logits processors of request b (processors.py).
     """
     batch, num = logits.shape[:2]
     tokens = logits.argmax(-1) if likeliest is None else torch.from_numpy(likeliest)
@@ -107,7 +107,7 @@ def choose(
             row[:] = invert(distribution(processed, params[b]), draws)
         else:
             row[:] = processed.argmax(-1)
-    # Those that filter alike go together, so that nobody's vocabulary is sorted for another's sake.
+    # Requests that use the same filters go together, so that no vocabulary is sorted without need.
     for group in _alike([b for b, places in decided.items() if places], params):
         drawn = [(params[b], i) for b in group for i in decided[b]]
         draws = upload(np.array([uniform(p.seed, i) for p, i in drawn]), logits.device)
@@ -123,6 +123,7 @@ def choose(
 
 
 def _alike(requests: Seq[int], params: Seq[SamplingParams]) -> list[list[int]]:
+    """Group requests by whether they use top-k and top-p."""
     groups: dict[tuple[bool, bool], list[int]] = {}
     for b in requests:
         groups.setdefault((params[b].top_k > 0, params[b].top_p < 1.0), []).append(b)
@@ -130,8 +131,10 @@ def _alike(requests: Seq[int], params: Seq[SamplingParams]) -> list[list[int]]:
 
 
 def likeliest_of(logits: Tensor, chosen: Seq[int], num: int) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Row by row the natural log-probability of the chosen token, and the `num` likeliest tokens with theirs, of those
-    that are as likely the one with the lowest id first. logits: (rows, vocab) any float."""
+    """Compute for each row the natural log-probability of the chosen token, and the `num` likeliest tokens with theirs.
+
+    logits: (rows, vocab) any float. Among equally likely tokens the lowest id comes first.
+    """
     logs = logits.double().log_softmax(-1).cpu()
     own = logs.gather(-1, torch.tensor(chosen)[:, None])[:, 0].tolist()
     num = min(num, logs.shape[-1])

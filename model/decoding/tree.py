@@ -1,7 +1,8 @@
-"""Candidate trees: which drafted continuations to verify. Knows logits and probabilities; nothing of targets or caches.
+"""Builds draft trees: chooses which drafted continuations to verify. Knows logits and probabilities; nothing of targets
+or caches.
 
-A tree hangs from the newest token (the root, row 0). Best-first: of all candidates the `budget` with the highest
-cumulative log-probability are verified; as a child is never likelier than its parent, they always form a tree.
+The root of a tree, row 0, is the newest token. Best-first: the `budget` candidates with the highest cumulative
+log-probability are verified. Since a child is never likelier than its parent, they always form a tree.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from model.transfer import upload
 
-# Budgets of slots that verify no nodes, as 0: of one that has no part in a round, and of one that is not drafted for.
+# Budgets of slots that verify no draft nodes, like 0: the slot does not decode; its sequence is not drafted for.
 IDLE, PLAIN = -1, -2
 
 
-@dataclass(slots=True)  # not frozen, nor are others that every step makes: it takes several times as long
+@dataclass(slots=True)  # not frozen: a frozen one takes several times as long to create, once per step
 class Trees:
-    """One tree per sequence of a batch, each padded to the same number of rows; row 0 is the root.
+    """One draft tree per sequence of a batch, each padded to the same number of rows; row 0 is the root.
 
     tokens: (batch, rows) int64, the root's is the newest token; parents: (batch, rows) int32, -1 for the root and for
     padding; depths: (batch, rows) int32, 0 for the root; sizes: (batch,), rows in use; scores: (batch, rows) cumulative
@@ -37,10 +38,11 @@ class Trees:
 
     @property
     def rows(self) -> int:
+        """Return the number of rows per tree, padding included."""
         return int(self.tokens.shape[1])
 
     def paths(self, b: int) -> list[list[int]]:
-        """For every row of tree b in use, the tokens on the way to it, its own last and the root's left out."""
+        """Return the tokens on the path to every row of tree b: without the root's token, with the row's own."""
         size = int(self.sizes[b])
         tokens, parents = self.tokens[b, :size].tolist(), self.parents[b, :size].tolist()
         paths: list[list[int]] = [[]]
@@ -49,13 +51,13 @@ class Trees:
         return paths
 
     def fill(self, other: Trees) -> None:
-        """Hold what other trees of the same shape hold, in the memory of these."""
+        """Copy the contents of other trees of the same shape into these arrays."""
         for name in ("tokens", "parents", "depths", "sizes", "scores"):
             getattr(self, name)[...] = getattr(other, name)
 
 
 def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
-    """Trees of a root alone: plain decoding. tokens: (batch,)."""
+    """Build trees that have only a root, for plain decoding. tokens: (batch,), the roots' tokens."""
     batch = len(tokens)
     padded = np.zeros((batch, rows), np.int64)
     padded[:, 0] = tokens
@@ -69,13 +71,13 @@ def roots(tokens: np.ndarray, rows: int = 1) -> Trees:
 
 
 def chains(newest: np.ndarray, coming: Seq[list[int]]) -> Trees:
-    """A chain of the tokens in coming[b] behind each root. newest: (batch,)."""
+    """Build trees that are chains: the tokens coming[b] behind root b. newest: (batch,), the roots' tokens."""
     rows = 1 + max(map(len, coming), default=0)
     trees = roots(newest, rows)
     for b, tokens in enumerate(coming):
         size = 1 + len(tokens)
         trees.tokens[b, 1:size] = tokens
-        trees.scores[b, 1:size] = -0.05 * np.arange(1, size)  # nobody says how likely: less so with every depth
+        trees.scores[b, 1:size] = -0.05 * np.arange(1, size)  # no probabilities are known: decreases with depth
         trees.parents[b, 1:size] = np.arange(size - 1)
         trees.depths[b, 1:size] = np.arange(1, size)
         trees.sizes[b] = size
@@ -84,7 +86,8 @@ def chains(newest: np.ndarray, coming: Seq[list[int]]) -> Trees:
 
 @dataclass(frozen=True)
 class FixedTree:
-    """A tree whose nodes are there whatever the draft says; best nodes first, so that the first few are a tree too.
+    """A tree whose shape does not depend on the draft's scores. The best nodes come first, so that any first few are a
+    tree too.
 
     Nodes are counted from 1, the root is 0. Node i + 1 has parent parents[i], and the token of rank ranks[i] at its
     depth.
@@ -95,9 +98,9 @@ class FixedTree:
 
     @classmethod
     def of(cls, children: Mapping[tuple[int, ...], int], depth: int) -> FixedTree:
-        """Down to `depth` the tree in which the node that a path of ranks leads to has children[path] children.
+        """Build the tree, down to `depth`, in which the node at a path of ranks has children[path] children.
 
-        Sorted by how far their ranks are from the likeliest, all together, and then by depth.
+        Nodes are sorted by the sum of the ranks on their path, and then by depth.
         """
         every = ((*path, rank) for path, number in children.items() for rank in range(number) if len(path) < depth)
         paths = [(), *sorted(every, key=lambda path: (sum(path), len(path), path))]
@@ -105,6 +108,7 @@ class FixedTree:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """Return the depth of every node; the root's children have 1."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
@@ -112,11 +116,15 @@ class FixedTree:
 
     @property
     def width(self) -> int:
+        """Return how many of the likeliest tokens per depth the tree uses."""
         return 1 + max(self.ranks)
 
 
 def fill(shape: FixedTree, logits: Tensor, offered: Tensor | None = None) -> Tensor:
-    """The nodes of a fixed tree, as `levels` returns nodes. logits: (batch, block, vocab) of one draft pass."""
+    """Fill a fixed tree with tokens: (batch, 3, nodes) int32, as `levels` returns nodes.
+
+    logits: (batch, block, vocab) of one draft pass; offered: see `named`.
+    """
     best = logits.float().log_softmax(-1).topk(shape.width, -1)
     places = [(depth - 1) * shape.width + rank for depth, rank in zip(shape.depths, shape.ranks, strict=True)]
     where = upload(np.array(places), logits.device)
@@ -131,8 +139,10 @@ def fill(shape: FixedTree, logits: Tensor, offered: Tensor | None = None) -> Ten
 
 
 def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np.ndarray) -> Trees:
-    """Trees of the first budgets[b] nodes of `fill`, as far as their scores are finite. newest: (batch,); found:
-    (batch, 3, nodes) int32."""
+    """Build trees of the first budgets[b] nodes of `fill`, up to the first whose score is not finite.
+
+    newest: (batch,); found: (batch, 3, nodes) int32; budgets: (batch,).
+    """
     most = min(int(budgets.max(initial=0)), len(shape.ranks))
     trees = roots(newest, 1 + most)
     trees.tokens[:, 1:], trees.parents[:, 1:] = found[:, 0, :most], found[:, 1, :most]
@@ -146,8 +156,8 @@ def planted(newest: np.ndarray, found: np.ndarray, shape: FixedTree, budgets: np
     return trees
 
 
-# A sequential head along the paths of a tree: (depth, tokens (batch, nodes), states (batch, nodes, ..) of those they
-# follow, None for the roots) -> (their states, what is added to the logits of what follows, (batch, nodes, vocab)).
+# A sequential head along the paths of a tree: (depth, tokens (batch, nodes), states (batch, nodes, ..) of their
+# parents, None for the roots) -> (their own states, the bias of the logits of the next depth (batch, nodes, vocab)).
 Along = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -161,9 +171,10 @@ def best_first(
     budgets: np.ndarray,
     offered: Tensor | None = None,
 ) -> Trees:
-    """The `budgets[b]` likeliest drafted nodes of each sequence. newest: (batch,) int64; the rest as for `candidates`.
+    """Build trees of the `budgets[b]` likeliest drafted nodes of each sequence.
 
-    Exact best-first whenever the budget does not reach beyond the `width` best of any depth.
+    newest: (batch,) int64; the other arguments as for `candidates`. Exactly best-first as long as the budget does not
+    reach beyond the `width` best nodes of any depth.
     """
     found = candidates(upload(newest, logits.device), logits, head, ends, width=width, offered=offered)
     return pruned(newest, found.cpu().numpy(), width=width, budgets=budgets)
@@ -172,16 +183,20 @@ def best_first(
 def candidates(
     newest: Tensor, logits: Tensor, head: Along | None, ends: Tensor, *, width: int, offered: Tensor | None = None
 ) -> Tensor:
-    """`levels` of a draft pass that proposes for all depths at once. logits: (batch, block, vocab)."""
+    """Return the nodes that `levels` finds in one draft pass over all depths.
+
+    logits: (batch, block, vocab); head: adds a sequential head's bias, None for independent positions.
+    """
     states: Tensor | None = None
 
     def scores(depth: int, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Return the logits behind the nodes of one depth."""
         nonlocal states
         drafted = logits[:, depth, None, :]
         if head is None:
             return drafted
         if states is not None:
-            first = 1 + (depth - 2) * width if depth > 1 else 0  # number of the first of the parents' level
+            first = 1 + (depth - 2) * width if depth > 1 else 0  # number of the first node of the parents' level
             states = states.gather(1, (parents - first)[:, :, None].expand(-1, -1, states.shape[2]))
         states, bias = head(depth, tokens, states)
         return drafted + bias
@@ -190,7 +205,7 @@ def candidates(
 
 
 def named(places: Tensor, offered: Tensor | None) -> Tensor:
-    """Places among the tokens `offered` (num,) to a draft -> ids; None: all are."""
+    """Map places in the draft vocabulary `offered` (num,) to token ids; None: places are ids."""
     return places if offered is None else offered[places]
 
 
@@ -203,16 +218,16 @@ def levels(
     width: int,
     offered: Tensor | None = None,
 ) -> Tensor:
-    """The `width` likeliest drafted nodes at every depth, each among the children of those one depth before.
+    """Find the `width` likeliest drafted nodes at every depth, among the children of those one depth before.
 
-    newest: (batch,) int64; scores(depth, tokens, parents): logits (batch, nodes or 1, vocab) of what follows the nodes
-    of the depth before, (batch, nodes) each; ends: (num,) tokens behind which an answer does not go on (what stands
-    there all the same, for levels are of one size, has a score of -inf); offered: see `named`.
+    newest: (batch,) int64; scores(depth, tokens, parents): returns the logits (batch, nodes or 1, vocab) of the tokens
+    that follow the nodes of the depth before, whose tokens and parents are (batch, nodes) each; ends: (num,)
+    end-of-sequence tokens. Their children get score -inf, since levels have a fixed size. offered: see `named`.
 
     Returns (batch, 3, nodes) int32: tokens, parents and the bits of the float32 cumulative log-probabilities, so that
     one transfer brings them to the host. Nodes are numbered level by level after the root, which is 0.
     """
-    frontier, place = newest[:, None], torch.full_like(newest[:, None], -1)  # (batch, candidates); and their parents
+    frontier, place = newest[:, None], torch.full_like(newest[:, None], -1)  # (batch, candidates), and their parents
     reach = torch.zeros(len(newest), 1, device=newest.device)  # their cumulative log-probability
     levels_token, levels_parent, levels_score = [], [], []
     first = 0  # number of the frontier's first node
@@ -221,7 +236,7 @@ def levels(
         best, token = logs.expand(-1, frontier.shape[1], -1).topk(width, -1)
         if depth:
             best = best.masked_fill((frontier[:, :, None] == ends).any(-1, keepdim=True), -torch.inf)
-        total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, also when it is certain
+        total = (reach[:, :, None] + best - 1e-6).flatten(1)  # strictly less than the parent's, even for probability 1
         reach, place = total.topk(min(width, total.shape[1]), -1)
         frontier = named(token.flatten(1).gather(1, place), offered)
         place = first + torch.div(place, width, rounding_mode="floor")
@@ -234,7 +249,7 @@ def levels(
 
 
 def pruned(newest: np.ndarray, found: np.ndarray, *, width: int, budgets: np.ndarray) -> Trees:
-    """Trees of the best of `candidates`, numbered anew. newest: (batch,); found: (batch, 3, nodes) int32."""
+    """Build trees of the best of `candidates`. newest: (batch,); found: (batch, 3, nodes) int32; budgets: (batch,)."""
     tokens, parents, scores = found[:, 0], found[:, 1], np.ascontiguousarray(found[:, 2]).view(np.float32)
     return _pruned(newest, tokens, parents, scores, width, np.minimum(budgets, np.isfinite(scores).sum(1)))
 
@@ -242,7 +257,8 @@ def pruned(newest: np.ndarray, found: np.ndarray, *, width: int, budgets: np.nda
 def _pruned(
     newest: np.ndarray, tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, width: int, budgets: np.ndarray
 ) -> Trees:
-    """Keep each sequence's best nodes and number them anew. 0 is the root; nodes are 1.., by level, `width` a level."""
+    """Keep each sequence's best nodes and renumber them. In `parents` 0 is the root, and nodes count from 1, `width` a
+    level."""
     batch, count = tokens.shape
     rows = 1 + int(budgets.max(initial=0))
     trees = roots(newest, rows)
@@ -261,7 +277,8 @@ def _pruned(
 
 
 def _likeliest_path_first(kept: np.ndarray, parents: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Nodes, by level, in another order: where that path is accepted, its keys and values lie where they belong."""
+    """Reorder nodes so that the likeliest path comes first. If it is accepted, its keys and values need not be
+    moved."""
     path: list[int] = []
     parent = 0
     while len(children := kept[parents[kept] == parent]):
@@ -271,10 +288,10 @@ def _likeliest_path_first(kept: np.ndarray, parents: np.ndarray, scores: np.ndar
 
 
 def admitted(trees: Trees, active: int, seconds: np.ndarray, chances: Callable[[np.ndarray], np.ndarray]) -> Trees:
-    """The likeliest nodes of all trees, as many as give the most tokens a second.
+    """Prune trees to the likeliest nodes of all, as many as maximise the expected tokens per second.
 
-    active: sequences that have a part in the round, each of which emits one token anyway; seconds[n]: what a round
-    takes in which n nodes are verified; chances: how likely nodes of such scores are accepted.
+    active: sequences that decode in the round, each of which emits one token anyway; seconds[n]: duration of a round
+    that verifies n nodes; chances: maps scores to acceptance probabilities.
     """
     real = np.arange(trees.rows) < trees.sizes[:, None]
     real[:, 0] = False
@@ -285,7 +302,7 @@ def admitted(trees: Trees, active: int, seconds: np.ndarray, chances: Callable[[
         return trees
     keep = real & (trees.scores >= scores[best - 1]) if best else np.zeros_like(real)
     keep[:, 0] = True
-    number = np.cumsum(keep, 1) - 1  # of a row among those kept; a node is kept only where its parent is
+    number = np.cumsum(keep, 1) - 1  # new row numbers; a node is kept only if its parent is
     few = roots(trees.tokens[:, 0], 1 + int(keep[:, 1:].sum(1).max(initial=0)))
     for b in range(len(trees.tokens)):
         kept = np.flatnonzero(keep[b])
