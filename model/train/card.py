@@ -1,4 +1,4 @@
-"""What a trained draft says of itself: README.md in its folder."""
+"""Write the model card of a trained draft: README.md in its folder."""
 
 from __future__ import annotations
 
@@ -56,7 +56,12 @@ def write(
     pictures: Sequence[str],
     left_out: Sequence[str],
 ) -> None:
-    """notes: what TEMPLATE names; figures: by kind of prompt, "all" among them, as `Acceptance.as_json`."""
+    """Write README.md and list the pictures and the prompts that could not be used.
+
+    notes: the values that TEMPLATE names, except rows, positions, pictures and left_out, which this function fills in.
+    figures: kind of prompt -> `Acceptance.as_json`; the kind "all" is required. pictures: file names in `folder`.
+    left_out: one reason for each prompt that was not used.
+    """
     rows = "\n".join(
         f"| {kind} | {each['length']:.2f} | {each['prompts']} | {each['drafts']} |" for kind, each in figures.items()
     )
@@ -72,5 +77,6 @@ def write(
 
 
 def _listed(reasons: Sequence[str], most: int = 20) -> str:
+    """Format reasons as a Markdown list of at most `most` lines, and count the rest in a last line."""
     lines = [f"- {reason}" for reason in reasons[:most]]
     return "\n".join(lines + [f"- and {len(reasons) - most} more"] * (len(reasons) > most))

@@ -1,7 +1,8 @@
-"""What a draft learns from: prompts about media, and the answers that the *target itself* writes to them.
+"""Collect the data of a draft's training: prompts about media, and the answers that the *target itself* writes to them.
 
-Training on other people's text costs much acceptance, so answers are always the target's, sampled at several
-temperatures. They are kept on disk as token ids (small); hidden states are captured on the fly when they are needed.
+A draft trained on text of other authors loses much acceptance length. Answers are therefore always the target's,
+sampled at several temperatures. They are stored on disk as token ids, which are small; hidden states are captured
+during training.
 """
 
 from __future__ import annotations
@@ -24,43 +25,54 @@ MAX_TOKENS = 160
 
 
 class Unusable(Exception):
-    """A prompt whose media cannot be read, or that the target cannot take; the message says which, and why."""
+    """Raised for a prompt whose media cannot be read or that the target does not accept; the message says which and
+    why.
+    """
 
 
 class Interrupted(Exception):
-    """Someone asked to stop; all that was done is saved."""
+    """Raised when training stops on request; all progress has been saved."""
 
 
 class Prompts(Protocol):
-    """A data set: prompts by number, so that media need not be kept. Numbers stay what they are between runs."""
+    """Give access to a data set by prompt number, so that media need not be kept in memory.
+
+    A number must name the same prompt in every run.
+    """
 
     @property
-    def train(self) -> Sequence[int]: ...
+    def train(self) -> Sequence[int]:
+        """List the numbers of the prompts that a draft is trained on."""
+        ...
 
     @property
-    def held_out(self) -> Sequence[int]: ...
+    def held_out(self) -> Sequence[int]:
+        """List the numbers of the prompts that a draft is only measured on."""
+        ...
 
     @property
     def digest(self) -> str:
-        """Changes when the prompts do."""
+        """Identify the prompts by a text that changes when they change."""
         ...
 
     @property
     def summary(self) -> str:
-        """One line, for the model card."""
+        """Describe the data in one line for the model card."""
         ...
 
     def messages(self, number: int) -> tuple[Message, ...]:
-        """The conversation up to where the target answers. Raises Unusable."""
+        """Return the conversation up to the point where the target answers. Raises Unusable if its media cannot be
+        read.
+        """
         ...
 
     def kind(self, number: int) -> str:
-        """What it is about, in words. A batch is of one kind, and figures are told for each."""
+        """Name the kind of a prompt. All prompts of a batch have one kind, and figures are reported by kind."""
         ...
 
 
 def by_kind(prompts: Prompts) -> dict[str, list[int]]:
-    """The held-out ones."""
+    """Group the numbers of held-out prompts by kind, in their order in the data."""
     kinds: dict[str, list[int]] = {}
     for number in prompts.held_out:
         kinds.setdefault(prompts.kind(number), []).append(number)
@@ -69,7 +81,7 @@ def by_kind(prompts: Prompts) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and the target's answer to it."""
+    """Hold the number of a prompt and the token ids of the target's answer to it."""
 
     number: int
     answer: tuple[int, ...]
@@ -86,22 +98,27 @@ def write_answers(
     seed: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Example]:
-    """Let the target answer every prompt, in batches; answers already in `file` are not written again.
+    """Let the target answer every prompt in batches, and skip answers that are already in `file`.
 
-    A prompt that cannot be used is left out, told once, and written down so that no later run tries it again.
+    Each finished answer is appended to `file` as one JSON line. A prompt that cannot be used is reported once and
+    written to `file` as well, so that later runs do not try it again. Prompt `number` is sampled at
+    `temperatures[number % len(temperatures)]`.
+
+    Returns the examples in ascending order of prompt number. Raises Interrupted once `stop()` is true; unfinished
+    answers are lost.
     """
     known = {e.number: e for e in read_answers(file)}
     wanted = sorted(set(numbers))
     left_out = unusable(file)
     missing = [n for n in wanted if n not in known and n not in left_out]
     pending, answers = iter(missing), dict[int, list[int]]()
-    # Line by line: what is written survives even a kill that nothing can catch.
+    # Line buffering: lines already written survive even SIGKILL.
     with (
         file.open("a", buffering=1) as out,
         tqdm(total=len(missing), desc="answers", mininterval=5, disable=None if missing else True) as bar,
     ):
         if out.tell() and not file.read_text().endswith("\n"):
-            out.write("\n")  # after a line torn by a kill, the next begins afresh
+            out.write("\n")  # terminate a line that a kill cut short
         while True:
             while len(engine.scheduler.waiting) + len(engine.scheduler.running) < engine.info.max_num_seqs:
                 number = next(pending, None)
@@ -138,8 +155,11 @@ def write_answers(
 
 
 def frequent(examples: Iterable[Example], count: int, always: Iterable[int]) -> list[int]:
-    """The `count` tokens that answers have most often, ascending; `always` among them. Where answers have fewer, those
-    of the lowest ids besides, which are frequent in all text: a BPE learns them first."""
+    """Return the `count` tokens that occur most often in answers, in ascending order of id.
+
+    The tokens of `always` come first. If answers contain too few different tokens, the lowest token ids fill the rest:
+    a BPE learns the most frequent tokens of its corpus first.
+    """
     times = Counter(token for example in examples for token in example.answer)
     best = dict.fromkeys(
         [*always, *(token for token, _ in sorted(times.items(), key=lambda each: (-each[1], each[0])))]
@@ -149,15 +169,19 @@ def frequent(examples: Iterable[Example], count: int, always: Iterable[int]) -> 
 
 
 def read_answers(file: Path) -> list[Example]:
+    """Read the examples of an answers file; a missing file has none."""
     return [Example(r["number"], tuple(r["answer"])) for r in _rows(file) if "answer" in r]
 
 
 def unusable(file: Path) -> dict[int, str]:
-    """Prompts that were left out, and why."""
+    """Read which prompts were left out of an answers file: number -> reason."""
     return {r["number"]: r["unusable"] for r in _rows(file) if "unusable" in r}
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
+    """Parse the complete lines of an answers file. A line that a kill cut short does not end with a brace and is
+    skipped.
+    """
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that a long loop asks: `if stop(): save, and leave`."""
+"""Turn Ctrl-C and SIGTERM into a flag that a long loop polls: `if stop():` save and leave."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from types import FrameType
 
 @contextmanager
 def on_signals() -> Iterator[Callable[[], bool]]:
-    """Whether either came. The second one interrupts at once, as if nobody listened."""
+    """Handle SIGINT and SIGTERM, and yield a function that returns whether one of them has arrived.
+
+    The second signal raises KeyboardInterrupt at once. The former handlers are restored on exit.
+    """
     came: list[int] = []
 
     def listen(number: int, _: FrameType | None) -> None:

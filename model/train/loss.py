@@ -1,6 +1,7 @@
-"""What a draft is taught: at random places of answers to say what the target said next. The same for every drafter.
+"""Compute the training loss of a draft: predict what the target said next, from random places of its answers.
 
-Each drafter's loss puts its network where serving would put it at such a place, and compares what it drafts there.
+Places and loss are the same for every drafter. Each drafter's own function puts its network into the state in which
+serving would use it at such a place, and returns the logits that the network drafts there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from model.train.seen import Seen
 
 @dataclass(frozen=True)
 class Anchors:
-    """Places where drafts begin, as many in each answer.
+    """Hold the places where drafts begin; every answer has the same number of them. drafts = batch * anchors.
 
-    places: (batch, anchors), position of the newest token, which is newest: (batch, anchors) itself; labels: (drafts,
-    block) the tokens after it, -100 beyond the answer's end; taught: (drafts, block, tokens offered) the target's
-    log-probabilities for them.
+    places: (batch, anchors), position of the newest token. newest: (batch, anchors), id of that token. labels: (drafts,
+    block), ids of the tokens after it, -100 beyond the end of the answer. taught: (drafts, block, tokens offered), the
+    target's log-probabilities for those tokens.
     """
 
     places: Tensor
@@ -37,10 +38,14 @@ class Anchors:
 
     @classmethod
     def of(cls, seen: list[Seen], block: int, count: int, rng: random.Random) -> Anchors:
+        """Draw `count` random places in each answer.
+
+        The newest token of a draft may be any answer token except the last. Answers need two tokens or more.
+        """
         places, newest, labels, taught = [], [], [], []
         for each in seen:
             ids = each.ids
-            # The newest token of a draft is any answer token but the last.
+            # The last token has no label, so no draft begins with it.
             first, last = len(each.prompt.ids), len(ids) - 2
             for p in (rng.randint(first, max(first, last)) for _ in range(count)):
                 places.append(p)
@@ -58,12 +63,12 @@ class Anchors:
 
     @property
     def previous(self) -> Tensor:
-        """(drafts, block): the token before each label."""
+        """Return the token before each label: (drafts, block)."""
         return torch.cat((self.newest.flatten()[:, None], self.labels[:, :-1].clamp_min(0)), 1)
 
 
 class Learner:
-    """A draft network in training, with what reads its hidden states: the target's lm_head, for what it may propose."""
+    """Pair a draft network in training with the target's lm_head, limited to the tokens that the draft may propose."""
 
     def __init__(self, target: Target, network: Network) -> None:
         self.target, self.network = target, network
@@ -73,22 +78,22 @@ class Learner:
             self._place[network.offered] = torch.arange(len(network.offered), device=target.device)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """(..., target_hidden) -> logits (..., tokens offered)."""
+        """Map hidden states (..., target_hidden) to logits (..., tokens offered)."""
         return self._head(hidden.to(self.target.dtype))
 
     def labels(self, tokens: Tensor) -> Tensor:
-        """Token ids, or -100 where there is nothing to predict -> their places among the tokens offered; -100 for one
-        that is not."""
+        """Map token ids to their indices among the tokens offered; -100 for -100 and for tokens not offered."""
         return tokens if self._place is None else torch.where(tokens < 0, tokens, self._place[tokens.clamp_min(0)])
 
 
 def block_loss(drafted: Tensor, taught: Tensor, labels: Tensor, *, gamma: float) -> tuple[Tensor, Tensor]:
-    """Position-weighted cross-entropy plus |p_draft - p_target|_1.
+    """Compute position-weighted cross-entropy plus |p_draft - p_target|_1, averaged over positions.
 
-    drafted, taught: (blocks, block, tokens), the draft's logits and the target's log-probabilities for the same token;
-    labels: (blocks, block), -100 where there is nothing to predict. Position j (from 1) counts with w_j = exp(-(j - 1)
-    / gamma): a token is of no use unless all before it were accepted. Returns the loss and, for the log, the share of
-    greedy hits per position.
+    drafted, taught: (blocks, block, tokens), the draft's logits and the target's log-probabilities for the same token.
+    labels: (blocks, block), -100 where there is nothing to predict. Position j (from 1) has weight w_j = exp(-(j - 1) /
+    gamma), because a token is useful only if all tokens before it were accepted.
+
+    Returns the loss and, for the log, the share of positions whose greedy token is right: (block,).
     """
     block = drafted.shape[1]
     there = labels != -100
@@ -103,7 +108,10 @@ def block_loss(drafted: Tensor, taught: Tensor, labels: Tensor, *, gamma: float)
 def draft_loss(
     learner: Learner, seen: list[Seen], *, anchors: int, gamma: float, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Draft `anchors` times per answer, at random places; the loss, and hits per position."""
+    """Draft `anchors` times per answer at random places, and compute the loss of those drafts.
+
+    Returns the loss and the share of greedy hits by position: (block,).
+    """
     network = learner.network
     places = Anchors.of(seen, network.config.block, anchors, rng)
     match network:
@@ -116,11 +124,14 @@ def draft_loss(
     return block_loss(drafted.float(), places.taught, learner.labels(places.labels), gamma=gamma)
 
 
-# --- each (drafts, block, tokens offered)
+# --- logits of each drafter: (drafts, block, tokens offered)
 
 
 def flash_logits(learner: Learner, network: DraftNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
-    """Blocks over each answer's context, of which each sees what comes before its newest token, and itself."""
+    """Draft with a FLASH network at every anchor in one pass.
+
+    A block attends to the context before its newest token and to itself, never to other blocks.
+    """
     block, count = network.config.block, anchors.places.shape[1]
     contexts, before = [], []
     for each, places in zip(seen, anchors.places.tolist(), strict=True):
@@ -147,8 +158,12 @@ def flash_logits(learner: Learner, network: DraftNetwork, seen: list[Seen], anch
 
 
 def context_of(network: DraftNetwork, aux_hidden_states: Tensor, prompt: TokenizedPrompt) -> tuple[Tensor, list[int]]:
-    """The draft's context of one sequence: its rows (rows, hidden); for each position, how many rows lie before it."""
-    parts, read = list[Tensor](), list[tuple[int, bool]]()  # what is fused; rows of each part, and whether visual
+    """Build the FLASH draft's context of one sequence, with media averaged and compressed as the network's config says.
+
+    aux_hidden_states: (positions, num_taps * hidden). Returns the context rows (rows, hidden) and, for each position,
+    the number of rows before it.
+    """
+    parts, read = list[Tensor](), list[tuple[int, bool]]()  # inputs of fuse; positions of each part, and whether visual
     at = 0
     for start, end in prompt.spans:
         medium = aux_hidden_states[start : end if network.config.num_latents else start]
@@ -176,9 +191,10 @@ def context_of(network: DraftNetwork, aux_hidden_states: Tensor, prompt: Tokeniz
 
 
 def eagle_logits(learner: Learner, network: EagleNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
-    """A pass per depth, each going on from the features of the one before, as in serving: EAGLE-3's training-time test.
+    """Draft with an EAGLE network, one pass per depth, each fed with the features of the one before.
 
-    A draft's rows see the context up to the position before its newest token, and those of its own that came before.
+    This is the training-time test of EAGLE-3 (arXiv 2503.01840). A draft attends to the context up to the position
+    before its newest token, and to its own earlier rows.
     """
     features = _padded([network.fuse(each.aux_hidden_states.float()) for each in seen])
     entries = network.entry(_padded([each.embeds.float() for each in seen]))
@@ -186,7 +202,7 @@ def eagle_logits(learner: Learner, network: EagleNetwork, seen: list[Seen], anch
     device, (batch, longest) = context.device, context.shape[:2]
     count = anchors.places.shape[1]
     kept = network.context_keys_values(context, torch.arange(longest, device=device).expand(batch, -1))
-    before = anchors.places - 1  # rows of the context, and the position of the first row of a draft
+    before = anchors.places - 1  # both the number of context rows and the position of a draft's first row
     sees_context = (torch.arange(longest, device=device) < before[:, :, None])[:, None]
     own = torch.eye(count, dtype=torch.bool, device=device).expand(batch, 1, -1, -1)
     states = features.gather(1, before[:, :, None].expand(-1, -1, features.shape[-1]))
@@ -203,10 +219,10 @@ def eagle_logits(learner: Learner, network: EagleNetwork, seen: list[Seen], anch
 
 
 class Growing:
-    """Attention over keys and values, (batch, heads, rows, head_dim), to which those of a pass are added."""
+    """Attend over keys and values (batch, heads, rows, head_dim), after appending those of the current pass."""
 
     def __init__(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
-        """mask: (batch, 1, rows, keys before and rows), what each row sees."""
+        """mask: (batch, 1, rows, earlier keys + rows), true where a row may attend to a key."""
         self.keys, self.values, self._mask = keys, values, mask
 
     def __call__(self, _: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -215,12 +231,12 @@ class Growing:
 
 
 def medusa_logits(learner: Learner, network: MedusaNetwork, seen: list[Seen], anchors: Anchors) -> Tensor:
-    """All heads, over what the target's last layer gave at the position before the newest token."""
+    """Draft with all Medusa heads from the target's hidden state at the position before the newest token."""
     last = torch.cat([each.aux_hidden_states[p - 1] for each, p in zip(seen, anchors.places, strict=True)])
     return learner.read(network(last.float()))
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
-    """Of different lengths, (rows, width) each -> (batch, longest, width)."""
+    """Pad tensors of shape (rows, width) with zeros at the end and stack them: (batch, longest, width)."""
     longest = max(map(len, rows))
     return torch.stack([F.pad(each, (0, 0, 0, longest - len(each))) for each in rows])

@@ -1,16 +1,16 @@
-"""Reads a user's data, for training and for the benchmark: a folder of images and videos, or a JSONL file that names
-them with prompts. Decodes nothing itself.
+"""Read a user's data for training and for benchmarks: a folder of images and videos, or a JSONL file (a manifest).
 
-A JSONL file (a manifest) has one conversation a line; paths are relative to its folder:
+This module decodes no media; a `Decode` function does. A manifest has one conversation a line, with paths relative to
+its folder:
 
     {"image": "cat.jpg", "prompt": "What is this?"}                    one file, or a list of them; also "video", or
-    {"media": ["a.png", "b.mp4"], "prompt": "Compare the two."}        "media", told apart by what they are
+    {"media": ["a.png", "b.mp4"], "prompt": "Compare the two."}        "media", whose kind is detected from the file
     {"messages": [{"role": "user", "content": [                        a conversation of any length
         {"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]}]}
 
-Answers at the end of "messages" are dropped: the target writes its own. Each line may also have "task", a name under
-which its figures are shown, and "max_tokens", the longest answer when it is measured (training has one for all lines).
-A line with any other key cannot be used.
+Answers at the end of "messages" are dropped, because the target writes its own. A line may also have "task", a name
+under which its figures are reported, and "max_tokens", the longest answer in a benchmark (training has one limit for
+all lines). A line with any other key is rejected.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from model.request import Medium, Message
 from model.train.data import Unusable
 
 Kind = Literal["image", "video"]
-Decode = Callable[[Path, Kind | None], Medium]  # None: whatever it is; raises Unusable, which names no path
-KINDS: dict[str, Kind | None] = {"image": "image", "video": "video", "media": None}  # by a manifest's key
+Decode = Callable[[Path, Kind | None], Medium]  # kind None: detect it; raises Unusable without naming the path
+KINDS: dict[str, Kind | None] = {"image": "image", "video": "video", "media": None}  # manifest key -> kind
 SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"), "image"),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), "video"),
 }
-# Asked of the files of a folder where nobody says what to ask: long answers, then short ones.
+# Prompts for the files of a folder if the user passes none; they ask for long answers first, then shorter ones.
 DEFAULT_PROMPTS: dict[Kind, tuple[str, ...]] = {
     "image": (
         "Describe the image.",
@@ -47,19 +47,25 @@ DEFAULT_PROMPTS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class File:
+    """Name a media file and its kind; None means that the decoder detects the kind."""
+
     path: Path
     kind: Kind | None
 
 
 @dataclass(frozen=True)
 class Turn:
+    """Hold one message of a conversation, with files that are not yet decoded."""
+
     role: Literal["system", "user", "assistant"]
     content: tuple[str | File, ...]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation up to where the target answers. `where` names its file and line in messages."""
+    """Hold one conversation up to the point where the target answers. `where` names its file and line in error
+    messages.
+    """
 
     turns: tuple[Turn, ...]
     where: str
@@ -68,11 +74,14 @@ class Item:
 
     @property
     def files(self) -> tuple[File, ...]:
+        """List the media files of all turns, in order."""
         return tuple(part for turn in self.turns for part in turn.content if isinstance(part, File))
 
     @property
     def kind(self) -> str:
-        """The name under which figures of such prompts are put together: the task, else what the media are."""
+        """Name the group in which figures of this prompt are reported: its task, else its media ("image", "2 media",
+        "text").
+        """
         if self.task is not None:
             return self.task
         if len(self.files) != 1:
@@ -80,7 +89,7 @@ class Item:
         return self.files[0].kind or SUFFIXES.get(self.files[0].path.suffix.lower(), "image")
 
     def messages(self, decode: Decode) -> tuple[Message, ...]:
-        """Decode the media. Raises Unusable, which names line and file."""
+        """Decode the media and return the messages. Raises Unusable, naming line and file."""
         return tuple(
             Message(turn.role, tuple(self._decoded(part, decode) for part in turn.content)) for turn in self.turns
         )
@@ -97,7 +106,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Data:
-    """What was read: items, and what could not be used, one line each."""
+    """Hold the items that were read, and one line for each line of the manifest that could not be used."""
 
     items: tuple[Item, ...]
     problems: tuple[str, ...]
@@ -105,7 +114,11 @@ class Data:
 
 
 def read(path: Path, prompts: Sequence[str] = ()) -> Data:
-    """A folder, each of its files with each of the prompts; or a manifest. ConfigError where nothing can be read."""
+    """Read a folder, combining each of its files with each prompt; or read a manifest.
+
+    Without prompts, each file of a folder gets one of DEFAULT_PROMPTS in turn. Raises ConfigError if `path` does not
+    exist, if prompts are passed together with a manifest, or if no prompt can be used.
+    """
     if path.is_dir():
         data = Data(tuple(_of_folder(path, prompts)), (), path)
     elif path.is_file():
@@ -133,6 +146,7 @@ def _of_folder(folder: Path, prompts: Sequence[str]) -> Iterator[Item]:
 
 
 def _of_manifest(manifest: Path) -> Data:
+    """Parse a manifest line by line; a bad line becomes a problem and does not stop the others."""
     items: list[Item] = []
     problems: list[str] = []
     for number, line in enumerate(manifest.read_bytes().splitlines(), 1):
@@ -145,7 +159,7 @@ def _of_manifest(manifest: Path) -> Data:
                 raise ValueError(f"{missing[0].kind or 'media'}: no such file: {missing[0].path}")
         except json.JSONDecodeError as error:
             problems.append(f"{where}: not JSON: {error.msg} (column {error.colno})")
-        except ValueError as error:  # also of bytes that are not UTF-8
+        except ValueError as error:  # json.loads also raises it for bytes that are not UTF-8
             problems.append(f"{where}: {error}")
         else:
             items.append(item)
@@ -153,11 +167,11 @@ def _of_manifest(manifest: Path) -> Data:
 
 
 def _item(row: Any, where: str, folder: Path) -> Item:
-    """Check one line. Raises ValueError, which names the field."""
+    """Check one parsed line and convert it to an item. Raises ValueError, naming the field."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     known = {"task", "max_tokens"} | ({"messages"} if "messages" in row else {"prompt", *KINDS})
-    if unknown := sorted(row.keys() - known):  # a misspelt "image" would teach to answer without it
+    if unknown := sorted(row.keys() - known):  # a misspelt "image" would train on answers written without the image
         raise ValueError(f"unknown key {unknown[0]!r}; known here: {', '.join(sorted(known))}")
     task, max_tokens = row.get("task"), row.get("max_tokens")
     if "task" in row:
@@ -168,6 +182,7 @@ def _item(row: Any, where: str, folder: Path) -> Item:
 
 
 def _turns(row: dict[str, Any], folder: Path) -> tuple[Turn, ...]:
+    """Convert the fields of a line to turns. Raises ValueError unless the last remaining message is the user's."""
     if "messages" in row:
         if not isinstance(row["messages"], list):
             raise ValueError("messages: must be a list")
@@ -217,10 +232,14 @@ def _turn(message: Any, folder: Path) -> Turn:
 
 
 class FilePrompts:
-    """Items as `model.train.data.Prompts`: split by hash, decoded when asked for."""
+    """Offer items as `model.train.data.Prompts`: split by hash, decoded on demand."""
 
     def __init__(self, data: Data, decode: Decode, held_out: float) -> None:
-        """held_out: share of the data that is only measured on. What shares a file is on one side of the split."""
+        """Split the items into training and held-out prompts.
+
+        held_out: share of the data that is only measured on. Items with the same first file are on the same side of the
+        split. Raises ConfigError if the share is not between 0 and 1, or if all items have the same first file.
+        """
         if not 0.0 < held_out < 1.0:
             raise ConfigError(f"--held-out must be between 0 and 1; got {held_out}")
         self._data, self._decode = data, decode
@@ -228,23 +247,23 @@ class FilePrompts:
         distinct = sorted(set(places))
         if len(distinct) < 2:
             raise ConfigError("the data are too few: one file to learn from and another to measure on are the least")
-        border = min(max(held_out, distinct[0]), distinct[-2])  # there is something on either side
+        border = min(max(held_out, distinct[0]), distinct[-2])  # so that neither side is empty
         self.held_out = [number for number, place in enumerate(places) if place <= border]
         self.train = [number for number, place in enumerate(places) if place > border]
 
     def _place(self, item: Item) -> float:
-        """From 0 to 1, by the first file, or where there is none by the text."""
+        """Hash an item to a number from 0 to 1 by its first file, or by its text if it has no file."""
         lines = self._named(item.files[0]) if item.files else str(item.turns)
         return int.from_bytes(hashlib.sha256(lines.encode()).digest()[:6], "big") / (1 << 48)
 
     def _named(self, file: File) -> str:
-        """Its path as seen from the data, so that these may be moved."""
+        """Return a file's path relative to the data's root, so that moving the data does not change the split."""
         inside = file.path.is_relative_to(self._data.root)
         return (file.path.relative_to(self._data.root) if inside else file.path).as_posix()
 
     @cached_property
     def digest(self) -> str:
-        """Of what is asked about which files, and of the files' sizes."""
+        """Hash prompts, tasks, file names and file sizes, together with the split."""
         digest = hashlib.sha256(json.dumps([self.held_out]).encode())
         for item in self._data.items:
             for turn in item.turns:
@@ -258,6 +277,7 @@ class FilePrompts:
 
     @property
     def summary(self) -> str:
+        """Describe the data in one line for the model card."""
         kinds = [self.kind(number) for number in range(len(self._data.items))]
         counts = ", ".join(f"{kinds.count(kind)} of {kind}" for kind in sorted(set(kinds)))
         return (
@@ -266,7 +286,9 @@ class FilePrompts:
         )
 
     def kind(self, number: int) -> str:
+        """Return the kind of one item."""
         return self._data.items[number].kind
 
     def messages(self, number: int) -> tuple[Message, ...]:
+        """Decode the media of one item. Raises Unusable, naming line and file."""
         return self._data.items[number].messages(self._decode)

@@ -1,6 +1,6 @@
-"""How long a draft is accepted for, on prompts that it has not seen: by the engine that serves, greedy.
+"""Measure the acceptance length of a draft on held-out prompts, with the engine that serves it.
 
-Drafts are always tried here, whatever they cost on this machine: it is the draft that is measured.
+The engine must be set to draft always, whatever drafting costs on this machine: the figures are about the draft.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from model.train.data import Unusable
 
 @dataclass(frozen=True)
 class Acceptance:
-    """tokens: emitted by all verify steps that had a draft; held[j]: drafts of which position j + 1 was accepted."""
+    """Count the outcome of verify steps that had a draft.
+
+    tokens: emitted by all those steps. accepted[j]: number of drafts whose position j + 1 was accepted. prompts: number
+    of prompts begun.
+    """
 
     tokens: int = 0
     drafts: int = 0
@@ -26,6 +30,7 @@ class Acceptance:
     prompts: int = 0
 
     def __add__(self, other: Acceptance) -> Acceptance:
+        """Sum the counts, position by position."""
         accepted = tuple(a + b for a, b in zip_longest(self.accepted, other.accepted, fillvalue=0))
         return Acceptance(
             self.tokens + other.tokens, self.drafts + other.drafts, accepted, self.prompts + other.prompts
@@ -33,10 +38,11 @@ class Acceptance:
 
     @property
     def length(self) -> float:
-        """Mean tokens that a verify step emits; 1 where nothing was drafted."""
+        """Return the mean number of tokens that a verify step emits; 1 if nothing was drafted."""
         return self.tokens / self.drafts if self.drafts else 1.0
 
     def as_json(self) -> dict[str, Any]:
+        """Return acceptance length, acceptance rate by position, and the counts of drafts and prompts."""
         return {
             "length": round(self.length, 3),
             "positions": [round(count / self.drafts, 3) for count in self.accepted],
@@ -46,7 +52,10 @@ class Acceptance:
 
 
 def miscalibration(calibration: Sequence[tuple[float, float, int]]) -> float:
-    """Average the error of a draft's confidences; `calibration` as `SpeculationController.calibration` has it."""
+    """Average the absolute error of a draft's confidences, weighted by nodes.
+
+    calibration: as returned by `SpeculationController.calibration`.
+    """
     nodes = sum(count for _, _, count in calibration)
     return sum(count * abs(confidence - seen) for confidence, seen, count in calibration) / max(1, nodes)
 
@@ -61,8 +70,11 @@ def acceptance(
     seconds: float | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Acceptance:
-    """Answer these prompts and count. After so many seconds no further one is begun, and those under way count as far
-    as they have come; so also where `stop` comes true."""
+    """Answer prompts and count accepted tokens.
+
+    After `seconds`, or once `stop()` is true, unfinished answers are aborted and count with the tokens they have.
+    Prompts that cannot be used are skipped.
+    """
     engine.pop_stats()
     deadline = None if seconds is None else time.monotonic() + seconds
     pending, begun, measured = list(reversed(numbers)), 0, Acceptance()
@@ -73,7 +85,7 @@ def acceptance(
             try:
                 engine.add(Request(str(number), messages(number), params))
             except (Unusable, RequestError):
-                continue  # a held-out file that cannot be read says nothing of the draft
+                continue  # an unreadable held-out file says nothing about the draft
             begun += 1
         if not engine.has_work:
             break

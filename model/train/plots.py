@@ -1,4 +1,4 @@
-"""The history of a training as pictures. Needs matplotlib; without it there are none, and that is said."""
+"""Plot the history of a training. Without matplotlib there are no plots."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ def draw(
     calibration: Sequence[tuple[float, float, int]],
     folder: Path,
 ) -> list[str]:
-    """Names of the pictures written. calibration: as `model.engine.speculation.SpeculationController.calibration`
-    tells it."""
+    """Write the plots for which there is data to `folder`, and return their file names.
+
+    history: rows of the training. positions: acceptance rate by position. calibration: as returned by
+    `model.engine.speculation.SpeculationController.calibration`. Returns an empty list if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -57,7 +60,7 @@ def draw(
         confidence, seen, nodes = zip(*calibration, strict=True)
         axes.plot((0, 1), (0, 1), linestyle=":", color="grey")
         axes.plot(confidence, seen, alpha=0.3)
-        axes.scatter(confidence, seen, [200 * count / max(nodes) for count in nodes])  # by area: how many nodes
+        axes.scatter(confidence, seen, [200 * count / max(nodes) for count in nodes])  # marker area: number of nodes
         axes.set(xlim=(0.0, 1.0), ylim=(0.0, 1.0))
         figure.savefig(folder / CALIBRATION)
         written.append(CALIBRATION)
@@ -65,7 +68,7 @@ def draw(
 
 
 def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """Exponential mean, unbiased at its beginning."""
+    """Smooth values with an exponential moving average, corrected for the bias of its first values."""
     made, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)

@@ -1,9 +1,9 @@
-"""A whole training: answers, draft, figures, model card. Done again with the same settings it goes on where it was.
+"""Run a whole training: answers, draft, figures, model card. The same settings resume an interrupted run.
 
-    OUTPUT/                  what is served: config.json, model.safetensors; README.md (the model card) and its pictures
-    OUTPUT/run/              what is needed to go on: settings.json, answers*.jsonl, state.pt, log.jsonl
+    OUTPUT/                  the draft: config.json, model.safetensors; its model card, README.md, and plots
+    OUTPUT/run/              the state to resume from: settings.json, answers*.jsonl, state.pt, log.jsonl
 
-Knows nothing of files of media: what is asked comes from `model.train.data.Prompts`.
+This module reads no media files; prompts come from `model.train.data.Prompts`.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ from model.train.measure import Acceptance, acceptance, miscalibration
 from model.train.team import Team
 from model.train.trainer import Row, TrainConfig, train
 
-LOGITS = (
-    1 << 28
-)  # numbers in a step's drafted logits; where many tokens may be proposed fewer drafts are begun for that
+# Most elements in the drafted logits of a step: a larger draft vocabulary leaves room for fewer drafts.
+LOGITS = 1 << 28
 MOST_ANCHORS = 24
 
 
 @dataclass(frozen=True)
 class Settings:
-    """target: who answers and is drafted for. Of `train`, `sizes` and the rest all that shapes the result must be the
-    same when a training is taken up again."""
+    """Hold the settings of one training.
+
+    target: config of the model that answers and is drafted for. A resumed training must have the same settings wherever
+    they shape the result; see `identity`.
+    """
 
     target: EngineConfig  # resolved, drafter "off"
     drafter: str
@@ -63,30 +65,34 @@ class Settings:
     sizes: Sizes = field(default_factory=Sizes)
     temperatures: tuple[float, ...] = TEMPERATURES
     max_tokens: int = MAX_TOKENS  # of an answer
-    sampling: dict[str, Any] = field(default_factory=dict)  # how videos are read; only to tell settings apart
+    sampling: dict[str, Any] = field(default_factory=dict)  # of video frames; only compared when a run resumes
     strict: bool = False  # a prompt that cannot be used is an error
-    evaluate_prompts: int = 16  # while it trains
+    evaluate_prompts: int = 16  # for each evaluation during training
     evaluate_seconds: float = 20.0
-    final_prompts: int = 64  # at the end, of each kind
-    work: Path | None = None  # in place of OUTPUT/run
-    answers: Path | None = None  # in place of OUTPUT/run/answers.jsonl, to be shared by several trainings
+    final_prompts: int = 64  # of each kind, for the final figures
+    work: Path | None = None  # replaces OUTPUT/run
+    answers: Path | None = None  # replaces OUTPUT/run/answers.jsonl, to be shared by several trainings
 
     @property
     def run(self) -> Path:
+        """Return the folder of the resumable state."""
         return self.work or self.output / "run"
 
     @property
     def answers_file(self) -> Path:
+        """Return the file of the target's answers."""
         return self.answers or self.run / "answers.jsonl"
 
 
 def open_target(config: EngineConfig, drafter: str) -> Target:
-    """The target of a resolved config, with the layers tapped that this kind of draft reads."""
+    """Load the target of a resolved config, and capture the hidden states of the layers that this drafter reads."""
     return load_target(config, presets.TAP_LAYERS.get(drafter))
 
 
 def anchors(batch: int, shape: DraftShape) -> int:
-    """Drafts begun per answer and step, where nobody says how many: as many as memory is likely to hold."""
+    """Choose the default number of drafts per answer and step, such that the drafted logits are likely to fit into
+    memory.
+    """
     return max(1, min(MOST_ANCHORS, LOGITS // (batch * shape.block * (shape.vocabulary or shape.vocab_size))))
 
 
@@ -97,8 +103,11 @@ def run(
     team: Team,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Train, measure and write the draft; figures by kind of prompt. Raises ConfigError, and Interrupted after having
-    saved."""
+    """Train, measure and write the draft.
+
+    Returns figures by kind of prompt, in the process of rank 0; other processes return an empty dict. Raises
+    ConfigError if the output folder belongs to other settings, and Interrupted after having saved.
+    """
     torch.manual_seed(settings.train.seed)
     network = presets.new(settings.drafter, target, sizes=settings.sizes).to(target.device).train()
     claim(settings, target, network, prompts, team)
@@ -128,16 +137,19 @@ def run(
     return figures
 
 
-# --- so that a training goes on only as what it began as
+# --- a run resumes only with the settings that it began with
 
 
 def claim(settings: Settings, target: Target, network: Network, prompts: Prompts, team: Team) -> None:
-    """Take the output folder for this training. ConfigError where it holds one of other settings."""
-    # Through JSON and back: what is compared is what was written.
+    """Reserve the output folder for this training.
+
+    Raises ConfigError if it holds a training of other settings; the message lists each difference.
+    """
+    # Tuples become lists in JSON, so the comparison needs the same round trip.
     wanted = json.loads(json.dumps(identity(settings, target, network, prompts, team)))
     file = settings.run / "settings.json"
     begun = file.exists()
-    team.wait()  # nobody writes before all have looked
+    team.wait()  # no process may write before all have looked
     if begun:
         stored = json.loads(file.read_text())
         changed = [
@@ -157,7 +169,7 @@ def claim(settings: Settings, target: Target, network: Network, prompts: Prompts
 
 
 def identity(settings: Settings, target: Target, network: Network, prompts: Prompts, team: Team) -> dict[str, Any]:
-    """All that shapes what comes out."""
+    """List all settings that shape the result."""
     config = asdict(settings.train)
     shaping = ("steps", "batch", "anchors", "rate", "gamma", "warmup", "seed", "autocast")
     return {
@@ -178,12 +190,16 @@ def identity(settings: Settings, target: Target, network: Network, prompts: Prom
 
 
 def answer(settings: Settings, target: Target, prompts: Prompts, team: Team, stop: Callable[[], bool]) -> list[Example]:
-    """What the target says to every prompt; each process of a team asks its share and reads what all have got."""
+    """Collect the target's answers to all training prompts.
+
+    Each process of a team answers its share, then reads the answers of all. Raises ConfigError if `settings.strict` is
+    set and a prompt cannot be used, or if no answer has three tokens or more.
+    """
     file = settings.answers_file
     file.parent.mkdir(parents=True, exist_ok=True)
     before = {n for each in answer_files(file) for n in [*(e.number for e in read_answers(each)), *unusable(each)]}
     missing = [number for number in prompts.train if number not in before]
-    team.wait()  # nobody writes before all have seen what is missing
+    team.wait()  # no process may write before all know what is missing
     if missing[team.rank :: team.size]:
         write(
             Engine(settings.target, target),
@@ -206,11 +222,12 @@ def answer(settings: Settings, target: Target, prompts: Prompts, team: Team, sto
 
 
 def answer_files(file: Path) -> list[Path]:
+    """List the answers file of rank 0 (which may not exist) and those of the other processes."""
     return [file, *sorted(file.parent.glob(f"{file.stem}-[0-9]*{file.suffix}"))]
 
 
 def served(settings: Settings, target: Target, network: Network, folder: Path) -> Engine:
-    """An engine with the draft as it is now, written to `folder` and read again, as it will be served."""
+    """Write the current draft to `folder` and load it into an engine, exactly as serving does."""
     checkpoint.save(folder, network, target, drafter=settings.drafter)
     few = min(8, settings.target.max_num_seqs)
     config = replace(
@@ -220,7 +237,7 @@ def served(settings: Settings, target: Target, network: Network, folder: Path) -
 
 
 def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """So many of them, from all over; the same ones each time."""
+    """Pick up to `count` numbers at random from all over the list; every call picks the same ones."""
     places = random.Random(0).sample(range(len(numbers)), min(count, len(numbers)))
     return [numbers[place] for place in sorted(places)]
 
@@ -234,7 +251,10 @@ def finish(
     history: list[Row],
     stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """Measure on what was held out, then write the draft with its card."""
+    """Measure the draft on held-out prompts, then write it with its model card and plots.
+
+    Returns figures by kind of prompt. Raises Interrupted if `stop()` becomes true while it measures.
+    """
     engine = served(settings, target, network, settings.run / "draft")
     measured: dict[str, Acceptance] = {}
     for kind, numbers in sorted(by_kind(prompts).items()):

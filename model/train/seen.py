@@ -1,4 +1,4 @@
-"""Prompts and answers as the target sees them: one causal pass each, kept in memory while they fit, never on disk."""
+"""Capture the target's hidden states over prompts and answers; keep them in memory while they fit, never on disk."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from model.train.data import Example
 
 @dataclass(frozen=True)
 class Seen:
-    """One prompt and answer as the target saw them, in its dtype.
+    """Hold the captured states of one prompt and answer, in the target's dtype.
 
-    aux_hidden_states: (positions, num_taps * hidden); taught: (answer tokens + 1, tokens offered to the draft), row i
-    the log-probabilities from which answer token i came; ids: prompt and answer; prompt: without its media, whose
-    pixels would take more than all the rest; embeds: (positions, hidden), what entered there; of a draft that does
-    not read that, (0, hidden).
+    aux_hidden_states: (positions, num_taps * hidden). embeds: (positions, hidden), the input embeddings; (0, hidden)
+    for drafts that do not read them. taught: (answer tokens + 1, tokens offered), row i the log-probabilities that
+    answer token i was chosen from. ids: token ids of prompt and answer. prompt: without its media, whose pixels would
+    take more memory than all the rest.
     """
 
     aux_hidden_states: Tensor
@@ -37,13 +37,18 @@ class Seen:
 
     @property
     def num_bytes(self) -> int:
+        """Return the memory of the captured tensors in bytes."""
         return self.aux_hidden_states.nbytes + self.embeds.nbytes + self.taught.nbytes
 
 
 def capture(
     target: Target, prompts: list[TokenizedPrompt], answers: list[tuple[int, ...]], network: Network
 ) -> list[Seen]:
-    """One causal pass of the target over prompts and answers, padded on the right; what this draft learns from."""
+    """Run one causal pass of the target over prompts and answers, padded on the right, and capture what this draft
+    reads.
+
+    Returns one Seen for each prompt, in order.
+    """
     ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
     width, batch = max(map(len, ids)), len(ids)
     cache = KVCache(
@@ -81,7 +86,7 @@ def capture(
 
 
 class Memory:
-    """Hidden states of examples already seen, while they fit; the rest is computed anew each time."""
+    """Cache captured states of examples until `budget` bytes are used; later examples are captured again each time."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
@@ -94,6 +99,7 @@ class Memory:
         messages: Callable[[int], tuple[Message, ...]],
         network: Network,
     ) -> list[Seen]:
+        """Return the captured states of a batch in order, running the target only for examples that are not cached."""
         missing = [e for e in batch if e.number not in self._captured]
         fresh: dict[int, Seen] = {}
         if missing:

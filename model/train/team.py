@@ -1,6 +1,7 @@
-"""The processes that train one draft together: one alone, or those that `accelerate launch` has started.
+"""Coordinate the processes that train one draft: a single one, or those that `accelerate launch` started.
 
-Each of them reads the same data and holds the whole target and draft; they meet once a step, to average gradients.
+Each process reads the same data and holds the whole target and draft. Processes synchronise once a step, to average
+gradients.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from model.errors import ConfigError
 
 
 class Team(Protocol):
-    rank: int  # 0 writes, tells and measures
+    """Describe this process's place among the processes of a training, and let them synchronise."""
+
+    rank: int  # 0 writes files, reports and measures
     size: int
-    device: str | None  # that this process is to use; None: any
+    device: str | None  # for this process to use; None: any
 
     def average(self, values: Tensor) -> Tensor:
-        """The mean over all processes, in each of them."""
+        """Average a tensor over all processes; each of them gets the mean."""
         ...
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Block until all processes have called this."""
         ...
 
 
 class Alone:
+    """Be a team of one process."""
+
     rank, size = 0, 1
     device: str | None = None
 
@@ -39,7 +44,7 @@ class Alone:
 
 
 class Accelerated:
-    """Through `accelerate`, which knows how the processes were started and how they reach each other."""
+    """Coordinate through `accelerate`, which knows how the processes were started and how they reach each other."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -55,7 +60,10 @@ class Accelerated:
 
 
 def gather() -> Team:
-    """This process's team. Raises ConfigError where it was started as one of several and accelerate is not here."""
+    """Return this process's team.
+
+    Raises ConfigError if several processes were started and accelerate is not installed.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Alone()
     try:

@@ -1,11 +1,11 @@
-"""Trains a draft for a target. Embeddings and lm_head stay the target's; only the draft network learns.
+"""Train a draft for a target. The target, its embeddings and its lm_head stay fixed; only the draft network learns.
 
-The target reads prompt and answer once (hidden states captured on the fly, kept in memory while they fit, never on
-disk); then tokens are drafted from many places of the answer at once, exactly as in serving. Every kind of draft learns
-from the same examples, in the same order, at the same places, for as many steps.
+The target reads each prompt and answer once; its hidden states are kept in memory while they fit, never on disk. Tokens
+are then drafted from many places of the answer at once, exactly as in serving. Every drafter is trained on the same
+examples, in the same order, at the same places, for the same number of steps.
 
-Batches follow from the number of the step alone. So a training that was killed ends where it would have ended, and one
-of two processes ends where one of twice the accumulation does.
+A batch depends only on its step number. So an interrupted training reaches the same result as an uninterrupted one, and
+two processes reach the result of one process with twice the accumulation.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from model.train.loss import Learner, draft_loss
 from model.train.seen import Memory
 from model.train.team import Alone, Team
 
-Row = dict[str, Any]  # of the history: "step" and either "loss", "hits", "rate" or "acceptance"
+Row = dict[str, Any]  # of the history: "step" with either "acceptance", or "loss", "hits" and "rate"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Hold the hyperparameters of a training."""
+
     steps: int = 1500
-    batch: int = 16  # examples that go through the target together
-    accumulate: int = 1  # such batches per step and process
-    anchors: int = 24  # drafts begun per answer and step
+    batch: int = 16  # examples in one pass of the target
+    accumulate: int = 1  # batches per step and process
+    anchors: int = 24  # drafts per answer and step
     rate: float = 1.5e-3
     gamma: float = 5.0
     warmup: int = 50
@@ -48,7 +50,7 @@ class TrainConfig:
     save_every: float = 45.0  # seconds
     evaluate_every: int = 0  # steps; 0: never
     autocast: bool = True
-    memory_bytes: int = 6 << 30  # of hidden states kept for when an example comes up again
+    memory_bytes: int = 6 << 30  # cache of captured hidden states
 
 
 def train(
@@ -65,18 +67,21 @@ def train(
     evaluate: Callable[[int], dict[str, Any] | None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
-    """Train in place, resuming from `file` if it is there. Examples of one batch are of one `group(number)`.
+    """Train `network` in place, resuming from `file` if it exists. All examples of a batch have the same
+    `group(number)`.
 
-    memory: of what the target gave for these examples, where several trainings share it. evaluate: what is to be
-    measured after so many steps, called in the first process. Returns the history. Raises Interrupted, all being saved,
-    at the end of the step in which `stop` came true in any process.
+    memory: cache of captured states, to be shared by several trainings on the same examples. evaluate: measures the
+    draft after the given step; called in the process of rank 0 only; None means that it was stopped.
+
+    Returns the history. Raises Interrupted at the end of the step in which `stop()` came true in any process, after
+    saving; and FloatingPointError if the loss is not finite.
     """
-    # Under autocast a norm's weights stay float32, as they should; torch says once that it is slower so.
+    # Under autocast the weights of norms stay float32 on purpose; torch warns that this is slower.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     team = team or Alone()
     state = State(network, config.rate, file)
     state.load()
-    team.wait()  # nobody saves before all have loaded
+    team.wait()  # no process may save before all have loaded
     learner = Learner(target, network)
     batches = Batches(examples, config, team, group)
     memory = memory or Memory(config.memory_bytes)
@@ -86,7 +91,7 @@ def train(
     with bar:
         while True:
             if team.rank == 0 and state.evaluation_is_due(config):
-                state.save()  # measuring takes a while, too
+                state.save()  # measuring takes a while, and a kill may come meanwhile
                 measured = evaluate(state.step)
                 if measured is not None:
                     state.history.append({"step": state.step, "acceptance": measured})
@@ -127,13 +132,16 @@ def train(
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
-    """Of learning: a short rise, then half a cosine down to a fiftieth."""
+    """Compute the learning rate of a step: linear warm-up, times a half cosine that falls to a fiftieth."""
     rise = min(1.0, (step + 1) / config.warmup)
     return config.rate * rise * (0.51 + 0.49 * math.cos(math.pi * step / config.steps))
 
 
 def share(network: nn.Module, losses: Tensor, team: Team) -> Tensor:
-    """Average gradients over the team, in place, and with them what each of it has to tell."""
+    """Average gradients over the team in place, in one collective call that also averages `losses`.
+
+    losses: (n,). Returns their mean over the team.
+    """
     if team.size == 1:
         return losses
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in network.parameters()]
@@ -146,7 +154,10 @@ def share(network: nn.Module, losses: Tensor, team: Team) -> Tensor:
 
 
 class Batches:
-    """Which examples a step is made of, and where in them drafts begin."""
+    """Choose the examples of each step, and seed the places in them where drafts begin.
+
+    Raises ValueError if no answer has three tokens or more.
+    """
 
     def __init__(
         self, examples: list[Example], config: TrainConfig, team: Team, group: Callable[[int], object]
@@ -161,7 +172,7 @@ class Batches:
         self._config, self._team = config, team
 
     def of(self, step: int) -> list[tuple[list[Example], random.Random]]:
-        """This process's share: of as many batches as all have together, every `size`-th."""
+        """Return this process's share of the batches of a step, each with its own random generator."""
         count = self._config.accumulate * self._team.size
         made = []
         for number in range(self._team.rank, count, self._team.size):
@@ -173,7 +184,7 @@ class Batches:
 
 
 class State:
-    """All that a training would lose if it were killed now."""
+    """Hold everything that a killed training needs to resume: weights, optimiser, step and history."""
 
     def __init__(self, network: Network, rate: float, file: Path) -> None:
         self.network, self.step, self.history = network, 0, list[Row]()
@@ -181,12 +192,14 @@ class State:
         self._file = file
 
     def evaluation_is_due(self, config: TrainConfig) -> bool:
+        """Return whether this step must be evaluated and has not been."""
         every = config.evaluate_every
         if not every or not self.step or self.step % every and self.step < config.steps:
             return False
         return not any("acceptance" in row for row in self.history if row["step"] == self.step)
 
     def load(self) -> None:
+        """Load the file if it exists."""
         if self._file.exists():
             saved = torch.load(self._file, weights_only=True, map_location="cpu")
             self.network.load_state_dict(saved["network"])
@@ -194,7 +207,7 @@ class State:
             self.step, self.history = saved["step"], saved["history"]
 
     def save(self) -> None:
-        """Beside, then moved into place: a kill in between leaves the former."""
+        """Write a temporary file, sync it and rename it; a kill leaves either the former file or the new one."""
         scratch = self._file.with_suffix(".tmp")
         whole = {
             "network": self.network.state_dict(),
