@@ -22,6 +22,7 @@ FLASH_BUILDS  ?= $(or $(patsubst $(VENV)/.builds-%,%,$(wildcard $(VENV)/.builds-
 override FLASH_BUILDS := $(subst $(space),,$(FLASH_BUILDS))
 
 BIN   := $(VENV)/bin
+CPP   := $(wildcard model/backends/native/*.cpp model/backends/native/*.h tests/model/*.h)
 # Twice quiet: errors only. Modules are compiled when they are first imported: most of them never are.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 INSTALL := $(PIP) install --no-compile
@@ -30,7 +31,7 @@ BUILT := $(VENV)/.builds-$(FLASH_BUILDS)
 READY := $(STAMP) $(BUILT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve bench check fmt lock clean distclean
+.PHONY: help setup demo test sanitize serve bench check fmt lock clean distclean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -43,6 +44,14 @@ demo: $(READY) ## start the service, caption an image and a video over HTTP, com
 test: $(READY) ## run the whole test suite; its slowest twenty tests are listed at the end
 	$(BIN)/python -m pytest --durations=20 $(ARGS)
 
+# The sanitizers' library comes first in every process, and the standard library with it, whose exceptions it watches.
+SANITIZE_TESTS ?= tests/model/test_native.py tests/model/test_drafters.py tests/model/test_equality.py
+sanitize: $(READY) ## run the native library's tests with AddressSanitizer, UBSan and checks of indices (minutes)
+	FLASH_SANITIZE=1 FLASH_BUILDS=avx2 $(BIN)/python -m model.backends.native.builds
+	env FLASH_SANITIZE=1 FLASH_NATIVE=avx2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+	  $(BIN)/python -m pytest --durations=5 $(SANITIZE_TESTS) $(ARGS)
+
 serve: $(READY) ## run the service
 	$(BIN)/flashserve serve $(ARGS)
 
@@ -52,11 +61,13 @@ bench: $(READY) ## run the benchmark
 check: $(READY) ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 fmt: $(READY) ## format the code and repair what lint can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
 
 lock: $(STAMP) ## pin today's newest versions within pyproject.toml's ranges
 	FLASH_BUILDS=none $(PIP) install --dry-run --ignore-installed --report $(VENV)/lock.json '.[dev]'

@@ -62,7 +62,7 @@ def test_the_library_is_compiled_once_and_again_for_another_choice(project: Path
 @pytest.mark.parametrize("verb", ["demo", "test", "serve", "bench", "check"])
 def test_every_verb_sees_to_it(project: Path, verb: str) -> None:
     assert make(project, "setup", FLASH_BUILDS="avx2") == (0, ["avx2"])
-    for name in ("flashserve", "ruff", "mypy"):
+    for name in ("flashserve", "ruff", "mypy", "clang-format"):
         shutil.copy(project / ".venv" / "bin" / "python", project / ".venv" / "bin" / name)
     for name in ("step.h", "transformer.cpp", "builds.py"):
         age(project)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model.backends.native import library
-from model.backends.native.library import Matrix
+from model.backends.native.library import PackedLinear
 
 
 class Packed(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.matrix = Matrix(linear.weight, linear.bias)
+        self.matrix = PackedLinear(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matrix(x)

@@ -1,8 +1,8 @@
-"""Runs a round of draft and verify (see round.py) in two native calls (step.h), for targets with a native decoder.
+"""A round of draft and verify (round.py) in two native calls (step.h), for targets whose decoder runs natively.
 
-All arguments lie in one structure that is filled once; only a few numbers change from step to step. A native FLASH
-draft runs inside the same two calls. Other drafters propose their trees before the first call and observe the accepted
-nodes after the second.
+All that a round needs lies in one structure that is filled once; from step to step a few numbers change. The draft's
+share is computed in the same calls where it is FLASH's and native too; other drafters give their trees, and are shown
+what was kept, in between.
 """
 
 from __future__ import annotations
@@ -14,36 +14,40 @@ import torch
 from torch import Tensor
 
 from model.backends.kv_cache import KVCache
-from model.backends.native.candidates import TreeArrays
-from model.backends.native.library import functions, pointer
-from model.backends.native.step import CacheArrays, RoundArrays, Verifier, linear
-from model.decoding.tree import PLAIN, Trees
+from model.backends.native import structures
+from model.backends.native.candidates import described_trees
+from model.backends.native.library import constant, functions, pointer
+from model.backends.native.stack import described_cache
+from model.backends.native.step import Verifier, described_linear
+from model.config import MOST_NODES
+from model.decoding.tree import IDLE, PLAIN, Trees
 from model.drafters.base import Proposing
 from model.drafters.flash.drafter import FlashDrafter
-from model.engine.speculation import SpeculationController
+from model.engine.speculation import BINS, FINENESS, SpeculationController
 from model.engine.stats import Counters
 
 PARTS = ("propose", "grow", "verify", "accept", "observe")
-
-
-def _described(cache: KVCache) -> CacheArrays:
-    """Describe a KV cache to the native library."""
-    return CacheArrays(cache.address, *cache.strides, cache.lengths.buffer_info()[0])
+# What the library has too, by its names: see structures.h.
+SHARED = {
+    "IDLE": IDLE,
+    "PLAIN": PLAIN,
+    "BINS": BINS,
+    "FINENESS": FINENESS,
+    "NUM_PARTS": len(PARTS),
+    "MAX_NODES": MOST_NODES,
+}
 
 
 class _Shape:
-    """Views of a round's memory for one shape (batch, rows)."""
+    """Views of a round's memory for one shape, (batch, rows) and what more there is."""
 
     def __init__(self, memory: NativeRound, batch: int, rows: int) -> None:
-        """Cut the views for `batch` slots of `rows` rows each from the memory of `memory`."""
         count = batch * rows
 
         def numbers(array: np.ndarray) -> np.ndarray:
-            """View the first numbers of an array as (batch, rows)."""
             return array[:count].reshape(batch, rows)
 
         def states(tensor: Tensor, width: int) -> Tensor:
-            """View the first numbers of a tensor as (batch, rows, width)."""
             return tensor[: count * width].view(batch, rows, width)
 
         self.trees = Trees(
@@ -56,63 +60,65 @@ class _Shape:
         self.chosen, self.emitted = numbers(memory.chosen), numbers(memory.emitted)
         self.paths, self.accepted = numbers(memory.paths), memory.accepted[:batch]
         self.logits = states(memory.logits, memory.verifier.head.outputs)
-        self.aux_hidden_states = states(memory.aux_hidden_states, memory.tap_width)
+        self.aux_hidden_states = states(memory.aux_hidden_states, memory.aux_width)
 
 
 class NativeRound:
-    """Implements `model.engine.round.Round` in the native library."""
+    """See `model.engine.round.Round`."""
 
     native = True
 
     def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, load: SpeculationController) -> None:
-        """Allocate all arrays for the largest round and describe them to the native library once."""
         self.verifier, self.cache, self.load, self._counters = verifier, cache, load, counters
         self.drafter: Proposing | None = None
-        self.flash: FlashDrafter | None = None  # the drafter, if it runs inside the native calls
+        self.flash: FlashDrafter | None = None  # the same, where it has its part in the native calls
         like, stack, slots = verifier.embeddings, verifier.stack, cache.num_slots
         most = slots * (1 + load.nodes)
         self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self.roots = np.zeros(slots, np.int32)
-        self.tap_width = stack.num_taps * stack.shape.hidden
-        self.aux_hidden_states, self.logits = (
-            like.new_empty(most * self.tap_width),
-            like.new_empty(most * verifier.head.outputs),
-        )
+        self.aux_width = stack.num_aux * stack.shape.hidden
+        self.aux_hidden_states = like.new_empty(most * self.aux_width)
+        self.logits = like.new_empty(most * verifier.head.outputs)
         self.tokens, self.chosen, self.emitted = (np.zeros(most, np.int64) for _ in range(3))
         self.parents, self.depths, self.paths = (np.zeros(most, np.int32) for _ in range(3))
         self.scores, self.sizes = np.zeros(most), np.zeros(slots, np.int64)
-        self.counts, self.accepted, self._shown = (np.zeros(slots, np.int32) for _ in range(3))
+        self.counts, self.accepted, self._observed = (np.zeros(slots, np.int32) for _ in range(3))
         self._seconds = np.zeros(len(PARTS))
         self._positions = np.zeros(verifier.num_axes * most, np.int32)
         self._drafted = like.new_empty(0)
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._now = _Shape(self, 1, 1)
-        self._struct = RoundArrays(
-            target=ctypes.cast(ctypes.pointer(stack.struct), ctypes.c_void_p),
+        for name, value in SHARED.items():
+            assert constant(name) == value, f"{name} is {constant(name)} in the native library, and {value} here"
+        self._struct = structures.Round(
+            target=ctypes.pointer(stack.struct),
             embeddings=pointer(like),
-            head=linear(verifier.head),
-            target_cache=_described(cache),
+            head=described_linear(verifier.head),
+            num_tokens=len(like),
+            target_cache=described_cache(cache),
             axes=verifier.num_axes,
             newest=pointer(self.newest, np.int64),
             budgets=pointer(self.budgets, np.int64),
             roots=pointer(self.roots),
-            trees=TreeArrays.of(self._now.trees, self.budgets),
-            chance=pointer(load.chance, np.float64),
-            tried=pointer(load.tried, np.int64),
-            hits=pointer(load.hits, np.int64),
+            trees=described_trees(self._now.trees, self.budgets),
+            worth=structures.Worth(
+                chance=pointer(load.chance, np.float64),
+                tried=pointer(load.tried, np.int64),
+                accepted=pointer(load.hits, np.int64),
+            ),
             counts=pointer(self.counts),
             positions=pointer(self._positions),
             paths=pointer(self.paths),
             accepted=pointer(self.accepted),
-            shown=pointer(self._shown),
-            taps=pointer(self.aux_hidden_states),
+            observed=pointer(self._observed),
+            aux_hidden_states=pointer(self.aux_hidden_states),
             logits=pointer(self.logits),
             chosen=pointer(self.chosen, np.int64),
             emitted=pointer(self.emitted, np.int64),
             seconds=pointer(self._seconds, np.float64),
         )
-        self._arguments = ctypes.c_bool(like.dtype is torch.bfloat16), ctypes.byref(self._struct)
-        self._look, self._accept = functions().flash_look, functions().flash_accept
+        self._arguments = like.dtype is torch.bfloat16, ctypes.byref(self._struct)
+        self._draft_and_verify, self._commit = functions().flash_draft_and_verify, functions().flash_commit
 
     def use(self, drafter: Proposing | None) -> None:
         self.drafter, self.flash, struct = drafter, None, self._struct
@@ -121,16 +127,16 @@ class NativeRound:
             self.flash, self._most_nodes = drafter, step.most_nodes
             self._vocabulary = step.head.outputs
             self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self._vocabulary)
-            struct.drafted, struct.tails = pointer(self._drafted), pointer(drafter.tails)
-            struct.draft = ctypes.cast(ctypes.pointer(step.struct), ctypes.c_void_p)
-            struct.draft_cache = _described(drafter.cache)
+            struct.draft_logits, struct.last_context = pointer(self._drafted), pointer(drafter.tails)
+            struct.draft = ctypes.pointer(step.struct)
+            struct.draft_cache = described_cache(drafter.cache)
 
     def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
         struct, flash, trees = self._struct, self.flash, None
         rows = 1
         if flash is not None:
             rows += min(nodes, self._most_nodes)
-            struct.curve = self.load.curve_at
+            struct.worth.seconds = self.load.curve_at
         elif nodes and self.drafter is not None:
             with self._counters.timed("draft"):
                 trees = self.drafter.propose(self.newest[:batch], self.budgets[:batch].clip(0))
@@ -145,15 +151,15 @@ class NativeRound:
             struct.rows = struct.trees.rows = rows
         if trees is not None:
             shape.trees.fill(trees)
-        struct.from_outside = trees is not None
-        self._look(*self._arguments)
+        struct.has_trees = trees is not None
+        self._draft_and_verify(*self._arguments)
         return shape.trees, shape.chosen, shape.logits
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
         shape, drafter, counters = self._now, self.drafter, self._counters
         if chosen is not shape.chosen:
             shape.chosen[:] = chosen
-        self._accept(*self._arguments)
+        self._commit(*self._arguments)
         counts = shape.accepted.tolist()
         propose, grow, verify, accept, observe = self._seconds.tolist()
         counters.step_seconds.append(("verify", verify + accept))
@@ -161,25 +167,22 @@ class NativeRound:
             counters.step_seconds.append(("draft", propose + grow + observe))
         elif drafter is not None:
             budgets = self.budgets[: len(counts)].tolist()
-            kept = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
-            if any(kept):
-                paths = [row[:count] for row, count in zip(shape.paths.tolist(), kept, strict=True)]
+            observed = [0 if budget == PLAIN else count for budget, count in zip(budgets, counts, strict=True)]
+            if any(observed):
+                paths = [row[:count] for row, count in zip(shape.paths.tolist(), observed, strict=True)]
                 with counters.timed("draft"):
                     drafter.observe(shape.trees, paths, shape.aux_hidden_states)
         return [row[:count] for row, count in zip(shape.emitted.tolist(), counts, strict=True)]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Return the seconds that each part of the latest round took."""
+        """What each part of the latest round took."""
         return dict(zip(PARTS, self._seconds.tolist(), strict=True))
 
     @property
     def drafted(self) -> Tensor:
-        """Return the draft's logits of the latest round: (batch, block, vocab).
-
-        The rows of a slot that did not draft are unset. The tensor is empty if the draft does not run in the native
-        calls.
-        """
+        """(batch, block, vocab): the draft's logits of the latest round, unset where a slot did not draft; empty where
+        drafting is no part of the native calls."""
         if self.flash is None:
             return self._drafted[:0]
         batch, block, vocab = self._struct.batch, self.flash.block, self._vocabulary

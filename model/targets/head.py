@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from model.backends.native import library
-from model.backends.native.library import Matrix
+from model.backends.native.library import PackedLinear
 
 
 class Head:
@@ -15,7 +15,7 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
-        self.matrix = Matrix(weight, bias) if library.supports(weight.dtype, weight.device) else None
+        self.matrix = PackedLinear(weight, bias) if library.supports(weight.dtype, weight.device) else None
 
     def of(self, tokens: Tensor | None) -> Head:
         """For these tokens (num,), in their order; None: the same head."""

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.backends.attention import AttentionMetadata, MaskKind
-from model.backends.native import library
-from model.backends.native.library import Matrix
+from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 from model.targets.support import rope_is_fixed, windows
 
@@ -47,7 +46,7 @@ def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context
         and rope_is_fixed(config)
         and all(size >= context for size in windows(config).values())
     )
-    if not (fits and shape.fits and library.supports(weight.dtype, weight.device)):
+    if not (fits and shape.runs_natively(weight)):
         return None
     places = torch.arange(num_positions, device=weight.device)[None]
     cos, sin = model.rotary_emb(weight.new_zeros(1), position_ids=places)
@@ -110,13 +109,13 @@ class Tower:
         self.norm, self.drop_class, self.shape = tower.pre_layrnorm, drop_class, shape
         convolution, embeddings = tower.embeddings.patch_embedding, tower.embeddings
         self.patch = convolution.kernel_size[0]
-        self.patches = Matrix(convolution.weight.flatten(1), convolution.bias)
+        self.patches = PackedLinear(convolution.weight.flatten(1), convolution.bias)
         self.places = embeddings.position_embedding.weight.detach()
         self.first_place = embeddings.class_embedding.detach() + self.places[0]
         self.stack = Stack(shape, [_clip_layer(layer) for layer in tower.encoder.layers[:num_layers]])
-        self.first = Matrix(projector.linear_1.weight, projector.linear_1.bias)
+        self.first = PackedLinear(projector.linear_1.weight, projector.linear_1.bias)
         self.act = projector.act
-        self.second = Matrix(projector.linear_2.weight, projector.linear_2.bias)
+        self.second = PackedLinear(projector.linear_2.weight, projector.linear_2.bias)
         tower.encoder.layers = nn.ModuleList()
 
     @property
@@ -156,7 +155,7 @@ def tower(model: Any, config: Any) -> Tower | None:
         activation=settings.hidden_act,
     )
     known = settings.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh") and settings.num_channels == 3
-    if not (known and shape.fits and library.supports(weight.dtype, weight.device)):
+    if not (known and shape.runs_natively(weight)):
         return None
     # hidden_states has the embeddings first: layer -1 is what the last layer gives, -2 what the one before does.
     wanted = config.vision_feature_layer % (settings.num_hidden_layers + 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.native import library
-from model.backends.native.library import Matrix
+from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 from model.targets.packed import joined
 
@@ -29,7 +29,7 @@ class WindowTower:
         self.shape, self.merge = shape, int(settings.spatial_merge_size)
         self.window = settings.window_size // settings.spatial_merge_size // settings.patch_size  # tokens along a side
         convolution, merger = visual.patch_embed.proj, visual.merger
-        self.patches = Matrix(convolution.weight.flatten(1), convolution.bias)
+        self.patches = PackedLinear(convolution.weight.flatten(1), convolution.bias)
         rotary = _rotary(visual.rotary_pos_emb, shape.head_dim, longest)
         kinds = [index in settings.fullatt_block_indexes for index in range(len(visual.blocks))]
         self.stages: list[tuple[bool, Stack]] = []  # whether its layers look at whole frames
@@ -40,9 +40,9 @@ class WindowTower:
             norm = Norm(merger.ln_q.weight) if last else None
             self.stages.append((whole, Stack(shape, layers, rotary=rotary, final_norm=norm)))
         self.first, self.act, self.second = (
-            Matrix(*_linear(merger.mlp[0])),
+            PackedLinear(*_linear(merger.mlp[0])),
             merger.mlp[1],
-            Matrix(*_linear(merger.mlp[2])),
+            PackedLinear(*_linear(merger.mlp[2])),
         )
         visual.blocks = nn.ModuleList()
 
@@ -119,10 +119,9 @@ def tower(visual: Any, longest: int) -> WindowTower | None:
     fits = (
         settings.hidden_act == "silu"
         and settings.in_channels == 3
-        and settings.patch_size <= library.MAX_PATCH
         and shape.head_dim % 4 == 0
-        and shape.fits
-        and library.supports(weight.dtype, weight.device)
+        and shape.runs_natively(weight)
+        and settings.patch_size <= library.constant("MAX_PATCH")
     )
     return WindowTower(visual, shape, longest) if fits else None
 

@@ -1,6 +1,6 @@
-// AMX for processors that have none: included before all else, it makes the build for AMX run wherever AVX512-BF16 does,
-// slowly. Tiles are 16 rows of 64 bytes, the only ones that product.h sets up. Sums are made in the order of Intel's manual
-// (TDPBF16PS: the even of each pair, the odd, then both and what was there).
+// AMX for processors that have none: included before all else, it makes the build for AMX run wherever AVX512-BF16
+// does, slowly. Tiles are 16 rows of 64 bytes, the only ones that product.h sets up. Sums are made in the order of
+// Intel's manual (TDPBF16PS: the even of each pair, the odd, then both and what was there).
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>

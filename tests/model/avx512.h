@@ -1,7 +1,7 @@
-// AVX512 and AVX512-BF16 for processors that have none: included before all else, it makes the builds for them run wherever
-// AVX2 and FMA do, slowly. What kernels write with GCC's operators is the compiler's to take apart; what they write with
-// intrinsics is made here of halves of 256 bits. Compiled with -mno-avx512f behind a build's own flags, and, for bfloat16
-// products, with -DEMULATED_BF16. An intrinsic that is missing here does not compile.
+// AVX512 and AVX512-BF16 for processors that have none: included before all else, it makes the builds for them run
+// wherever AVX2 and FMA do, slowly. What kernels write with GCC's operators is the compiler's to take apart; what they
+// write with intrinsics is made here of halves of 256 bits. Compiled with -mno-avx512f behind a build's own flags, and,
+// for bfloat16 products, with -DEMULATED_BF16. An intrinsic that is missing here does not compile.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -48,12 +48,14 @@ inline T loaded(const void* from) {
 
 template <class Operation>
 inline __m512 floats(Operation operation, __m512 a, __m512 b) {
-  return whole<__m512>(operation(half<__m256>(a, 0), half<__m256>(b, 0)), operation(half<__m256>(a, 1), half<__m256>(b, 1)));
+  return whole<__m512>(operation(half<__m256>(a, 0), half<__m256>(b, 0)),
+                       operation(half<__m256>(a, 1), half<__m256>(b, 1)));
 }
 
 template <class Operation>
 inline __m512i integers(Operation operation, __m512i a, __m512i b) {
-  return whole<__m512i>(operation(half<__m256i>(a, 0), half<__m256i>(b, 0)), operation(half<__m256i>(a, 1), half<__m256i>(b, 1)));
+  return whole<__m512i>(operation(half<__m256i>(a, 0), half<__m256i>(b, 0)),
+                        operation(half<__m256i>(a, 1), half<__m256i>(b, 1)));
 }
 
 inline __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
@@ -93,7 +95,8 @@ inline __m256bh narrowed(__m512 x) {
   const Bits nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Bits upper = size > 0x7f800000 ? bits >> 16 | 0x40 : nearest;
   typedef uint16_t Shorts __attribute__((vector_size(32)));
-  return loaded<__m256bh>(&(const Shorts&)__builtin_convertvector(size < 0x00800000 ? bits >> 16 & 0x8000 : upper, Shorts));
+  return loaded<__m256bh>(
+      &(const Shorts&)__builtin_convertvector(size < 0x00800000 ? bits >> 16 & 0x8000 : upper, Shorts));
 }
 
 inline __m512i masked(uint32_t mask, const void* from) {
@@ -105,7 +108,7 @@ inline __m512i masked(uint32_t mask, const void* from) {
 
 inline __m512i widened(__m256i x) {
   typedef uint16_t Shorts __attribute__((vector_size(32)));
-  return (__m512i)__builtin_convertvector((Shorts)x, Bits);
+  return (__m512i) __builtin_convertvector((Shorts)x, Bits);
 }
 
 }  // namespace emulated
@@ -127,8 +130,10 @@ inline __m512i widened(__m256i x) {
 #define _mm512_and_si512(a, b) ((__m512i)((emulated::Bits)(a) & (emulated::Bits)(b)))
 #define _mm512_or_si512(a, b) ((__m512i)((emulated::Bits)(a) | (emulated::Bits)(b)))
 #define _mm512_slli_epi32(x, count) ((__m512i)((emulated::Bits)(x) << (count)))
-#define _mm512_unpacklo_epi16(a, b) emulated::integers([](__m256i one, __m256i other) { return _mm256_unpacklo_epi16(one, other); }, a, b)
-#define _mm512_unpackhi_epi16(a, b) emulated::integers([](__m256i one, __m256i other) { return _mm256_unpackhi_epi16(one, other); }, a, b)
+#define _mm512_unpacklo_epi16(a, b) \
+  emulated::integers([](__m256i one, __m256i other) { return _mm256_unpacklo_epi16(one, other); }, a, b)
+#define _mm512_unpackhi_epi16(a, b) \
+  emulated::integers([](__m256i one, __m256i other) { return _mm256_unpackhi_epi16(one, other); }, a, b)
 #define _mm512_cvtepu16_epi32(x) emulated::widened(x)
 #define _mm512_cvtneps_pbh(x) emulated::narrowed(x)
 #define _mm512_dpbf16_ps(sums, a, b) emulated::dot((__m512)(sums), (__m512i)(a), (__m512i)(b))

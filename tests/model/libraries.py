@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from model.backends.native.builds import BUILDS, NAMES, Build, compiler
+from model.backends.native.builds import BUILDS, NAMES, SANITIZED, Build, compiler
 from model.backends.native.library import Library, lacking_features, opened
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ EMULATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @functools.cache
 def every_library() -> dict[str, Library]:
-    """By name, best first. What is not there is compiled, in a hurry."""
+    """Libraries by name, best first. What is not there is compiled, in a hurry; with sanitizers, nothing more is."""
     wanted = [job for build in BUILDS if (job := _real(build) or _emulated(build)) is not None]
     found = dict(zip((build.name for build, _, _ in wanted), _compiled(wanted), strict=True))
     return {name: library for name, library in found.items() if library is not None}
@@ -48,14 +48,14 @@ Job = tuple[Build, Path, tuple[str, ...]]
 
 
 def _real(build: Build) -> Job | None:
-    if lacking_features(build) or not (build.is_current() or compiler()):
+    if lacking_features(build) or not (build.is_current() or (compiler() and not SANITIZED)):
         return None
     return build, build.path if build.is_current() else _folder() / build.path.name, HURRIED
 
 
 def _emulated(build: Build) -> Job | None:
     for name, options in EMULATIONS.get(build.name, {}).items():
-        if compiler() and not lacking_features(BUILDS[NAMES.index(name)]):
+        if compiler() and not SANITIZED and not lacking_features(BUILDS[NAMES.index(name)]):
             return build, _folder() / f"emulated_{build.name}.so", (*HURRIED, *options)
     return None
 

@@ -7,22 +7,20 @@ no time: what it writes is the command. The library itself is what tests/model/t
 from __future__ import annotations
 
 import ctypes
-import gc
-import importlib
 import os
-import pkgutil
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import model.backends.native
-from model.backends.native import builds, library
+from model.backends.native import builds, library, structures
 from model.backends.native.__main__ import report
 from model.backends.native.builds import BUILDS, NAMES, compiler, plan
 from model.config import EngineConfig
@@ -387,7 +385,7 @@ def test_the_next_best_is_loaded_where_the_system_forbids_the_best(
     """As Linux may AMX."""
     assert make(copy, CXX=stand_in(tmp_path, AMX), FLASH_BUILDS="all").returncode == 0
     runs(monkeypatch, "amx")
-    real = library.Library("avx512bf16", ctypes.CDLL(None))
+    real = library.Library("avx512bf16", ctypes.CDLL(None), {})
     monkeypatch.setattr(library, "opened", lambda build, path: None if build.name == "amx" else real)
     choose("auto")
     assert library.load() is real
@@ -437,7 +435,7 @@ def test_it_says_which_build_is_used_and_why(
     assert make(copy, CXX=cxx, FLASH_BUILDS=compiles).returncode == 0
     monkeypatch.setenv("CXX", cxx)
     runs(monkeypatch, processor)
-    monkeypatch.setattr(library, "opened", lambda build, path: library.Library(build.name, ctypes.CDLL(None)))
+    monkeypatch.setattr(library, "opened", lambda build, path: library.Library(build.name, ctypes.CDLL(None), {}))
     choose(choice)
     said = report().splitlines()
     assert said[0].startswith(first)
@@ -458,40 +456,61 @@ def test_where_there_is_no_compiler_it_says_what_to_install(
     assert "there is no C++ compiler (Debian and Ubuntu: apt-get install g++)" in report()
 
 
-def structures() -> set[type[ctypes.Structure]]:
-    names = [found.name for found in pkgutil.iter_modules(model.backends.native.__path__) if found.name[0] != "_"]
-    modules = [importlib.import_module(f"model.backends.native.{name}") for name in names]
-    kinds = (kind for module in modules for kind in vars(module).values() if isinstance(kind, type))
-    return {kind for kind in kinds if issubclass(kind, ctypes.Structure)} - {library.Mirror}
+# -- structures that both sides read
 
 
-def test_every_structure_is_as_large_in_the_library() -> None:
-    """All of them are compared when it is loaded: none is beside them that is not a Mirror."""
-    found = structures()
-    assert found == {*library.Mirror.__subclasses__()}
-    assert len(found) >= 10
+def first_library() -> library.Library:
     if not (libraries := every_library()):
         pytest.skip("no library here")
-    names = {kind: kind.NAME or kind.__name__.removeprefix("_") for kind in library.Mirror.__subclasses__()}
-    for one in libraries.values():
-        for kind, name in names.items():
-            assert one.functions.flash_size(name.encode()) == ctypes.sizeof(kind), name
-        assert one.functions.flash_size(b"Unheard") == 0
+    return next(iter(libraries.values()))
 
 
-@pytest.mark.parametrize("name", ["AttentionMetadata", "Trees", "Round", "Unheard"])
-def test_a_field_on_one_side_only_is_noticed(name: str) -> None:
-    libraries = every_library()
-    if not libraries:
-        pytest.skip("no library here")
-    functions = next(iter(libraries.values())).functions
-    size = functions.flash_size(name.encode())
-    fields = {"_fields_": [("bytes", ctypes.c_char * (size + 8))], "NAME": name}
-    kind = type("_Longer", (library.Mirror,), fields)
-    try:
-        with pytest.raises(AssertionError, match=rf"{name}: {size} bytes in C\+\+, {size + 8} in Python"):
-            library._check_structures(functions)
-    finally:
-        del kind
-        gc.collect()
-    library._check_structures(functions)
+def test_every_library_has_the_same_structures_and_constants() -> None:
+    first = first_library()
+    for one in every_library().values():
+        assert (
+            structures.check_layout(one.functions, structures.Structure.__subclasses__())
+            == one.constants
+            == first.constants
+        )
+    assert first.constants["K_STEP"] == 32
+
+
+CHANGED: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "one is longer": lambda fields: [*fields, ("more", ctypes.c_int64)],
+    "one lacks a field": lambda fields: fields[:-1],
+    "two are exchanged": lambda fields: [fields[1], fields[0], *fields[2:]],
+    "two are exchanged in the middle": lambda fields: [*fields[:2], fields[3], fields[2], *fields[4:]],
+    "one has another name": lambda fields: [("other", fields[0][1]), *fields[1:]],
+    "one is of another type": lambda fields: [(fields[0][0], ctypes.c_int16), *fields[1:]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("name", ["Layer", "Rows", "Trees", "Worth"])
+def test_a_structure_that_is_another_one_in_the_library_is_refused(change: str, name: str) -> None:
+    """Also of the same size: each side would read one field as another."""
+    functions = first_library().functions
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in structures.Structure.__subclasses__()}
+    kinds[name] = type(name, (ctypes.Structure,), {"_fields_": CHANGED[change](list(kinds[name]._fields_))})
+    with pytest.raises(structures.LayoutError, match=name):
+        structures.check_layout(functions, kinds.values())
+
+
+def test_a_structure_that_only_the_library_has_is_refused() -> None:
+    kinds = [kind for kind in structures.Structure.__subclasses__() if kind is not structures.Worth]
+    with pytest.raises(structures.LayoutError, match=r"lacks what the native library has: Worth, Worth\.seconds"):
+        structures.check_layout(first_library().functions, kinds)
+
+
+def test_every_function_that_is_called_is_declared() -> None:
+    """With the types that ctypes then holds callers to."""
+    source = builds.FOLDER.joinpath("transformer.cpp").read_text()
+    declared = {name: len(types) - 1 for name, types in structures.FUNCTIONS.items()}
+    found = re.findall(r"^[\w* ]+?\b(flash_\w+)\(([^)]*)\) \{", source, re.MULTILINE)
+    assert {name: len([one for one in taken.split(",") if one.strip()]) for name, taken in found} == declared
+    functions = first_library().functions
+    with pytest.raises(ctypes.ArgumentError):
+        functions.flash_commit(False, ctypes.byref(structures.Trees()))
+    with pytest.raises(TypeError, match="arguments"):
+        functions.flash_linear(False, None)

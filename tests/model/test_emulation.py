@@ -14,7 +14,7 @@ import torch
 from model.backends.attention import MaskKind
 from model.backends.native import library
 from model.backends.native.builds import BUILDS, FLAGS, NAMES, compiler
-from model.backends.native.library import Library, Matrix
+from model.backends.native.library import Library, PackedLinear
 from model.backends.native.stack import Shape, Stack
 from tests.model.libraries import AVX512_BF16, emulated, every_library
 from tests.model.test_native import HIDDEN, INNER, cache, cast, decoded, layer, normal, rotary, some_tree
@@ -174,5 +174,5 @@ def outputs(one: Library, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         x, depths = normal(2, 21, HIDDEN, seed=2).to(dtype), np.tile(np.arange(21), (2, 1))
         for mask_kind, more in ((MaskKind.CAUSAL, {}), (MaskKind.TREE, {"parents": parents})):
             found.append(decoded(stack, cache(shape, 2, dtype), starts, x, depths, mask_kind, **more).clone())
-    matrix = Matrix(normal(100, 96, seed=1).to(dtype), normal(100, seed=2).to(dtype))
+    matrix = PackedLinear(normal(100, 96, seed=1).to(dtype), normal(100, seed=2).to(dtype))
     return [*found, *(matrix(normal(rows, 96, seed=3).to(dtype)) for rows in (1, 5, 40))]

@@ -7,10 +7,12 @@ its rows one by one. Were it lost (another blocking, another order of keys), ans
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +26,9 @@ from torch.nn import functional as F  # noqa: N812
 from model.backends.attention import AttentionMetadata, MaskKind, attend
 from model.backends.kv_cache import KVCache
 from model.backends.native import library
-from model.backends.native.builds import BUILDS
+from model.backends.native.builds import BUILDS, SANITIZED
 from model.backends.native.candidates import Candidates, Sequential
-from model.backends.native.library import Matrix
+from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.backends.native.step import Verifier
 from model.decoding import tree, verify
@@ -280,7 +282,7 @@ def test_threads_that_lose_their_cores_change_nothing(dtype: torch.dtype) -> Non
         shape, [cast(layer(i, 4, 2, 32, bias=False, clip=False), dtype) for i in (1, 20)], rotary=rotary(32, 300)
     )
     x, start = normal(1, 40, HIDDEN, seed=2).to(dtype), np.array([9], np.int32)
-    matrix = Matrix(normal(1000, HIDDEN, seed=1).to(dtype), None)
+    matrix = PackedLinear(normal(1000, HIDDEN, seed=1).to(dtype), None)
 
     def jobs() -> list[Tensor]:
         kept = cache(shape, 1, dtype)
@@ -304,7 +306,7 @@ def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outp
     """Sizes that fill no block, one row and many; and again no row's bits depend on the others."""
     weight, bias = normal(outputs, inputs, seed=1).to(dtype), normal(outputs, seed=2).to(dtype)
     x = normal(150, inputs, seed=3).to(dtype)
-    matrix = Matrix(weight, bias)
+    matrix = PackedLinear(weight, bias)
     y = matrix(x)
     atol, rtol = (1e-4, 1e-5) if dtype is torch.float32 else (0.1, 0.02)
     torch.testing.assert_close(y.double(), F.linear(x.double(), weight.double(), bias.double()), atol=atol, rtol=rtol)
@@ -322,7 +324,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
     hidden = normal(3, 5, 32, seed=3).to(dtype)
     newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
     exact, head = sequential(rank, vocab=202 if some else 101, dtype=dtype, some=some) if rank else (None, None)
-    whole = Candidates(width, (), head, offered=offered).grow(hidden, logits, newest, budgets)
+    whole = Candidates(width, (), 202, head, draft_vocab=offered).grow(hidden, logits, newest, budgets)
     # A root, and the likeliest token of the first level: behind that nothing, behind the root as before.
     ending = {3, int(whole.tokens[2, 1])} if ends else set()
     expected = tree.best_first(
@@ -334,7 +336,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
         budgets=budgets,
         offered=offered,
     )
-    grown = Candidates(width, ending, head, offered=offered).grow(hidden, logits, newest, budgets)
+    grown = Candidates(width, ending, 202, head, draft_vocab=offered).grow(hidden, logits, newest, budgets)
     assert not any(token in ending for path in paths(grown, 2) for token in path[1:-1])
     assert any(token in ending for path in paths(whole, 2) for token in path[1:-1]) == ends
     assert grown.sizes.tolist() == expected.sizes.tolist()
@@ -352,7 +354,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
 def test_where_a_draft_says_no_number_a_tree_ends(dtype: torch.dtype, wrong: float, fixed: bool) -> None:
     """Tokens and scores are looked up by: what was never written there, or is no number, ends the process."""
     shape = tree.FixedTree.of({(): 2, (0,): 2, (0, 0): 2}, 3)
-    candidates = Candidates(2, (), fixed=shape if fixed else None)
+    candidates = Candidates(2, (), 101, fixed=shape if fixed else None)
     newest, budgets = np.array([3, 4, 5]), np.array([6, 6, 6])
     logits = normal(3, 3, 101, seed=1).to(dtype)
     hidden = normal(3, 3, 32, seed=3).to(dtype)
@@ -368,6 +370,33 @@ def test_where_a_draft_says_no_number_a_tree_ends(dtype: torch.dtype, wrong: flo
         assert np.isfinite(cut.scores[b, real]).all()
         assert ((cut.tokens[b, real] >= 0) & (cut.tokens[b, real] < 101)).all()
     assert whole.sizes.tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("other", ["layers", "matrix", "trees", "packing", "patches"])
+def test_threads_that_call_it_at_once_get_what_each_gets_alone(dtype: torch.dtype, other: str) -> None:
+    """Threads and memory are the library's, one for the process: without a lock each would use what the other does."""
+    shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
+    stack = Stack(shape, [cast(layer(1, 4, 2, 32, bias=False, clip=False), dtype)], rotary=rotary(32, 300))
+    x, start = normal(1, 40, HIDDEN, seed=2).to(dtype), np.array([9], np.int32)
+    wide = normal(300, HIDDEN, seed=1).to(dtype)
+    matrix, rows = PackedLinear(wide), normal(50, HIDDEN, seed=4).to(dtype)
+    logits, budgets = normal(3, 5, 101, seed=1, scale=3.0).to(dtype), np.array([7, 9, 11])
+    pictures, table = np.random.default_rng(1).integers(0, 256, (2, 28, 42, 3), np.uint8), normal(3, 256, seed=1)
+    candidates = Candidates(4, (), 101)
+    jobs: dict[str, Callable[[], Tensor]] = {
+        "layers": lambda: decoded(stack, cache(shape, 1, dtype), start, x, np.arange(40)[None], MaskKind.CAUSAL),
+        "matrix": lambda: matrix(rows),
+        "trees": lambda: torch.from_numpy(candidates.grow(rows, logits, np.array([3, 4, 5]), budgets).scores),
+        "packing": lambda: PackedLinear(wide).packed.clone(),
+        "patches": lambda: library.patches(pictures, 14, table, dtype),
+    }
+    alone = {name: jobs[name]() for name in ("layers", other)}
+
+    def repeat(name: str) -> bool:
+        return all(torch.equal(jobs[name](), alone[name]) for _ in range(15))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(repeat, ["layers", other, other]))
 
 
 class Rounding(SequentialHead):
@@ -386,7 +415,7 @@ def sequential(rank: int, *, vocab: int, dtype: torch.dtype, some: bool = False)
     for seed, weight in enumerate(exact.parameters()):
         weight.copy_(normal(*weight.shape, seed=seed, scale=4 / rank**0.5))
     exact.to(dtype).dtype = dtype
-    packed = [Matrix(linear.weight) for linear in (exact.context, exact.state, exact.after)]
+    packed = [PackedLinear(linear.weight) for linear in (exact.context, exact.state, exact.after)]
     return exact.double(), Sequential(exact.before.weight.to(dtype), *packed)
 
 
@@ -428,7 +457,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
     embeddings = normal(vocab, HIDDEN, seed=4).to(dtype)
     weight = normal(vocab, HIDDEN, seed=5, scale=HIDDEN**-0.5).to(dtype)
     weight[vocab // 2 : 2 * (vocab // 2)] = weight[: vocab // 2]  # (nearly) every logit twice
-    head = Matrix(weight)
+    head = PackedLinear(weight)
     sizes, roots = np.array([7, 1, 5]), np.array([40, 0, 9], np.int32)
     trees = tree.roots(np.zeros(3, np.int64), 7)
     trees.tokens[:] = np.random.default_rng(6).integers(0, vocab, (3, 7))
@@ -480,6 +509,52 @@ def test_patches_are_what_a_convolution_sees(dtype: torch.dtype, patch: int) -> 
     seen = torch.stack([table[c][torch.from_numpy(pictures[..., c]).long()] for c in range(3)], 1).to(dtype)
     expected = F.unfold(seen.float(), patch, stride=patch).transpose(1, 2)
     assert torch.equal(library.patches(pictures, patch, table, dtype).float(), expected)
+
+
+WRONG = {
+    "position": ("position < stack.num_positions", "places[0, 0, 3] = 300"),
+    "negative position": ("0 <= position", "places[0, 1, 0] = -1"),
+    "slot": ("rows.first_slot + rows.batch <= rows.cache.num_slots", "first_slot = 1"),
+    "row": ("rows.starts[b] + rows.counts[b] <= rows.cache.num_positions", "starts[1] = 999"),
+    "count": ("rows.counts[b] <= rows.rows", "counts[0] = 5"),
+    "parent": ("parents[row] < row", "parents[0, 2] = 2"),
+}
+CALL = """
+import numpy as np
+from tests.model.test_native import *
+shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
+stack = Stack(shape, [layer(1, 4, 2, 32, bias=False, clip=False)], rotary=rotary(32, 300))
+places, parents = np.zeros((1, 2, 4), np.int32), np.array([[-1, 0, 1, 2]] * 2, np.int32)
+starts, counts, first_slot = np.array([7, 9], np.int32), np.array([4, 4], np.int32), 0
+{change}
+kept = cache(shape, 2, torch.float32)
+rows = AttentionMetadata(kept, first_slot, 4, starts, counts, MaskKind.TREE, parents)
+stack.forward(normal(2, 4, HIDDEN, seed=2), places, rows)
+"""
+
+
+@pytest.mark.skipif(not SANITIZED, reason="compiled in for `make sanitize` alone")
+@pytest.mark.parametrize("what", [None, *WRONG])
+def test_a_wrong_index_ends_the_process_and_says_which(what: str | None) -> None:
+    message, change = WRONG[what] if what else ("", "")
+    code = CALL.format(change=change)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (-signal.SIGABRT if what else 0), done.stderr
+    assert message in done.stderr
+
+
+def test_two_engines_in_two_threads_say_what_each_says_alone(tiny_checkpoint: Path, tiny_draft: Path) -> None:
+    """Of other drafts and batches, so that they ask for other memory at the same time."""
+    requests = [tiny.ask(str(i), tiny.image(i), "What is it?", max_tokens=30) for i in range(6)]
+    one = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=4))
+    other = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=6))
+    alone = tiny.answers(one, requests)
+
+    def answers(engine: Engine) -> list[dict[str, list[int]]]:
+        return [tiny.answers(engine, requests, every=every) for every in (0, 1, 2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(answers, (one, other))] == [[alone] * 3] * 2
 
 
 def test_what_does_not_fit_runs_through_transformers_own_layers(

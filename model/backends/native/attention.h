@@ -1,11 +1,14 @@
 // Attention of a few rows over the keys that one sequence holds, in one pass (the running softmax of Milakov and
-// Gimelshein, arXiv 1805.02867). Keys are taken 32 at a time in the order in which they count for a row, wherever they
+// Gimelshein, arXiv 1805.02867). Keys are read 32 at a time in the order in which they count for a row, wherever they
 // lie in memory: so what a row gets has the same bits on a branch of a tree, in a chunk of a prompt and alone.
 #pragma once
+#include "check.h"
 #include "product.h"
 
-constexpr int KEYS = 32;         // taken together
+constexpr int KEYS = 32;         // read together
 constexpr int MAX_QUERIES = 16;  // a tile of AMX, and lanes of a vector
+constexpr int MAX_LISTED =
+    (MAX_NODES + 1 + KEYS + LANES - 1) / LANES * LANES;  // keys that rows of a tree see one by one
 
 // Keys and values, D numbers each: one after the other, or as listed.
 template <class K, int D>
@@ -38,7 +41,8 @@ static inline Register products(const bf16* q, const bf16* key) {
 #pragma GCC unroll 8
   for (int d = 0; d < D; d += 2 * LANES) {
     const __mmask32 inside = d + 2 * LANES <= D ? 0xffffffff : 0xffff;
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(inside, q + d), (__m512bh)_mm512_maskz_loadu_epi16(inside, key + d));
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(inside, q + d),
+                           (__m512bh)_mm512_maskz_loadu_epi16(inside, key + d));
   }
   return (Register)sum;
 }
@@ -47,12 +51,12 @@ static inline Register products(const bf16* q, const bf16* key) {
 #if defined(__AMX_BF16__)
 // Rows become columns: in four rounds, each of which swaps the off-diagonal quarters of ever smaller squares.
 static inline void transpose(Register* m) {
-#define ROUND(SPAN, LOW, HIGH)                               \
-  for (int i = 0; i < LANES; i++)                            \
-    if (!(i & SPAN)) {                                       \
-      const Register a = m[i], b = m[i + SPAN];                    \
-      m[i] = __builtin_shufflevector(a, b, LOW);             \
-      m[i + SPAN] = __builtin_shufflevector(a, b, HIGH);     \
+#define ROUND(SPAN, LOW, HIGH)                           \
+  for (int i = 0; i < LANES; i++)                        \
+    if (!(i & SPAN)) {                                   \
+      const Register a = m[i], b = m[i + SPAN];          \
+      m[i] = __builtin_shufflevector(a, b, LOW);         \
+      m[i + SPAN] = __builtin_shufflevector(a, b, HIGH); \
     }
 #define SIDE_BY_SIDE(...) __VA_ARGS__
 #pragma GCC unroll 16
@@ -97,8 +101,13 @@ struct Attention {
   // Weighted sums of values so far, in the order of load_unordered; PAIRED: see add_pairs.
   alignas(64) float mixed[MAX_QUERIES][D];
   alignas(64) float most[MAX_QUERIES] = {};  // largest score so far
-  Vector total[MAX_QUERIES];                    // of the weights so far, lane by lane
-#if defined(__AMX_BF16__)
+  Vector total[MAX_QUERIES];                 // of the weights so far, lane by lane
+#if !defined(__AMX_BF16__)
+  static constexpr bool KNOWS_LISTED = false;
+#else
+  // Scores of listed keys are computed for all queries at once: those of a tree's rows, and of keys before it that fill
+  // no tile.
+  static constexpr bool KNOWS_LISTED = sizeof(T) == 2;
   static constexpr int DEPTH = (D + K_STEP - 1) / K_STEP * K_STEP;
   // Queries as AMX reads its right-hand side, and what one query needs to pass through it alone.
   alignas(64) bf16 columns[DEPTH * MAX_QUERIES] = {};
@@ -107,13 +116,12 @@ struct Attention {
 #endif
 
   // Where bfloat16 is widened to be multiplied, many queries have their next keys and values widened once.
-  static constexpr bool WIDENS = !std::is_same_v<Kept<T>, T>;
   static constexpr int WIDENING_QUERIES = 4;
-  alignas(64) float wide_keys[WIDENS ? KEYS * D : 1], wide_values[WIDENS ? KEYS * D : 1];
+  alignas(64) float wide_keys[WIDENED<T> ? KEYS * D : 1], wide_values[WIDENED<T> ? KEYS * D : 1];
 
   Attention(const T* keys, const T* values, float scale) : keys(keys), values(values), scale(scale) {}
 
-  void add(const Kept<T>* query) {
+  void add_query(const Kept<T>* query) {
     q[num] = query;
     if constexpr (REORDERS) {
       for (int d = 0; d < D; d += LANES) store(reordered[num] + d, unordered(load(query + d)));
@@ -129,31 +137,32 @@ struct Attention {
     num++;
   }
 
-  void give(int n, Kept<T>* out) const {
-    const float whole = sum(total[n]);
+  void finish(int n, Kept<T>* out) const {
+    const float weight_sum = sum(total[n]);
     int d = 0;
 #if defined(__AVX512BF16__)
     if (PAIRED)
       for (; d + 2 * LANES <= D; d += 2 * LANES) {
-        const Vector low = load(mixed[n] + d) / whole, high = load(mixed[n] + d + LANES) / whole;
+        const Vector low = load(mixed[n] + d) / weight_sum, high = load(mixed[n] + d + LANES) / weight_sum;
         store(out + d, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-        store(out + d + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+        store(out + d + LANES,
+              __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
       }
 #endif
-    for (; d < D; d += LANES) keep<T>(out + d, in_order(load(mixed[n] + d) / whole, (const T*)nullptr));
+    for (; d < D; d += LANES) keep<T>(out + d, in_order(load(mixed[n] + d) / weight_sum, (const T*)nullptr));
   }
 
-  // The next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.
-  void take(long first, const int* visible) {
+  // Attend to the next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.
+  void add_keys(long first, const int* visible) {
     int longest = 0;
     for (int n = 0; n < num; n++) longest = visible[n] > longest ? visible[n] : longest;
-    if constexpr (WIDENS)
-      if (num >= WIDENING_QUERIES) return take_from(widened(first, longest), first, visible, longest);
-    take_from(Contiguous<T, D>{keys + first * D, values + first * D}, first, visible, longest);
+    if constexpr (WIDENED<T>)
+      if (num >= WIDENING_QUERIES) return add_keys_from(widened(first, longest), first, visible, longest);
+    add_keys_from(Contiguous<T, D>{keys + first * D, values + first * D}, first, visible, longest);
   }
 
   template <class Source>
-  void take_from(Source at, long first, const int* visible, int longest) {
+  void add_keys_from(Source at, long first, const int* visible, int longest) {
     score_all(at, first, longest);
     alignas(64) float factors[MAX_QUERIES];
     const Vector before = load(most);
@@ -163,9 +172,11 @@ struct Attention {
     mix(at, longest);
   }
 
-  // The last keys, different ones for every query: lists[n], of sizes[n], all of them from `first` to `end`.
-  void take_listed(long first, long end, const int32_t* const* lists, const int32_t* sizes) {
-    float* known = score_range(first, end, (float*)__builtin_alloca_with_align(round_up(end - first, LANES) * MAX_QUERIES * sizeof(float), 512));
+  // Attend to the last keys, different ones for every query: lists[n], of sizes[n], all of them from `first` to `end`.
+  void add_listed_keys(long first, long end, const int32_t* const* lists, const int32_t* sizes) {
+    alignas(64) float memory[KNOWS_LISTED ? MAX_LISTED * MAX_QUERIES : 1];
+    CHECK(end - first <= MAX_LISTED);
+    const float* known = score_range(first, end, memory);
     for (int n = 0; n < num; n++)
       for (int i = 0; i < sizes[n]; i += KEYS) {
         const Listed<T, D> at{keys, values, lists[n] + i};
@@ -182,11 +193,12 @@ struct Attention {
   }
 
  private:
-  // Scales the scores of a query's next `count` keys, and makes them small where there is no key; the largest.
+  // Scale the scores of a query's next `count` keys, and make them small where there is no key. Returns the largest.
   float scaled_scores(int n, int count) {
     const Vector low = first_lanes(load(scores[n]) * scale, count, -1e30f);
     const Vector high = first_lanes(load(scores[n] + LANES) * scale, count - LANES, -1e30f);
-    store(scores[n], low), store(scores[n] + LANES, high);
+    store(scores[n], low);
+    store(scores[n] + LANES, high);
     return largest(larger(low, high));
   }
 
@@ -201,8 +213,8 @@ struct Attention {
     return {wide_keys, wide_values};
   }
 
-  // From scores to weights. factor: what all so far counts for, now that `most` is what it is; 1 more often than not, but
-  // to ask would cost more than to multiply.
+  // From scores to weights. factor: what all so far counts for, now that `most` is what it is; 1 more often than not,
+  // but to ask would cost more than to multiply.
   void weigh(int n, int count, float factor) {
 #pragma GCC unroll 16
     for (int d = 0; d < D; d += LANES) store(mixed[n] + d, load(mixed[n] + d) * factor);
@@ -213,7 +225,8 @@ struct Attention {
     const Vector low = exponential(load(scores[n]) - most[n]), high = exponential(load(scores[n] + LANES) - most[n]);
     total[n] = total[n] * factor + low + high;
     const T* type = nullptr;
-    store(weights[n], rounded(low, type)), store(weights[n] + LANES, rounded(high, type));
+    store(weights[n], rounded(low, type));
+    store(weights[n] + LANES, rounded(high, type));
   }
 
   // Lanes without a key get the last one's score: scaled_scores passes it by.
@@ -254,8 +267,8 @@ struct Attention {
       for (int c = 0; c < COLUMNS; c++) store(mixed[first + n] + d + c * WIDTH, sums[n][c]);
   }
 
-  // Two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows in turns are
-  // cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
+  // Two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows in turns
+  // are cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
   template <int N, class Source>
   void add_pairs(int first, Source at, int count) {
 #if defined(__AVX512BF16__)
@@ -270,7 +283,8 @@ struct Attention {
 #pragma GCC unroll 8
       for (int v = 0; v + 1 < VECTORS; v += 2) {
         const __m512i a = _mm512_loadu_si512(one + v * LANES), b = _mm512_loadu_si512(other + v * LANES);
-        pairs[v] = _mm512_unpacklo_epi16(a, b), pairs[v + 1] = _mm512_unpackhi_epi16(a, b);
+        pairs[v] = _mm512_unpacklo_epi16(a, b);
+        pairs[v + 1] = _mm512_unpackhi_epi16(a, b);
       }
       if (VECTORS % 2) {
         const long d = D - LANES;
@@ -342,9 +356,10 @@ struct Attention {
       const T* other = at.value(i + 1 < count ? i + 1 : 0);
       for (int v = 0; v < VECTORS; v++) {
         Bfloats a, b;
-        memcpy(&a, one + v * LANES, sizeof a), memcpy(&b, other + v * LANES, sizeof b);
-        const auto both = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
-                                                  10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        memcpy(&a, one + v * LANES, sizeof a);
+        memcpy(&b, other + v * LANES, sizeof b);
+        const auto both = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                                  9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         memcpy((void*)(pairs[v] + i * LANES), &both, sizeof both);
       }
     }
@@ -377,23 +392,29 @@ struct Attention {
     }
   }
 #else
-  // Each of several queries fetches its part of the next keys and values: all at once would be more than the processor waits for
-  // at a time. One alone is done too soon to gain by it.
+  // Each of several queries fetches its part of the next keys and values: all at once would be more than the processor
+  // waits for at a time. One alone is done too soon to gain by it.
   template <class Source>
   void score_all(Source at, long first, int count) {
     constexpr int lines = KEYS * D * sizeof(T) / LINE;
     for (int n = 0; n < num; n++) {
       if (num > 1)
-        for (int line = lines * n / num; line < lines * (n + 1) / num; line++)
-          fetch(keys + (first + KEYS) * D, line), fetch(values + (first + KEYS) * D, line);
+        for (int line = lines * n / num; line < lines * (n + 1) / num; line++) {
+          fetch(keys + (first + KEYS) * D, line);
+          fetch(values + (first + KEYS) * D, line);
+        }
       score(n, at, count);
     }
   }
   float* score_range(long, long, float*) const { return nullptr; }
   template <class Source>
-  void mix(Source at, int count) { mix_rows(0, num, at, count); }
+  void mix(Source at, int count) {
+    mix_rows(0, num, at, count);
+  }
   template <class Source>
-  void mix_alone(int n, Source at, int count) { mix_rows(n, 1, at, count); }
+  void mix_alone(int n, Source at, int count) {
+    mix_rows(n, 1, at, count);
+  }
 #endif
 
   template <class Source>

@@ -3,8 +3,10 @@
     python -m model.backends.native.builds       compile what FLASH_BUILDS says into this folder
 
 FLASH_BUILDS is `auto` (the default: the best build that this machine runs), `all`, `none`, or names separated by
-commas. A build that is there and current is not compiled again, and one that is not current is removed. Python's own
-library is all that this takes: setup.py imports it before anything is installed.
+commas. A build that is there and current is not compiled again, and one that is not current is removed. With
+FLASH_SANITIZE=1, libraries with AddressSanitizer, UndefinedBehaviorSanitizer and checks of what Python hands over are
+compiled, and loaded, beside the others (`make sanitize`). Python's own library is all that this takes: setup.py imports
+it before anything is installed.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from functools import cache
 from pathlib import Path
 
 CHOICE = "FLASH_BUILDS"
+SANITIZED = os.environ.get("FLASH_SANITIZE") == "1"
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "transformer.cpp"
 # -ffp-contract=off: what rounds once says so (simd.h), and everything else rounds alike wherever the compiler puts it.
-FLAGS = (
+FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-O2",
     "-ffp-contract=off",
@@ -37,6 +40,16 @@ FLAGS = (
     "-pthread",
     "-shared",
 )
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-DFLASH_CHECKS",
+    "-O1",
+    "-g",
+)
+FLAGS += SANITIZERS if SANITIZED else ()
+SUFFIX = "_sanitized.so" if SANITIZED else ".so"
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -45,7 +58,7 @@ SLOWER = "Models run through torch, several times slower on a CPU."
 
 
 class BuildError(Exception):
-    """Nothing comes of it; says what to do."""
+    """A library cannot be compiled; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +69,10 @@ class Build:
 
     @property
     def path(self) -> Path:
-        return FOLDER / f"_{self.name}.so"
+        return FOLDER / f"_{self.name}{SUFFIX}"
 
     def stamp(self) -> str:
-        """What a library says of itself that was compiled with these flags from the sources as they are now."""
+        """Name what a library is compiled from: this build, its flags, and the sources as they are now."""
         digest = hashlib.sha256(repr((self.name, FLAGS, self.flags)).encode())
         for source in sorted((SOURCE, *FOLDER.glob("*.h"))):
             digest.update(b"\0" + source.name.encode() + b"\0" + source.read_bytes())
@@ -71,9 +84,9 @@ class Build:
 
     def compile(self, path: Path, options: Sequence[str] = ()) -> None:
         """Compile it to `path`, which changes in one go: a process that has it loaded keeps what it has."""
-        made = path.with_name(f".{path.name}.{os.getpid()}")
+        new = path.with_name(f".{path.name}.{os.getpid()}")
         stamp = f'-DFLASH_STAMP="{self.stamp()}"'
-        command = [*compiler(), *FLAGS, *self.flags, stamp, *options, str(SOURCE), "-o", str(made)]
+        command = [*compiler(), *FLAGS, *self.flags, stamp, *options, str(SOURCE), "-o", str(new)]
         try:
             done = _run(command)
             if done.returncode:
@@ -82,9 +95,9 @@ class Build:
                     f"The native library (build {self.name}) does not compile: see above. It takes GCC 12 or newer; "
                     f"CXX names another compiler; with {CHOICE}=none it is left out, and models run through torch."
                 )
-            made.replace(path)
+            new.replace(path)
         finally:
-            made.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
 
 
 BUILDS = (  # best first
@@ -175,8 +188,8 @@ def compile_all(paths: Mapping[Build, Path], options: Sequence[str] = ()) -> Non
 def remove_stale() -> None:
     """Remove libraries of other sources, flags or builds than there are now."""
     current = {build.path for build in BUILDS if build.is_current()}
-    for path in FOLDER.glob("_*.so"):
-        if path not in current:
+    for path in FOLDER.glob(f"_*{SUFFIX}"):
+        if path not in current and (SANITIZED or "sanitized" not in path.name):
             path.unlink()
 
 

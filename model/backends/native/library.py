@@ -2,7 +2,7 @@
 
 Its builds, one for each kind of processor, are compiled when FlashServe is installed (builds.py); without a compiler,
 or elsewhere than on x86-64, `load` returns None and models run through torch. Its threads and memory are one for the
-whole process: not to be called by two threads at once.
+whole process: of two threads that call it, one waits until the other's call is over.
 
 The environment variable FLASH_NATIVE chooses a build, for tests and comparison: `auto` (the default: the best one that
 is there and that this processor runs), `off` (torch), or the name of one.
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,24 +26,18 @@ from torch import Tensor
 from model.backends import memory
 from model.backends.native.builds import BUILDS, NAMES, Build
 from model.backends.native.builds import CHOICE as COMPILED
+from model.backends.native.structures import Structure, check_layout, declare
 from model.errors import ConfigError
 
 CHOICE = "FLASH_NATIVE"
 DTYPES = (torch.float32, torch.bfloat16)  # that every build computes in
-LANES, K_STEP = 16, 32  # as in product.h
-MAX_PATCH = 32  # as in pass.h
 
 
 @dataclass(frozen=True)
 class Library:
     name: str
     functions: ctypes.CDLL
-
-
-class Mirror(ctypes.Structure):
-    """A structure that the library reads too: field by field as it is there."""
-
-    NAME: ClassVar[str] = ""  # there, where it is not the class's own without underscore
+    constants: Mapping[str, int]  # of structures.h, by name
 
 
 @cache
@@ -90,28 +83,16 @@ def lacking_features(build: Build) -> list[str]:
 def opened(build: Build, path: Path) -> Library | None:
     """Load a library that was compiled to `path`; None where the system does not let this process use it."""
     functions = ctypes.CDLL(str(path))
-    _check_structures(functions)
-    functions.flash_begin.restype = ctypes.c_bool
+    declare(functions)
+    constants = check_layout(functions, Structure.__subclasses__())
     if not functions.flash_begin(1):
         return None
-    return Library(build.name, functions)
-
-
-def _check_structures(functions: ctypes.CDLL) -> None:
-    """Structures are as large there as here: else each would write into what lies behind the other's."""
-    import_module("model.backends.native.step")  # with what it imports, all that describe any
-    functions.flash_size.restype = ctypes.c_long
-    for mirror in Mirror.__subclasses__():
-        name = mirror.NAME or mirror.__name__.removeprefix("_")
-        size = functions.flash_size(name.encode())
-        assert size == ctypes.sizeof(mirror), f"{name}: {size} bytes in C++, {ctypes.sizeof(mirror)} in Python"
+    return Library(build.name, functions, constants)
 
 
 def name() -> str:
     """The build that is loaded."""
-    library = load()
-    assert library is not None, "supports() was not asked"
-    return library.name
+    return _loaded().name
 
 
 def is_off() -> bool:
@@ -152,8 +133,8 @@ def share_cores(yes: bool) -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Torch's own threads stay out of the way: after each operation they spin for a while, on cores that ours need."""
+def single_torch_thread() -> Iterator[None]:
+    """Keep torch's own threads out of the way: after each operation they spin for a while, on cores that ours need."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -162,13 +143,24 @@ def alone() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def functions() -> ctypes.CDLL:
+def _loaded() -> Library:
     library = load()
-    assert library is not None, "supports() was not asked"
-    return library.functions
+    assert library is not None, "there is no native library here: ask supports() first"
+    return library
+
+
+def functions() -> ctypes.CDLL:
+    """The library's functions, with their types declared (structures.py)."""
+    return _loaded().functions
+
+
+def constant(name: str) -> int:
+    """A constant of structures.h, as the library has it."""
+    return _loaded().constants[name]
 
 
 def pointer(array: Tensor | np.ndarray | None, dtype: type = np.int32) -> int | None:
+    """The address of a tensor's numbers, or of an array's of that dtype; None of None."""
     if array is None:
         return None
     if isinstance(array, Tensor):
@@ -188,12 +180,12 @@ def round_up(number: int, to: int) -> int:
 def _filled_up(bias: Tensor | None, outputs: int, dtype: torch.dtype) -> Tensor | None:
     if bias is None:
         return None
-    filled = torch.zeros(round_up(outputs, LANES), dtype=dtype)
+    filled = torch.zeros(round_up(outputs, constant("LANES")), dtype=dtype)
     filled[:outputs] = bias.detach()
     return filled
 
 
-class Matrix:
+class PackedLinear:
     """A linear layer, packed: (..., inputs) -> (..., outputs). A row's bits do not depend on the number of rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -201,48 +193,45 @@ class Matrix:
         self.outputs, self.inputs = weight.shape
         self.dtype = weight.dtype
         self.bias = _filled_up(bias, self.outputs, weight.dtype)
-        self.packed = memory.empty(round_up(self.outputs, LANES) * round_up(self.inputs, K_STEP), weight.dtype)
-        functions().flash_pack(
-            ctypes.c_bool(self.dtype is torch.bfloat16),
-            ctypes.c_void_p(weight.data_ptr()),
-            self.inputs,
-            self.outputs,
-            ctypes.c_void_p(self.packed.data_ptr()),
-        )
+        size = round_up(self.outputs, constant("LANES")) * round_up(self.inputs, constant("K_STEP"))
+        self.packed = memory.empty(size, weight.dtype)
+        bfloat16 = self.dtype is torch.bfloat16
+        functions().flash_pack(bfloat16, weight.data_ptr(), self.inputs, self.outputs, self.packed.data_ptr())
 
     def __call__(self, x: Tensor) -> Tensor:
         assert x.dtype is self.dtype
+        assert x.shape[-1] == self.inputs
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs)
         functions().flash_linear(
-            ctypes.c_bool(self.dtype is torch.bfloat16),
-            ctypes.c_void_p(x.data_ptr()),
+            self.dtype is torch.bfloat16,
+            x.data_ptr(),
             x.numel() // self.inputs,
             self.inputs,
             self.outputs,
-            ctypes.c_void_p(self.packed.data_ptr()),
-            ctypes.c_void_p(pointer(self.bias)),
-            ctypes.c_void_p(y.data_ptr()),
+            self.packed.data_ptr(),
+            pointer(self.bias),
+            y.data_ptr(),
         )
         return y
 
 
 def patches(pictures: np.ndarray, patch: int, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pictures (images, height, width, 3) uint8 cut into patches: (images, patches, 3 * patch * patch), the numbers of
+    """Cut pictures (images, height, width, 3) uint8 into patches: (images, patches, 3 * patch * patch), the numbers of
     each by channel, y and x, as a convolution has its weights. table: (3, 256) float32, what a byte stands for."""
     images, height, width, _ = pictures.shape
-    assert patch <= MAX_PATCH
+    assert patch <= constant("MAX_PATCH")
     pictures, table = np.ascontiguousarray(pictures), table.contiguous()
     assert table.dtype is torch.float32
     cut = torch.empty(images, (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
     functions().flash_patches(
-        ctypes.c_bool(dtype is torch.bfloat16),
-        ctypes.c_void_p(pointer(pictures, np.uint8)),
+        dtype is torch.bfloat16,
+        pointer(pictures, np.uint8),
         images,
         height,
         width,
         patch,
-        ctypes.c_void_p(table.data_ptr()),
-        ctypes.c_void_p(cut.data_ptr()),
+        table.data_ptr(),
+        cut.data_ptr(),
     )
     return cut

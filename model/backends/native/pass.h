@@ -1,5 +1,5 @@
-// A stack of transformer layers over rows of many sequences, on the CPU: one call a forward pass. Rows, weights and cache
-// are the caller's (stack.py); this file knows no tokens, no trees and no models by name.
+// A stack of transformer layers over rows of many sequences, on the CPU: one call a forward pass. Rows, weights and
+// cache are the caller's (stack.py); this file knows no tokens, no trees and no models by name.
 //
 // Every stage of a layer is shared out among the threads of a team in small tasks, and done when they all are:
 //
@@ -9,88 +9,53 @@
 //
 // Results are rounded to the model's type where transformers' own layers would store them.
 #pragma once
-#include <stdio.h>
 #include <stdlib.h>
 
 #include "attention.h"
+#include "check.h"
 #include "product.h"
+#include "structures.h"
 #include "team.h"
-
-enum Norm : int32_t { RMS, LAYER };
-enum Activation : int32_t { SILU_GATED, QUICK_GELU, GELU, GELU_TANH };
-enum Sight : int32_t { CAUSAL, TREE, WHOLE };  // what rows of one sequence see of each other
-
-extern "C" {
-
-// Null where a model has none. Matrices are packed (product.h); biases are filled up to whole panels.
-struct Layer {
-  const void *norm1, *norm1_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
-  const void *norm2, *norm2_bias, *up, *up_bias, *down, *down_bias;
-};
-
-struct Stack {
-  int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate;
-  int32_t norm, activation, num_taps;
-  float eps, scale;
-  const Layer* layers;
-  const void *cos, *sin;  // (positions, head_dim), sin's first half negated; null: no rotary embedding
-  const int32_t* axes;    // (head_dim,) which axis of positions turns this place
-  const int32_t* taps;    // (num_taps,) layers whose output is wanted
-  const void *final_norm, *final_bias;
-};
-
-// Rows lie in (batch, rows); of sequence b the first counts[b] are real, the others are left alone.
-struct Rows {
-  int32_t batch, rows, first_slot, sight;
-  const int32_t* starts;   // (batch,) position in its slot of a sequence's first row
-  const int32_t* counts;   // (batch,)
-  const int32_t* parents;  // (batch, rows), TREE only: -1 for a root; a parent comes before its children
-  const int32_t* positions;  // (axes, batch, rows) for the rotary embedding; null: where a row lies in its slot
-  void* cache;               // [layer][keys, values][slot][head][position][head_dim]
-  int64_t layer_stride, values_stride, slot_stride, head_stride;  // in numbers
-};
-}
 
 namespace {
 
-constexpr int MAX_HEAD_DIM = 256;
-constexpr int MAX_PATCH = 32;
-constexpr int CHUNK_ROWS = 128;  // of one task in a matrix product at most
-constexpr int WIDENING_ROWS = 48;  // for so many it pays to keep bfloat16 weights as float32 for a while
-constexpr int SOME_ROWS = 4;     // of one task where little is done for a row
-constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
+#define HEAD_DIMS(DO) DO(16) DO(32) DO(64) DO(80) DO(96) DO(128) DO(256)  // that attention is compiled for
 
-// Memory for at least so many bytes, on a line of its own. Nothing could be answered without it.
-inline void* allocate(size_t bytes) {
-  void* memory = aligned_alloc(LINE, round_up(bytes, LINE));
-  if (memory) return memory;
-  fprintf(stderr, "FlashServe's native stack: no memory for %zu bytes\n", bytes);
-  abort();
-}
+constexpr int CHUNK_ROWS = 128;    // of one task in a matrix product at most
+constexpr int WIDENING_ROWS = 48;  // for so many it pays to keep bfloat16 weights as float32 for a while
+constexpr int SOME_ROWS = 4;       // of one task where little is done for a row
+constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
 
 struct Arena {
   char* memory = nullptr;
   size_t size = 0, used = 0;
 
+  // Make room for so many bytes. What was taken before is lost.
   void reserve(size_t wanted) {
     used = 0;
     if (wanted <= size) return;
     free(memory);
-    size = wanted;
-    memory = (char*)allocate(size);
+    size = round_up(wanted, LINE);
+    memory = (char*)aligned_alloc(LINE, size);
+    if (memory) return;
+    char message[80];
+    snprintf(message, sizeof message, "there is no memory for %zu bytes of a pass", size);
+    give_up(message, __FILE__, __LINE__);
   }
   template <class T>
   T* take(size_t count) {
-    T* taken = (T*)(memory + used);
-    used += round_up(count * sizeof(T), 64);
-    return taken;
+    T* start = (T*)(memory + used);
+    used += bytes<T>(count);
+    CHECK(used <= size);
+    return start;
   }
   template <class T>
   static size_t bytes(size_t count) {
-    return round_up(count * sizeof(T), 64);
+    return round_up(count * sizeof(T), LINE);
   }
 };
 
+// The library's only state. Whoever calls it holds `entry` (transformer.cpp), so that one job at a time uses them.
 Arena arena, scratch;  // of a pass, and of what is done around it
 Team team;
 
@@ -110,10 +75,12 @@ struct Panels {
 
 inline int chunks_of(int rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 
-// Packed weights as float32, for as many rows that it pays: where there are fewer, they are widened in registers for every few rows.
-// Memory of each thread, for one use after the other.
+// Widen packed weights to float32, for as many rows that it pays: where there are fewer, they are widened in registers
+// for every few rows. Into memory of each thread, until its next use.
 inline const float* widened(const bf16* packed, long count) {
-  static thread_local Arena wide;
+  static thread_local struct Wide : Arena {
+    ~Wide() { free(memory); }
+  } wide;
   wide.reserve(Arena::bytes<float>(count));
   float* to = wide.take<float>(count);
   for (long i = 0; i < count; i += 2 * LANES)
@@ -124,22 +91,22 @@ inline const float* widened(const bf16* packed, long count) {
   return to;
 }
 
-// Rows first.. to end, CHUNK_ROWS at most, times `panels` panels of w from `panel` on: epilogue(row, rows, panel, panels, y, stride) gets
-// blocks of them, y[row * stride + 16 * panel + lane].
+// Rows first.. to end, CHUNK_ROWS at most, times `panels` panels of w from `panel` on: epilogue(row, rows, panel,
+// panels, y, stride) gets blocks of them, y[row * stride + 16 * panel + lane].
 template <class T, class Epilogue>
-void product_rows(const Kept<T>* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels, const void* ahead,
-                  const Epilogue& epilogue) {
+void product_rows(const Kept<T>* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels,
+                  const void* ahead, const Epilogue& epilogue) {
   const long stride_y = (long)panels * LANES;
-  if constexpr (!std::is_same_v<Kept<T>, T>)
+  if constexpr (WIDENED<T>)
     if (end - first >= WIDENING_ROWS) {
       alignas(64) float y[CHUNK_ROWS * MAX_HEAD_DIM];
       constexpr int together = block_panels(BLOCK_ROWS);
       for (int p = 0; p < panels; p += together) {
         const int some = panels - p < together ? panels - p : together;
-        const float* wide = widened(w.at(panel + p), some * w.k * LANES);
+        const float* width = widened(w.at(panel + p), some * w.k * LANES);
         for (int row = first; row < end; row += MANY_ROWS)
-          product(x + row * stride, stride, end - row < MANY_ROWS ? end - row : MANY_ROWS, wide, w.k * LANES, some, w.k,
-                  y + (row - first) * stride_y + p * LANES, stride_y, ahead);
+          product(x + row * stride, stride, end - row < MANY_ROWS ? end - row : MANY_ROWS, width, w.k * LANES, some,
+                  w.k, y + (row - first) * stride_y + p * LANES, stride_y, ahead);
       }
       return epilogue(first, end - first, panel, panels, y, stride_y);
     }
@@ -155,7 +122,8 @@ void product_rows(const Kept<T>* x, long stride, int first, int end, const Panel
 
 // then: the weights that this member goes on with.
 template <class T, class Epilogue>
-void product_stage(Member& team, const Kept<T>* x, long stride, int rows, const Panels<T>& w, const void* then, const Epilogue& epilogue) {
+void product_stage(Member& team, const Kept<T>* x, long stride, int rows, const Panels<T>& w, const void* then,
+                   const Epilogue& epilogue) {
   const int chunks = chunks_of(rows);
   const int chunk = chunks ? round_up((rows + chunks - 1) / chunks, TILE_ROWS) : 0;  // as even as whole tiles allow
   const int tasks = w.tasks(chunks), last = team.end(tasks) - 1;
@@ -232,55 +200,76 @@ struct Pass {
   const Stack& stack;
   const Rows& rows;
   int num = 0, num_blocks = 0;  // real rows, side by side from here on; and blocks of them
-  Kept<T> *x, *norms, *q, *mixed, *inner;
-  bool own_norms;  // of every member, one behind the other in `norms`
+  Kept<T>* x;
+  Kept<T>* norms;
+  Kept<T>* q;
+  Kept<T>* mixed;
+  Kept<T>* inner;
+  bool own_norms;                        // of every member, one behind the other in `norms`
   float *cos = nullptr, *sin = nullptr;  // (num, head_dim)
-  int32_t *where, *slot, *at, *ends;     // of a row: its place in (batch, rows), slot, position there; end of what it sees
+  int32_t *where, *slot, *at, *ends;  // of a row: its place in (batch, rows), slot, position there; end of what it sees
   Block* blocks;
-  const int32_t** tails;                 // TREE: what a row sees beyond its block's context
+  const int32_t** tails;  // TREE: what a row sees beyond its block's context
   int32_t *tail_sizes, *lists;
-  long wide, wide_heads, wide_inner;     // of rows; the caller sees to it that all are multiples of K_STEP
+  long width, width_heads, width_inner;  // of rows; the caller sees to it that all are multiples of K_STEP
 
   Pass(const Stack& stack, const Rows& rows) : stack(stack), rows(rows) {
+    CHECK(0 <= rows.first_slot && rows.first_slot + rows.batch <= rows.cache.num_slots);
+    CHECK(stack.hidden % K_STEP == 0 && stack.intermediate % K_STEP == 0 && stack.head_dim <= MAX_HEAD_DIM);
     long listed = 0;
     for (int b = 0; b < rows.batch; b++) {
+      CHECK(0 <= rows.counts[b] && rows.counts[b] <= rows.rows);
+      CHECK(!rows.counts[b] || (0 <= rows.starts[b] && rows.starts[b] + rows.counts[b] <= rows.cache.num_positions));
       const int count = rows.counts[b];
       num += count;
-      listed += rows.sight == TREE ? count * (KEYS + count) : 0;
+      listed += rows.mask == TREE ? count * (KEYS + count) : 0;
     }
     const long most = round_up(num, MANY_ROWS), head_dim = stack.head_dim;
-    wide = stack.hidden, wide_heads = stack.heads * head_dim, wide_inner = stack.intermediate;
-    own_norms = num * wide <= OWN_NUMBERS;
+    width = stack.hidden;
+    width_heads = stack.heads * head_dim;
+    width_inner = stack.intermediate;
+    own_norms = num * width <= OWN_NUMBERS;
     const long copies = own_norms ? team.size() : 1;
-    arena.reserve((1 + copies) * Arena::bytes<Kept<T>>(most * wide) + 2 * Arena::bytes<Kept<T>>(most * wide_heads) +
-                  Arena::bytes<Kept<T>>(most * wide_inner) + 2 * Arena::bytes<float>(most * head_dim) +
+    arena.reserve((1 + copies) * Arena::bytes<Kept<T>>(most * width) + 2 * Arena::bytes<Kept<T>>(most * width_heads) +
+                  Arena::bytes<Kept<T>>(most * width_inner) + 2 * Arena::bytes<float>(most * head_dim) +
                   5 * Arena::bytes<int32_t>(most) + Arena::bytes<Block>(most) + Arena::bytes<int32_t*>(most) +
                   Arena::bytes<int32_t>(listed));
-    x = arena.take<Kept<T>>(most * wide), norms = arena.take<Kept<T>>(copies * most * wide);
-    q = arena.take<Kept<T>>(most * wide_heads), mixed = arena.take<Kept<T>>(most * wide_heads);
-    inner = arena.take<Kept<T>>(most * wide_inner);
-    cos = arena.take<float>(most * head_dim), sin = arena.take<float>(most * head_dim);
-    where = arena.take<int32_t>(most), slot = arena.take<int32_t>(most), at = arena.take<int32_t>(most);
-    ends = arena.take<int32_t>(most), tail_sizes = arena.take<int32_t>(most), blocks = arena.take<Block>(most);
-    tails = arena.take<const int32_t*>(most), lists = arena.take<int32_t>(listed);
-    place();
+    x = arena.take<Kept<T>>(most * width);
+    norms = arena.take<Kept<T>>(copies * most * width);
+    q = arena.take<Kept<T>>(most * width_heads);
+    mixed = arena.take<Kept<T>>(most * width_heads);
+    inner = arena.take<Kept<T>>(most * width_inner);
+    cos = arena.take<float>(most * head_dim);
+    sin = arena.take<float>(most * head_dim);
+    where = arena.take<int32_t>(most);
+    slot = arena.take<int32_t>(most);
+    at = arena.take<int32_t>(most);
+    ends = arena.take<int32_t>(most);
+    tail_sizes = arena.take<int32_t>(most);
+    blocks = arena.take<Block>(most);
+    tails = arena.take<const int32_t*>(most);
+    lists = arena.take<int32_t>(listed);
+    lay_out();
   }
 
-  // Rows side by side, and in blocks.
-  void place() {
+  // Lay the real rows side by side, and in blocks.
+  void lay_out() {
     const int queries = MAX_QUERIES / (stack.heads / stack.kv_heads), together = queries < 1 ? 1 : queries;
     int32_t* list = lists;
     int row = 0;
     for (int b = 0; b < rows.batch; b++) {
       const int start = rows.starts[b], count = rows.counts[b];
       for (int r = 0; r < count; r++, row++) {
-        where[row] = b * rows.rows + r, slot[row] = rows.first_slot + b, at[row] = start + r;
-        ends[row] = rows.sight == CAUSAL ? at[row] + 1 : start + count;
-        if (r % together == 0) blocks[num_blocks++] = {row, 0, (rows.sight == CAUSAL ? at[row] : start) / KEYS * KEYS, 0};
+        where[row] = b * rows.rows + r;
+        slot[row] = rows.first_slot + b;
+        at[row] = start + r;
+        ends[row] = rows.mask == CAUSAL ? at[row] + 1 : start + count;
+        const long context = (rows.mask == CAUSAL ? at[row] : start) / KEYS * KEYS;
+        if (r % together == 0) blocks[num_blocks++] = {row, 0, context, 0};
         Block& block = blocks[num_blocks - 1];
         block.rows++;
         block.end = ends[row];
-        if (rows.sight == TREE) {
+        if (rows.mask == TREE) {
           tails[row] = list;
           list = tail(list, block.context, start, rows.parents + b * rows.rows, r);
           tail_sizes[row] = list - tails[row];
@@ -289,8 +278,9 @@ struct Pass {
     }
   }
 
-  // What is left of the sequence, and the row's ancestors and itself; the end of the list.
+  // List the keys of a sequence behind `context`, the row's ancestors and itself. Returns the end of the list.
   static int32_t* tail(int32_t* list, long context, int start, const int32_t* parents, int row) {
+    CHECK(-1 <= parents[row] && parents[row] < row);
     for (int key = context; key < start; key++) *list++ = key;
     for (int node = row; node >= 0; node = parents[node]) list++;
     int32_t* place = list;
@@ -300,27 +290,29 @@ struct Pass {
 
   // --- by every member of the team
 
-  void begin(Member& team, const void* embeds) {
+  void load_rows(Member& team, const void* embeds) {
     const long head_dim = stack.head_dim, all_rows = (long)rows.batch * rows.rows;
     row_stage(team, num, [&](int row) {
-      copy(x + row * wide, (const T*)embeds + where[row] * wide, wide);
+      copy(x + row * width, (const T*)embeds + where[row] * width, width);
       if (!stack.cos) return;
       for (long d = 0; d < head_dim; d++) {
-        const long place = rows.positions ? rows.positions[stack.axes[d] * all_rows + where[row]] : at[row];
-        const long from = place * head_dim + d;
+        const long position = rows.positions ? rows.positions[stack.axes[d] * all_rows + where[row]] : at[row];
+        CHECK(0 <= position && position < stack.num_positions);
+        const long from = position * head_dim + d;
         cos[row * head_dim + d] = to_float(((const T*)stack.cos)[from]);
         sin[row * head_dim + d] = to_float(((const T*)stack.sin)[from]);
       }
     });
   }
 
-  T* held(int layer, int which, int row, int head) const {
-    return (T*)rows.cache + layer * rows.layer_stride + which * rows.values_stride + slot[row] * rows.slot_stride +
-           head * rows.head_stride + at[row] * (long)stack.head_dim;
+  // Where keys (which: 0) or values (1) of a row lie.
+  T* kv_ptr(int layer, int which, int row, int head) const {
+    return (T*)rows.cache.data + layer * rows.cache.layer_stride + which * rows.cache.values_stride +
+           slot[row] * rows.cache.slot_stride + head * rows.cache.head_stride + at[row] * (long)stack.head_dim;
   }
 
-  // Query, key or value of one head, in place: (head_dim,) numbers already rounded.
-  void turn(float* head, const void* norm, int row) const {
+  // Normalise, if there is a norm, and rotate one head's query or key in place: (head_dim,) numbers already rounded.
+  void apply_rope(float* head, const void* norm, int row) const {
     const long head_dim = stack.head_dim, half = head_dim / 2;
     const T* type = nullptr;
     if (norm) {
@@ -331,91 +323,105 @@ struct Pass {
         store(head + d, rounded(rounded(load(head + d) * factor, type) * load((const T*)norm + d), type));
     }
     if (!stack.cos) return;
-    float turned[MAX_HEAD_DIM];
+    float swapped[MAX_HEAD_DIM];
     const float *c = cos + row * head_dim, *s = sin + row * head_dim;
-    for (long d = 0; d < half; d++) turned[d] = head[d + half], turned[d + half] = head[d];
+    for (long d = 0; d < half; d++) {
+      swapped[d] = head[d + half];
+      swapped[d + half] = head[d];
+    }
     for (long d = 0; d < head_dim; d += LANES)
-      store(head + d, rounded(load(head + d) * load(c + d), type) + rounded(load(turned + d) * load(s + d), type));
+      store(head + d, rounded(load(head + d) * load(c + d), type) + rounded(load(swapped + d) * load(s + d), type));
   }
 
-  // Of some rows' fused query, key and value product, from panel on: queries stay here, the others go to the cache.
-  void sort(const Layer& layer, int index, int first_row, int some, int panel, int num, float* y, long stride_y) {
+  // Split some rows' fused product from `panel` on into queries, which stay here, and keys and values, for the cache.
+  void split_qkv(const Layer& layer, int index, int first_row, int some, int panel, int num, float* y, long stride_y) {
     const int panels = stack.head_dim / LANES, heads = stack.heads, kv_heads = stack.kv_heads, head = panel / panels;
     for (int row = first_row; row < first_row + some; row++, y += stride_y) {
-      for (int p = 0; p < num; p++) store(y + p * LANES, with_bias<T>(y + p * LANES, layer.qkv_bias, (panel + p) * LANES));
-      if (head < heads + kv_heads) turn(y, head < heads ? layer.q_norm : layer.k_norm, row);
+      for (int p = 0; p < num; p++)
+        store(y + p * LANES, with_bias<T>(y + p * LANES, layer.qkv_bias, (panel + p) * LANES));
+      if (head < heads + kv_heads) apply_rope(y, head < heads ? layer.q_norm : layer.k_norm, row);
       if (head < heads)
-        copy(q + row * wide_heads + head * stack.head_dim, y, stack.head_dim);
+        copy(q + row * width_heads + head * stack.head_dim, y, stack.head_dim);
       else
-        copy(head < heads + kv_heads ? held(index, 0, row, head - heads) : held(index, 1, row, head - heads - kv_heads), y, stack.head_dim);
+        copy(head < heads + kv_heads ? kv_ptr(index, 0, row, head - heads)
+                                     : kv_ptr(index, 1, row, head - heads - kv_heads),
+             y, stack.head_dim);
     }
   }
 
   // Where position 0 of a row's slot lies.
-  const T* first_held(int layer, int which, int row, int head) const { return held(layer, which, row, head) - at[row] * (long)stack.head_dim; }
-
-  // The first keys and values that a block's queries see, while those are computed.
-  void fetch_first(int layer, const Block& block, int head) const {
-    if (block.context == 0) return;
-    const T *keys = first_held(layer, 0, block.row, head), *values = first_held(layer, 1, block.row, head);
-    for (int line = 0; line < KEYS * stack.head_dim * (int)sizeof(T) / LINE; line++) fetch(keys, line), fetch(values, line);
+  const T* slot_kv(int layer, int which, int row, int head) const {
+    return kv_ptr(layer, which, row, head) - at[row] * (long)stack.head_dim;
   }
 
-  // Of the queries of a block that read this head of keys and values.
+  // Fetch the first keys and values that a block's queries see, while those are computed.
+  void fetch_first(int layer, const Block& block, int head) const {
+    if (block.context == 0) return;
+    const T *keys = slot_kv(layer, 0, block.row, head), *values = slot_kv(layer, 1, block.row, head);
+    for (int line = 0; line < KEYS * stack.head_dim * (int)sizeof(T) / LINE; line++) {
+      fetch(keys, line);
+      fetch(values, line);
+    }
+  }
+
+  // Attend from the queries of a block that read this head of keys and values.
   template <int D>
   void attend(int layer, const Block& block, int head) {
     const int group = stack.heads / stack.kv_heads, queries = block.rows * group;
-    const T *keys = first_held(layer, 0, block.row, head), *values = first_held(layer, 1, block.row, head);
+    const T *keys = slot_kv(layer, 0, block.row, head), *values = slot_kv(layer, 1, block.row, head);
     for (int first = 0; first < queries; first += MAX_QUERIES) {
       Attention<T, D> attention(keys, values, stack.scale);
       const int num = queries - first < MAX_QUERIES ? queries - first : MAX_QUERIES;
       const auto row = [&](int n) { return block.row + (first + n) / group; };
-      const auto place = [&](int n) { return row(n) * wide_heads + (head * group + (first + n) % group) * D; };
-      for (int n = 0; n < num; n++) attention.add(q + place(n));
+      const auto place = [&](int n) { return row(n) * width_heads + (head * group + (first + n) % group) * D; };
+      for (int n = 0; n < num; n++) attention.add_query(q + place(n));
       int visible[MAX_QUERIES];
       for (int n = 0; n < num; n++) visible[n] = KEYS;
-      for (long key = 0; key < block.context; key += KEYS) attention.take(key, visible);
-      if (rows.sight == TREE) {
+      for (long key = 0; key < block.context; key += KEYS) attention.add_keys(key, visible);
+      if (rows.mask == TREE) {
         const int32_t *lists[MAX_QUERIES], *sizes = visible;
-        for (int n = 0; n < num; n++) lists[n] = tails[row(n)], visible[n] = tail_sizes[row(n)];
-        attention.take_listed(block.context, block.end, lists, sizes);
+        for (int n = 0; n < num; n++) {
+          lists[n] = tails[row(n)];
+          visible[n] = tail_sizes[row(n)];
+        }
+        attention.add_listed_keys(block.context, block.end, lists, sizes);
       } else {
         for (long key = block.context; key < block.end; key += KEYS) {
           for (int n = 0; n < num; n++) visible[n] = ends[row(n)] - key < KEYS ? ends[row(n)] - key : KEYS;
-          attention.take(key, visible);
+          attention.add_keys(key, visible);
         }
       }
-      for (int n = 0; n < num; n++) attention.give(n, mixed + place(n));
+      for (int n = 0; n < num; n++) attention.finish(n, mixed + place(n));
     }
   }
 
   void attend(int layer, const Block& block, int head) {
     switch (stack.head_dim) {
-      case 16: return attend<16>(layer, block, head);
-      case 32: return attend<32>(layer, block, head);
-      case 64: return attend<64>(layer, block, head);
-      case 80: return attend<80>(layer, block, head);
-      case 96: return attend<96>(layer, block, head);
-      case 128: return attend<128>(layer, block, head);
-      case 256: return attend<256>(layer, block, head);
+#define CASE(D) \
+  case D: return attend<D>(layer, block, head);
+      HEAD_DIMS(CASE)
+#undef CASE
     }
   }
 
-  // What a head of keys and values needs of few rows is one task, if that leaves no member without: nothing is handed over between.
+  // Whether a task is all that a head of keys and values needs: of few rows, if that leaves no member without a task.
+  // Then nothing is handed over between its steps.
   bool by_heads(const Member& team) const { return num <= CHUNK_ROWS && stack.kv_heads % team.members == 0; }
 
   // The matrices of a layer; of the first, a task is a head.
   Panels<T> qkv(const Layer& layer) const {
     const int panels = stack.head_dim / LANES;
-    return {layer.qkv, (stack.heads + 2 * stack.kv_heads) * panels, panels, wide};
+    return {layer.qkv, (stack.heads + 2 * stack.kv_heads) * panels, panels, width};
   }
-  Panels<T> out(const Layer& layer) const { return {layer.out, stack.hidden / LANES, PANELS, wide_heads}; }
-  Panels<T> up(const Layer& layer) const { return {layer.up, stack.intermediate / LANES * (gated() ? 2 : 1), PANELS, wide}; }
-  Panels<T> down(const Layer& layer) const { return {layer.down, stack.hidden / LANES, PANELS, wide_inner}; }
+  Panels<T> out(const Layer& layer) const { return {layer.out, stack.hidden / LANES, PANELS, width_heads}; }
+  Panels<T> up(const Layer& layer) const {
+    return {layer.up, stack.intermediate / LANES * (gated() ? 2 : 1), PANELS, width};
+  }
+  Panels<T> down(const Layer& layer) const { return {layer.down, stack.hidden / LANES, PANELS, width_inner}; }
   bool gated() const { return stack.activation == SILU_GATED; }
 
-  // Where this member begins a layer; behind the last one: nowhere else.
-  const T* begins(const Member& team, int index) const {
+  // The first weights that this member reads of a layer; behind the last layer, of that one again.
+  const T* first_weights(const Member& team, int index) const {
     const Layer& layer = stack.layers[index < stack.num_layers ? index : index - 1];
     if (!by_heads(team)) return qkv(layer).own(team, chunks_of(num));
     return qkv(layer).at(part(team.first(stack.kv_heads), 0));
@@ -440,59 +446,70 @@ struct Pass {
       for (int b = 0; b < num_blocks && num > 1; b++) fetch_first(index, blocks[b], head);
       for (int i = 0; i < group + 2; i++) {  // queries, keys and values
         const T* ahead = i < group + 1 ? w.at(part(head, i + 1)) : head < last ? w.at(part(head + 1, 0)) : then;
-        product_rows<T>(from, wide, 0, num, w, part(head, i), w.group, ahead, [&](auto... block) { sort(layer, index, block...); });
+        product_rows<T>(from, width, 0, num, w, part(head, i), w.group, ahead,
+                        [&](auto... block) { split_qkv(layer, index, block...); });
       }
       for (int b = 0; b < num_blocks; b++) attend(index, blocks[b], head);
     });
   }
 
   // The product of whole heads; w begins with `first_head` of them left out.
-  void project(Member& team, const Layer& layer, int index, const Kept<T>* from, const Panels<T>& w, int first_head, const T* then) {
-    product_stage<T>(team, from, wide, num, w, then, [&](int row, int some, int panel, int num, float* y, long stride_y) {
-      sort(layer, index, row, some, first_head * w.group + panel, num, y, stride_y);
-    });
+  void project(Member& team, const Layer& layer, int index, const Kept<T>* from, const Panels<T>& w, int first_head,
+               const T* then) {
+    product_stage<T>(team, from, width, num, w, then,
+                     [&](int row, int some, int panel, int num, float* y, long stride_y) {
+                       split_qkv(layer, index, row, some, first_head * w.group + panel, num, y, stride_y);
+                     });
   }
 
-  void add_product(Member& team, const Kept<T>* from, long stride, const Panels<T>& w, const void* bias, const T* then) {
-    product_stage<T>(team, from, stride, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
-      for (int r = 0; r < some; r++)
-        for (int p = 0; p < panels; p++) {
-          const long output = (panel + p) * LANES;
-          Kept<T>* to = x + (row + r) * wide + output;
-          keep<T>(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
-        }
-    });
+  void add_product(Member& team, const Kept<T>* from, long stride, const Panels<T>& w, const void* bias,
+                   const T* then) {
+    product_stage<T>(team, from, stride, num, w, then,
+                     [&](int row, int some, int panel, int panels, float* y, long stride_y) {
+                       for (int r = 0; r < some; r++)
+                         for (int p = 0; p < panels; p++) {
+                           const long output = (panel + p) * LANES;
+                           Kept<T>* to = x + (row + r) * width + output;
+                           keep<T>(to, load(to) + with_bias<T>(y + r * stride_y + p * LANES, bias, output));
+                         }
+                     });
   }
 
   // Gated: panels of gate and up take turns.
   void activate(Member& team, const Kept<T>* from, const Panels<T>& w, const void* bias, const T* then) {
     const int step = gated() ? 2 : 1;
     const T* type = nullptr;
-    product_stage<T>(team, from, wide, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
-      for (int r = 0; r < some; r++)
-        for (int p = 0; p < panels; p += step) {
-          const long output = (panel + p) * LANES;
-          const float* at = y + r * stride_y + p * LANES;
-          Vector made = rounded(activated(with_bias<T>(at, bias, output), (Activation)stack.activation), type);
-          if (step == 2) made *= with_bias<T>(at + LANES, bias, output + LANES);
-          keep<T>(inner + (row + r) * wide_inner + output / step, made);
-        }
-    });
+    product_stage<T>(
+        team, from, width, num, w, then, [&](int row, int some, int panel, int panels, float* y, long stride_y) {
+          for (int r = 0; r < some; r++)
+            for (int p = 0; p < panels; p += step) {
+              const long output = (panel + p) * LANES;
+              const float* at = y + r * stride_y + p * LANES;
+              Vector value = rounded(activated(with_bias<T>(at, bias, output), (Activation)stack.activation), type);
+              if (step == 2) value *= with_bias<T>(at + LANES, bias, output + LANES);
+              keep<T>(inner + (row + r) * width_inner + output / step, value);
+            }
+        });
   }
 
   void layer(Member& team, int index) {
     const Layer& layer = stack.layers[index];
     const int chunks = chunks_of(num);
     attention(team, layer, index, norm(team, layer.norm1, layer.norm1_bias), out(layer).own(team, chunks));
-    add_product(team, mixed, wide_heads, out(layer), layer.out_bias, up(layer).own(team, chunks));
+    add_product(team, mixed, width_heads, out(layer), layer.out_bias, up(layer).own(team, chunks));
     activate(team, norm(team, layer.norm2, layer.norm2_bias), up(layer), layer.up_bias, down(layer).own(team, chunks));
-    add_product(team, inner, wide_inner, down(layer), layer.down_bias, begins(team, index + 1));
+    add_product(team, inner, width_inner, down(layer), layer.down_bias, first_weights(team, index + 1));
   }
 
-  // x normalised. Who is late and does it for itself may read what others write by then; its stage is over, and nobody uses that.
+  // x normalised. Of few rows every member normalises all for itself, which is no stage; a late one may then read x
+  // while others already add the stage's results to it. Its stage is over, so that it claims no task, and nobody uses
+  // what it read. (A data race by the letter: plain vector loads beside plain stores. To make them atomic would undo
+  // the vectors.)
   const Kept<T>* norm(Member& team, const void* weight, const void* bias) {
-    Kept<T>* normed = norms + (own_norms ? team.index * round_up(num, MANY_ROWS) * wide : 0);
-    const auto each = [&](int row) { normalise<T>(x + row * wide, weight, bias, (Norm)stack.norm, stack.eps, wide, normed + row * wide); };
+    Kept<T>* normed = norms + (own_norms ? team.index * round_up(num, MANY_ROWS) * width : 0);
+    const auto each = [&](int row) {
+      normalise<T>(x + row * width, weight, bias, (Norm)stack.norm, stack.eps, width, normed + row * width);
+    };
     if (own_norms)
       for (int row = 0; row < num; row++) each(row);
     else
@@ -500,24 +517,27 @@ struct Pass {
     return normed;
   }
 
-  void give(Member& team, T* to, int column, int columns) {
-    row_stage(team, num, [&](int row) { copy(to + (where[row] * (long)columns + column) * wide, x + row * wide, wide); });
+  // Copy all rows to column `column` of to (batch, rows, columns, hidden).
+  void copy_out(Member& team, T* to, int column, int columns) {
+    row_stage(team, num,
+              [&](int row) { copy(to + (where[row] * (long)columns + column) * width, x + row * width, width); });
   }
 
-  // All layers; their outputs that are tapped go to taps (batch, rows, num_taps, hidden).
-  void run(Member& team, const void* embeds, T* taps) {
-    begin(team, embeds);
-    for (int index = 0, tap = 0; index < stack.num_layers; index++) {
+  // Run all layers; the outputs of auxiliary ones go to aux (batch, rows, num_aux, hidden).
+  void run(Member& team, const void* embeds, T* aux) {
+    load_rows(team, embeds);
+    for (int index = 0, next = 0; index < stack.num_layers; index++) {
       layer(team, index);
-      if (tap < stack.num_taps && stack.taps[tap] == index) give(team, taps, tap++, stack.num_taps);
+      if (next < stack.num_aux && stack.aux_layers[next] == index) copy_out(team, aux, next++, stack.num_aux);
     }
   }
 
-  // Only keys and values of `context`, for the cache.
-  void hold(Member& team, const void* context) {
-    begin(team, context);
+  // Only write keys and values of `context` to the cache.
+  void write_kv(Member& team, const void* context) {
+    load_rows(team, context);
     for (int index = 0; index < stack.num_layers; index++) {
-      const Panels<T> all = qkv(stack.layers[index]), w{all.at(stack.heads * all.group), 2 * stack.kv_heads * all.group, all.group, wide};
+      const Panels<T> whole = qkv(stack.layers[index]);
+      const Panels<T> w{whole.at(stack.heads * whole.group), 2 * stack.kv_heads * whole.group, whole.group, width};
       project(team, stack.layers[index], index, x, w, stack.heads, w.packed);
     }
   }
@@ -525,9 +545,10 @@ struct Pass {
   const Kept<T>* final_norm(Member& team) { return norm(team, stack.final_norm, stack.final_bias); }
 
   void finish(Member& team, T* hidden) {
-    if (!stack.final_norm) return give(team, hidden, 0, 1);
+    if (!stack.final_norm) return copy_out(team, hidden, 0, 1);
     row_stage(team, num, [&](int row) {
-      normalise<T>(x + row * wide, stack.final_norm, stack.final_bias, (Norm)stack.norm, stack.eps, wide, hidden + where[row] * wide);
+      normalise<T>(x + row * width, stack.final_norm, stack.final_bias, (Norm)stack.norm, stack.eps, width,
+                   hidden + where[row] * width);
     });
   }
 };

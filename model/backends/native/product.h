@@ -6,32 +6,32 @@
 //
 // k is filled up with zeros to a multiple of 32, outputs to a multiple of 16.
 //
-// What is read next is fetched `ahead`, a line for every line read: the processor follows four panels at a time by itself, but
-// only to the end of a page, which is soon, and a few rows are done before it has found the next ones.
+// What is read next is fetched `ahead`, a line for every line read: the processor follows four panels at a time by
+// itself, but only to the end of a page, which is soon, and a few rows are done before it has found the next ones.
 #pragma once
 #include <type_traits>
 
 #include "simd.h"
+#include "structures.h"
 
-constexpr int PANELS = 4;       // computed together
-constexpr int TILE_ROWS = 16;   // of an AMX tile: buffers of rows are allocated in whole tiles
-constexpr int MANY_ROWS = 32;   // computed together at most
-constexpr int K_STEP = 32;
+constexpr int PANELS = 4;      // computed together
+constexpr int TILE_ROWS = 16;  // of an AMX tile: buffers of rows are allocated in whole tiles
+constexpr int MANY_ROWS = 32;  // computed together at most
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 constexpr int LINE = 64;  // bytes
 
-// A line of those that lie one after the other from `ahead` on; to where several rows' products do not wait for it. Where there
-// is AMX it was never measured, and does nothing.
+// A line of those that lie one after the other from `ahead` on; to where several rows' products do not wait for it.
+// Where there is AMX it was never measured, and does nothing.
 static inline void fetch(const void* ahead, long line) {
 #if !defined(__AMX_BF16__)
   __builtin_prefetch((const char*)ahead + line * LINE, 0, 2);
 #endif
 }
 
-// What rows of T are kept as between products: bfloat16 as such where the processor multiplies it. Elsewhere float32 is multiplied,
-// so rows are float32, though rounded to T; weights are widened in registers.
+// What rows of T are kept as between products: bfloat16 as such where the processor multiplies it. Elsewhere float32 is
+// multiplied, so rows are float32, though rounded to T; weights are widened in registers.
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_BF16 = true;
 #else
@@ -39,6 +39,9 @@ constexpr bool MULTIPLIES_BF16 = false;
 #endif
 template <class T>
 using Kept = std::conditional_t<MULTIPLIES_BF16, T, float>;
+// Whether numbers of T are widened to be multiplied.
+template <class T>
+constexpr bool WIDENED = !std::is_same_v<Kept<T>, T>;
 
 // A result of a model of T, rounded to it, whatever it is kept as.
 template <class T, class To>
@@ -72,7 +75,8 @@ INLINE void clear_block(Register (&sums)[R][P * EACH]) {
 }
 
 template <int R, int P>
-INLINE void add_block(Register (&sums)[R][P * EACH], const float* x, long stride_x, const Register (&weights)[P * EACH]) {
+INLINE void add_block(Register (&sums)[R][P * EACH], const float* x, long stride_x,
+                      const Register (&weights)[P * EACH]) {
 #pragma GCC unroll 6
   for (int r = 0; r < R; r++) {
     const Register factor = broadcast_register(x[r * stride_x]);
@@ -90,7 +94,8 @@ INLINE void store_block(const Register (&sums)[R][P * EACH], float* y, long stri
 }
 
 template <int R, int P>
-static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
+static inline void block(const float* x, long stride_x, const float* w, long panel_stride, long k, float* y,
+                         long stride_y, const void* ahead) {
   Register sums[R][P * EACH];
   clear_block<R, P>(sums);
   for (long i = 0; i < k; i++) {
@@ -109,19 +114,22 @@ static inline void block(const float* x, long stride_x, const float* w, long pan
 
 // Pair by pair: weights of k, then of k + 1.
 template <int R, int P>
-static inline void block(const float* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
+static inline void block(const float* x, long stride_x, const bf16* w, long panel_stride, long k, float* y,
+                         long stride_y, const void* ahead) {
   Register sums[R][P * EACH];
   clear_block<R, P>(sums);
   for (long i = 0; i < k; i += 2) {
     const bf16* pairs = w + i * LANES;
     Register weights[P * EACH];
 #pragma GCC unroll 8
-    for (int c = 0; c < P * EACH; c++) weights[c] = first_of_pairs(pairs + c / EACH * panel_stride + c % EACH * 2 * WIDTH);
+    for (int c = 0; c < P * EACH; c++)
+      weights[c] = first_of_pairs(pairs + c / EACH * panel_stride + c % EACH * 2 * WIDTH);
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) fetch(ahead, i / 2 * P + p);
     add_block<R, P>(sums, x + i, stride_x, weights);
 #pragma GCC unroll 8
-    for (int c = 0; c < P * EACH; c++) weights[c] = second_of_pairs(pairs + c / EACH * panel_stride + c % EACH * 2 * WIDTH);
+    for (int c = 0; c < P * EACH; c++)
+      weights[c] = second_of_pairs(pairs + c / EACH * panel_stride + c % EACH * 2 * WIDTH);
     add_block<R, P>(sums, x + i + 1, stride_x, weights);
   }
   store_block<R, P>(sums, y, stride_y);
@@ -129,13 +137,17 @@ static inline void block(const float* x, long stride_x, const bf16* w, long pane
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <int R, int P>
-static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y, long stride_y, const void* ahead) {
+static inline void block(const bf16* x, long stride_x, const bf16* w, long panel_stride, long k, float* y,
+                         long stride_y, const void* ahead) {
   Register sums[R][P];
   clear_block<R, P>(sums);
   for (long i = 0; i < k; i += 2) {
     __m512bh weights[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; p++) weights[p] = (__m512bh)_mm512_loadu_si512(w + p * panel_stride + i * LANES), fetch(ahead, i / 2 * P + p);
+    for (int p = 0; p < P; p++) {
+      weights[p] = (__m512bh)_mm512_loadu_si512(w + p * panel_stride + i * LANES);
+      fetch(ahead, i / 2 * P + p);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       int32_t pair;
@@ -149,17 +161,18 @@ static inline void block(const bf16* x, long stride_x, const bf16* w, long panel
 }
 #endif
 
-// Rows computed together at most, and with so many rows how many panels: sums take most of the registers, and where rows are few
-// there are still enough of them not to wait for one another.
+// Rows computed together at most, and with so many rows how many panels: sums take most of the registers, and where
+// rows are few there are still enough of them not to wait for one another.
 constexpr int BLOCK_ROWS = 6;
 constexpr int block_panels(int rows) {
-  if (REGISTERS_EACH == 1) return PANELS;  // 6 x 4 sums, 4 weights and a factor: 29 of 32 registers
+  if (REGISTERS_EACH == 1) return PANELS;    // 6 x 4 sums, 4 weights and a factor: 29 of 32 registers
   return rows == 1 ? 4 : rows <= 3 ? 2 : 1;  // at most 12 sums, 2 weights and a factor: 15 of 16
 }
 
 // R rows times `panels` panels, at most P at once; `ahead`: what is read behind them.
 template <int R, int P, class F, class W>
-static inline void row_block(const F* x, long stride_x, const W* w, long panel_stride, int panels, long k, float* y, long stride_y, const void* ahead) {
+static inline void row_block(const F* x, long stride_x, const W* w, long panel_stride, int panels, long k, float* y,
+                             long stride_y, const void* ahead) {
   for (; panels >= P; panels -= P, w += P * panel_stride, y += P * LANES)
     block<R, P>(x, stride_x, w, panel_stride, k, y, stride_y, panels > P ? w + P * panel_stride : ahead);
   if constexpr (P > 1)
@@ -167,23 +180,30 @@ static inline void row_block(const F* x, long stride_x, const W* w, long panel_s
 }
 
 template <class F, class W>
-static inline void row_blocks(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k, float* y, long stride_y, const void* ahead) {
-  for (int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; blocks > 0; blocks--) {  // of sizes that differ by one at most
+static inline void row_blocks(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k,
+                              float* y, long stride_y, const void* ahead) {
+  for (int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; blocks > 0;
+       blocks--) {  // of sizes that differ by one at most
     const int some = (rows + blocks - 1) / blocks;
 #define CASE(R) \
   case R: row_block<R, block_panels(R)>(x, stride_x, w, panel_stride, panels, k, y, stride_y, ahead); break;
     switch (some) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
-    rows -= some, x += some * stride_x, y += some * stride_y;
+    rows -= some;
+    x += some * stride_x;
+    y += some * stride_y;
   }
 }
 
-// y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x. Each few panels meet all rows before the next are read.
+// y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x. Each few panels meet all rows before the
+// next are read.
 template <class F, class W>
-static inline void product(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k, float* y, long stride_y, const void* ahead) {
+static inline void product(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k,
+                           float* y, long stride_y, const void* ahead) {
   for (int p = 0; p < panels; p += PANELS, w += PANELS * panel_stride, y += PANELS * LANES) {
     const int some = panels - p < PANELS ? panels - p : PANELS;
-    row_blocks(x, stride_x, rows, w, panel_stride, some, k, y, stride_y, p + PANELS < panels ? w + PANELS * panel_stride : ahead);
+    row_blocks(x, stride_x, rows, w, panel_stride, some, k, y, stride_y,
+               p + PANELS < panels ? w + PANELS * panel_stride : ahead);
   }
 }
 
@@ -255,7 +275,8 @@ static inline void tiles_2x2(const bf16* x, long sx, const bf16* w, long ps, lon
   _tile_stored(3, y + TILE_ROWS * sy + LANES, sy * 4);
 }
 
-static inline void product(const bf16* x, long sx, int rows, const bf16* w, long ps, int panels, long k, float* y, long sy, const void*) {
+static inline void product(const bf16* x, long sx, int rows, const bf16* w, long ps, int panels, long k, float* y,
+                           long sy, const void*) {
   int p = 0;
   if (rows > TILE_ROWS)
     for (; p + 2 <= panels; p += 2) tiles_2x2(x, sx, w + p * ps, ps, k, y + p * LANES, sy);

@@ -1,20 +1,22 @@
-// Sixteen float32 lanes at a time, however wide the processor's registers are. With the products (product.h, attention.h) the
-// only file that knows an instruction set. Kernels are written once, for sixteen lanes: so every build packs weights alike, and
-// adds lanes in the same order.
+// Sixteen float32 lanes at a time, however wide the processor's registers are. With the products (product.h,
+// attention.h) the only file that knows an instruction set. Kernels are written once, for sixteen lanes: so every build
+// packs weights alike, and adds lanes in the same order.
 //
-// Sixteen lanes are one register with AVX512 and two halves with AVX2; with registers of four lanes they would be halves of
-// halves. GCC's vector types bring the operators; what they lack is written below, once for each instruction set.
+// Sixteen lanes are one register with AVX512 and two halves with AVX2; with registers of four lanes they would be
+// halves of halves. GCC's vector types bring the operators; what they lack is written below, once for each instruction
+// set.
 //
-// The compiler joins no multiplication with an addition by itself (-ffp-contract=off): where they are joined, `multiply_add` says so.
+// The compiler joins no multiplication with an addition by itself (-ffp-contract=off): where they are joined,
+// `multiply_add` says so.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "structures.h"
+
 #define INLINE static INLINE_MEMBER
 #define INLINE_MEMBER inline __attribute__((always_inline))
-
-constexpr int LANES = 16;
 
 struct bf16 {
   uint16_t bits;
@@ -31,16 +33,20 @@ constexpr int WIDTH = 8;
 #endif
 
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));  // also what a comparison gives: all bits of a lane, or none
+// Also what a comparison gives: all bits of a lane, or none.
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Bfloats __attribute__((vector_size(2 * WIDTH)));  // bfloat16, as they lie in memory
 
 #if defined(__AVX512F__)
 
 INLINE Register broadcast_register(float x) { return (Register)_mm512_set1_ps(x); }
-INLINE Register multiply_add(Register a, Register b, Register c) { return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-INLINE Register larger(Register a, Register b) { return (Register)_mm512_max_ps((__m512)a, (__m512)b); }    // b, if one is NaN
-INLINE Register smaller(Register a, Register b) { return (Register)_mm512_min_ps((__m512)a, (__m512)b); }  // b, if one is NaN
+INLINE Register multiply_add(Register a, Register b, Register c) {
+  return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+// b, if one is NaN.
+INLINE Register larger(Register a, Register b) { return (Register)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE Register smaller(Register a, Register b) { return (Register)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE bool any_larger(Register a, Register b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
 
 // All lanes to one, half by half.
@@ -56,8 +62,9 @@ INLINE float reduce(Register x, Join join) {
 INLINE Register sums(Register* part) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++)
-    part[i] = __builtin_shufflevector(part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-              __builtin_shufflevector(part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    part[i] =
+        __builtin_shufflevector(part[i], part[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        __builtin_shufflevector(part[i], part[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
     part[i] = __builtin_shufflevector(part[i], part[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
@@ -73,7 +80,9 @@ INLINE Register sums(Register* part) {
 #else  // AVX2
 
 INLINE Register broadcast_register(float x) { return (Register)_mm256_set1_ps(x); }
-INLINE Register multiply_add(Register a, Register b, Register c) { return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE Register multiply_add(Register a, Register b, Register c) {
+  return (Register)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 INLINE Register larger(Register a, Register b) { return (Register)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE Register smaller(Register a, Register b) { return (Register)_mm256_min_ps((__m256)a, (__m256)b); }
 INLINE bool any_larger(Register a, Register b) { return _mm256_movemask_ps((__m256)(a > b)); }
@@ -106,7 +115,8 @@ INLINE void in_register(Register& x) { asm("" : "+v"(x)); }
 INLINE Register widened(Bfloats x) { return (Register)(__builtin_convertvector(x, Bits) << 16); }
 
 #if !defined(__AVX512BF16__)
-// To the nearest bfloat16, ties to even, as torch rounds: in the upper half of each lane. A NaN would be rounded to an infinity, or to 0.
+// To the nearest bfloat16, ties to even, as torch rounds: in the upper half of each lane. A NaN would be rounded to an
+// infinity, or to 0.
 INLINE Bits nearest_bf16(Register x) {
   const Bits bits = (Bits)x;
   return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
@@ -172,30 +182,71 @@ struct Halves {
 };
 
 #define BOTH Halves<Half>
-#define OPERATOR(NAME)                                                                                                   \
-  template <class Half> INLINE auto operator NAME(BOTH a, BOTH b) { return Halves<decltype(a.low NAME b.low)>{a.low NAME b.low, a.high NAME b.high}; } \
-  template <class Half> INLINE auto operator NAME(BOTH a, float b) { return Halves<decltype(a.low NAME b)>{a.low NAME b, a.high NAME b}; }         \
-  template <class Half> INLINE auto operator NAME(float a, BOTH b) { return Halves<decltype(a NAME b.low)>{a NAME b.low, a NAME b.high}; }
+#define OPERATOR(NAME)                                                               \
+  template <class Half>                                                              \
+  INLINE auto operator NAME(BOTH a, BOTH b) {                                        \
+    return Halves<decltype(a.low NAME b.low)>{a.low NAME b.low, a.high NAME b.high}; \
+  }                                                                                  \
+  template <class Half>                                                              \
+  INLINE auto operator NAME(BOTH a, float b) {                                       \
+    return Halves<decltype(a.low NAME b)>{a.low NAME b, a.high NAME b};              \
+  }                                                                                  \
+  template <class Half>                                                              \
+  INLINE auto operator NAME(float a, BOTH b) {                                       \
+    return Halves<decltype(a NAME b.low)>{a NAME b.low, a NAME b.high};              \
+  }
 OPERATOR(+)
 OPERATOR(-)
 OPERATOR(*)
 OPERATOR(/)
 OPERATOR(<)
 #undef OPERATOR
-template <class Half> INLINE BOTH operator-(BOTH x) { return {-x.low, -x.high}; }
-template <class Half, class Other> INLINE BOTH& operator+=(BOTH& a, Other b) { return a = a + b; }
-template <class Half, class Other> INLINE BOTH& operator*=(BOTH& a, Other b) { return a = a * b; }
-template <class Half> INLINE BOTH multiply_add(BOTH a, BOTH b, BOTH c) { return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)}; }
-template <class Half> INLINE BOTH larger(BOTH a, BOTH b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
-template <class Half> INLINE bool any_larger(BOTH a, BOTH b) { return any_larger(a.low, b.low) || any_larger(a.high, b.high); }
-template <class Half> INLINE BOTH through_bf16(BOTH x) { return {through_bf16(x.low), through_bf16(x.high)}; }
-template <class Half> INLINE BOTH exponential(BOTH x) { return {exponential(x.low), exponential(x.high)}; }
-template <class Half> INLINE BOTH first_lanes(BOTH x, int count, float otherwise) {
+template <class Half>
+INLINE BOTH operator-(BOTH x) {
+  return {-x.low, -x.high};
+}
+template <class Half, class Other>
+INLINE BOTH& operator+=(BOTH& a, Other b) {
+  return a = a + b;
+}
+template <class Half, class Other>
+INLINE BOTH& operator*=(BOTH& a, Other b) {
+  return a = a * b;
+}
+template <class Half>
+INLINE BOTH multiply_add(BOTH a, BOTH b, BOTH c) {
+  return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
+}
+template <class Half>
+INLINE BOTH larger(BOTH a, BOTH b) {
+  return {larger(a.low, b.low), larger(a.high, b.high)};
+}
+template <class Half>
+INLINE bool any_larger(BOTH a, BOTH b) {
+  return any_larger(a.low, b.low) || any_larger(a.high, b.high);
+}
+template <class Half>
+INLINE BOTH through_bf16(BOTH x) {
+  return {through_bf16(x.low), through_bf16(x.high)};
+}
+template <class Half>
+INLINE BOTH exponential(BOTH x) {
+  return {exponential(x.low), exponential(x.high)};
+}
+template <class Half>
+INLINE BOTH first_lanes(BOTH x, int count, float otherwise) {
   constexpr int half = sizeof(Half) / sizeof(float);
   return {first_lanes(x.low, count, otherwise), first_lanes(x.high, count - half, otherwise)};
 }
-template <class Half> INLINE Register folded(BOTH x) { return folded(x.low + x.high); }  // its lanes added to a register's
-template <class Half, class Join> INLINE float reduce(BOTH x, Join join) { return reduce(join(x.low, x.high), join); }
+// Add its lanes up to those of one register.
+template <class Half>
+INLINE Register folded(BOTH x) {
+  return folded(x.low + x.high);
+}
+template <class Half, class Join>
+INLINE float reduce(BOTH x, Join join) {
+  return reduce(join(x.low, x.high), join);
+}
 #undef BOTH
 
 template <int N>
@@ -256,8 +307,8 @@ INLINE Register second_of_pairs(const bf16* from) {
   return (Register)(pairs & 0xffff0000);
 }
 
-// Sixteen numbers in the order in which they are quickest to have: where they take two registers, bfloat16 of even places come
-// first. `in_order` puts the lanes back, `unordered` puts those of numbers in order as those come.
+// Sixteen numbers in the order in which they are quickest to have: where they take two registers, bfloat16 of even
+// places come first. `in_order` puts the lanes back, `unordered` puts those of numbers in order as those come.
 INLINE Register register_unordered(const float* from, int number) { return load_register(from + number * WIDTH); }
 INLINE Vector load_unordered(const float* from) { return load(from); }
 INLINE Vector in_order(Vector x, const float*) { return x; }
@@ -273,10 +324,12 @@ INLINE Register register_unordered(const bf16* from, int number) {
 }
 INLINE Vector load_unordered(const bf16* from) { return {first_of_pairs(from), second_of_pairs(from)}; }
 INLINE Vector in_order(Vector x, const bf16*) {
-  return {__builtin_shufflevector(x.low, x.high, 0, 8, 1, 9, 2, 10, 3, 11), __builtin_shufflevector(x.low, x.high, 4, 12, 5, 13, 6, 14, 7, 15)};
+  return {__builtin_shufflevector(x.low, x.high, 0, 8, 1, 9, 2, 10, 3, 11),
+          __builtin_shufflevector(x.low, x.high, 4, 12, 5, 13, 6, 14, 7, 15)};
 }
 INLINE Vector unordered(Vector x) {
-  return {__builtin_shufflevector(x.low, x.high, 0, 2, 4, 6, 8, 10, 12, 14), __builtin_shufflevector(x.low, x.high, 1, 3, 5, 7, 9, 11, 13, 15)};
+  return {__builtin_shufflevector(x.low, x.high, 0, 2, 4, 6, 8, 10, 12, 14),
+          __builtin_shufflevector(x.low, x.high, 1, 3, 5, 7, 9, 11, 13, 15)};
 }
 #endif
 
@@ -323,11 +376,15 @@ INLINE Vector rounded(Vector x, const bf16*) { return through_bf16(x); }
 
 struct Larger {
   template <class V>
-  INLINE_MEMBER V operator()(V a, V b) const { return larger(a, b); }
+  INLINE_MEMBER V operator()(V a, V b) const {
+    return larger(a, b);
+  }
 };
 struct Plus {
   template <class V>
-  INLINE_MEMBER V operator()(V a, V b) const { return a + b; }
+  INLINE_MEMBER V operator()(V a, V b) const {
+    return a + b;
+  }
 };
 INLINE float largest(Vector x) { return reduce(x, Larger{}); }
 INLINE float sum(Vector x) { return reduce(x, Plus{}); }

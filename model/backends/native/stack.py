@@ -11,11 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import AttentionMetadata
+from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.kv_cache import KVCache
-from model.backends.native.library import K_STEP, LANES, Matrix, Mirror, functions, pointer, round_up
+from model.backends.native import library, structures
+from model.backends.native.library import PackedLinear, constant, functions, pointer, round_up
 
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # as in pass.h
+# Names of structures.h for what models call theirs.
+NORMS = {"rms": "RMS", "layer": "LAYER"}
+ACTIVATIONS = {
+    "silu": "SILU_GATED",
+    "quick_gelu": "QUICK_GELU",
+    "gelu": "GELU",
+    "gelu_pytorch_tanh": "GELU_TANH",
+}
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,13 @@ class Shape:
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
         return self.hidden * (attention + (3 if self.activation == "silu" else 2) * self.intermediate)
 
-    @property
-    def fits(self) -> bool:
+    def runs_natively(self, weight: Tensor) -> bool:
+        """Whether the library runs such layers, with weights like this one."""
         return (
-            self.head_dim in HEAD_DIMS
-            and self.hidden % K_STEP == 0
-            and self.heads * self.head_dim % K_STEP == 0
+            library.supports(weight.dtype, weight.device)
+            and bool(functions().flash_has_head_dim(self.head_dim))
+            and self.hidden % constant("K_STEP") == 0
+            and self.heads * self.head_dim % constant("K_STEP") == 0
             and self.heads % self.kv_heads == 0
         )
 
@@ -80,34 +89,11 @@ class Rotary:
     axes: np.ndarray
 
 
-class _Layer(Mirror):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "norm1 norm1_bias qkv qkv_bias q_norm k_norm out out_bias norm2 norm2_bias up up_bias down down_bias"
-        ).split()
-    ]
-
-
-class _Stack(Mirror):
-    _fields_ = [
-        *((n, ctypes.c_int32) for n in "num_layers hidden heads kv_heads head_dim intermediate".split()),
-        *((n, ctypes.c_int32) for n in "norm activation num_taps".split()),
-        *((n, ctypes.c_float) for n in "eps scale".split()),
-        *((n, ctypes.c_void_p) for n in "layers cos sin axes taps final_norm final_bias".split()),
-    ]
-
-
-class _Rows(Mirror):
-    _fields_ = [
-        *((n, ctypes.c_int32) for n in "batch rows first_slot mask_kind".split()),
-        *((n, ctypes.c_void_p) for n in "starts counts parents positions cache".split()),
-        *((n, ctypes.c_int64) for n in "layer_stride values_stride slot_stride head_stride".split()),
-    ]
-
-
 class Stack:
-    """Transformer layers in one call. Weights are packed; what was given can be let go."""
+    """Transformer layers in one call. Weights are packed; those of `layers` can be released.
+
+    aux_layers: layers whose outputs `forward` also returns, ascending.
+    """
 
     def __init__(
         self,
@@ -118,32 +104,33 @@ class Stack:
         final_norm: Norm | None = None,
         aux_layers: tuple[int, ...] = (),
     ) -> None:
-        assert shape.fits
-        self.shape, self.num_taps = shape, len(aux_layers)
+        self.shape, self.num_aux = shape, len(aux_layers)
         self._kept: list[object] = []  # whatever the library holds pointers to
         packed = []
         for layer in layers:  # one after the other: whoever makes them as they are asked for holds one at a time
+            assert shape.runs_natively(layer.qkv)
             self.dtype = layer.qkv.dtype
             packed.append(self._packed(layer))
         self.num_layers = len(packed)
-        described = (_Layer * len(packed))(*packed)
-        self.struct = _Stack(
+        described = (structures.Layer * len(packed))(*packed)
+        self.struct = structures.Stack(
             num_layers=len(packed),
             hidden=shape.hidden,
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
-            intermediate=round_up(shape.intermediate, K_STEP),
-            norm=("rms", "layer").index(shape.norm),
-            activation=("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh").index(shape.activation),
-            num_taps=len(aux_layers),
+            intermediate=round_up(shape.intermediate, constant("K_STEP")),
+            norm=constant(NORMS[shape.norm]),
+            activation=constant(ACTIVATIONS[shape.activation]),
+            num_aux=len(aux_layers),
+            num_positions=len(rotary.cos) if rotary else 0,
             eps=shape.eps,
             scale=shape.head_dim**-0.5,
-            layers=ctypes.cast(described, ctypes.c_void_p),
+            layers=described,
             cos=self._keep(rotary.cos if rotary else None),
             sin=self._keep(rotary.sin if rotary else None),
             axes=self._keep(np.ascontiguousarray(rotary.axes, np.int32) if rotary else None),
-            taps=self._keep(np.array(aux_layers, np.int32)),
+            aux_layers=self._keep(np.array(aux_layers, np.int32)),
             final_norm=self._keep(final_norm.weight if final_norm else None),
             final_bias=self._keep(final_norm.bias if final_norm else None),
         )
@@ -153,9 +140,9 @@ class Stack:
     def num_bytes(self) -> int:
         """Of all that it keeps: packed weights, norms, tables."""
         return sum(
-            one.packed.nbytes if isinstance(one, Matrix) else one.nbytes
+            one.packed.nbytes if isinstance(one, PackedLinear) else one.nbytes
             for one in self._kept
-            if isinstance(one, Matrix | Tensor | np.ndarray)
+            if isinstance(one, PackedLinear | Tensor | np.ndarray)
         )
 
     def _keep(self, tensor: Tensor | np.ndarray | None) -> int | None:
@@ -165,12 +152,12 @@ class Stack:
         return pointer(tensor)
 
     def _matrix(self, weight: Tensor, bias: Tensor | None) -> tuple[int | None, int | None]:
-        matrix = Matrix(weight, bias)
+        matrix = PackedLinear(weight, bias)
         self._kept.append(matrix)
         return pointer(matrix.packed), pointer(matrix.bias)
 
-    def _packed(self, layer: LayerWeights) -> _Layer:
-        width = round_up(self.shape.intermediate, K_STEP)
+    def _packed(self, layer: LayerWeights) -> structures.Layer:
+        width = round_up(self.shape.intermediate, constant("K_STEP"))
         up, up_bias = (self._inner(part, width) for part in (layer.up, layer.up_bias))
         assert up is not None
         down = layer.down.new_zeros(layer.down.shape[0], width)
@@ -179,7 +166,7 @@ class Stack:
         out, out_bias = self._matrix(layer.out, layer.out_bias)
         up_at, up_bias_at = self._matrix(up, up_bias)
         down_at, down_bias = self._matrix(down, layer.down_bias)
-        return _Layer(
+        return structures.Layer(
             norm1=self._keep(layer.norm1.weight),
             norm1_bias=self._keep(layer.norm1.bias),
             qkv=qkv,
@@ -197,15 +184,16 @@ class Stack:
         )
 
     def _inner(self, part: Tensor | None, width: int) -> Tensor | None:
-        """Filled up to `width`; gate and up in turns of a panel, so that they are computed side by side."""
+        """Fill a part up to `width`; gate and up take turns panel by panel, so that they are computed side by side."""
         if part is None:
             return None
         parts = part.detach().chunk(2) if self.shape.activation == "silu" else (part.detach(),)
         filled = [torch.cat((p, p.new_zeros(width - p.shape[0], *p.shape[1:]))) for p in parts]
-        return torch.stack([p.unflatten(0, (-1, LANES)) for p in filled], 1).flatten(0, 2)
+        return torch.stack([p.unflatten(0, (-1, constant("LANES"))) for p in filled], 1).flatten(0, 2)
 
-    def described(self, rows: AttentionMetadata, positions: np.ndarray | None) -> _Rows:
-        """Rows as the library reads them; positions: (axes, batch, rows) int32, or None for those in their slots."""
+    def described(self, rows: AttentionMetadata, positions: np.ndarray | None) -> structures.Rows:
+        """Describe rows for the library; positions: (axes, batch, rows) int32, or None for those in their slots."""
+        assert rows.mask_kind is not MaskKind.TREE or rows.num <= 1 + constant("MAX_NODES")
         parts = [rows.starts, rows.counts]
         if positions is not None:
             parts.append(positions.ravel())
@@ -215,49 +203,58 @@ class Stack:
         at = pointer(together)
         assert at is not None
         size, batch, num = together.itemsize, rows.batch, rows.num
-        cache = rows.cache
-        described = _Rows(
+        described = structures.Rows(
             batch,
             num,
             rows.first_slot,
-            rows.mask_kind,
+            constant(rows.mask_kind.name),
             at,
             at + size * batch,
             None if rows.parents is None else at + size * (len(together) - rows.parents.size),
             None if positions is None else at + size * 2 * batch,
-            cache.address,
-            *cache.strides,
+            described_cache(rows.cache),
         )
         described.kept = together
         return described
 
     def forward(self, embeds: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """embeds (batch, rows, hidden), positions (axes, batch, rows) int32: final hidden states (batch, rows, hidden),
-        and tapped layers' outputs side by side (batch, rows, num_taps * hidden). Rows that are not real stay unset."""
+        """Run the layers over embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
+
+        Returns the final hidden states (batch, rows, hidden), and auxiliary layers' outputs side by side (batch, rows,
+        num_aux * hidden). AttentionMetadata that are not real stay unset.
+        """
         assert embeds.dtype is self.dtype is rows.cache.data.dtype
+        assert embeds.shape == (rows.batch, rows.num, self.shape.hidden)
         embeds = embeds.contiguous()
         hidden = torch.empty_like(embeds)
-        taps = embeds.new_empty(*embeds.shape[:2], self.num_taps * self.shape.hidden)
+        aux = embeds.new_empty(*embeds.shape[:2], self.num_aux * self.shape.hidden)
         functions().flash_forward(
-            ctypes.c_bool(self.dtype is torch.bfloat16),
+            self.dtype is torch.bfloat16,
             ctypes.byref(self.struct),
             ctypes.byref(self.described(rows, positions)),
-            ctypes.c_void_p(embeds.data_ptr()),
-            ctypes.c_void_p(hidden.data_ptr()),
-            ctypes.c_void_p(taps.data_ptr()),
+            embeds.data_ptr(),
+            hidden.data_ptr(),
+            aux.data_ptr(),
         )
-        return hidden, taps
+        return hidden, aux
 
-    def hold(self, context: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> None:
+    def write_kv(self, context: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> None:
         """Only write every layer's keys and values of context (batch, rows, hidden)."""
         assert context.dtype is self.dtype is rows.cache.data.dtype
+        assert context.shape == (rows.batch, rows.num, self.shape.hidden)
         context = context.contiguous()
-        functions().flash_hold(
-            ctypes.c_bool(self.dtype is torch.bfloat16),
+        functions().flash_write_kv(
+            self.dtype is torch.bfloat16,
             ctypes.byref(self.struct),
             ctypes.byref(self.described(rows, positions)),
-            ctypes.c_void_p(context.data_ptr()),
+            context.data_ptr(),
         )
+
+
+def described_cache(cache: KVCache) -> structures.Cache:
+    """Describe a cache for the library; a round also reads, and writes, how many positions each slot holds."""
+    lengths = cache.lengths.buffer_info()[0]
+    return structures.Cache(cache.address, *cache.strides, cache.num_slots, cache.stride, lengths)
 
 
 def scratch(shape: Shape, batch: int, positions: int, dtype: torch.dtype) -> KVCache:

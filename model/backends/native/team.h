@@ -16,15 +16,16 @@
 #include "product.h"
 
 constexpr int MAX_HELPERS = 255;
-constexpr int TASK_BITS = 20;      // of a claim, enough for the tasks of a stage; the other 44 count stages for years
-constexpr int SPINS = 200;         // pauses, some 10 microseconds, before the core is offered to others
+constexpr int TASK_BITS = 20;       // of a claim, enough for the tasks of a stage; the other 44 count stages for years
+constexpr int SPINS = 200;          // pauses, some 10 microseconds, before the core is offered to others
 constexpr int IDLE_YIELDS = 10000;  // offers, some milliseconds, before an idle thread sleeps
 
-// What is known of a member's part in the stages, on a cache line of its own. Its tasks are a range of every stage's, the same
-// whenever there are as many: so what it has written of a head it finds in its own caches, and it claims without asking others.
-// Who has none left claims from the next member's range. Nothing is reset: stages are counted on from job to job.
+// What is known of a member's part in the stages, on a cache line of its own. Its tasks are a range of every stage's,
+// the same whenever there are as many: so what it has written of a head it finds in its own caches, and it claims
+// without asking others. Who has none left claims from the next member's range. Nothing is reset: stages are counted on
+// from job to job.
 struct alignas(64) Range {
-  std::atomic<uint64_t> claimed{0};  // a stage, above TASK_BITS, and how many of its tasks in this range are taken
+  std::atomic<uint64_t> claimed{0};  // a stage, above TASK_BITS, and how many of its tasks in this range are claimed
   std::atomic<uint64_t> done{0};     // tasks that this member has done, in all stages so far
 };
 
@@ -39,8 +40,12 @@ static inline void be_patient(int& waited, const Offer& offer_core) {
 class Team;
 
 // A thread beside the caller's, and where it is: outside of any job, in one, or in one but without a core. The last it
-// says itself, before it offers its core; the caller, whose job is over, may then dismiss it. Coming back, it leaves the
-// job where it stands, for all that the job's tasks refer to may be gone: nothing between here and home has a destructor.
+// sets itself, before it offers its core; the caller, whose job is over, may then dismiss it. When it has a core again,
+// it must not return through the job's functions, for all that they refer to lies on the caller's stack and may be
+// gone: it jumps home. That is defined as long as nothing between here and home has a destructor: helpers offer their
+// cores in Member::share alone, never inside a task, and jobs hold plain pointers and numbers. (A job that a late
+// thread may leave by returning would have to keep all its memory until that thread is back, which the next job would
+// have to wait for.)
 struct alignas(64) Helper {
   enum Place { OUT, IN, AWAY };
   std::atomic<int> place{OUT};
@@ -72,13 +77,15 @@ struct Member {
 
   template <class Task>
   void share(int tasks, const Task& task) {
-    stage++, total += tasks;
+    stage++;
+    total += tasks;
     int did = 0;
     for (int i = 0; i < members; i++) {
       const int whose = index + i < members ? index + i : index + i - members;
       for (int t; (t = claim(whose, tasks)) >= 0; did++) task(t);
     }
-    if (did) ranges[index].done.store(ranges[index].done.load(std::memory_order_relaxed) + did, std::memory_order_release);
+    if (did)
+      ranges[index].done.store(ranges[index].done.load(std::memory_order_relaxed) + did, std::memory_order_release);
     if (shares) offer_core();
     for (int waited = 0; !over();) be_patient(waited, [&] { offer_core(); });
   }
@@ -98,13 +105,15 @@ struct Member {
     std::atomic<uint64_t>& claimed = ranges[whose].claimed;
     uint64_t seen = claimed.load(std::memory_order_relaxed);
     for (;;) {
-      const uint64_t taken = seen >> TASK_BITS == stage ? seen & ((1 << TASK_BITS) - 1) : 0;
-      if (seen >> TASK_BITS > stage || first + taken >= (uint64_t)end) return -1;
-      if (claimed.compare_exchange_weak(seen, (stage << TASK_BITS) + taken + 1, std::memory_order_relaxed)) return first + taken;
+      const uint64_t begun = seen >> TASK_BITS == stage ? seen & ((1 << TASK_BITS) - 1) : 0;
+      if (seen >> TASK_BITS > stage || first + begun >= (uint64_t)end) return -1;
+      if (claimed.compare_exchange_weak(seen, (stage << TASK_BITS) + begun + 1, std::memory_order_relaxed))
+        return first + begun;
     }
   }
 
-  // Nobody does a task of a later stage before all of this one are done: so the sum may be compared, whenever each is read.
+  // Nobody does a task of a later stage before all of this one are done: so the sum may be compared, whenever each is
+  // read.
   bool over() const {
     uint64_t done = 0;
     for (int m = 0; m < members; m++) done += ranges[m].done.load(std::memory_order_acquire);
@@ -171,10 +180,11 @@ class Team {
   // Whether every stage ends with an offer of the core to whoever waits for it.
   void share_cores(bool yes) { shares = yes; }
 
-  // work(member) on every thread that is free; returns when all its stages are done. What it refers to must be of trivial
-  // types, see Helper.
+  // Call work(member) on every thread that is free; returns when all its stages are done. What it makes must need no
+  // destructor, see Helper. One caller at a time.
   template <class Work>
   void run(const Work& work) {
+    static_assert(std::is_trivially_destructible_v<Work>);
     job = [](void* work, Member& member) { (*(const Work*)work)(member); };
     argument = (void*)&work;
     open = true;
@@ -184,6 +194,7 @@ class Team {
     open = false;
     for (Helper* helper = helpers; helper < helpers + num_helpers; helper++)  // none may be left that sees `work`
       for (int waited = 0; !helper->dismiss();) be_patient(waited, sched_yield);
-    stage = me.stage, total = me.total;
+    stage = me.stage;
+    total = me.total;
   }
 };

@@ -1,21 +1,24 @@
-// What Python calls (library.py, stack.py, candidates.py, step.py): forward passes, and the steps made of them.
+// What Python calls: forward passes, and the steps made of them. library.py declares the same functions; their
+// structures are in structures.h.
+#include <mutex>
+
 #include "step.h"
 
 namespace {
 
 template <class T>
-void forward(const Stack& stack, const Rows& rows, const void* embeds, void* hidden, void* taps) {
+void forward(const Stack& stack, const Rows& rows, const void* embeds, void* hidden, void* aux) {
   Pass<T> pass(stack, rows);
   team.run([&](Member& member) {
-    pass.run(member, embeds, (T*)taps);
+    pass.run(member, embeds, (T*)aux);
     pass.finish(member, (T*)hidden);
   });
 }
 
 template <class T>
-void hold(const Stack& stack, const Rows& rows, const void* context) {
+void write_kv(const Stack& stack, const Rows& rows, const void* context) {
   Pass<T> pass(stack, rows);
-  team.run([&](Member& member) { pass.hold(member, context); });
+  team.run([&](Member& member) { pass.write_kv(member, context); });
 }
 
 template <class T>
@@ -28,21 +31,24 @@ void linear(const void* x, int rows, int inputs, int outputs, const void* w, con
     memset((void*)(from + row * k + inputs), 0, (k - inputs) * sizeof *from);
   }
   team.run([&](Member& member) {
-    linear_stage<T>(member, from, rows, Linear{w, bias, (int32_t)k, outputs}, [&](int row) { return (T*)y + (long)row * outputs; });
+    const Linear layer{w, bias, (int32_t)k, outputs};
+    linear_stage<T>(member, from, rows, layer, [&](int row) { return (T*)y + (long)row * outputs; });
   });
 }
 
-// Pictures of bytes (images, height, width, 3) cut into patches, left to right and top to bottom: rows of channel, y, x,
-// each byte looked up in the table of its channel.
+// Cut pictures of bytes (images, height, width, 3) into patches, left to right and top to bottom: rows of channel, y,
+// x, each byte looked up in the table of its channel.
 template <class T>
 void patches(const uint8_t* pictures, int images, int height, int width, int patch, const float* table, void* y) {
-  const int across = width / patch, down = height / patch, area = patch * patch, size = 3 * area;
+  CHECK(0 < patch && patch <= MAX_PATCH);
+  const int grid_w = width / patch, grid_h = height / patch, area = patch * patch, size = 3 * area;
   team.run([&](Member& member) {
-    member.share(images * down, [&](int task) {
-      const uint8_t* strip = pictures + (long)(task / down) * height * width * 3 + (long)(task % down) * patch * width * 3;
-      T* to = (T*)y + (long)task * across * size;
+    member.share(images * grid_h, [&](int task) {
+      const uint8_t* strip =
+          pictures + (long)(task / grid_h) * height * width * 3 + (long)(task % grid_h) * patch * width * 3;
+      T* to = (T*)y + (long)task * grid_w * size;
       alignas(64) float row[3 * MAX_PATCH * MAX_PATCH + LANES];
-      for (int p = 0; p < across; p++, to += size) {
+      for (int p = 0; p < grid_w; p++, to += size) {
         for (int line = 0; line < patch; line++) {
           const uint8_t* from = strip + ((long)line * width + p * patch) * 3;
           for (int x = 0; x < patch; x++)
@@ -58,6 +64,7 @@ void patches(const uint8_t* pictures, int images, int height, int width, int pat
 
 template <class T>
 void grow_all(const Draft& draft, const Trees& trees) {
+  check_draft(draft);
   team.run([&](Member& member) { member.share(trees.batch, [&](int b) { grow<T>(draft, trees, b); }); });
 }
 
@@ -66,7 +73,8 @@ void pack(const void* from, int inputs, int outputs, void* to) {
   const long k = round_up(inputs, K_STEP);
   team.run([&](Member& member) {
     member.share((outputs + LANES - 1) / LANES, [&](int panel) {
-      pack_panel((const T*)from + (long)panel * LANES * inputs, inputs, outputs - panel * LANES, k, (T*)to + panel * k * LANES);
+      pack_panel((const T*)from + (long)panel * LANES * inputs, inputs, outputs - panel * LANES, k,
+                 (T*)to + panel * k * LANES);
     });
   });
 }
@@ -74,27 +82,41 @@ void pack(const void* from, int inputs, int outputs, void* to) {
 }  // namespace
 
 #define BY_TYPE(call, ...) (bfloat16 ? call<bf16>(__VA_ARGS__) : call<float>(__VA_ARGS__))
+// One call at a time: the threads and the memory that passes use are one for the process. Python lets go of its own
+// lock.
+#define ENTER const std::lock_guard<std::mutex> alone(entry)
 
 #if !defined(FLASH_STAMP)
 #define FLASH_STAMP "compiled by hand"
 #endif
+
+namespace {
+std::mutex entry;
+}
 
 extern "C" {
 
 // What this was compiled from, and how: builds.py looks for it in the file.
 const char* flash_stamp() { return FLASH_STAMP; }
 
-// Bytes of a structure that Python fills in; 0: there is none of that name.
-long flash_size(const char* name) {
-#define SIZE(type) \
-  if (!strcmp(name, #type)) return sizeof(type);
-  SIZE(Layer) SIZE(Stack) SIZE(Rows) SIZE(Draft) SIZE(Trees) SIZE(Linear) SIZE(DraftNetwork) SIZE(Cache) SIZE(Round)
-#undef SIZE
-  return 0;
+// Structures, their fields, and constants; the last one has no name.
+const Fact* flash_facts() { return FACTS; }
+
+// Whether attention is compiled for heads of so many numbers.
+bool flash_has_head_dim(int head_dim) {
+  switch (head_dim) {
+#define CASE(D) case D:
+    HEAD_DIMS(CASE)
+#undef CASE
+    return true;
+  }
+  return false;
 }
 
-// To be called first. False where the system does not let this process use what the library was built for.
+// Grow the team to so many threads. To be called first. False where the system does not let this process use what the
+// library was built for.
 bool flash_begin(int threads) {
+  ENTER;
 #if defined(__AMX_BF16__)
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return false;
@@ -106,45 +128,72 @@ bool flash_begin(int threads) {
 // Whether the threads offer their cores to other processes between any two stages.
 void flash_share_cores(bool yes) { team.share_cores(yes); }
 
-// (outputs, inputs) to panels: ceil(outputs / 16) * 16 * ceil(inputs / 32) * 32 numbers.
-void flash_pack(bool bfloat16, const void* from, int inputs, int outputs, void* to) { BY_TYPE(pack, from, inputs, outputs, to); }
+// Pack weights (outputs, inputs) into panels: ceil(outputs / 16) * 16 * ceil(inputs / 32) * 32 numbers.
+void flash_pack(bool bfloat16, const void* from, int inputs, int outputs, void* to) {
+  ENTER;
+  BY_TYPE(pack, from, inputs, outputs, to);
+}
 
 // x (rows, inputs) -> y (rows, outputs).
-void flash_linear(bool bfloat16, const void* x, int rows, int inputs, int outputs, const void* w, const void* bias, void* y) {
+void flash_linear(bool bfloat16, const void* x, int rows, int inputs, int outputs, const void* w, const void* bias,
+                  void* y) {
+  ENTER;
   BY_TYPE(linear, x, rows, inputs, outputs, w, bias, y);
 }
 
 // pictures (images, height, width, 3), table (3, 256) -> y (images * patches, 3 * patch * patch).
-void flash_patches(bool bfloat16, const uint8_t* pictures, int images, int height, int width, int patch, const float* table, void* y) {
+void flash_patches(bool bfloat16, const uint8_t* pictures, int images, int height, int width, int patch,
+                   const float* table, void* y) {
+  ENTER;
   BY_TYPE(patches, pictures, images, height, width, patch, table, y);
 }
 
-// embeds (batch, rows, hidden) -> hidden (batch, rows, hidden) and taps (batch, rows, num_taps, hidden).
-void flash_forward(bool bfloat16, const Stack* stack, const Rows* rows, const void* embeds, void* hidden, void* taps) {
-  BY_TYPE(forward, *stack, *rows, embeds, hidden, taps);
+// embeds (batch, rows, hidden) -> hidden (batch, rows, hidden) and aux (batch, rows, num_aux, hidden).
+void flash_forward(bool bfloat16, const Stack* stack, const Rows* rows, const void* embeds, void* hidden, void* aux) {
+  ENTER;
+  BY_TYPE(forward, *stack, *rows, embeds, hidden, aux);
 }
 
 // Only write every layer's keys and values of `context` (batch, rows, hidden) to the cache.
-void flash_hold(bool bfloat16, const Stack* stack, const Rows* rows, const void* context) { BY_TYPE(hold, *stack, *rows, context); }
+void flash_write_kv(bool bfloat16, const Stack* stack, const Rows* rows, const void* context) {
+  ENTER;
+  BY_TYPE(write_kv, *stack, *rows, context);
+}
 
-// Trees of the likeliest drafted nodes behind the roots that `trees` has.
-void flash_grow(bool bfloat16, const Draft* draft, const Trees* trees) { BY_TYPE(grow_all, *draft, *trees); }
+// Grow trees of the likeliest drafted nodes behind the roots that `trees` has.
+void flash_grow(bool bfloat16, const Draft* draft, const Trees* trees) {
+  ENTER;
+  BY_TYPE(grow_all, *draft, *trees);
+}
 
-void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* taps, int rows, void* context) {
-  BY_TYPE(fuse, *draft, taps, rows, context);
+// aux (rows, num_aux, target's hidden) -> context (rows, hidden).
+void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* aux, int rows, void* context) {
+  ENTER;
+  BY_TYPE(fuse, *draft, aux, rows, context);
 }
 
 // Draft a block behind the newest token of every sequence: logits (batch, block, vocab), and trees grown from them.
-void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* tails, void* logits, const Trees* trees) {
+void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* last_context, void* logits,
+                   const Trees* trees) {
+  ENTER;
   double growing;
-  BY_TYPE(propose, *draft, *rows, tails, Worth{}, logits, *trees, growing);
+  BY_TYPE(propose, *draft, *rows, last_context, Worth{}, logits, *trees, growing);
 }
 
-// Add the accepted rows of taps (batch, num, num_taps, target's hidden), paths (batch, num), to the draft's context.
-void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* taps, int num, const int32_t* paths, void* tails) {
-  BY_TYPE(observe, *draft, *rows, taps, num, paths, tails);
+// Add the accepted rows of aux (batch, num, num_aux, target's hidden), paths (batch, num), to the draft's contexts.
+void flash_observe(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* aux, int num,
+                   const int32_t* paths, void* last_context) {
+  ENTER;
+  BY_TYPE(observe, *draft, *rows, aux, num, paths, last_context);
 }
 
-void flash_look(bool bfloat16, Round* round) { BY_TYPE(look, *round); }
-void flash_accept(bool bfloat16, Round* round) { BY_TYPE(accept, *round); }
+// The two halves of a round.
+void flash_draft_and_verify(bool bfloat16, Round* round) {
+  ENTER;
+  BY_TYPE(draft_and_verify, *round);
+}
+void flash_commit(bool bfloat16, Round* round) {
+  ENTER;
+  BY_TYPE(commit, *round);
+}
 }

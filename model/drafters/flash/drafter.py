@@ -153,7 +153,7 @@ class FlashDrafter:
             context = torch.cat(rows)
             behind = self._behind(slot, len(context), [len(context)])
             if self.step is not None:
-                self.step.stack.hold(context[None], None, behind)
+                self.step.stack.write_kv(context[None], None, behind)
             else:
                 self._hold(behind.plan, context[None])
             self.tails[slot] = context[-1]

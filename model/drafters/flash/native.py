@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from model.backends.linear import Packed, pack
-from model.backends.native import library
-from model.backends.native.candidates import MAX_WIDTH, Candidates, Sequential
-from model.backends.native.library import K_STEP, Matrix
+from model.backends.native.candidates import Candidates, Sequential
+from model.backends.native.library import PackedLinear, constant
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack
 from model.backends.native.step import DraftStep
 from model.decoding.tree import FixedTree
@@ -23,15 +22,19 @@ MAX_TABLE = 1 << 24  # numbers in the table of what tokens put into the layers; 
 
 
 def native_step(
-    target: Target, network: DraftNetwork, head: Matrix | None, width: int, fixed: FixedTree | None, positions: int
+    target: Target,
+    network: DraftNetwork,
+    head: PackedLinear | None,
+    width: int,
+    fixed: FixedTree | None,
+    positions: int,
 ) -> DraftStep | None:
     """Pack the network for the native library; None where some part of a step cannot run in it, with nothing changed.
 
     head: the target's, for the tokens that the draft may propose; width: nodes kept at each depth; positions: of a
     context at most. The network's own layers are released.
     """
-    # States lie one behind the other, and are read in whole steps of a product.
-    if target.verifier is None or head is None or width > MAX_WIDTH or target.hidden_size % K_STEP:
+    if target.verifier is None or head is None or not _fits(target, network, width):
         return None
     stack = _stack(network, positions)
     if stack is None:
@@ -43,18 +46,29 @@ def native_step(
         embeddings=target.verifier.embeddings,
         masks=network.masks,
         input_norm=network.embed_norm.weight,
-        embed=_matrix(network.embed),
-        feature=_matrix(network.feature),
-        out=_matrix(network.out),
+        embed=_packed(network.embed),
+        feature=_packed(network.feature),
+        out=_packed(network.out),
         head=head,
-        tap_norms=torch.stack([norm.weight for norm in network.fuse.norms]),  # type: ignore[misc]
-        fuse=_matrix(network.fuse.linear),
+        aux_norms=torch.stack([norm.weight for norm in network.fuse.norms]),  # type: ignore[misc]
+        fuse=_packed(network.fuse.linear),
         fuse_norm=network.fuse.norm.weight,
         candidates=_candidates(target, network, width, fixed),
     )
 
 
-def _matrix(linear: nn.Module) -> Matrix:
+def _fits(target: Target, network: DraftNetwork, width: int) -> bool:
+    """Whether sizes are such as the library is made for."""
+    config = network.config
+    return (
+        target.hidden_size % constant("K_STEP") == 0  # rows lie one behind the other, and are read in whole steps
+        and width <= constant("MAX_WIDTH")
+        and config.block <= constant("MAX_BLOCK")
+        and config.sequential_rank <= constant("MAX_RANK")
+    )
+
+
+def _packed(linear: nn.Module) -> PackedLinear:
     assert isinstance(linear, Packed)
     return linear.matrix
 
@@ -70,7 +84,7 @@ def _stack(network: DraftNetwork, positions: int) -> Stack | None:
         intermediate=config.intermediate_size,
         eps=1e-6,
     )
-    if not (shape.fits and library.supports(norm.weight.dtype, norm.weight.device)):
+    if not shape.runs_natively(norm.weight):
         return None
     layers: list[Any] = list(network.layers)
     cos, sin = rotary_table(config, torch.arange(positions)[None], norm.weight.dtype)
@@ -104,10 +118,10 @@ def _token_table(target: Target, network: DraftNetwork) -> Tensor | None:
 
 
 def _candidates(target: Target, network: DraftNetwork, width: int, fixed: FixedTree | None) -> Candidates:
-    offered, head = network.offered, network.sequential
+    head, of_target = network.sequential, (target.eos_ids, target.vocab_size)
     if fixed is not None:
-        return Candidates(fixed.width, target.eos_ids, fixed=fixed, offered=offered)
+        return Candidates(fixed.width, *of_target, fixed=fixed, draft_vocab=network.offered)
     own = None
     if head is not None:
-        own = Sequential(head.before.weight, _matrix(head.context), _matrix(head.state), _matrix(head.after))
-    return Candidates(width, target.eos_ids, own, offered=offered)
+        own = Sequential(head.before.weight, _packed(head.context), _packed(head.state), _packed(head.after))
+    return Candidates(width, *of_target, own, draft_vocab=network.offered)
