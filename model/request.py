@@ -52,9 +52,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias added to its logit), each token once
-    logprobs: int | None = (
-        None  # how many of the likeliest tokens to report with each token; None: no log-probabilities
-    )
+    logprobs: int | None = None  # number of likeliest tokens to report with each token; None: no log-probabilities
 
     @property
     def processes(self) -> bool:
@@ -224,7 +222,7 @@ class Area:
 
     @property
     def longest(self) -> int:
-        """Return the longest possible side in pixels. Rounding may halve or double a narrow picture's aspect ratio."""
+        """Return an upper bound on a side, in pixels. Rounding may at most double a narrow picture's aspect ratio."""
         return math.isqrt(2 * self.MAX_RATIO * self.most(1)) + 2 * self.multiple
 
     def largest(self, num_frames: int) -> int:

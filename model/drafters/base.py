@@ -1,7 +1,7 @@
-"""What the engine asks of a drafter. One file per kind implements it; registry.py picks by name.
+"""Defines the interface between the engine and a drafter. One file per method implements it; registry.py picks by name.
 
-A drafter knows of every sequence what the target has computed *and kept*, and of the newest token only when it is to
-propose: so it is never rolled back. Whatever it proposes, the answer stays the same (see verify.py).
+A drafter only sees positions that the target has computed *and kept*, and sees the newest token only when it proposes.
+So it is never rolled back. Its proposals never change the answer (see verify.py).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from model.targets.prompt import TokenizedPrompt
 
 @dataclass(frozen=True)
 class Room:
-    """What the engine has room for, and so a drafter beside it.
+    """The sizes for which the engine, and so the drafter, allocates memory.
 
-    capacity: positions of a sequence; margin: rows of a tree, the root's included; width: candidates kept at each
-    depth; recorder: passes that torch computes at every step are to be recorded with it (see graphs.py).
+    num_slots: sequences at a time; capacity: positions of a sequence; margin: rows of a tree, the root included; width:
+    candidates kept at each depth; recorder: records the passes that torch computes at every step (see graphs.py), if
+    any.
     """
 
     num_slots: int
@@ -35,66 +36,80 @@ class Room:
 
 
 class Proposing(Protocol):
-    """What a round asks of a drafter."""
+    """The part of a drafter that a round uses."""
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        """A tree for each of slots 0.., of at most budgets[b] nodes beside its root. newest, budgets: (slots,) int64,
-        the last token of each and how many nodes may be verified (0: it drafts nothing, or does not decode)."""
+        """Draft a tree for each of slots 0.., with at most budgets[b] nodes beside its root.
+
+        newest: (slots,) int64, the last token of each sequence; budgets: (slots,) int64, 0 if the slot does not draft
+        or does not decode.
+        """
         ...
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
-        """The target has verified these trees, one for each of slots 0.., and kept the rows in paths[b], ascending;
-        none of a slot that does not decode, or that it does not know, and some of at least one. aux_hidden_states:
-        (slots, rows, num_taps * hidden), good until the next pass."""
+        """Add the accepted nodes of verified trees to the drafter's context.
+
+        paths[b]: accepted rows of slot b, ascending; empty for a slot that does not decode or is not drafted for. At
+        least one path is not empty. aux_hidden_states: (slots, rows, num_taps * hidden), valid until the next pass of
+        the target.
+        """
         ...
 
 
 class Drafter(Proposing, Protocol):
-    """Tensors are on the target's device, in its dtype."""
+    """The whole interface of a drafter. Tensors are on the target's device, in its dtype."""
 
     @property
     def name(self) -> str:
-        """As it is asked for and shown."""
+        """Return the name by which it is requested and reported."""
         ...
 
     @property
     def native(self) -> bool:
-        """Whether a step runs without torch: in the native library, or in neither."""
+        """Return whether a step runs without torch."""
         ...
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights, as they are held."""
+        """Return the bytes of its weights as they are stored in memory."""
         ...
 
     @property
     def cache_bytes(self) -> int:
-        """Of what it holds of sequences, allocated at start."""
+        """Return the bytes allocated at start for the context of sequences."""
         ...
 
     def start(self, slot: int, prompt: TokenizedPrompt) -> None:
-        """A sequence begins in this slot."""
+        """Start a sequence in this slot."""
         ...
 
     def share(self, source: int, slot: int, length: int) -> bool:
-        """The sequence that has just begun in `slot` takes over the first `length` positions of its prompt from the one
-        in `source`, which may be over, or be the same slot; no medium reaches beyond them. False: this drafter cannot,
-        and nothing is changed."""
+        """Copy the first `length` prompt positions from the sequence in `source` to the one that has just started in
+        `slot`.
+
+        The sequence in `source` may have finished; `source` may be `slot` itself. No medium crosses the end of the
+        copied range. Returns False, with nothing changed, if this drafter cannot share.
+        """
         ...
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
-        """The target has computed prompt positions start.. of it. aux_hidden_states: (positions, num_taps * hidden);
-        embeds: (positions, hidden), what entered there: of tokens, and of media."""
+        """Read prompt positions start.. of the sequence in this slot, which the target has just computed.
+
+        aux_hidden_states: (positions, num_taps * hidden); embeds: (positions, hidden), the input embeddings of tokens
+        and media.
+        """
         ...
 
     def free(self, slot: int) -> None:
-        """The sequence in this slot is over."""
+        """End the sequence in this slot."""
         ...
 
     def exchange(self, one: int, other: int) -> None:
-        """Exchange two slots, either of which may be free: their sequences, and what is left for others to share."""
+        """Exchange two slots, either of which may be free: their sequences, and the positions that others can still
+        share."""
         ...
 
     def check_integrity(self, by_slot: Mapping[int, int]) -> None:
-        """It holds just these sequences; slot -> tokens that the target has computed. For tests and debugging."""
+        """Assert that it has exactly these sequences: slot -> tokens that the target has computed. For tests and
+        debugging."""
         ...

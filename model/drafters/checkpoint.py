@@ -1,4 +1,4 @@
-"""A trained draft on disk: `config.json` (drafter, shape, target's fingerprint, versions, command) and
+"""Reads and writes a trained draft: `config.json` (drafter, shape, target's fingerprint, versions, command) and
 `model.safetensors`."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model.targets.base import Target
 
 DraftShape = DraftConfig | EagleConfig | MedusaConfig
 Network = DraftNetwork | EagleNetwork | MedusaNetwork
-RENAMED = {"tap_layers": "aux_layers"}  # how drafts trained by earlier versions name fields of their shape
+RENAMED = {"tap_layers": "aux_layers"}  # fields of a draft's shape as earlier versions named them
 KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "flash": (DraftConfig, DraftNetwork),
     "flash-paper": (DraftConfig, DraftNetwork),
@@ -36,7 +36,7 @@ UNREADABLE = (OSError, KeyError, TypeError, ValueError, RuntimeError, Safetensor
 
 @dataclass(frozen=True)
 class Described:
-    """What a draft's config.json says that is needed to load it."""
+    """The fields of a draft's config.json that are needed to load it."""
 
     drafter: str
     config: DraftShape
@@ -44,16 +44,20 @@ class Described:
 
 
 def fingerprint(target: Target) -> str:
-    """What a draft is bound to: SHA-256 over the target's shape and samples of its embeddings and output weights."""
+    """Compute the SHA-256 of the target's shape and of samples of its token embeddings. A draft only fits a target with
+    the same fingerprint."""
     ids = torch.arange(0, target.vocab_size, max(1, target.vocab_size // 64), device=target.device)
-    rows = target.embed(ids).to(torch.bfloat16).float().cpu()  # the same in every dtype that it may be loaded in
+    rows = target.embed(ids).to(torch.bfloat16).float().cpu()  # the same whatever dtype the target is loaded in
     shape = f"{target.num_layers} {target.hidden_size} {target.vocab_size} {target.num_kv_heads} {target.head_dim}"
     return hashlib.sha256(shape.encode() + rows.numpy().tobytes()).hexdigest()
 
 
 def save(folder: Path, network: Network, target: Target, *, drafter: str | None = None, **notes: Any) -> None:
-    """Write the draft, its weights in bfloat16. drafter: whose it is, where its network serves several; `notes`
-    (command, data, figures...) are kept in config.json as they are."""
+    """Write the draft, with its weights in bfloat16.
+
+    drafter: the method's name, if several methods use this network; notes (command, data, figures, ...): copied into
+    config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: (value.to(torch.bfloat16) if value.is_floating_point() else value).contiguous()
@@ -70,11 +74,11 @@ def save(folder: Path, network: Network, target: Target, *, drafter: str | None 
         **notes,
     }
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read it
 
 
 def described(folder: Path) -> Described:
-    """The draft in `folder`, but for its weights. ConfigError if it cannot be read."""
+    """Read the config.json of the draft in `folder`. Raises ConfigError if it cannot be read."""
     try:
         written = json.loads((folder / "config.json").read_text())
         config_type, _ = KINDS[written["drafter"]]
@@ -86,8 +90,11 @@ def described(folder: Path) -> Described:
 
 
 def load(folder: Path, target: Target) -> Network:
-    """The draft in `folder`, on the target's device and in its dtype. ConfigError if trained for another target, or if
-    its weights are no finite numbers there."""
+    """Load the draft in `folder` to the target's device, in its dtype.
+
+    Raises ConfigError if it cannot be read, was trained for another target, or has weights that are not finite in that
+    dtype.
+    """
     found = described(folder)
     _, network_type = KINDS[found.drafter]
     try:
@@ -125,4 +132,5 @@ def load(folder: Path, target: Target) -> Network:
 
 
 def _unreadable(folder: Path, error: Exception) -> ConfigError:
+    """Build the error for a draft that cannot be read."""
     return ConfigError(f"draft {str(folder)!r} cannot be read: {error}")

@@ -1,7 +1,8 @@
-"""A new draft for an engine that runs: read and judged, then packed, and only then used.
+"""Loads a new draft for a running engine, in two steps: read and check it, then pack it for use.
 
-Reading takes time and nothing but torch, so any thread may do it while the engine steps. Packing calls the native
-library, which only the engine's thread may. Whatever can be refused is refused while reading, with nothing changed.
+Reading takes time but uses only torch, so any thread may do it while the engine steps. Packing calls the native
+library, which only the engine's thread may do. Everything that can be refused is refused while reading, with nothing
+changed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from model.targets.base import Target
 
 @dataclass(frozen=True)
 class Incoming:
-    """A draft that was read and fits; config: the engine's, with this draft, resolved; cache: for what it will hold of
-    sequences, if it needs one. A large one takes longer than all the rest."""
+    """A draft that was read and fits.
+
+    config: the engine's config with this draft, resolved; cache: the drafter's KV cache, if it needs one. It is
+    allocated early because a large one takes longer than all the rest.
+    """
 
     config: EngineConfig
     network: checkpoint.Network
@@ -29,16 +33,17 @@ class Incoming:
 
 @dataclass(frozen=True)
 class Packed:
-    """A draft that an engine may use from any step on."""
+    """A draft that an engine may use from its next step on."""
 
     config: EngineConfig
     drafter: Drafter
 
 
 def read(folder: str, requested: EngineConfig, serving: EngineConfig, target: Target, room: Room) -> Incoming:
-    """The draft in `folder`, for an engine that was given `asked`, which it resolved to `serving`.
+    """Read the draft in `folder` for an engine whose config `requested` was resolved to `serving`.
 
-    ConfigError where it cannot be read, is no draft for this target, or asks for what is settled when an engine starts.
+    Raises ConfigError if it cannot be read, does not fit this target, or needs settings that are fixed when an engine
+    starts.
     """
     if serving.drafter not in TRAINED:
         raise ConfigError(
@@ -61,6 +66,6 @@ def read(folder: str, requested: EngineConfig, serving: EngineConfig, target: Ta
 
 
 def pack(incoming: Incoming, target: Target, room: Room) -> Packed:
-    """In the engine's thread, between two steps."""
+    """Build the drafter. Must be called in the engine's thread, between two steps."""
     name = incoming.config.drafter
     return Packed(incoming.config, registry.KINDS[name](name, target, incoming.network, room, incoming.cache))

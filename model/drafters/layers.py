@@ -1,7 +1,7 @@
-"""What draft networks are built of: fusing the target's hidden states, rotary positions, one transformer layer.
+"""Provides the parts of draft networks: fusing the target's hidden states, rotary positions, one transformer layer.
 
-Attention is a function handed in, so that training (many drafts over one context, at once) and serving (one draft over
-a KV cache) run the same layers.
+Attention is a function argument, so that training (many drafts over one context at once) and serving (one draft over a
+KV cache) run the same layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class LayerConfig(Protocol):
-    """What a draft's configuration says of its layers."""
+    """The fields of a draft's configuration that its layers need."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -43,16 +43,16 @@ class LayerConfig(Protocol):
 
 
 def first_tokens(vocabulary: int) -> Tensor | None:
-    """(vocabulary,) ids of the tokens that a new draft may propose, ascending; None for 0: all.
+    """Return the initial draft vocabulary: (vocabulary,) token ids, ascending; None for 0, which means all tokens.
 
-    With few of them its hidden states need not be read by the target's whole lm_head, which would be most of a draft's
-    work for a large vocabulary (FR-Spec, arXiv 2502.14856). Training says which are frequent.
+    A small draft vocabulary avoids reading the target's whole lm_head, which would be most of a draft's work for a
+    large vocabulary (FR-Spec, arXiv 2502.14856). Training replaces the ids by the most frequent tokens.
     """
     return torch.arange(vocabulary) if vocabulary else None
 
 
 class Fuse(nn.Module):
-    """Hidden states of several target layers to one context vector: linear, then RMSNorm."""
+    """Fuses hidden states of several target layers into one context vector: linear, then RMSNorm."""
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
@@ -62,17 +62,19 @@ class Fuse(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
 
     def forward(self, aux_hidden_states: Tensor) -> Tensor:
-        """(..., num_taps * target_hidden) -> (..., hidden)."""
+        """Fuse aux hidden states: (..., num_taps * target_hidden) -> (..., hidden)."""
         parts = aux_hidden_states.unflatten(-1, (len(self.norms), -1))
         weights = torch.stack([norm.weight for norm in self.norms])  # type: ignore[misc]
-        scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all at once: it runs at every step
+        scaled = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * weights  # all norms at once: it runs at every step
         fused: Tensor = self.norm(self.linear(scaled.flatten(-2)))
         return fused
 
 
 def rotary_table(config: LayerConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions (batch, rows), computed in float32: each (batch, 1, rows, head_dim), sin's first half
-    negated, so that `rotate` need only swap halves."""
+    """Compute cos and sin for positions (batch, rows) in float32: each (batch, 1, rows, head_dim).
+
+    The first half of sin is negated, so that `rotate` only needs to swap halves.
+    """
     half = config.head_dim // 2
     speed = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
     angle = positions[:, None, :, None] * speed
@@ -81,13 +83,13 @@ def rotary_table(config: LayerConfig, positions: Tensor, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of (batch, heads, rows, head_dim) by the tables of `rotary_table`."""
+    """Apply rotary position embedding to (batch, heads, rows, head_dim), with the tables of `rotary_table`."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((right, left), -1) * sin
 
 
 class DraftLayer(nn.Module):
-    """One transformer layer whose queries are the block and whose keys and values are context and block."""
+    """One transformer layer. Queries come from the block; keys and values from the context and the block."""
 
     def __init__(self, config: LayerConfig, index: int) -> None:
         super().__init__()
@@ -102,15 +104,16 @@ class DraftLayer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, width, bias=False)
 
     def split(self, x: Tensor) -> Tensor:
-        """(batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
+        """Split heads: (batch, rows, heads * head_dim) -> (batch, heads, rows, head_dim)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute keys and values of x (batch, rows, hidden): each (batch, heads, rows, head_dim)."""
         keys, values = self.kv(x).chunk(2, -1)
         return rotate(self.split(keys), cos, sin), self.split(values)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        """x: (batch, rows, hidden), the block(s) being drafted; cos, sin: see `rotary_table`."""
+        """Run the layer over x (batch, rows, hidden), the rows being drafted. cos, sin: see `rotary_table`."""
         y = self.attention_norm(x)
         keys, values = self.keys_values(y, cos, sin)
         mixed = attend(self.index, rotate(self.split(self.q(y)), cos, sin), keys, values)

@@ -1,10 +1,10 @@
-"""TokenizedPrompt lookup: what followed when the same words were said before. No training, no model.
+"""Proposes tokens by prompt lookup: those that followed the same words earlier in the text. No training, no model.
 
-Source: the idea of "prompt lookup decoding" (A. Saxena, 2023), as transformers and vLLM have it: of the suffixes of the
-text the longest that occurred before is found, and what followed its latest occurrence is proposed, as a chain.
+Source: "prompt lookup decoding" (A. Saxena, 2023), as in transformers and vLLM. It finds the longest suffix of the text
+that occurred before, and proposes the tokens that followed its latest occurrence, as a chain.
 
-Text is the prompt's tokens, without the placeholders of media, and the answer's. The index grows by a few entries with
-every token that is kept, so that nothing is ever searched, and holds nothing that could be rejected later.
+The text is the prompt's tokens, without the placeholders of media, and the answer's. The index grows by a few entries
+with every kept token, so that nothing is searched and nothing has to be rolled back.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from model.decoding.tree import Trees, chains
 from model.drafters.slots import exchange_items
 from model.targets.prompt import TokenizedPrompt
 
-LONGEST = 4  # tokens of a suffix at most
+LONGEST = 4  # maximum tokens of a suffix
 
 
 class Text:
-    """Tokens, and where each run of up to LONGEST of them was last followed by another."""
+    """Tokens, and an index of the token that last followed each run of up to LONGEST tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self._followed: dict[tuple[int, ...], int] = {}
 
     def add(self, token: int) -> None:
+        """Append a token and index the runs that it follows."""
         at = len(self.tokens)
         for length in range(1, min(LONGEST, at) + 1):
             self._followed[tuple(self.tokens[at - length :])] = at
         self.tokens.append(token)
 
     def after(self, newest: int, num: int) -> list[int]:
-        """At most `num` tokens: what followed the latest occurrence of the longest suffix that ends in `newest`."""
+        """Return at most `num` tokens that followed the latest occurrence of the longest suffix that ends in
+        `newest`."""
         suffix = (*self.tokens[-(LONGEST - 1) :], newest)
         for first in range(len(suffix)):
             run = suffix[first:]
-            # Not yet in the index: a run that `newest` itself follows, of one token repeated.
+            # The index lacks `newest`. If `newest` repeats the token before it, it may follow this very run.
             repeats = tuple(self.tokens[-len(run) :]) == run
             if (at := len(self.tokens) if repeats else self._followed.get(run)) is not None:
                 return [*self.tokens[at : at + num], newest][:num]
@@ -49,7 +51,7 @@ class Text:
 
 
 class NgramDrafter:
-    """See `model.drafters.base.Drafter`."""
+    """Implements `model.drafters.base.Drafter`."""
 
     name = "ngram"
     native = True  # there is nothing for torch to do
@@ -70,10 +72,10 @@ class NgramDrafter:
         self._read(slot, start, start + len(embeds))
 
     def _read(self, slot: int, start: int, end: int) -> None:
-        """Positions start..end of its prompt."""
+        """Append positions start..end of the prompt to the slot's text, without media."""
         text, prompt = self._texts[slot], self._prompts[slot]
         edges = (0, *(edge for span in prompt.spans for edge in span), len(prompt.ids))
-        for first, last in list(pairwise(edges))[::2]:  # what is between media
+        for first, last in list(pairwise(edges))[::2]:  # the ranges between media
             for token in prompt.ids[max(first, start) : min(last, end)]:
                 text.add(token)
 

@@ -1,6 +1,6 @@
-"""A new, untrained draft for a target: the shapes that each drafter is trained in.
+"""Creates new, untrained drafts, in the shape in which each drafter is trained.
 
-All are of one size where they have the same parts, so that what is compared is how they draft.
+Parts that several drafters have are of one size, so that comparisons show the method and not the size.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from model.drafters.medusa.network import MedusaNetwork
 from model.errors import ConfigError
 from model.targets.base import Target
 
-# Layers that a target must offer; else those it offers by itself. For FLASH the study of layers showed the last alone.
+# Aux layers that a target must offer for a drafter; otherwise the target's default ones. For FLASH the last layer alone
+# was the best in our study of layers.
 TAP_LAYERS: dict[str, tuple[int, ...]] = {"flash": (-1,), "medusa": (-1,)}
-# As published in arXiv 2505.12728: one layer, 64 latents, five tokens a pass, none of which knows of the others.
+# As published in arXiv 2505.12728: one layer, 64 latents, five tokens per pass, drafted independently of each other.
 PAPER = {"num_layers": 1, "num_latents": 64, "block": 5, "sequential_rank": 0, "vocabulary": 0}
-# What the study of shapes showed: means of neighbouring positions, and long blocks (docs/decisions/0012).
+# The best shape in our study (docs/decisions/0012): means of neighbouring positions, and long blocks.
 FLASH = {"pooled": 16, "num_latents": ALL, "block": 10}
 HEAD_DIM = 64
 SHAPES: dict[str, dict[str, int]] = {"flash": FLASH, "flash-paper": PAPER}
 LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0, "vocabulary": 0}
-# Of a target with more tokens than the first, its draft proposes the second's number: the most frequent ones.
+# For a target with more tokens than LARGE_VOCABULARY, the draft vocabulary has the VOCABULARY most frequent ones.
 LARGE_VOCABULARY, VOCABULARY = 32768, 16384
-FEWEST_TOKENS = 64  # that a tree can be made of, ends included
-FULL_WIDTH = 512  # of a target up to which its draft is as wide
+FEWEST_TOKENS = 64  # smallest draft vocabulary, end-of-sequence tokens included
+FULL_WIDTH = 512  # hidden size of a target up to which its draft has the same
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a user may choose of a draft's shape; None: the preset's. A drafter refuses what it has no such part for."""
+    """The parts of a draft's shape that a user may choose; None: the preset. A size for a part that the drafter does
+    not have is an error."""
 
     hidden_size: int | None = None
     num_layers: int | None = None
@@ -43,13 +45,13 @@ class Sizes:
 
 
 def width(target_hidden_size: int) -> int:
-    """Of a draft: as wide as a small target, half as wide as a large one, in whole heads."""
+    """Return the hidden size for a draft: that of a small target, half that of a large one, in whole heads."""
     wanted = target_hidden_size if target_hidden_size <= FULL_WIDTH else max(FULL_WIDTH, target_hidden_size // 2)
     return max(1, wanted // HEAD_DIM) * HEAD_DIM
 
 
 def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
-    """ConfigError where a size does not fit."""
+    """Build the configuration of a new draft. Raises ConfigError if a size does not fit."""
     chosen: dict[str, Any] = {name: value for name, value in asdict(sizes).items() if value is not None}
     kind, _ = KINDS[drafter]
     if drafter in SHAPES:
@@ -73,7 +75,8 @@ def shape(drafter: str, target: Target, sizes: Sizes) -> DraftShape:
 
 
 def new(drafter: str, target: Target, *, hidden_size: int | None = None, sizes: Sizes | None = None) -> Network:
-    """`drafter` is one of checkpoint.KINDS. The target offers the layers that TAP_LAYERS names."""
+    """Create an untrained draft network. drafter: one of checkpoint.KINDS. The target must offer the layers that
+    TAP_LAYERS names."""
     if sizes is None:
         sizes = Sizes(hidden_size=None if drafter == "medusa" else hidden_size)
     made = shape(drafter, target, sizes)

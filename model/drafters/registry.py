@@ -1,4 +1,4 @@
-"""How tokens are drafted, one file per way. `load_drafter` picks by name."""
+"""Picks the drafter by name."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ KINDS: dict[str, Any] = {
 
 
 def aux_layers(config: EngineConfig) -> tuple[int, ...] | None:
-    """The target's layers that the draft of a resolved config reads; None where there is none."""
+    """Return the target's layers that the draft of a resolved config reads; None if there is no trained draft."""
     if config.drafter not in TRAINED or config.draft is None:
         return None
     return checkpoint.described(Path(config.draft)).config.aux_layers
 
 
 def load_drafter(config: EngineConfig, target: Target, room: Room) -> Drafter | None:
-    """The drafter that a resolved config names; None: nothing is drafted."""
+    """Load the drafter that a resolved config names; None for `off`. Raises ConfigError if it does not fit."""
     if config.drafter == "off":
         return None
     if config.drafter == "ngram":

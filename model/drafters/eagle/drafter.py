@@ -1,4 +1,4 @@
-"""The EAGLE drafter at work: its layer's keys and values of every position of a sequence, and a pass for every depth.
+"""Drafts with EAGLE: keeps its layer's keys and values of every position of a sequence, and runs one pass per depth.
 
 Row p of its context joins the feature of position p with the token (or the piece of a medium) at p + 1. So the last
 kept position has no row yet: its feature is *pending* until the token after it is kept, or proposed from:
@@ -8,7 +8,7 @@ kept position has no row yet: its feature is *pending* until the token after it 
     tree                   root = (pending, newest), below it rows of the draft's own features, a pass per depth
 
 The tree grows by confidence, as in arXiv 2406.16858 (EAGLE-2), section "Dynamic draft tree": at every depth the nodes
-with the highest cumulative probability are expanded, and of all nodes the best become the tree.
+with the highest cumulative probability are expanded, and the best of all nodes become the tree.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from model.transfer import upload
 
 
 class EagleDrafter:
-    """See `model.drafters.base.Drafter`. It runs in torch, also beside a native target: it exists for comparison."""
+    """Implements `model.drafters.base.Drafter`. It runs in torch, even beside a native target, and exists for
+    comparison."""
 
     native = False
 
     def __init__(
         self, name: str, target: Target, network: EagleNetwork, room: Room, cache: KVCache | None = None
     ) -> None:
-        """cache: what `new_cache` made, where someone had the time to make it before."""
+        """Build the drafter. cache: the result of `new_cache`, if it was already created."""
         config = network.config
         self.name = name
         self.target, self.network, self.width = target, network, room.width
@@ -54,8 +55,9 @@ class EagleDrafter:
 
     @staticmethod
     def new_cache(target: Target, network: EagleNetwork, room: Room) -> KVCache:
+        """Allocate the KV cache for this draft."""
         config = network.config
-        most_rows = 1 + (config.block - 1) * room.width  # of a tree while it grows: the root's and those expanded
+        most_rows = 1 + (config.block - 1) * room.width  # of a growing tree: the root and the expanded nodes
         return KVCache(
             num_layers=1,
             num_slots=room.num_slots,
@@ -79,7 +81,7 @@ class EagleDrafter:
         self.cache.take(slot)
 
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
-        return False  # what is pending, the feature of the position before the next, is not kept of any but the last
+        return False  # the pending feature is only kept for the last position
 
     def free(self, slot: int) -> None:
         self.cache.free(slot)
@@ -97,7 +99,7 @@ class EagleDrafter:
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
         fused = self.network.fuse(aux_hidden_states)
         features, entries = torch.cat((self._pending[slot][None], fused[:-1])), self.network.entry(embeds)
-        if start == 0:  # nothing comes before the first position
+        if start == 0:  # no position comes before the first one
             features, entries = features[1:], entries[1:]
         self._pending[slot] = fused[-1]
         if (count := len(features)) == 0:
@@ -108,7 +110,7 @@ class EagleDrafter:
         self.cache.lengths[slot] += count
 
     def _write(self, rows: AttentionMetadata, entering: Tensor) -> None:
-        """Keys and values of what enters the layer, (batch, rows, hidden)."""
+        """Write keys and values of input rows (batch, rows, hidden)."""
         keys, values = self.network.context_keys_values(entering, rows.plan.positions)
         self.cache.write(0, rows.plan.locations, keys, values)
 
@@ -130,7 +132,7 @@ class EagleDrafter:
             self.cache.lengths[slot] += len(path)
 
     def _entry(self, tokens: Tensor) -> Tensor:
-        """(...,) -> (..., hidden)."""
+        """Embed tokens (...,) as the layer's second input: (..., hidden)."""
         return self.network.entry(self.target.embed(tokens))
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
@@ -143,10 +145,11 @@ class EagleDrafter:
 
 
 class Expansion:
-    """The logits behind each depth's nodes, by a pass over all that were expanded so far."""
+    """Computes the logits behind each depth's nodes, by a pass over all nodes that were expanded so far."""
 
     def __init__(self, drafter: EagleDrafter, starts: np.ndarray, drafting: np.ndarray) -> None:
-        """starts: (batch,) int32, where each slot's context ends; drafting: (batch,) bool, whose trees are wanted."""
+        """Start trees. starts: (batch,) int32, the end of each slot's context; drafting: (batch,) bool, slots that
+        draft."""
         self._drafter, self._starts, self._drafting = drafter, starts, drafting
         batch = len(starts)
         self._entering: list[Tensor] = []  # of each depth, (batch, nodes, hidden)
@@ -155,6 +158,7 @@ class Expansion:
         self._features = drafter._pending[:batch, None]  # of all nodes expanded so far: (batch, nodes, hidden)
 
     def __call__(self, depth: int, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Expand the nodes of one depth: tokens, parents (batch, nodes) -> logits (batch, nodes, draft vocabulary)."""
         drafter, network = self._drafter, self._drafter.network
         wide = self._features.shape[-1]
         from_parents = self._features.gather(1, parents.clamp(min=0)[:, :, None].expand(-1, -1, wide))

@@ -1,12 +1,12 @@
-"""The EAGLE draft as a network: one decoder layer that goes on in the target's hidden states, token by token.
+"""Defines the EAGLE draft as a network: one decoder layer that continues the target's hidden states, token by token.
 
 Source: arXiv 2401.15077 (EAGLE), section "Drafting phase": the draft reads pairs of a feature and the token after it,
 and predicts the next feature, which the target's lm_head turns into a token; arXiv 2503.01840 (EAGLE-3): the feature
-fuses several of the target's layers, and training goes on along the draft's own features, as serving does. Every
+fuses several of the target's layers, and training continues along the draft's own features, as serving does. Every
 position of the sequence stays in the draft's context, visual ones uncompressed.
 
-    row of position p    feature p, fused from the target's layers, or the draft's own where the target has not been yet
-                       + embedding of what stands at p + 1: a token, or a piece of a medium
+    row of position p    feature p, fused from the target's layers, or the draft's own beyond the target's last position
+                       + embedding of position p + 1: a token, or a piece of a medium
 
 Knows nothing of requests, caches or trees.
 """
@@ -30,9 +30,9 @@ class EagleConfig:
     aux_layers: tuple[int, ...]
     num_heads: int = 4
     intermediate_size: int = 512
-    block: int = 7  # tokens drafted ahead at most: as many passes
+    block: int = 7  # maximum depth of a tree, one pass each
     rope_theta: float = 10000.0
-    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
+    vocabulary: int = 0  # size of the draft vocabulary; 0: all of the target's tokens
 
     @property
     def head_dim(self) -> int:
@@ -40,9 +40,10 @@ class EagleConfig:
 
 
 class EagleNetwork(nn.Module):
-    """Everything that is trained. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
+    """Holds all trained weights. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
 
     def __init__(self, config: EagleConfig) -> None:
+        """Create an untrained draft."""
         super().__init__()
         width = config.hidden_size
         self.config = config
@@ -57,17 +58,17 @@ class EagleNetwork(nn.Module):
         self.out = nn.Linear(width, config.target_hidden_size, bias=False)
 
     def entry(self, embedded: Tensor) -> Tensor:
-        """What the embedding after a position, (..., target_hidden), adds to what enters the layer: (..., hidden)."""
+        """Project the embedding of the next position: (..., target_hidden) -> (..., hidden)."""
         added: Tensor = self.embed(self.embed_norm(embedded))
         return added
 
     def entering(self, features: Tensor, entries: Tensor) -> Tensor:
-        """Rows for the layer: features and entries (..., hidden) -> (..., hidden)."""
+        """Build the layer's input rows from features and entries (..., hidden): (..., hidden)."""
         rows: Tensor = self.feature(features) + entries
         return rows
 
     def context_keys_values(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of rows (batch, rows, hidden) at positions (batch, rows): each (batch, heads, rows,
+        """Compute keys and values of rows (batch, rows, hidden) at positions (batch, rows): each (batch, heads, rows,
         head_dim)."""
         (layer,) = self.layers
         cos, sin = rotary_table(self.config, positions, rows.dtype)
@@ -75,14 +76,16 @@ class EagleNetwork(nn.Module):
         return keys, values
 
     def step(self, rows: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """One pass: rows (batch, rows, hidden) at positions (batch, rows) to features of their own, (batch, rows,
-        hidden), which `hidden` reads and the rows after them begin from."""
+        """Predict the next features: rows (batch, rows, hidden) at positions (batch, rows) -> (batch, rows, hidden).
+
+        `hidden` reads the result, and the rows of the next depth start from it.
+        """
         (layer,) = self.layers
         cos, sin = rotary_table(self.config, positions, rows.dtype)
         features: Tensor = self.norm(layer(rows, cos, sin, attend))
         return features
 
     def hidden(self, features: Tensor) -> Tensor:
-        """Features (..., hidden) to (..., target_hidden), to be read by the target's lm_head."""
+        """Project features (..., hidden) to (..., target_hidden), the input of the target's lm_head."""
         read: Tensor = self.out(features)
         return read

@@ -1,9 +1,9 @@
-"""The FLASH drafter at work: keeps the draft's context of every sequence and proposes a tree per step.
+"""Drafts with FLASH: keeps the draft's context of every sequence and proposes one tree per step.
 
-Context of a sequence, one row each, in the order of the prompt:  text | latents of a medium | text | answer tokens.
-Its keys and values live in a KV cache of their own, slot for slot beside the target's. Only what the target has
-computed *and kept* enters it, so it is rolled back together with the target's cache; the newest token is not in it yet
-(its hidden state does not exist) and is handed to the block pass as an embedding.
+The context of a sequence has one row per entry, in prompt order:  text | latents of a medium | text | answer tokens.
+Its keys and values live in a KV cache of their own, with the same slots as the target's. Only positions that the target
+has computed *and kept* enter it, so it never has to be rolled back. The newest token is not in it yet, since its hidden
+state does not exist; the block pass reads its embedding.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
 from model.transfer import upload
 
-# The tree of `flash-paper`, children by path of ranks: 25 nodes over five positions, as the paper has. Which they are
-# is taken from EAGLE (arXiv 2401.15077), whose static tree has as many of both.
+# The tree of `flash-paper`, children by path of ranks: 25 nodes over five positions, as in the paper. The shape is that
+# of EAGLE's static tree (arXiv 2401.15077), which has the same numbers of nodes and positions.
 PAPER_TREE = {
     (): 4,
     (0,): 3, (1,): 2, (2,): 2, (3,): 1,
@@ -42,16 +42,16 @@ PAPER_TREE = {
 
 
 class FlashDrafter:
-    """See `model.drafters.base.Drafter`.
+    """Implements `model.drafters.base.Drafter`.
 
-    It runs in one of two ways: in the native library beside a native target (`step` is there), or in torch, where
-    passes are recorded and replayed if the engine does that. A native round calls `step` by itself.
+    It runs in one of two ways: in the native library beside a native target (then `step` is set), or in torch, where
+    passes are recorded and replayed if the engine has a recorder. A native round calls `step` itself.
     """
 
     def __init__(
         self, name: str, target: Target, network: DraftNetwork, room: Room, cache: KVCache | None = None
     ) -> None:
-        """cache: what `new_cache` made, where someone had the time to make it before."""
+        """Build the drafter. cache: the result of `new_cache`, if it was already created."""
         config = network.config
         self.name = name
         self.target, self.network, self.width = target, network, room.width
@@ -60,7 +60,7 @@ class FlashDrafter:
         self.cache = cache or self.new_cache(target, network, room)
         self.tails = self.cache.data.new_zeros(self.cache.num_slots, config.hidden_size)  # last row of each context
         self._spans: dict[int, tuple[tuple[int, int], ...]] = {}  # slot -> its prompt's media
-        self._visual: dict[int, list[Tensor]] = {}  # slot -> what is kept of a medium whose prefill is under way
+        self._visual: dict[int, list[Tensor]] = {}  # slot -> kept states of a partly prefilled medium
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         self._head = target.head.of(network.offered)
         positions = self.cache.stride + config.block
@@ -79,6 +79,7 @@ class FlashDrafter:
 
     @staticmethod
     def new_cache(target: Target, network: DraftNetwork, room: Room) -> KVCache:
+        """Allocate the KV cache for this draft."""
         config = network.config
         return KVCache(
             num_layers=config.num_layers,
@@ -160,10 +161,12 @@ class FlashDrafter:
             self._advance(slot, [len(context)])
 
     def _fused(self, aux_hidden_states: Tensor) -> Tensor:
+        """Fuse aux hidden states (rows, num_taps * target_hidden) into context rows (rows, hidden)."""
         return self.network.fuse(aux_hidden_states) if self.step is None else self.step.fused(aux_hidden_states)
 
     def _seen(self, aux_hidden_states: Tensor, at: int, total: int) -> Tensor:
-        """What is kept of some positions of a medium until all of it is known."""
+        """Reduce the positions at.. of a medium of `total` positions to the states that are kept until the whole medium
+        is known."""
         return (
             self.network.read(aux_hidden_states, at, total).clone()
             if self.network.config.pooled
@@ -171,7 +174,7 @@ class FlashDrafter:
         )
 
     def _latents(self, seen: list[Tensor], total: int) -> Tensor:
-        """Of a medium of so many positions, of which that was kept."""
+        """Compute the context rows of a medium of `total` positions from its kept states: (rows, hidden)."""
         rows = torch.cat(seen)
         if self.network.config.pooled:
             rows = self._fused(self.network.averaged(rows, total))
@@ -187,7 +190,7 @@ class FlashDrafter:
         self._advance(0, counts)
 
     def _observe_in_torch(self, index: np.ndarray, rows: AttentionMetadata, aux_hidden_states: Tensor) -> None:
-        """Add the rows of aux_hidden_states that index (batch, rows) names to each context."""
+        """Add the rows of aux_hidden_states with indices index (batch, rows) to each context."""
         inputs = upload(np.concatenate((index, rows.counts[:, None]), 1), aux_hidden_states.device).long()
         kept = aux_hidden_states.gather(1, inputs[:, :-1, None].expand(-1, -1, aux_hidden_states.shape[-1]))
         if self._observations is not None:
@@ -198,6 +201,7 @@ class FlashDrafter:
         take_last(self.tails[: rows.batch], context, inputs[:, -1])
 
     def _observe(self, plan: AttentionTensors, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+        """Fuse kept rows and write their keys and values, as a pass that can be recorded."""
         assert kept is not None
         context = self.network.fuse(kept)
         self._hold(plan, context)
@@ -209,11 +213,12 @@ class FlashDrafter:
             self.cache.write(layer, plan.locations, keys, values)
 
     def _behind(self, first_slot: int, num: int, counts: list[int]) -> AttentionMetadata:
-        """`num` rows, of which counts[b] are real, behind what slots first_slot.. hold."""
+        """Describe `num` rows behind the contexts of slots first_slot.., of which counts[b] are real."""
         starts = np.array(self.cache.lengths[first_slot : first_slot + len(counts)], np.int32)
         return AttentionMetadata(self.cache, first_slot, num, starts, np.array(counts, np.int32), MaskKind.CAUSAL)
 
     def _advance(self, first_slot: int, counts: list[int]) -> None:
+        """Advance the context lengths of slots first_slot.. by `counts`."""
         for b, count in enumerate(counts):
             self.cache.lengths[first_slot + b] += count
 
@@ -235,8 +240,8 @@ class FlashDrafter:
         return tree.pruned(newest, found, width=self.width, budgets=budgets)
 
     def _propose(self, plan: AttentionTensors, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
-        """Draft a block for every slot, and choose nodes from it, as `tree.levels` returns them. numbers: (1, batch,
-        block), the newest token of each slot, repeated."""
+        """Draft a block for every slot and choose nodes from it, as a pass that can be recorded. Nodes are as
+        `tree.levels` returns them. numbers: (1, batch, block), the newest token of each slot, repeated."""
         newest = numbers[0, :, 0]
         hidden: Tensor = self.network.block_hidden(
             self.target.embed(newest)[:, None],
@@ -245,7 +250,7 @@ class FlashDrafter:
             lambda layer, q, k, v: attention.attend(plan, layer, q, k, v),
         )[:, 0]
         logits = self._head(hidden)
-        if self._proposals is None:  # a recording's own tensors are its recorder's
+        if self._proposals is None:  # a recording's tensors belong to its recorder
             self.drafted = logits
         if self._fixed is not None:
             return (tree.fill(self._fixed, logits, self.network.offered),)

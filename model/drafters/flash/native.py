@@ -1,4 +1,4 @@
-"""The FLASH draft described for the native library, which then computes all of a step: see native/step.h."""
+"""Describes the FLASH draft to the native library, which then computes a whole step: see native/step.h."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.drafters.flash.network import DraftNetwork
 from model.drafters.layers import rotary_table
 from model.targets.base import Target
 
-MAX_TABLE = 1 << 24  # numbers in the table of what tokens put into the layers; a larger one is not made
+MAX_TABLE = 1 << 24  # maximum numbers in the table of input embeddings
 
 
 def native_step(
@@ -29,10 +29,10 @@ def native_step(
     fixed: FixedTree | None,
     positions: int,
 ) -> DraftStep | None:
-    """Pack the network for the native library; None where some part of a step cannot run in it, with nothing changed.
+    """Pack the network for the native library, and release its own layers.
 
-    head: the target's, for the tokens that the draft may propose; width: nodes kept at each depth; positions: of a
-    context at most. The network's own layers are released.
+    head: the target's lm_head for the draft vocabulary; width: nodes kept at each depth; positions: maximum length of a
+    context. Returns None, with nothing changed, if some part of a step cannot run natively.
     """
     if target.verifier is None or head is None or not _fits(target, network, width):
         return None
@@ -58,10 +58,10 @@ def native_step(
 
 
 def _fits(target: Target, network: DraftNetwork, width: int) -> bool:
-    """Whether sizes are such as the library is made for."""
+    """Return whether the sizes are within the limits of the native library."""
     config = network.config
     return (
-        target.hidden_size % constant("K_STEP") == 0  # rows lie one behind the other, and are read in whole steps
+        target.hidden_size % constant("K_STEP") == 0  # rows are stored back to back and read in whole steps
         and width <= constant("MAX_WIDTH")
         and config.block <= constant("MAX_BLOCK")
         and config.sequential_rank <= constant("MAX_RANK")
@@ -69,12 +69,13 @@ def _fits(target: Target, network: DraftNetwork, width: int) -> bool:
 
 
 def _packed(linear: nn.Module) -> PackedLinear:
+    """Return the packed weights of a linear layer."""
     assert isinstance(linear, Packed)
     return linear.matrix
 
 
 def _stack(network: DraftNetwork, positions: int) -> Stack | None:
-    """The draft's layers and the norm behind them; None where the native stack cannot run such layers."""
+    """Pack the draft's layers and the final norm; None if the native stack cannot run such layers."""
     config, norm = network.config, network.norm
     shape = Shape(
         hidden=config.hidden_size,
@@ -110,7 +111,7 @@ def _stack(network: DraftNetwork, positions: int) -> Stack | None:
 
 @torch.inference_mode()
 def _token_table(target: Target, network: DraftNetwork) -> Tensor | None:
-    """What every token puts into the layers, (vocab, hidden), where a table of it is small."""
+    """Compute the draft's input embedding of every token, (vocab, hidden); None if the table would be large."""
     if target.vocab_size * network.config.hidden_size > MAX_TABLE:
         return None
     table: Tensor = network.embed(target.embed(torch.arange(target.vocab_size, device=target.device)))
@@ -118,6 +119,7 @@ def _token_table(target: Target, network: DraftNetwork) -> Tensor | None:
 
 
 def _candidates(target: Target, network: DraftNetwork, width: int, fixed: FixedTree | None) -> Candidates:
+    """Describe to the native library how trees are grown."""
     head, of_target = network.sequential, (target.eos_ids, target.vocab_size)
     if fixed is not None:
         return Candidates(fixed.width, *of_target, fixed=fixed, draft_vocab=network.offered)

@@ -1,9 +1,10 @@
-"""The FLASH draft as a network: fuse the target's hidden states, compress the visual ones, draft a block per pass.
+"""Defines the FLASH draft as a network: fuse the target's hidden states, compress the visual ones, draft a block per
+pass.
 
-Source of the method: arXiv 2505.12728, sections "latent-aware token compression" and "semi-autoregressive
-drafting". Ours departs from the paper in three ways (docs/decisions/0012): the context enters every layer as keys and
-values, a recurrent sequential head restores the dependence between the tokens of a block, and text positions of the
-context keep their full resolution.
+Source of the method: arXiv 2505.12728, sections "latent-aware token compression" and "semi-autoregressive drafting".
+Ours departs from the paper in three ways (docs/decisions/0012): the context enters every layer as keys and values, a
+recurrent sequential head restores the dependence between the tokens of a block, and text positions of the context keep
+their full resolution.
 
 Knows nothing of requests, caches or trees.
 """
@@ -19,8 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from model.drafters.layers import Attend, DraftLayer, Fuse, first_tokens, rotary_table
 
-ALL = -1  # rows of a medium, uncompressed
-ENOUGH = 32  # positions whose mean stands for a row
+ALL = -1  # `num_latents`: keep every row of a medium, uncompressed
+ENOUGH = 32  # positions that are averaged per row are enough; more are subsampled
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class DraftConfig:
     num_heads: int = 4
     intermediate_size: int = 512
     block: int = 7  # tokens proposed per pass
-    pooled: int = 0  # rows to which an image or video is averaged before all else; 0: it is not
-    num_latents: int = 16  # per image or video; 0: it reads text alone; ALL: every row, uncompressed
+    pooled: int = 0  # rows to which an image or video is averaged first; 0: no averaging
+    num_latents: int = 16  # per image or video; 0: the draft reads text only; ALL: every row, uncompressed
     sequential_rank: int = 64  # 0: positions of a block are independent
     rope_theta: float = 10000.0
-    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
+    vocabulary: int = 0  # size of the draft vocabulary; 0: all of the target's tokens
 
     @property
     def head_dim(self) -> int:
@@ -59,7 +60,7 @@ class LatentCompressor(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
 
     def forward(self, fused: Tensor) -> Tensor:
-        """(batch, visual positions, hidden) -> (batch, num_latents, hidden)."""
+        """Compress one medium: (batch, visual positions, hidden) -> (batch, num_latents, hidden)."""
         batch = fused.shape[0]
         queries = self.queries.expand(batch, -1, -1)
         q, k, v = (
@@ -71,7 +72,7 @@ class LatentCompressor(nn.Module):
 
 
 class SequentialHead(nn.Module):
-    """A recurrent cell along the tokens of a block, each of which was proposed without knowing those before it.
+    """Restores the dependence between the tokens of a block, which are proposed independently, by a recurrent cell.
 
     s_j = silu(B[x_j] + C h_j + S s_(j-1)); A s_j is added to the logits that h_j gives for the token behind x_j.
     """
@@ -87,26 +88,34 @@ class SequentialHead(nn.Module):
         nn.init.zeros_(self.after.weight)
 
     def forward(self, tokens: Tensor, context: Tensor, states: Tensor | None) -> Tensor:
-        """Token ids (...,); context (..., rank), C of their row; states of the tokens before them, None where they are
-        the newest -> their states (..., rank)."""
+        """Compute the states (..., rank) of token ids (...,).
+
+        context: (..., rank), C of their row; states: (..., rank), of the tokens before them, None if they are the
+        newest tokens.
+        """
         entering = self.before(tokens) + context
         return F.silu(entering if states is None else entering + self.state(states))
 
     def along(self, hidden: Tensor) -> Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-        """The head at work on one pass of the draft, (batch, block, target_hidden): of tokens (batch, any) before the
-        one that is proposed at a depth, and the states of those before them, to their states and to what is added to
-        the logits."""
+        """Build the head's step function for one pass of the draft. hidden: (batch, block, target_hidden).
+
+        The function takes a depth, the tokens (batch, any) before that depth, and the states of the tokens before
+        those. It returns the tokens' states and the bias of the logits.
+        """
         contexts = self.context(hidden)
 
         def step(depth: int, tokens: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+            """Advance the states by one depth and compute the bias."""
             states = self(tokens, contexts[:, depth, None], states)
             return states, self.after(states)
 
         return step
 
     def bias(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Along one path: hidden (drafts, block, target_hidden), tokens (drafts, block), each before the token that is
-        proposed -> (drafts, block, vocab), to be added to the logits."""
+        """Compute the bias of the logits along one path: (drafts, block, vocab).
+
+        hidden: (drafts, block, target_hidden); tokens: (drafts, block), the token before each proposed one.
+        """
         contexts, states = self.context(hidden), list[Tensor]()
         for depth in range(tokens.shape[1]):
             states.append(self(tokens[:, depth], contexts[:, depth], states[-1] if states else None))
@@ -115,13 +124,15 @@ class SequentialHead(nn.Module):
 
 
 def _apart(pooled: int, total: int) -> int:
+    """Return the stride, an odd number, at which the positions of a medium of `total` are subsampled."""
     return max(1, total // (pooled * ENOUGH)) | 1
 
 
 class DraftNetwork(nn.Module):
-    """Everything that is trained. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
+    """Holds all trained weights. Token embeddings and `lm_head` are the target's, frozen, and stay with the target."""
 
     def __init__(self, config: DraftConfig) -> None:
+        """Create an untrained draft."""
         super().__init__()
         self.config = config
         self.offered: Tensor | None
@@ -138,21 +149,27 @@ class DraftNetwork(nn.Module):
         self.sequential = SequentialHead(config) if config.sequential_rank else None
 
     def read(self, aux_hidden_states: Tensor, at: int, total: int) -> Tensor:
-        """Of some positions of a medium of `total`, (positions, width), of which the first is its `at`-th: those that
-        are read to average them. All of them; of many, some evenly spread (an odd number apart: from all columns)."""
+        """Subsample positions at.. of a medium of `total`, (positions, width), before they are averaged.
+
+        Keeps every position, or for long media evenly spaced ones. The stride is odd, so that all columns of a picture
+        occur.
+        """
         return aux_hidden_states[-at % _apart(self.config.pooled, total) :: _apart(self.config.pooled, total)]
 
     def rows_of(self, total: int) -> int:
-        """Of context, that a medium of so many positions becomes."""
+        """Return the number of context rows of a medium of `total` positions."""
         config = self.config
         if self.compressor is not None:
             return config.num_latents
         return min(config.pooled or total, total) if config.num_latents else 0
 
     def averaged(self, read: Tensor, total: int) -> Tensor:
-        """What was read of a medium of `total` positions, (read, width) -> (pooled, width): each the mean of as many
-        neighbours as any other, in the order in which the target reads them. A medium of fewer positions than rows has
-        a row for each."""
+        """Average neighbouring positions of a medium of `total`: the result of `read`, (read, width) -> (pooled,
+        width).
+
+        Neighbours are neighbours in prompt order, and all rows average about the same number. A medium with fewer
+        positions than `pooled` has one row per position.
+        """
         rows = min(self.config.pooled, total)
         places = torch.arange(0, total, _apart(self.config.pooled, total), device=read.device)
         row_of = (places * rows).div(total, rounding_mode="floor")
@@ -160,13 +177,13 @@ class DraftNetwork(nn.Module):
         return added / torch.bincount(row_of, minlength=rows)[:, None]
 
     def context_keys_values(self, context: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of context (batch, rows, hidden) at positions (batch, rows) for every layer:
-        each (batch, heads, rows, head_dim)."""
+        """Compute keys and values of context (batch, rows, hidden) at positions (batch, rows), for every layer: each
+        (batch, heads, rows, head_dim)."""
         cos, sin = rotary_table(self.config, positions, context.dtype)
         return [layer.keys_values(context, cos, sin) for layer in self.layers]  # type: ignore[operator]
 
     def block_input(self, last: Tensor, tail: Tensor) -> Tensor:
-        """What enters the layers: last (batch, blocks, target_hidden) and tail (batch, blocks, hidden), as for
+        """Build the layers' input: last (batch, blocks, target_hidden) and tail (batch, blocks, hidden), as for
         `block_hidden` -> (batch, blocks, block, hidden)."""
         masks = self.masks.expand(*last.shape[:2], -1, -1)
         rows = torch.cat((self.embed(last)[:, :, None], masks), 2)
@@ -174,12 +191,12 @@ class DraftNetwork(nn.Module):
         return entering
 
     def block_hidden(self, last: Tensor, tail: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """One pass over blocks.
+        """Run one pass over blocks: (batch, blocks, block, target_hidden), the input of the target's lm_head.
 
-        last: (batch, blocks, target_hidden), the target's embedding of the newest token of each block; positions:
-        (batch, blocks), its position in the context; tail: (batch, blocks, hidden), the row before it there, of what
-        the target thought when it chose that token. Returns (batch, blocks, block, target_hidden), to be read by the
-        target's lm_head: row j proposes the token j + 1 places after the newest one.
+        last: (batch, blocks, target_hidden), the target's embedding of the newest token of each block; tail: (batch,
+        blocks, hidden), the last context row, which is the target's fused state when it chose that token; positions:
+        (batch, blocks), the newest token's position in the context. Row j proposes the token j + 1 places after the
+        newest one.
         """
         blocks = positions.shape[1]
         x = self.block_input(last, tail).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The Medusa drafter at work: holds what the target's last layer gave at each sequence's last kept position."""
+"""Drafts with Medusa: keeps the target's last hidden state at each sequence's last kept position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from model.transfer import upload
 
 
 class MedusaDrafter:
-    """See `model.drafters.base.Drafter`. It runs in torch, also beside a native target: it exists for comparison."""
+    """Implements `model.drafters.base.Drafter`. It runs in torch, even beside a native target, and exists for
+    comparison."""
 
     native = False
 
@@ -36,7 +37,7 @@ class MedusaDrafter:
 
     @staticmethod
     def new_cache(target: Target, network: MedusaNetwork, room: Room) -> None:  # noqa: ARG004
-        """It has no keys and values."""
+        """Return None: Medusa has no keys and values."""
 
     @property
     def num_bytes(self) -> int:
@@ -50,7 +51,7 @@ class MedusaDrafter:
         self._computed[slot] = 0
 
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
-        self._computed[slot] = length  # of these it needs nothing: what follows is read before it proposes
+        self._computed[slot] = length  # no state to copy: at least one position is prefilled before it proposes
         return True
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""The Medusa draft as a network: independent heads that guess ahead from where the target stands.
+"""Defines the Medusa draft as a network: independent heads that predict the tokens after the target's next one.
 
 Source: arXiv 2401.10774 (Medusa), section "Medusa heads": each head is one residual block over the target's last hidden
 state, h + SiLU(W h + b). As in its first training stage the target is frozen; unlike there, heads share the target's
@@ -24,12 +24,15 @@ class MedusaConfig:
     vocab_size: int
     aux_layers: tuple[int, ...]
     block: int = 7  # heads: tokens proposed per pass
-    vocabulary: int = 0  # tokens that it may propose, the same ones always; 0: all of the target's
+    vocabulary: int = 0  # size of the draft vocabulary; 0: all of the target's tokens
 
 
 class MedusaNetwork(nn.Module):
+    """Holds all trained weights. `lm_head` is the target's, frozen, and stays with the target."""
+
     def __init__(self, config: MedusaConfig, final_norm: Tensor | None = None) -> None:
-        """A new one proposes, at every depth, what the target says next. final_norm: the target's."""
+        """Create an untrained draft, which proposes the target's next token at every depth. final_norm: (hidden,), the
+        target's."""
         super().__init__()
         width = config.target_hidden_size
         self.config = config
@@ -44,8 +47,12 @@ class MedusaNetwork(nn.Module):
                 self.norm.weight.copy_(final_norm)
 
     def forward(self, last: Tensor) -> Tensor:
-        """What the target's last layer gave at a position, (..., target_hidden) -> (..., block, target_hidden), to be
-        read by its lm_head: row j proposes the token j + 1 places after the one that the target itself says there."""
+        """Predict hidden states for the next tokens: (..., target_hidden) -> (..., block, target_hidden), the input of
+        lm_head.
+
+        last: the target's last hidden states. Row j proposes the token j + 1 places after the one that the target
+        itself chooses.
+        """
         normed = self.norm(last)
         guessed: Tensor = normed[..., None, :] + F.silu(self.heads(normed)).unflatten(-1, (self.config.block, -1))
         return guessed
