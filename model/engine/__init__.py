@@ -1,4 +1,4 @@
-"""The engine: schedule, draft, verify, emit, for all sequences of a batch, with the caches around it.
+"""Runs the engine: schedule, draft, verify and emit for all sequences of a batch, with the caches around it.
 
-May import model.drafters and everything below it. `Engine` in engine.py is the way in.
+May import model.drafters and everything below it. Start reading at `Engine` in engine.py.
 """

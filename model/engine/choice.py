@@ -1,4 +1,4 @@
-"""Choose the target's token at every row of a pass, as each request's sampling parameters ask. Knows no cache."""
+"""Chooses the target's token at every row of a pass, by each request's sampling parameters. Knows no cache."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from model.request import TokenLogprob, TokenLogprobs
 def choose_at_nodes(
     by_slot: Seq[Sequence | None], trees: Trees, likeliest: np.ndarray | None, logits: Tensor, eos_ids: frozenset[int]
 ) -> np.ndarray:
-    """Choose the target's token behind every node of the trees: (batch, rows) int64.
+    """Choose the target's token behind every draft tree node: (batch, rows) int64.
 
-    by_slot: the sequence of each tree, None where a slot idles; likeliest: (batch, rows) the most likely tokens, where
-    they are known already; logits: (batch, rows, vocab).
+    by_slot: the sequence of each tree, None where a slot idles; likeliest: (batch, rows), the greedy tokens if they are
+    already known; logits: (batch, rows, vocab); eos_ids: end-of-sequence tokens.
     """
     params = [sequence.request.params if sequence else sampling.GREEDY for sequence in by_slot]
 
     def positions(b: int) -> list[int]:
-        """Positions in the answer of the tokens chosen behind tree b's nodes."""
+        """Return the answer positions of the tokens chosen behind tree b's nodes."""
         sequence, depths = by_slot[b], trees.depths[b, : trees.sizes[b]]
         return [] if sequence is None else [len(sequence.tokens) + int(depth) for depth in depths]
 
@@ -38,10 +38,11 @@ def processing(
 ) -> Callable[[int, Tensor], Tensor]:
     """Build the function that applies a request's logits processors to its rows of logits (rows, vocab).
 
-    paths: for each row of a slot, the draft tokens that lead to it.
+    paths(b): for each row of slot b, the draft tokens on the path to it; eos_ids: end-of-sequence tokens.
     """
 
     def process(b: int, logits: Tensor) -> Tensor:
+        """Apply the logits processors of request b: (rows, vocab) -> (rows, vocab) float64."""
         sequence = by_slot[b]
         assert sequence is not None
         return processors.process(
@@ -59,15 +60,17 @@ def processing(
 def token_logprobs(
     vocabulary: Vocabulary, sequence: Sequence, logits: Tensor, tokens: list[int]
 ) -> list[TokenLogprobs] | None:
-    """Log-probabilities of tokens and of the likeliest beside each; None where the request wants none.
+    """Compute the log-probabilities of `tokens` and of the likeliest tokens beside each.
 
-    logits: (rows, vocab), row i being that from which tokens[i] was chosen.
+    Returns None if the request does not ask for log-probabilities. logits: (rows, vocab); tokens[i] was chosen from row
+    i.
     """
     num = sequence.request.params.logprobs
     if num is None:
         return None
 
     def one(token: int, logprob: float) -> TokenLogprob:
+        """Build the log-probability entry of one token."""
         return TokenLogprob(token, vocabulary.bytes_of(token), logprob)
 
     return [

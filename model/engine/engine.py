@@ -1,9 +1,9 @@
-"""The FLASH engine: schedule, prefill or draft and verify, emit. Knows nothing of HTTP, processes or wall clocks.
+"""Runs the FLASH engine: schedule, prefill or draft and verify, emit. Knows nothing of HTTP, processes or wall clocks.
 
-A request's way: `prepare` (template, tokenise, refuse what cannot be served) -> `add` -> waiting -> steps that give it
-a slot of the KV cache, encode its media and prefill its prompt, chunk by chunk -> from then on steps that draft a tree
-for it and for all that decode beside it, verify the trees in one pass of the target, and emit what the target agrees
-with plus one token -> finished, the slot is free again.
+The life of a request: `prepare` applies the chat template, tokenises, and refuses what cannot be served -> `add` puts
+it into the waiting list -> steps allocate a slot of the KV cache, encode its media and prefill its prompt, chunk by
+chunk -> further steps draft a tree for every decoding sequence, verify all trees in one pass of the target, and emit
+the accepted draft tokens plus the bonus token -> the request finishes and its slot is freed.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ from model.targets.registry import load_target
 
 
 class Engine:
-    """One target and its draft on one device. Not thread-safe: one caller at a time."""
+    """Serves one target and its draft on one device. Not thread-safe: one caller at a time."""
 
     def __init__(self, config: EngineConfig, target: Target | None = None, drafter: Drafter | None = None) -> None:
-        """The target and the drafter that `config` names; or these, which it only tells how to run."""
+        """Load the target and drafter that `config` names, unless passed in. Raises ConfigError if it cannot serve
+        them."""
         self._requested, self.config = config, config.resolved()
         config = self.config
         if config.device == "cpu":
@@ -82,7 +83,7 @@ class Engine:
             device=target.device,
         )
         if target.device.index is not None and target.device.type == "cuda":
-            torch.cuda.set_device(target.device)  # Triton starts kernels on no other than the process's current one
+            torch.cuda.set_device(target.device)  # Triton starts kernels on the current device only
         recorder = graphs.recorder(target.device) if config.graphs and target.recordable else None
         self.counters, self.load = Counters(), SpeculationController(num_slots, config.nodes)
         self.prefixes = PrefixCache(enabled=config.prefix_cache)
@@ -93,7 +94,7 @@ class Engine:
             self.round = TorchRound(target, self.cache, self.counters, self.load, recorder)
         self._room = Room(num_slots, self.max_model_len, margin, config.tree_width, recorder)
         self.use(drafter or registry.load_drafter(config, target, self._room))
-        self._verified = 0  # nodes of the latest round
+        self._verified = 0  # draft nodes verified in the latest round
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config, self.load)
         self.features = EncoderCache(
@@ -114,19 +115,20 @@ class Engine:
         )
 
     def use(self, drafter: Drafter | None) -> None:
-        """Draft with this one from the next step on; None: not at all. No sequence may be under way."""
-        self.prefixes.clear()  # what is rehearsed is written over them
+        """Draft with this drafter from the next step on; None: no drafting. No sequence may be running."""
+        self.prefixes.clear()  # the warm-up overwrites them
         if drafter is not None and self.config.adaptive_drafting and self.load.nodes and not self.load.known:
             self._warm_up(drafter)
         self._draft_with(drafter)
 
     def _draft_with(self, drafter: Drafter | None) -> None:
+        """Set the drafter of the next rounds."""
         self.drafter: Drafter | None = drafter
         self.round.use(drafter)
         self._native = self.round.native and (drafter is None or drafter.native)
 
     def _warm_up(self, drafter: Drafter) -> None:
-        """Learn what rounds take, of FLASH's in the native stack with what drafting takes."""
+        """Measure the cost of rounds: with drafting for a native FLASH draft, otherwise of verification only."""
         caches = [self.cache]
         if self.round.native and isinstance(drafter, FlashDrafter) and drafter.step is not None:
             self.round.use(drafter)
@@ -137,14 +139,14 @@ class Engine:
             warm_up(self.round, self.load, caches)
 
     def _memory(self) -> dict[str, int]:
-        """Bytes, known before the first request: what is held from the start, and what may be kept of media."""
+        """Return bytes by purpose, known before the first request: allocated ones, and limits of caches."""
         memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.data.nbytes}
         if self.drafter is not None:
             memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
         return memory | {"encoder_cache": self.config.encoder_cache_bytes}
 
     def _num_slots(self, margin: int) -> int:
-        """As many slots as were asked for and as the KV budget holds."""
+        """Return the number of slots: `max_num_seqs`, or fewer if the KV cache budget holds fewer."""
         if self.config.kv_cache_bytes is None:
             return self.config.max_num_seqs
         each = KVCache.bytes_per_slot(
@@ -163,21 +165,21 @@ class Engine:
             )
         return min(self.config.max_num_seqs, fitting)
 
-    # --- another draft while it runs
+    # --- swapping the draft
 
     def read_draft(self, folder: str) -> Incoming:
-        """A draft that may take the present one's place. Any thread may call it, at any moment; nothing is changed.
-        ConfigError if it does not fit."""
+        """Read another draft and check that it can replace the present one, without changing anything. Any thread may
+        call it at any time. Raises ConfigError if the draft does not fit."""
         return hot_swap.read(folder, self._requested, self.config, self.target, self._room)
 
     def pack_draft(self, draft: Incoming) -> Packed:
-        """All of the work that must be done between two steps. Nothing is changed yet."""
+        """Prepare a draft for `swap`. Must be called between two steps; changes nothing yet."""
         with library.single_torch_thread() if self.target.native else nullcontext():
             return hot_swap.pack(draft, self.target, self._room)
 
     def swap(self, draft: Packed) -> None:
-        """Draft with this one from the next step on. Sequences under way, whose context it does not have, go on without
-        a draft to their end; those that wait will have the new one."""
+        """Draft with this draft from the next step on. Running sequences, whose context it lacks, finish without
+        drafting."""
         for sequence in self.scheduler.running:
             sequence.speculates = False
         self.load.forget_draft()
@@ -189,30 +191,29 @@ class Engine:
     # --- requests
 
     def prepare(self, request: Request) -> Sequence:
-        """Build a request's sequence without touching the engine's state. Any thread may call it, one at a time.
-
-        Raises RequestError.
-        """
+        """Build a request's sequence and leave the engine unchanged. Any thread may call it, one at a time. Raises
+        RequestError."""
         return intake.prepare(request, self.target, self.vocabulary, self.max_model_len)
 
     def add(self, request: Request | Sequence) -> None:
-        """Take a request in, prepared or not. RequestError, and nothing taken, if it cannot be served."""
+        """Add a request, prepared or not, to the waiting ones. Raises RequestError if it cannot be served."""
         sequence = request if isinstance(request, Sequence) else self.prepare(request)
         if self.scheduler.find(sequence.request.request_id):
             raise RequestError(f"request id {sequence.request.request_id!r} is already in use", param="request_id")
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """Stop a request at once and free all it holds; its last output, or None if it is not here."""
+        """Stop a request and free its slot. Returns its last output, or None if the request is unknown."""
         sequence = self.scheduler.find(request_id)
         return None if sequence is None else self._finish(sequence, "abort")
 
     @property
     def has_work(self) -> bool:
+        """Return whether any request waits or runs."""
         return self.scheduler.has_work
 
     def pop_stats(self) -> EngineStats:
-        """Gauges of now and counts since the last call."""
+        """Return the present gauges, and the counts since the last call."""
         return self.counters.pop(
             running=len(self.scheduler.running), waiting=len(self.scheduler.waiting), kv_cache_usage=self.cache.usage
         )
@@ -220,7 +221,8 @@ class Engine:
     # --- the step
 
     def step(self) -> list[RequestOutput]:
-        """One pass of the target, over a chunk of a prompt or over all that decode; at most one output per request."""
+        """Run one pass of the target, over a prompt chunk or all decoding sequences. Returns one output per request at
+        most."""
         begun = self.counters.now()
         match work := self.scheduler.schedule(self.cache.num_free):
             case Chunk():
@@ -228,7 +230,7 @@ class Engine:
                     if work.sequence.slot is None:
                         work = work.moved(self._begin(work.sequence))
                     outputs = self._prefill(work)
-            case Decoding() if self._native:  # torch has no part in it, but for what is sampled
+            case Decoding() if self._native:  # torch is used for sampling only
                 outputs = self._decode(work)
             case Decoding():
                 with self._torch():
@@ -245,12 +247,12 @@ class Engine:
 
     @contextmanager
     def _torch(self) -> Iterator[None]:
-        """Around whatever torch computes."""
+        """Set up inference mode and threads for code that computes with torch."""
         with torch.inference_mode(), library.single_torch_thread() if self.target.native else nullcontext():
             yield
 
     def _prefill(self, chunk: Chunk) -> list[RequestOutput]:
-        """Compute one chunk of a prompt; after the last one the first token is known."""
+        """Compute one chunk of a prompt. The last chunk also yields the first token."""
         sequence, target = chunk.sequence, self.target
         slot, count = sequence.slot, chunk.end - chunk.start
         assert slot is not None
@@ -258,7 +260,7 @@ class Engine:
         assert sequence.positions is not None
         try:
             self._encode_media(sequence, chunk.end)
-        except Exception as error:  # whatever a processor or tower may raise; the others must not suffer for it
+        except Exception as error:  # any error of a processor or tower; other requests must go on
             reason = f"the request's media could not be encoded: {type(error).__name__}"
             return [self._finish(sequence, "error", reason)]
         with self.counters.timed("prefill"):
@@ -283,12 +285,12 @@ class Engine:
         return [self._emit(sequence, first, 0, choice.token_logprobs(self.vocabulary, sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> int:
-        """Give it a slot, what of its prompt has been computed for others, and its prompt's embeddings, with gaps where
-        the media will be. How many prompt tokens it need not compute."""
+        """Allocate a slot, reuse any cached prefix, and embed the prompt (media positions are filled later). Returns
+        the number of cached prompt tokens."""
         prompt, target = sequence.prompt, self.target
         sequence.started = self.counters.now()
         sequence.cached = sequence.computed = sequence.seen = cached = self._take_slot(sequence)
-        spared = sum(end <= cached for _, end in prompt.spans)  # media that need not even be looked up
+        spared = sum(end <= cached for _, end in prompt.spans)  # media that need no lookup in the encoder cache
         self.counters.encoder_cache_queries += spared
         self.counters.encoder_cache_hits += spared
         self.counters.prefix_cache_queries += len(prompt.ids)
@@ -300,9 +302,9 @@ class Engine:
         return cached
 
     def _take_slot(self, sequence: Sequence) -> int:
-        """Give it a slot; the number of its prompt's tokens that another sequence has left there, or elsewhere."""
+        """Allocate a slot and copy any cached prefix into it. Returns the number of cached prompt tokens."""
         prompt, drafter = sequence.prompt, self.drafter if sequence.request.speculation else None
-        contents, most = sequence.contents, len(prompt.ids) - 1  # the last one's logits are needed
+        contents, most = sequence.contents, len(prompt.ids) - 1  # the logits of the last one are needed
         source, shared = self.prefixes.best(contents, most, drafted=drafter is not None)
         if drafter and self.load.begins(len(self.scheduler.running), len(prompt.ids) - shared):
             sequence.speculates = True
@@ -311,7 +313,7 @@ class Engine:
         cache = self.cache
         slot, lowest = self.prefixes.choose(cache.free_slots, source, shared), cache.free_slots[0]
         if slot != lowest and not self._native:
-            # Torch computes every slot below the highest in use: the lowest one is taken, with what lies in the other.
+            # Torch computes every slot below the highest in use, so take the lowest one and move the contents there.
             self._exchange(lowest, slot)
             source = {slot: lowest, lowest: slot}.get(source, source)
             slot = lowest
@@ -325,8 +327,8 @@ class Engine:
         return shared
 
     def _encode_media(self, sequence: Sequence, end: int) -> None:
-        """Encode media as far as they reach into prompt positions before `end`, piece by piece: a long video takes
-        no longer at a time than the chunk of the prompt that it belongs to."""
+        """Encode the media that start before prompt position `end`, piece by piece, up to `end`. So one step encodes no
+        more of a long video than its chunk of the prompt needs."""
         embeds, target = sequence.embeds, self.target
         assert embeds is not None
         for medium, (first, last) in zip(sequence.prompt.media, sequence.prompt.spans, strict=True):
@@ -350,7 +352,7 @@ class Engine:
                 self.features.put(sequence.medium_key, embeds[first:last].clone())
 
     def _decode(self, decoding: Decoding) -> list[RequestOutput]:
-        """One round of draft and verify over slots from 0 to the highest decoding one."""
+        """Run one round of draft and verify over slots 0 to the highest decoding one."""
         now, load = self.round, self.load
         batch = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
         now.budgets[:batch] = IDLE
@@ -387,7 +389,7 @@ class Engine:
             outputs.append(self._emit(sequence, tokens, size - 1, token_logprobs))
         return outputs
 
-    # --- what comes of it
+    # --- outputs
 
     def _emit(
         self,
@@ -396,8 +398,11 @@ class Engine:
         proposed: int,
         token_logprobs: list[TokenLogprobs] | None = None,
     ) -> RequestOutput:
-        """Append tokens, as far as the request wants them. The draft brought all but the last: that one is what the
-        target says after them, also where the answer ends before the step does."""
+        """Append a step's tokens to the answer, up to its end, and build the output.
+
+        tokens: accepted draft tokens, then the bonus token; proposed: draft tokens verified. The last emitted token
+        counts as the target's, also if the answer ends before the bonus token.
+        """
         params, eos = sequence.request.params, self.target.eos_ids
         sequence.last_token = self.counters.now()
         sequence.first_token = sequence.first_token or sequence.last_token
@@ -435,7 +440,7 @@ class Engine:
     def _finish(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None, so_far: RequestOutput | None = None
     ) -> RequestOutput:
-        """End a sequence, whatever state it is in, and free its slot."""
+        """End a sequence in any state and free its slot. so_far: the output of the step that ended it."""
         self.scheduler.remove(sequence)
         sequence.finish_reason = reason
         if reason in ("stop", "length"):
@@ -456,9 +461,9 @@ class Engine:
         return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error, logprobs)
 
     def _compact(self) -> None:
-        """Move sequences from high slots into low free ones, so that a batch spans no more slots than it needs.
+        """Move sequences from high slots into free low ones, so that a batch spans no more slots than needed.
 
-        For torch, which computes idle slots too; and not where those will soon be taken.
+        Only for torch, which computes idle slots too; skipped while requests wait for the free slots.
         """
         running = self.scheduler.running
         if self.scheduler.waiting:
@@ -471,14 +476,14 @@ class Engine:
             sequence.slot = lowest
 
     def _exchange(self, one: int, other: int) -> None:
-        """Exchange two slots, with what they hold or what is left in them."""
+        """Exchange the contents of two slots in all caches."""
         self.cache.exchange(one, other)
         self.prefixes.exchange(one, other)
         if self.drafter:
             self.drafter.exchange(one, other)
 
     def check_integrity(self) -> None:
-        """Slots, lengths and sequences agree; for tests and debugging."""
+        """Assert that slots, lengths and sequences agree. For tests and debugging."""
         self.cache.check_integrity()
         by_slot = {s.slot: s.computed for s in self.scheduler.running if s.slot is not None}
         assert len(by_slot) + self.cache.num_free == self.cache.num_slots, "a slot leaked"

@@ -1,4 +1,4 @@
-"""From a request to the sequence that the engine schedules: prompt, limits, detokenizer. Knows no cache."""
+"""Turns a request into the sequence that the engine schedules: prompt, limits, detokenizer. Knows no cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from model.targets.frames import fitting_frames
 
 
 def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_len: int) -> Sequence:
-    """Tokenise a request's conversation and check it against the limits. Raises RequestError for what cannot be served.
+    """Tokenise a request's conversation and check it against the limits.
 
-    max_model_len: tokens of prompt and answer together.
+    max_model_len: limit of prompt and answer together, tokens. Raises RequestError if the request cannot be served.
     """
     prompt = target.prompt(request.messages)
     length, max_tokens = len(prompt.ids), request.params.max_tokens
@@ -41,7 +41,8 @@ def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_
 
 
 def _frames_hint(request: Request, target: Target, max_tokens: int, max_model_len: int) -> str:
-    """Suggest how many frames would fit, for a request with videos that does not; else nothing."""
+    """Suggest the number of frames that would fit, for a request whose videos make the prompt too long; otherwise
+    ""."""
     answer = min(max_tokens, max_model_len // 4) if request.clamp_max_tokens else max_tokens
     fitting = fitting_frames(target, request.messages, max_model_len - answer)
     return f"; with num_frames {fitting} it would fit" if fitting else ""

@@ -1,8 +1,8 @@
-"""A round of draft and verify (round.py) in two native calls (step.h), for targets whose decoder runs natively.
+"""Runs a round of draft and verify (see round.py) in two native calls (step.h), for targets with a native decoder.
 
-All that a round needs lies in one structure that is filled once; from step to step a few numbers change. The draft's
-share is computed in the same calls where it is FLASH's and native too; other drafters give their trees, and are shown
-what was kept, in between.
+All arguments lie in one structure that is filled once; only a few numbers change from step to step. A native FLASH
+draft runs inside the same two calls. Other drafters propose their trees before the first call and observe the accepted
+nodes after the second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from model.engine.speculation import BINS, FINENESS, SpeculationController
 from model.engine.stats import Counters
 
 PARTS = ("propose", "grow", "verify", "accept", "observe")
-# What the library has too, by its names: see structures.h.
+# Constants that the native library must have too, by its names: see structures.h.
 SHARED = {
     "IDLE": IDLE,
     "PLAIN": PLAIN,
@@ -39,15 +39,18 @@ SHARED = {
 
 
 class _Shape:
-    """Views of a round's memory for one shape, (batch, rows) and what more there is."""
+    """Views of a round's memory for one shape (batch, rows)."""
 
     def __init__(self, memory: NativeRound, batch: int, rows: int) -> None:
+        """Cut the views for `batch` slots of `rows` rows each from the memory of `memory`."""
         count = batch * rows
 
         def numbers(array: np.ndarray) -> np.ndarray:
+            """View the first numbers of an array as (batch, rows)."""
             return array[:count].reshape(batch, rows)
 
         def states(tensor: Tensor, width: int) -> Tensor:
+            """View the first numbers of a tensor as (batch, rows, width)."""
             return tensor[: count * width].view(batch, rows, width)
 
         self.trees = Trees(
@@ -64,14 +67,15 @@ class _Shape:
 
 
 class NativeRound:
-    """See `model.engine.round.Round`."""
+    """Implements `model.engine.round.Round` in the native library."""
 
     native = True
 
     def __init__(self, verifier: Verifier, cache: KVCache, counters: Counters, load: SpeculationController) -> None:
+        """Allocate all arrays for the largest round and describe them to the native library once."""
         self.verifier, self.cache, self.load, self._counters = verifier, cache, load, counters
         self.drafter: Proposing | None = None
-        self.flash: FlashDrafter | None = None  # the same, where it has its part in the native calls
+        self.flash: FlashDrafter | None = None  # the drafter, if it runs inside the native calls
         like, stack, slots = verifier.embeddings, verifier.stack, cache.num_slots
         most = slots * (1 + load.nodes)
         self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
@@ -176,13 +180,16 @@ class NativeRound:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each part of the latest round took."""
+        """Return the seconds that each part of the latest round took."""
         return dict(zip(PARTS, self._seconds.tolist(), strict=True))
 
     @property
     def drafted(self) -> Tensor:
-        """(batch, block, vocab): the draft's logits of the latest round, unset where a slot did not draft; empty where
-        drafting is no part of the native calls."""
+        """Return the draft's logits of the latest round: (batch, block, vocab).
+
+        The rows of a slot that did not draft are unset. The tensor is empty if the draft does not run in the native
+        calls.
+        """
         if self.flash is None:
             return self._drafted[:0]
         batch, block, vocab = self._struct.batch, self.flash.block, self._vocabulary

@@ -1,7 +1,7 @@
-"""Prompts that begin alike: what was computed for one sequence, another takes over as far as the two agree.
+"""Finds prompt prefixes whose keys and values another sequence has already computed (prefix caching).
 
-Keys and values stay in a slot after its sequence is over, until another one needs the slot; those of a sequence under
-way may be taken over too. Knows slots, tokens and media; no tensors.
+Keys and values stay in a slot after its sequence has finished, until another sequence needs the slot. A sequence that
+is still running can be shared from too. Knows slots, tokens and media; no tensors.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 
 from model.targets.prompt import TokenizedPrompt
 
-LEAST = 16  # positions that are worth taking over: fewer are computed as quickly as they are copied
+LEAST = 16  # minimum number of positions to share: fewer are computed as quickly as they are copied
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What keys and values depend on, position by position.
+    """Identifies the content that keys and values depend on, position by position.
 
-    keys: (positions,) int64, of text its tokens, of a medium a part of its digest, which is negative; media: first
-    position, end and SHA-256 of each; salt: only contents with the same one are ever shared, so that no client learns
-    from how quickly it is answered what another has asked.
+    keys: (positions,) int64, a token for text, a negative number from the digest for a medium; media: first position,
+    end and SHA-256 of each medium; salt: only contents with the same salt are shared, so that response times do not
+    reveal other clients' prompts.
     """
 
     keys: np.ndarray
@@ -32,6 +32,7 @@ class Contents:
 
     @classmethod
     def of(cls, prompt: TokenizedPrompt, salt: str) -> Contents:
+        """Build the contents of a prompt."""
         keys, media = np.array(prompt.ids, np.int64), []
         for medium, (first, end) in zip(prompt.media, prompt.spans, strict=True):
             digest = hashlib.sha256(medium.digest + repr(medium.seconds_per_frame).encode()).digest()
@@ -40,10 +41,11 @@ class Contents:
         return cls(keys, tuple(media), salt)
 
     def followed_by(self, tokens: Seq[int]) -> Contents:
+        """Return these contents with the tokens of an answer appended."""
         return replace(self, keys=np.concatenate((self.keys, np.array(tokens, np.int64))))
 
     def shared_with(self, other: Contents, most: int) -> int:
-        """How many positions both begin with, at most `most`; a medium counts as a whole or not at all."""
+        """Count the positions of the common prefix, at most `most`. A medium is shared as a whole or not at all."""
         if self.salt != other.salt:
             return 0
         most = min(most, len(self.keys), len(other.keys))
@@ -59,43 +61,51 @@ class Contents:
 
 @dataclass(slots=True)
 class _Entry:
+    """The content of one slot."""
+
     contents: Contents
-    length: int  # positions whose keys and values are there
-    drafted: bool  # the drafter has read them, too
+    length: int  # positions whose keys and values are in the slot
+    drafted: bool  # the drafter has read them too
 
 
 class PrefixCache:
-    """What lies in each slot. With `enabled` false nothing is ever found."""
+    """Keeps track of the content of each slot. With `enabled` false no lookup finds anything."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
-        self._entries: dict[int, _Entry] = {}  # the slot that was of use longest ago first
+        self._entries: dict[int, _Entry] = {}  # by slot, the least recently used first
 
     def hold(self, slot: int, contents: Contents, length: int, *, drafted: bool) -> None:
-        """From now on a slot has the first `length` positions of these."""
+        """Record that a slot holds the first `length` positions of these contents. drafted: the drafter has read them
+        too."""
         self._entries.pop(slot, None)
         if self._enabled:
             self._entries[slot] = _Entry(contents, length, drafted)
 
     def forget(self, slot: int) -> None:
+        """Record that a slot holds nothing that can be shared."""
         self._entries.pop(slot, None)
 
     def exchange(self, one: int, other: int) -> None:
-        """Note that two slots have exchanged what they hold."""
+        """Record that the contents of two slots were exchanged."""
         places = {one: other, other: one}
         self._entries = {places.get(slot, slot): entry for slot, entry in self._entries.items()}
 
     def clear(self) -> None:
+        """Forget the contents of all slots."""
         self._entries.clear()
 
     def forget_drafts(self) -> None:
-        """Another drafter, which has read none of it, is used from now on."""
+        """Record that a new drafter has read none of the cached positions."""
         for entry in self._entries.values():
             entry.drafted = False
 
     def best(self, contents: Contents, most: int, *, drafted: bool) -> tuple[int, int]:
-        """The slot that has most of what these begin with, and how many positions, at most `most`; with `drafted` of
-        those that the drafter has read. 0 positions: none has enough."""
+        """Find the slot with the longest common prefix: (slot, positions), at most `most` positions.
+
+        drafted: consider only positions that the drafter has read. Returns 0 positions if no slot shares at least
+        LEAST.
+        """
         slot, longest = -1, LEAST - 1
         for at, entry in self._entries.items():
             if entry.drafted or not drafted:
@@ -104,13 +114,15 @@ class PrefixCache:
                     slot, longest = at, shared
         if slot < 0:
             return slot, 0
-        self._entries[slot] = self._entries.pop(slot)  # it was of use
+        self._entries[slot] = self._entries.pop(slot)  # now the most recently used
         return slot, longest
 
     def choose(self, free: Seq[int], source: int, shared: int) -> int:
-        """Of the free slots the one for a sequence that has `shared` positions in common with `source`: that one, where
-        they are most of what it holds, else the one that is missed least: which holds nothing, or was of use longest
-        ago. (Were they always copied, every hit would cost somebody else's.)"""
+        """Choose a free slot for a sequence that shares `shared` positions with `source`.
+
+        Returns `source` if it is free and at least half of its content is shared; otherwise an empty or the least
+        recently used slot. (Always reusing `source` would evict the rest of its content on every hit.)
+        """
         if shared and source in free and 2 * shared >= self._entries[source].length:
             return source
         order = {slot: at for at, slot in enumerate(self._entries)}

@@ -1,8 +1,8 @@
-"""One round of draft and verify: a tree behind the newest token of every sequence, one pass of the target over all of
-them, and what it agrees with kept in both caches.
+"""Runs one round of draft and verify: a draft tree behind the newest token of every sequence, one pass of the target
+over all trees, and the accepted nodes kept in both KV caches.
 
-A round has two halves, between which the caller decides what the target says at every node (its likeliest token, or
-one that is drawn). Two implementations: the one here, of the parts as they are in torch, and native_round.py.
+A round has two halves. Between them the caller chooses the target's token at every node, greedily or by sampling. There
+are two implementations: `TorchRound` here, and `NativeRound` in native_round.py.
 """
 
 from __future__ import annotations
@@ -25,33 +25,42 @@ from model.targets.base import Target
 
 
 class Round(Protocol):
-    """For each slot from 0 on the caller sets newest (slots,) int64, its last token; budgets (slots,) int64, how many
-    nodes it may verify beside that, or IDLE, or PLAIN (its drafter knows nothing of it); roots (slots,) int32, the
-    newest token's position id."""
+    """The interface of a round. Slots are numbered from 0.
 
-    native: bool  # no part of it runs in torch
+    Before each round the caller sets, for every slot: newest (slots,) int64, its last token; budgets (slots,) int64,
+    how many draft nodes it may verify, or IDLE, or PLAIN if the drafter does not know the sequence; roots (slots,)
+    int32, the position id of the newest token.
+    """
+
+    native: bool  # whether the whole round runs without torch
     newest: np.ndarray
     budgets: np.ndarray
     roots: np.ndarray
 
     def use(self, drafter: Proposing | None) -> None:
-        """Trees are this one's from now on; None: roots alone, which is plain decoding."""
+        """Draft with this drafter from the next round on; None: verify roots alone, which is plain decoding."""
         ...
 
     def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
-        """Trees for slots 0..batch, `nodes` being the largest of their budgets; the target's likeliest token behind
-        each node (batch, rows) int64, if it is known, and its logits (batch, rows, vocab). Good until the next round;
-        what stands in rows that are not real is no matter."""
+        """Draft a tree for each of slots 0..batch and compute the target's logits at every node.
+
+        nodes: the largest of the budgets. Returns the trees; the target's greedy token behind each node (batch, rows)
+        int64, or None if it is not known yet; and the logits (batch, rows, vocab). All are valid until the next round.
+        The values in padding rows are undefined.
+        """
         ...
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
-        """Keep what the target's own tokens, chosen (batch, rows) int64, agree with. For every slot what is emitted:
-        tokens of accepted nodes, then one that the target adds; nothing where it idles."""
+        """Keep the nodes that agree with the target's tokens, chosen (batch, rows) int64, and drop the others.
+
+        Returns the tokens to emit for every slot: the accepted draft tokens, then the bonus token; nothing for an idle
+        slot.
+        """
         ...
 
 
 class TorchRound:
-    """See `Round`."""
+    """Implements `Round` with torch. Torch passes can be recorded as CUDA graphs."""
 
     native = False
 
@@ -63,7 +72,7 @@ class TorchRound:
         load: SpeculationController,
         recorder: Recorder | None = None,
     ) -> None:
-        """With a `recorder`, the target's passes are recorded and replayed: see graphs.py."""
+        """Allocate the per-slot arrays. With a `recorder`, record and replay the target's passes: see graphs.py."""
         self.target, self.cache, self.load, self._counters = target, cache, load, counters
         self.drafter: Proposing | None = None
         slots = cache.num_slots
@@ -113,7 +122,10 @@ class TorchRound:
         return [verdict.tokens for verdict in verdicts]
 
     def answers(self, tokens: np.ndarray, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """tokens (batch, rows), positions (axes, batch, rows): logits (batch, rows, vocab), and what is tapped."""
+        """Run the target over tokens (batch, rows) at positions (axes, batch, rows).
+
+        Returns the logits (batch, rows, vocab) and the aux hidden states (batch, rows, num_taps * hidden).
+        """
         if self.passes is not None:
             hidden, aux_hidden_states = self.passes(rows, np.concatenate((tokens[None], positions)))
             return self.target.logits(hidden[:, : rows.num]), aux_hidden_states[:, : rows.num]
@@ -122,5 +134,6 @@ class TorchRound:
         return self.target.logits(hidden), aux_hidden_states
 
     def run(self, plan: AttentionTensors, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-        """numbers: (1 + axes, batch, rows), tokens and position ids."""
+        """Run the target by torch alone, as a pass that can be recorded. numbers: (1 + axes, batch, rows), tokens and
+        position ids."""
         return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)

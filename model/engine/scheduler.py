@@ -1,4 +1,4 @@
-"""What the next step is: one pass of the target. Touches no tensor; all lists of sequences live here."""
+"""Decides the next step: one pass of the target. Touches no tensor. Owns the lists of sequences."""
 
 from __future__ import annotations
 
@@ -13,67 +13,73 @@ from model.engine.speculation import SpeculationController
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompt positions start..end of one sequence are computed."""
+    """A step that computes prompt positions start..end of one sequence (chunked prefill)."""
 
     sequence: Sequence
     start: int
     end: int
 
     def moved(self, start: int) -> Chunk:
-        """As many of its positions from `start` on."""
+        """Return a chunk of the same size that starts at `start`, cut at the end of the prompt."""
         return Chunk(self.sequence, start, min(start + self.end - self.start, len(self.sequence.prompt.ids)))
 
 
-@dataclass(slots=True)  # not frozen: every step makes one, and that takes several times as long
+@dataclass(slots=True)  # not frozen: a frozen one takes several times as long to create, once per step
 class Decoding:
-    """Every one of these sequences goes on; sequences[i] may verify nodes[i] draft nodes."""
+    """A step that decodes all of these sequences. sequences[i] may verify nodes[i] draft nodes."""
 
     sequences: list[Sequence]
     nodes: list[int]
 
 
-WHOLE_CHUNKS = 4  # what a prompt is longer than is read in bites: a few long steps are lost among those of an answer
-BITE = 16  # tokens, or a multiple: attention reads all that came before once for as many
-TURNS_PER_PROBE = 16  # of those that decode; one of them is had without a bite before it, to learn their pace
+WHOLE_CHUNKS = 4  # full-size chunks at the start of a prompt; the rest is read in smaller ones
+BITE = 16  # the smaller chunks are multiples of this, tokens: attention reads the whole context once per so many
+TURNS_PER_PROBE = 16  # one of so many decode steps follows no small chunk, so that its duration can be measured
 
 
 class Scheduler:
-    """First come, first served. A new sequence joins as soon as the pass under way is over.
+    """Serves sequences first come, first served. A new sequence joins after the current pass.
 
-    Prompts go first, chunk by chunk: what comes in the meantime joins the same batch. Between two turns of those that
-    decode, though, none is begun once `prefill_chunk` tokens were read (it is not cut either: a few tokens cost a pass
-    of their own). What is beyond the first few chunks of a prompt is read in bites, small enough to keep those that
-    decode within `max_decode_slowdown` times their pace, and lets other prompts pass: no stream stalls, and no short
-    question waits, behind a long video. How much a bite may be is learnt from how long passes take.
+    Prompts go before decoding, chunk by chunk, so that new sequences join the same batch. Between two decode steps no
+    chunk is started once `prefill_chunk` prompt tokens were read; a chunk that has started is not cut, because even a
+    few tokens cost a whole pass. After the first WHOLE_CHUNKS chunks a long prompt is read in smaller chunks, and other
+    prompts may overtake it. The size of these chunks is limited so that decoding becomes at most `max_decode_slowdown`
+    times as slow. So a long video stalls no stream and delays no short prompt. The limit follows from the measured
+    durations of passes.
     """
 
     def __init__(self, config: EngineConfig, load: SpeculationController) -> None:
+        """Start with no sequences and no measurements."""
         self._config, self._load = config, load
         self._whole = WHOLE_CHUNKS * config.prefill_chunk
-        self._turns = 0  # of those that decode
-        self._rows = 0  # prompt tokens since the last of them, without bites
-        self._bitten = False  # whether a bite was taken since then
-        self._pace = 0.0  # seconds of a turn with nothing before it, of late
-        self._row_seconds = 0.0  # per prompt token of a bite, vision included, of late
-        self._credit = 0.0  # seconds that bites may take without stretching that pace too far
+        self._turns = 0  # decode steps so far
+        self._rows = 0  # prompt tokens in full-size chunks since the last decode step
+        self._bitten = False  # whether a small chunk was read since then
+        self._pace = 0.0  # seconds of a decode step that follows no prompt chunk, running mean
+        self._row_seconds = 0.0  # seconds per prompt token, encoding of media included, running mean
+        self._credit = 0.0  # seconds that small chunks may take within `max_decode_slowdown`
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
+        """Return whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
+        """Append a sequence to the waiting ones."""
         self.waiting.append(sequence)
 
     def find(self, request_id: str) -> Sequence | None:
+        """Return the sequence of a request, running or waiting; None if there is none."""
         return next((s for s in (*self.running, *self.waiting) if s.request.request_id == request_id), None)
 
     def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence, running or waiting."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
     def schedule(self, free_slots: int) -> Chunk | Decoding | None:
-        """What to compute now; None where there is nothing to do."""
+        """Choose the next step; None if there is nothing to do. free_slots: slots for new sequences."""
         begun: list[Sequence] = []
         decoding: list[Sequence] = []
         for sequence in self.running:
@@ -87,7 +93,7 @@ class Scheduler:
         return self._decode(decoding) if decoding else None
 
     def took(self, work: Chunk | Decoding, seconds: float) -> None:
-        """How long that pass was, with all that belongs to it."""
+        """Learn from the duration of a step, in seconds."""
         if isinstance(work, Decoding):
             if not (self._rows or self._bitten):
                 self._pace = (self._pace + seconds) / 2.0 if self._pace else seconds
@@ -104,14 +110,15 @@ class Scheduler:
             self._rows += work.end - work.start
 
     def _prompts(self, begun: list[Sequence], free_slots: int) -> Iterator[Sequence]:
-        """Those that may be read now, best first: begun; waiting, where there is a slot; the rest of long ones."""
+        """Yield the prompts that may be read now, in order of preference: started ones, the first waiting one if a slot
+        is free, and then the rest of long ones."""
         yield from (s for s in begun if s.computed < self._whole)
         if self.waiting and free_slots:
             yield self.waiting[0]
         yield from (s for s in begun if s.computed >= self._whole)
 
     def _room(self, prompt: Sequence) -> int:
-        """How many tokens of it may be computed before the others' turn."""
+        """Return how many tokens of a prompt may be computed before the next decode step."""
         chunk = self._config.prefill_chunk
         if prompt.computed < self._whole:
             return chunk if self._rows < chunk else 0
@@ -121,6 +128,7 @@ class Scheduler:
         return min(max(chunk // BITE * BITE, BITE), affordable)
 
     def _decode(self, sequences: list[Sequence]) -> Decoding:
-        """Share the rows of a pass among the sequences; how many of them are worth it, they are told by the load."""
+        """Divide `max_verify_tokens` among the sequences. The speculation controller decides how many of its draft
+        nodes each one uses."""
         share = max(0, min(self._load.nodes, self._config.max_verify_tokens // len(sequences) - 1))
         return Decoding(sequences, self._load.budgets(sequences, share))

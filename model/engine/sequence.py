@@ -1,4 +1,5 @@
-"""One request on its way through the engine. Counts tokens, not phases: computed against known; the rest is derived."""
+"""Describes one request on its way through the engine. Counts tokens, not phases: tokens computed against tokens known;
+the rest is derived."""
 
 from __future__ import annotations
 
@@ -16,29 +17,31 @@ from model.targets.prompt import TokenizedPrompt
 
 @dataclass(eq=False)
 class Sequence:
+    """A request with its prompt, its answer so far and all that the engine keeps about it."""
+
     request: Request
     prompt: TokenizedPrompt
     detokenizer: Detokenizer
     stops: StopStrings
     arrived: float = field(default_factory=time.perf_counter)
-    slot: int | None = None  # of the KV cache, once admitted
-    embeds: Tensor | None = None  # (prompt tokens, hidden), once it has its slot, until prefilled
-    positions: np.ndarray | None = None  # (axes, prompt tokens) int32, likewise
+    slot: int | None = None  # in the KV cache; None before prefill starts and after the end
+    embeds: Tensor | None = None  # input embeddings (prompt tokens, hidden), during prefill only
+    positions: np.ndarray | None = None  # (axes, prompt tokens) int32, during prefill only
     next_position: int = 0  # position id of the first answer token
     seen: int = 0  # prompt positions whose media have been encoded
-    cached: int = 0  # prompt tokens that were taken over from another sequence
-    medium_key: bytes = b""  # the encoder cache's, of the medium that `seen` reaches into
-    computed: int = 0  # tokens whose keys and values are held
+    cached: int = 0  # prompt tokens found in the prefix cache
+    medium_key: bytes = b""  # encoder cache key of the medium that is being encoded
+    computed: int = 0  # tokens whose keys and values are in the KV cache
     tokens: list[int] = field(default_factory=list)  # the answer so far
     started: float = 0.0  # when the first prefill chunk ran
     first_token: float = 0.0
     last_token: float = 0.0
-    speculates: bool = False  # whether its drafter knows of it
+    speculates: bool = False  # whether the drafter knows this sequence
     tries: int = 0  # rounds in which it drafted
-    brought: float = 0.0  # accepted nodes of such a round, of late
+    brought: float = 0.0  # accepted draft nodes per such round, running mean
     pause: int = 0  # rounds before it may draft again
-    next_pause: int = 0
-    drafts: int = 0
+    next_pause: int = 0  # length of the latest pause, doubled each time
+    drafts: int = 0  # verify steps with draft nodes
     draft_tokens: int = 0
     accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -50,18 +53,21 @@ class Sequence:
 
     @property
     def known(self) -> int:
+        """Return the number of prompt and answer tokens so far."""
         return len(self.prompt.ids) + len(self.tokens)
 
     @property
     def prefilling(self) -> bool:
+        """Return whether part of the prompt is still to be computed."""
         return self.computed < len(self.prompt.ids)
 
     @property
     def remaining(self) -> int:
-        """Answer tokens it may still emit."""
+        """Return how many more answer tokens it may emit."""
         return self.request.params.max_tokens - len(self.tokens)
 
     def stats(self) -> RequestStats:
+        """Return its counts and times so far, in seconds."""
         return RequestStats(
             prompt_tokens=len(self.prompt.ids),
             completion_tokens=len(self.tokens),

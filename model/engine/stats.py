@@ -1,4 +1,4 @@
-"""Counts what the engine does between two readings. Knows nothing of how the figures are published."""
+"""Counts what the engine does between two calls of `pop`. Knows nothing of how the figures are published."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ Phase = Literal["vision", "prefill", "draft", "verify"]
 
 
 class Timed:
-    """Seconds of what is done within; lighter than a generator, for there are several in every step."""
+    """Measures the seconds spent inside a `with` block. It is lighter than a generator, since every step uses it
+    several times."""
 
     __slots__ = ("_begun", "_counters", "_phase")
 
     def __init__(self, counters: Counters, phase: Phase) -> None:
+        """Prepare to add the seconds to `counters` under `phase`."""
         self._counters, self._phase = counters, phase
 
     def __enter__(self) -> None:
@@ -27,10 +29,13 @@ class Timed:
 
 
 class Counters:
+    """Counts and durations since the last `pop`."""
+
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
+        """Set all counts to zero."""
         self.prompt_tokens = self.generation_tokens = 0
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
         self.encoder_cache_queries = self.encoder_cache_hits = 0
@@ -42,15 +47,20 @@ class Counters:
 
     @staticmethod
     def now() -> float:
+        """Return the monotonic time in seconds."""
         return time.perf_counter()
 
     def timed(self, phase: Phase) -> Timed:
+        """Return a context manager that records the seconds of a phase, unless the block raises."""
         return Timed(self, phase)
 
     def drafted(self, proposed: int, emitted: int) -> None:
-        """Count one verify step of one sequence: `proposed` draft tokens, and `emitted` tokens, its acceptance length.
-        All but the last are accepted draft tokens, one per position and none after the first miss. So the sum of
-        acceptance lengths is drafts + accepted tokens, also where an answer ends in the middle of a step."""
+        """Count one verify step of one sequence.
+
+        proposed: draft tokens verified; emitted: tokens emitted, which is the acceptance length. All emitted tokens but
+        the last are accepted draft tokens, one per position. So the sum of acceptance lengths is drafts + accepted
+        tokens, also if an answer ends in the middle of a step.
+        """
         accepted = emitted - 1
         self.drafts += 1
         self.draft_tokens += proposed
@@ -62,6 +72,7 @@ class Counters:
             self.accepted_per_position[position] += 1
 
     def pop(self, *, running: int, waiting: int, kv_cache_usage: float) -> EngineStats:
+        """Return the counts since the last call, with the present gauges, and reset them."""
         stats = EngineStats(
             running=running,
             waiting=waiting,
