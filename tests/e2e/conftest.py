@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from model.config import DEMO_WEIGHTS
 from tests.e2e.server import EngineServer
 from tests.model import tiny, tiny_qwen
 
@@ -47,8 +46,6 @@ def qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServ
 
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
-    if not DEMO_WEIGHTS.exists():
-        pytest.skip("the bundled weights are not there")
     yield from running(tmp_path_factory.mktemp("demo"), FEW_SLOTS)
 
 

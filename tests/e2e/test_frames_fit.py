@@ -9,7 +9,6 @@ import pytest
 
 from loadtest import media
 from loadtest.asking import Question, Way
-from model.config import DEMO_WEIGHTS
 from tests.e2e.conftest import FEW_SLOTS, StartServer, running
 from tests.e2e.server import EngineServer
 
@@ -19,8 +18,6 @@ SHORT = media.video(6, 192, 192, num_frames=36, rate=12)
 
 @pytest.fixture(scope="module")
 def demo_qwen_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
-    if not DEMO_WEIGHTS.exists():
-        pytest.skip("the bundled weights are not there")
     yield from running(tmp_path_factory.mktemp("demo-qwen"), {"model": "demo-qwen", **FEW_SLOTS})
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from loadtest import media
-from model.config import DEMO_WEIGHTS
 from tests.e2e import browser
 from tests.e2e.server import EngineServer
 from tests.service.server import Server
@@ -18,12 +17,11 @@ IMAGE = Path(__file__).parents[2] / "model/demo/media/scene.png"
 pytestmark = pytest.mark.skipif(browser.BINARY is None, reason="no Chromium here")
 
 
-def test_a_user_uploads_types_presses_and_reads(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    server: EngineServer = request.getfixturevalue("demo_server" if DEMO_WEIGHTS.exists() else "server")
+def test_a_user_uploads_types_presses_and_reads(demo_server: EngineServer, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(media.video(0, 128, 96).data)
     with browser.browser_page(tmp_path / "profile") as page:
-        page.open(server.url)
+        page.open(demo_server.url)
         page.wait("document.querySelector('#status').innerText === 'ready'")
 
         page.choose_files("#files", IMAGE)

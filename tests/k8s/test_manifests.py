@@ -94,7 +94,6 @@ def test_a_changed_setting_changes_the_pods() -> None:
     assert source["configMapRef"]["name"] in names
 
 
-@pytest.mark.skipif(not (ROOT / "docker/monitoring/rules").exists(), reason="docker/monitoring/ has no rules")
 def test_the_operator_gets_the_rules_and_the_dashboard_as_they_are() -> None:
     folder, monitoring = K8S / "components/monitoring", ROOT / "docker/monitoring"
     written = runpy.run_path(str(folder / "prometheusrule.py"))["prometheusrule"]()

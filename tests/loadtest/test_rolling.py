@@ -77,6 +77,5 @@ def test_a_grace_period_that_is_too_short_is_refused() -> None:
         Timings(pre_stop=5, drain=30, grace=35).check()
 
 
-@pytest.mark.skipif(not MANIFEST.exists(), reason="there is no manifest")
 def test_the_manifests_own_timings_hold_together() -> None:
     timings_of(MANIFEST, SETTINGS).check()

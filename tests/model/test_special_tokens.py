@@ -211,8 +211,6 @@ def test_answers_are_those_of_transformers_generate(made: Path, tmp_path: Path, 
 def test_the_bundled_models_prompts_begin_as_their_drafts_were_trained(family: str, name: str) -> None:
     """BOS once, from the template, where there is one; their tokenizers add nothing."""
     folder = Path(demo.__file__).parent / "weights" / name
-    if not folder.exists():
-        pytest.skip("the bundled weights are not there")
     target, messages = target_of(folder), (Message("user", ("Describe it.",)),)
     ids = target.prompt(messages).ids
     assert ids == processor_of(folder, family)(messages)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from model.config import DEMO_WEIGHTS
 from tests.e2e.server import EngineServer
 from tests.service.server import Server
 
@@ -21,8 +20,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
-    if not DEMO_WEIGHTS.exists():
-        pytest.skip("the bundled weights are not there")
     server = EngineServer(Path(tmp_path_factory.mktemp("demo")), {})
     yield server
     assert server.close() == 0, server.log_text()

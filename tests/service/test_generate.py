@@ -6,6 +6,7 @@ import io
 import json
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +22,6 @@ def picture(colour: str = "red", format: str = "JPEG") -> bytes:
 
 @pytest.fixture(scope="module")
 def video() -> bytes:
-    av = pytest.importorskip("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=10)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,7 +87,6 @@ def test_a_training_killed_at_random_moments_ends_where_it_would_have_ended(
 
 def test_a_folder_of_pictures_and_clips_becomes_a_draft_that_is_served(target: Path, tmp_path: Path) -> None:
     """In this process, from real files; one of them is broken, which is found when it is to be answered."""
-    av = pytest.importorskip("av")
     data = tmp_path / "data"
     (data / "clips").mkdir(parents=True)
     for number in range(4):
