@@ -1,12 +1,12 @@
-"""Rebuild the bundled models from their seeds: tower, target, draft, evaluation. Every stage resumes where it stopped.
+"""Rebuild the bundled models from their seeds: tower, target, draft, evaluation. Every stage resumes an earlier run.
 
 python -m model.demo.build [--folder runs/demo] [--install]
 python -m model.demo.build --folder runs/rehearsal --rehearse
 
-Some hours on 2 cores, with a C++ compiler at hand; a rehearsal takes every stage through a few steps, in minutes, and
-what comes of it sees nothing. Stages can also be run alone: model.demo.vision, .target, .draft,
-.evaluate; and for the second target, which begins as the first one's sibling, .qwen_vision and .qwen_target. With
---install the result replaces what lies in model/demo/weights.
+A build takes some hours on 2 cores and needs a C++ compiler. A rehearsal takes every stage through a few steps in
+minutes; its models are useless. Stages can also be run alone: model.demo.vision, .target, .draft, .evaluate; and for
+the second target, which is initialised from the first, .qwen_vision and .qwen_target. With --install the result
+replaces the files in model/demo/weights.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ DRAFT = ["--examples", "12000", "--steps", "1800"]
 FEW_STEPS = ["--steps", "3"]
 SHORT_DRAFT = ["--examples", "48", "--held-out", "1", *FEW_STEPS]
 FEW_SCENES = ["--scenes", "4", "--clips", "2"]
-LARGEST = 45_000_000  # bytes of all weights together: they live in the repository
+LARGEST = 45_000_000  # bytes of all weights together, since the repository contains them
 
 
-# Where each lies in the folder of a build, and in the repository.
+# Folder of each part in a build -> its folder in the repository.
 PARTS = {"target": "target", "draft": "draft", "qwen-target": "qwen-target", "qwen/draft": "qwen-draft"}
-PLOTS = shutil.ignore_patterns("*.png", "README.md")  # a draft's card speaks of its training, not of what is shipped
+PLOTS = shutil.ignore_patterns("*.png", "README.md")  # a draft's card describes its training, not the shipped files
 
 
 def install(folder: Path, weights: Path) -> None:
-    """Copy the finished targets and drafts, if together they are small enough."""
+    """Copy the finished targets and drafts to `weights`, or exit if together they exceed LARGEST bytes."""
     size = sum((folder / part / "model.safetensors").stat().st_size for part in PARTS)
     if size > LARGEST:
         sys.exit(f"the weights take {size} bytes, more than {LARGEST}")
@@ -42,7 +42,7 @@ def install(folder: Path, weights: Path) -> None:
 
 
 def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
-    """Modules with their options, in order."""
+    """List the modules to run in order, each with its options."""
     qwen, first = ["--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target"], ["--first", f"{folder}/target"]
     learn, look = (FEW_STEPS, FEW_SCENES) if rehearse else ([], [])
     draft = SHORT_DRAFT if rehearse else DRAFT
@@ -59,10 +59,12 @@ def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
 
 
 def _evaluation(checkpoint: str, look: list[str]) -> list[str]:
+    """Return the stage that evaluates a checkpoint and writes evaluation.json into its folder."""
     return ["model.demo.evaluate", checkpoint, *look, "--output", f"{checkpoint}/evaluation.json"]
 
 
 def main() -> None:
+    """Run all stages as subprocesses, then install the result if --install is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
     chosen = parser.add_mutually_exclusive_group()

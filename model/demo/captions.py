@@ -1,7 +1,7 @@
-"""What can be said of a scene: captions, questions, answers, in varied wording. Knows nothing of pixels.
+"""Write captions, questions and answers about a scene in varied wording. This module knows nothing of pixels.
 
-Objects are *introduced* with "a" or "an" (or "another") and referred to with "the", so that a caption can be
-read back: `named_objects` finds what an answer claims, for the evaluation.
+Objects are *introduced* with "a" or "an" and referred to with "the", so that a caption can be parsed: `named_objects`
+finds the objects that an answer claims, for the evaluation.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ PLURALS = {"cross": "crosses"}
 
 @dataclass(frozen=True)
 class Turn:
+    """Hold a question and its answer."""
+
     question: str
     answer: str
 
 
 def cell_name(row: int, column: int) -> str:
+    """Name a cell of the 3 x 3 grid, such as "top left"; the middle one is "center"."""
     if row == 1 and column == 1:
         return "center"
     return f"{ROWS[row]} {COLUMNS[column]}"
@@ -37,37 +40,45 @@ def _plural(shape: str) -> str:
 
 
 def described(thing: Thing) -> str:
-    """The object's full noun phrase without an article: "large red striped star"."""
+    """Return the object's full noun phrase without an article, such as "large red striped star"."""
     return " ".join(
         w for w in (thing.size, thing.colour, thing.texture if thing.texture != "solid" else "", thing.shape) if w
     )
 
 
 def introduced(thing: Thing) -> str:
+    """Return the object's noun phrase with an indefinite article."""
     phrase = described(thing)
     return f"{_article(phrase)} {phrase}"
 
 
 def referred(thing: Thing) -> str:
+    """Refer back to an object by colour and shape, which are unique in a scene."""
     return f"the {thing.colour} {thing.shape}"
 
 
 def _sentence(text: str) -> str:
+    """Capitalise the first letter and append a full stop."""
     return text[0].upper() + text[1:] + "."
 
 
 def _counted(n: int, noun: str = "object") -> str:
+    """Return a number word and its noun, such as "two objects"."""
     return f"{NUMBERS[n]} {noun}" + ("" if n == 1 else "s")
 
 
 def _listed(parts: list[str]) -> str:
+    """Join parts with commas and "and"."""
     if len(parts) == 1:
         return parts[0]
     return ", ".join(parts[:-1]) + (", and " if len(parts) > 2 else " and ") + parts[-1]
 
 
 def relation(a: Thing, b: Thing) -> str:
-    """Where a is, seen from b, by grid cells: "above and to the left of"; never empty for different cells."""
+    """Say where `a` is, seen from `b`, by grid cells: "above and to the left of".
+
+    The text is empty only if both are in the same cell.
+    """
     parts = []
     if a.row != b.row:
         parts.append("above" if a.row < b.row else "below")
@@ -80,6 +91,7 @@ def relation(a: Thing, b: Thing) -> str:
 
 
 def detailed_caption(scene: Scene, rng: random.Random) -> str:
+    """Write a caption of one sentence for each object, with the relation of the first to the last and the largest."""
     n, where = len(scene.things), f"on a {scene.background} background"
     opening = rng.choice(
         (
@@ -106,6 +118,7 @@ def detailed_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def brief_caption(scene: Scene, rng: random.Random) -> str:
+    """Write a caption of one sentence."""
     opening = rng.choice((f"A {scene.background} background with ", f"On a {scene.background} background, "))
     parts = [
         f"{introduced(t)} {'in' if (t.row, t.column) == (1, 1) else 'at'} the {cell_name(t.row, t.column)}"
@@ -115,6 +128,7 @@ def brief_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def item_list(scene: Scene, _rng: random.Random) -> str:
+    """Write a numbered list of the objects, one a line."""
     return "\n".join(
         f"{i}. {_article(described(t)).capitalize()} {described(t)}, {cell_name(t.row, t.column)}."
         for i, t in enumerate(scene.things, 1)
@@ -138,11 +152,13 @@ LISTING = ("List the objects.", "List all objects in the image.", "Make a list o
 
 
 def _unique(things: tuple[Thing, ...], key: str) -> list[Thing]:
+    """Return the things whose attribute `key` no other thing shares."""
     values = [getattr(t, key) for t in things]
     return [t for t in things if values.count(getattr(t, key)) == 1]
 
 
 def _ask_attribute(scene: Scene, rng: random.Random) -> Turn | None:
+    """Ask for an attribute of an object with a unique shape; None if every shape occurs more than once."""
     by_shape = _unique(scene.things, "shape")
     if not by_shape:
         return None
@@ -165,6 +181,7 @@ def _ask_attribute(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def _ask_cell(scene: Scene, rng: random.Random) -> Turn:
+    """Ask for the content of a cell, in three of four cases one with an object."""
     if rng.random() < 0.75:
         t = rng.choice(scene.things)
         row, column = t.row, t.column
@@ -177,6 +194,7 @@ def _ask_cell(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Turn:
+    """Ask for the number of objects: of all, of one colour, or of one shape."""
     if rng.random() < 0.5:
         n = len(scene.things)
         return Turn(
@@ -199,6 +217,7 @@ def _ask_count(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _ask_relation(scene: Scene, rng: random.Random) -> Turn | None:
+    """Ask for the relative place or size of two objects; None if there is only one."""
     if len(scene.things) < 2:
         return None
     a, b = rng.sample(scene.things, 2)
@@ -216,6 +235,7 @@ def _ask_relation(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def _ask_presence(scene: Scene, rng: random.Random) -> Turn:
+    """Ask whether there is an object of some colour and shape; half of the questions take those of a real one."""
     if rng.random() < 0.5:
         t = rng.choice(scene.things)
         at = "in" if (t.row, t.column) == (1, 1) else "at"
@@ -234,6 +254,7 @@ def _ask_presence(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _ask_background(scene: Scene, rng: random.Random) -> Turn:
+    """Ask for the colour of the background."""
     return Turn(
         rng.choice(("What color is the background?", "Describe the background.")),
         f"The background is {scene.background}.",
@@ -244,6 +265,7 @@ def _ask_background(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _lane_name(scene: Scene, thing: Thing) -> str:
+    """Name the row or column along which an object moves."""
     if scene.lanes == "rows":
         return f"along the {ROWS[thing.row]}"
     return f"along the {COLUMNS[thing.column]}" + ("" if thing.column == 1 else " side")
@@ -254,14 +276,14 @@ def _toward(direction: str) -> str:
 
 
 def _side(direction: str, *, behind: bool) -> str:
-    """The frame's edge that a motion heads for, or comes from."""
+    """Name the edge of the frame that a motion heads for, or comes from if `behind`."""
     ahead = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
     origin = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
     return (origin if behind else ahead)[direction]
 
 
 def moving(scene: Scene, thing: Thing) -> str:
-    """What the object does, as a verb phrase."""
+    """Describe an object's motion as a verb phrase."""
     m, lane = thing.motion, _lane_name(scene, thing)
     if m.kind == "still":
         at = "in" if (thing.row, thing.column) == (1, 1) else "at"
@@ -278,6 +300,7 @@ def moving(scene: Scene, thing: Thing) -> str:
 
 
 def video_caption(scene: Scene, rng: random.Random) -> str:
+    """Write a caption of a clip with one sentence for each object."""
     n, where = len(scene.things), f"on a {scene.background} background"
     opening = rng.choice(
         (
@@ -289,6 +312,7 @@ def video_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def brief_video_caption(scene: Scene, _rng: random.Random) -> str:
+    """Write a caption of a clip in one sentence."""
     return (
         f"On a {scene.background} background, "
         + _listed([f"{introduced(t)} {moving(scene, t)}" for t in scene.things])
@@ -308,6 +332,7 @@ BRIEF_VIDEO = ("Write a short caption for the video.", "Describe the video brief
 
 
 def _ask_motion(scene: Scene, rng: random.Random) -> Turn:
+    """Ask for the motion of an object."""
     t = rng.choice(scene.things)
     subject = referred(t)
     question = rng.choice((f"What does {subject} do?", f"How does {subject} move?", f"Where does {subject} go?"))
@@ -315,6 +340,7 @@ def _ask_motion(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _ask_event(scene: Scene, rng: random.Random) -> Turn:
+    """Ask whether any object collides, enters, leaves or stays still."""
     kind, verb = rng.choice((("collide", "collide"), ("enter", "enter"), ("leave", "leave"), ("still", "stay still")))
     doing = [t for t in scene.things if t.motion.kind == kind]
     question = {
@@ -334,10 +360,12 @@ def _ask_event(scene: Scene, rng: random.Random) -> Turn:
 
 
 def moving_verb(kind: str) -> str:
+    """Return the third person of the verb for a kind of motion."""
     return {"enter": "enters", "leave": "leaves", "still": "stays still", "collide": "collides"}[kind]
 
 
 def _ask_video_count(scene: Scene, rng: random.Random) -> Turn:
+    """Ask for the number of objects in a clip."""
     n = len(scene.things)
     question = rng.choice(("How many objects are in the video?", "How many objects appear in the clip?"))
     return Turn(
@@ -356,7 +384,7 @@ SMALL_TALK = (
 
 
 def image_turn(scene: Scene, rng: random.Random, *, caption: bool = False) -> Turn:
-    """One question and its answer; a caption when asked for, else mostly a question about something."""
+    """Return a question about an image and its answer; it asks for a caption if `caption`, else for a detail."""
     kind = rng.random()
     if caption:
         if kind < 0.6:
@@ -371,6 +399,7 @@ def image_turn(scene: Scene, rng: random.Random, *, caption: bool = False) -> Tu
 
 
 def video_turn(scene: Scene, rng: random.Random, *, caption: bool = False) -> Turn:
+    """Return a question about a clip and its answer; it asks for a caption if `caption`, else for a detail."""
     if caption:
         if rng.random() < 0.75:
             return Turn(rng.choice(VIDEO), video_caption(scene, rng))
@@ -379,12 +408,12 @@ def video_turn(scene: Scene, rng: random.Random, *, caption: bool = False) -> Tu
     return ask(scene, rng)
 
 
-# --- reading answers back
+# --- parsing answers
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An object that a caption introduces. `rest` is what its clause says of it: a place, or a motion."""
+    """Hold an object that a caption introduces. `rest` is the rest of its clause: a place or a motion."""
 
     size: str
     colour: str
@@ -400,7 +429,10 @@ _INTRODUCTION = re.compile(
 
 
 def named_objects(text: str) -> list[Claim]:
-    """Every introduction in an answer, with the rest of its clause ("At the top left there is a ...": its start)."""
+    """Parse every object that an answer introduces, with the rest of its clause.
+
+    In "At the top left there is a ..." the rest is the start of the clause.
+    """
     claims = []
     found = list(_INTRODUCTION.finditer(text))
     for i, match in enumerate(found):
@@ -418,5 +450,6 @@ def named_objects(text: str) -> list[Claim]:
 
 
 def claimed_place(claim: Claim) -> str | None:
+    """Return the cell that a claim names, or None if it names none."""
     match = re.search(rf"\b(?:({'|'.join(ROWS)}) ({'|'.join(COLUMNS)})|(center))\b", claim.rest, re.IGNORECASE)
     return match.group(0).lower() if match else None

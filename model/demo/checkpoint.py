@@ -1,7 +1,7 @@
-"""The bundled target as transformers sees it: tokenizer, chat template, processor and configuration.
+"""Define the bundled target in the terms of transformers: tokenizer, chat template, processor and configuration.
 
-Everything is transformers' own LLaVA; `save_processor` and the model's `save_pretrained` leave a folder that
-`AutoProcessor` and `LlavaForConditionalGeneration` load as they load any other LLaVA checkpoint.
+All classes are transformers' own LLaVA classes. The folder that they save loads with `AutoProcessor` and
+`LlavaForConditionalGeneration` like any other LLaVA checkpoint.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAD, BOS, END, IMAGE, VIDEO, USER, ASSISTANT, SYSTEM = SPECIAL = (
 )
 TOKENS_PER_IMAGE = GRID * GRID
 
-# A video is the marker <|video|> and then its frames, each an image.
+# A video is written as the marker <|video|>, then each frame as an image.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# So that words the demo never says still cost few tokens, and the model is not lost at the first of them.
+# Added to the corpus so that common words outside of the demo's text take few tokens.
 PLAIN_ENGLISH = (
     "please tell me what you can see here and where it is, if anything is moving and how fast it goes. "
     "could you explain this to me in a few words or one sentence? thank you very much. "
@@ -58,6 +58,7 @@ PLAIN_ENGLISH = (
 
 
 def _corpus() -> Iterator[str]:
+    """Yield the texts that the tokenizer is trained on: the demo's own, and PLAIN_ENGLISH repeated."""
     for i in range(6000):
         rng = random.Random(i)
         image = scenes.random_image_scene(scenes.scene_seed("train", "image", i))
@@ -75,7 +76,10 @@ def _corpus() -> Iterator[str]:
 
 
 def train_tokenizer(corpus: Iterable[str] | None = None, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text can be written with it, the words of `corpus` (the demo's own) are one token each."""
+    """Train a byte-level BPE, which can encode any text.
+
+    The most frequent words of `corpus` become one token each; the default corpus is the demo's own text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,6 +103,7 @@ def train_tokenizer(corpus: Iterable[str] | None = None, vocabulary: int = VOCAB
 
 
 def processor(tokenizer: PreTrainedTokenizerFast, side: int = SIDE, patch: int = PATCH) -> LlavaProcessor:
+    """Build the LLaVA processor for square images of `side` pixels."""
     images = CLIPImageProcessor(
         size={"height": side, "width": side},
         do_center_crop=False,
@@ -118,6 +123,7 @@ def processor(tokenizer: PreTrainedTokenizerFast, side: int = SIDE, patch: int =
 
 
 def target_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    """Return the configuration of the bundled target."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -148,7 +154,7 @@ def target_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
 
 
 def new_target(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """A fresh target; residual branches start small, as suits a deep and narrow stack."""
+    """Create an untrained target. Residual branches start small, which suits a deep and narrow stack."""
     torch.manual_seed(0)
     target = LlavaForConditionalGeneration(config)
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""What the bundled targets learn from: conversations about drawn scenes, in batches of one kind each.
+"""Draw the conversations that the bundled targets are trained on, in batches of one kind each.
 
-A sample is one conversation about one image, two images, or one clip: a caption and several questions, so that the
-many visual tokens are paid for once. How it is written, a target's chat template decides (`Style`); what is drawn and
-said, its number alone, so that a resumed run goes on as if never stopped.
+A sample is one conversation about one image, two images, or one clip. It has a caption and several questions, so that
+its many visual tokens serve several answers. A target's chat template decides how it is written (`Style`). Its number
+alone decides what is drawn and said, so that a resumed run sees the same samples.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from model.demo.captions import Turn
 from model.demo.training import Numbered
 from model.demo.vision import SIDE, weathered
 
-FRAME_COUNTS = ((4, 6, 8), (6, 3, 1))  # how many frames a training clip has, and how often
-KINDS = {"image": 0.45, "pair": 0.05, "video": 0.5}  # how often a batch is of which kind, once all are trained
+FRAME_COUNTS = ((4, 6, 8), (6, 3, 1))  # frames of a training clip, and their weights
+KINDS = {"image": 0.45, "pair": 0.05, "video": 0.5}  # share of batches by kind, after the first `image_only`
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a chat template writes a conversation, in token ids."""
+    """Describe how a chat template writes a conversation, in token ids."""
 
     opening: list[int]
-    before: list[int]  # a question
-    between: list[int]  # a question and its answer
-    end: list[int]  # of an answer: the model writes these, too
-    after: list[int]  # an answer
-    media: Callable[[str, int], list[int]]  # the kind of a sample and its number of frames -> tokens
-    text_tokens: int = 176  # text of one sample; turns are added while they fit
+    before: list[int]  # before a question
+    between: list[int]  # between a question and its answer
+    end: list[int]  # end of an answer, which the model writes too
+    after: list[int]  # after an answer
+    media: Callable[[str, int], list[int]]  # (kind of the sample, number of frames) -> tokens
+    text_tokens: int = 176  # most text tokens of one sample
     frame_counts: tuple[tuple[int, ...], tuple[int, ...]] = FRAME_COUNTS
 
 
 @dataclass
 class Drawn:
-    """One batch before it is made into tensors: a row each of tokens and labels, a clip each of frames."""
+    """Hold one batch before it is converted to tensors: a row of tokens and labels for each sample, and its frames."""
 
     kind: str
     num_frames: int
@@ -51,6 +51,7 @@ class Drawn:
 
 
 def _turns(scene: scenes.Scene, rng: random.Random, kind: str) -> Iterator[Turn]:
+    """Yield questions about one scene without end; the first is likely to ask for a caption."""
     make = captions.image_turn if kind == "image" else captions.video_turn
     yield make(scene, rng, caption=rng.random() < 0.7)
     while True:
@@ -58,6 +59,7 @@ def _turns(scene: scenes.Scene, rng: random.Random, kind: str) -> Iterator[Turn]
 
 
 def _pair_turns(first: scenes.Scene, second: scenes.Scene, rng: random.Random) -> Iterator[Turn]:
+    """Yield questions about one of two images without end."""
     while True:
         word, scene = rng.choice((("first", first), ("second", second)))
         if rng.random() < 0.6:
@@ -68,7 +70,7 @@ def _pair_turns(first: scenes.Scene, second: scenes.Scene, rng: random.Random) -
 
 
 class Conversations(Numbered[dict[str, torch.Tensor]]):
-    """Endless batches from `first` on; those before `image_only` show single images only."""
+    """Yield batches without end from number `first` on; those before number `image_only` have single images only."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, style: Style, first: int, image_only: int, image_batch: int = 16
@@ -80,7 +82,11 @@ class Conversations(Numbered[dict[str, torch.Tensor]]):
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def sample(self, media: list[int], turns: Iterator[Turn], rng: random.Random) -> tuple[list[int], list[int]]:
-        """Token ids and labels of one conversation that begins with the media's tokens."""
+        """Write one conversation that begins with the media's tokens.
+
+        Returns token ids and labels of equal length; labels are -100 except on answers. Turns are added while they fit
+        into `style.text_tokens`.
+        """
         style = self.style
         tokens, labels = [*style.opening], [-100] * len(style.opening)
         room, seen = style.text_tokens, set[str]()
@@ -104,6 +110,7 @@ class Conversations(Numbered[dict[str, torch.Tensor]]):
         return tokens, labels
 
     def draw(self, index: int) -> Drawn:
+        """Draw batch `index`: its kind, its scenes and its conversations."""
         rng = random.Random(index * 7919 + 5)
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0] if index >= self.image_only else "image"
         count = self.image_batch if kind == "image" else self.image_batch // 2
@@ -127,7 +134,7 @@ class Conversations(Numbered[dict[str, torch.Tensor]]):
                 drawn.moments += [[(s, 0.0)] for s in seen]
                 turns = _turns(seen[0], rng, "image") if kind == "image" else _pair_turns(seen[0], seen[1], rng)
             drawn.rows.append(self.sample(media, turns, rng))
-            if kind == "image" and j == 0 and rng.random() < 0.3:  # a conversation without media now and then
+            if kind == "image" and j == 0 and rng.random() < 0.3:  # some conversations have no media
                 drawn.clips.pop()
                 drawn.moments.pop()
                 talk = iter(rng.sample(captions.SMALL_TALK, len(captions.SMALL_TALK)))
@@ -135,7 +142,7 @@ class Conversations(Numbered[dict[str, torch.Tensor]]):
         return drawn
 
     def padded(self, rows: list[tuple[list[int], list[int]]], width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels (batch, tokens), as wide as the longest row or `width`."""
+        """Return input_ids and labels, (batch, tokens) each, padded to the longest row or to `width`."""
         width = max(width, *(len(tokens) for tokens, _ in rows))
         ids = torch.tensor([t + [self.tokenizer.pad_token_id] * (width - len(t)) for t, _ in rows])
         return ids, torch.tensor([v + [-100] * (width - len(v)) for _, v in rows])

@@ -1,7 +1,7 @@
-"""Third stage of the bundled model: its draft, trained on what the finished target says about new scenes.
+"""Third stage of the bundled model: train its draft on the finished target's answers about new scenes.
 
-Other drafters are trained the same way, on the same answers: `--drafter medusa`. It is `flashserve train` on prompts
-that are drawn by number; see `model/train/run.py`.
+Other drafters are trained in the same way on the same answers, for example with `--drafter medusa`. This is `flashserve
+train` on prompts that are drawn by number; see `model/train/run.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from model.train.trainer import TrainConfig
 
 
 def main() -> None:
+    """Parse the options, train the draft and print its acceptance lengths by kind of prompt."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--drafter", choices=checkpoint.KINDS, default="flash")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="for answers, checkpoints and the draft")

@@ -1,8 +1,8 @@
-"""Does the bundled target truly see? Counts, on held-out scenes, what its captions name against what is there.
+"""Measure how well the bundled target sees: compare its captions of held-out scenes with the scenes.
 
-Plain transformers `generate`, greedy, so that the figures are about the model alone and not about our engine.
-`python -m model.demo.evaluate CHECKPOINT` prints them; the `evaluation.json` beside the bundled weights is of all
-scenes and clips, written as they were built.
+Answers come from transformers' `generate`, greedy, so that the figures are about the model and not about our engine.
+`python -m model.demo.evaluate CHECKPOINT` prints them. The `evaluation.json` beside the bundled weights covers all
+scenes and clips, and was written when they were built.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ VIDEO_FRAMES = 6
 
 
 def prompt(question: str, num_frames: int, *, video: bool) -> str:
+    """Write the first target's prompt for a question about an image or a clip."""
     marker = "<|video|>" if video else ""
     return f"<s><|user|>{marker}{'<image>' * num_frames}{question}<|end|><|assistant|>"
 
 
 def _answers(folder: Path, clips: list[np.ndarray], question: str, *, video: bool, progress: bool) -> list[str]:
-    """Greedy answers to one question about each clip (frames, SIDE, SIDE, 3); an image is a clip of one frame."""
+    """Answer one question about each clip (frames, SIDE, SIDE, 3), greedily; an image is a clip of one frame."""
     inputs: Callable[[list[np.ndarray]], Mapping[str, torch.Tensor]]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl":
@@ -58,7 +59,12 @@ def _answers(folder: Path, clips: list[np.ndarray], question: str, *, video: boo
 
 
 def image_scores(folder: Path, count: int, *, progress: bool = False) -> dict[str, float]:
-    """precision: named objects that are there with colour, shape and position right; recall: those there named so."""
+    """Score captions of `count` held-out images.
+
+    precision: share of named objects that exist with that colour, shape and cell. recall: share of existing objects
+    that are named so. with_size_and_texture: share of existing objects that are also named with the right size and
+    texture. perfect_captions: share of captions that name all objects so, and no others.
+    """
     drawn = [scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(count)]
     frames = [scenes.render(s, SIDE)[None] for s in drawn]
     texts = _answers(folder, frames, captions.DETAILED[0], video=False, progress=progress)
@@ -82,7 +88,11 @@ def image_scores(folder: Path, count: int, *, progress: bool = False) -> dict[st
 
 
 def video_scores(folder: Path, count: int, *, progress: bool = False) -> dict[str, float]:
-    """motions: objects there whose motion (kind, direction, speed, lane) is told right, under the right name."""
+    """Score captions of `count` held-out clips.
+
+    named: share of objects that are named with the right colour and shape. motions: share of objects whose motion is
+    described right as well (kind, direction, speed, lane).
+    """
     drawn = [scenes.random_video_scene(scenes.scene_seed("heldout", "video", i)) for i in range(count)]
     frames = [scenes.render_clip(s, VIDEO_FRAMES, SIDE) for s in drawn]
     texts = _answers(folder, frames, captions.VIDEO[0], video=True, progress=progress)
@@ -96,6 +106,7 @@ def video_scores(folder: Path, count: int, *, progress: bool = False) -> dict[st
 
 
 def main() -> None:
+    """Print the scores of a checkpoint as JSON, and write them to --output."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=Path(__file__).parent / "weights" / "target")
     parser.add_argument("--scenes", type=int, default=500)

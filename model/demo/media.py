@@ -1,4 +1,4 @@
-"""Draws the bundled image and video, `scene.png` and `clip.mp4`. Needs PyAV (the dev extra); run once, results stay.
+"""Draw the bundled image and video, `scene.png` and `clip.mp4`. This needs PyAV (the dev extra).
 
 python -m model.demo.media
 """
@@ -18,7 +18,7 @@ SIDE, NUM_FRAMES, RATE = 384, 49, 16
 
 
 def showpieces() -> tuple[scenes.Scene, scenes.Scene]:
-    """The first held-out scene of five objects in four textures; the first clip with a collision and a leaving."""
+    """Choose a held-out scene of five objects in four textures, and a clip with a collision and an object that leaves."""
     images = (scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(10_000, 20_000))
     image = next(s for s in images if len(s.things) == 5 and len({t.texture for t in s.things}) == 4)
     videos = (scenes.random_video_scene(scenes.scene_seed("heldout", "video", i)) for i in range(10_000, 20_000))
@@ -27,6 +27,7 @@ def showpieces() -> tuple[scenes.Scene, scenes.Scene]:
 
 
 def main() -> None:
+    """Write both files and print the objects that they show."""
     import av
 
     image, video = showpieces()

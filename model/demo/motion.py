@@ -1,8 +1,8 @@
-"""Dense labels of motion: what a language model half way up should know of every patch of a clip.
+"""Label motion densely: what a layer in the middle of the language model should know about every patch of a clip.
 
-Captions alone teach it to see motion as slowly as they teach a tower to see shapes: a clip has thousands of tokens, and
-a dozen words about what moved. So each patch with an object is asked where that object was before. A causal model can
-answer, for a frame's tokens follow those of the frames before it. The head is thrown away after training.
+Captions alone teach motion slowly: a clip has thousands of tokens, but only a dozen words about its motion. So for each
+patch with an object the model predicts where that object was before. A causal model can, because a frame's tokens
+follow those of earlier frames. The head is removed after training.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch.nn import functional as F  # noqa: N812
 from model.demo.scenes import Scene, Thing
 from model.demo.vision import GRID, owners
 
-LAYER = 8  # the states after this many of the language model's layers are asked; those above read the answers
-REACH = 9  # displacements are told in patches, from -REACH to REACH
-PLACES = 2 * REACH + 2  # and one class for "was not in the frame"
+LAYER = 8  # the head reads the states after this many layers; later layers can use them
+REACH = 9  # displacements are in patches, from -REACH to REACH
+PLACES = 2 * REACH + 2  # the last class means "was outside the frame"
 KINDS = ("still", "move", "enter", "leave", "collide")
 MOTION_QUESTIONS: dict[str, int] = {
     "frame": 16,
@@ -24,15 +24,17 @@ MOTION_QUESTIONS: dict[str, int] = {
     "y since the last frame": PLACES,
     "x since the first frame": PLACES,
     "y since the first frame": PLACES,
-    "what it does": len(KINDS) + 1,  # "move" is two kinds, slow and quick; asked in the last frame only
+    "what it does": len(KINDS) + 1,  # "move" counts as two, slow and quick; labelled in the last frame only
 }
 
 
 def _there(thing: Thing, moment: float) -> bool:
+    """Return whether an object's centre is inside the frame."""
     return all(0 <= c < 1 for c in thing.at(moment))
 
 
 def _moved(thing: Thing, then: float, now: float) -> tuple[int, int]:
+    """Return an object's displacement in x and y from `then` to `now` as classes; the last class if it was outside."""
     if not _there(thing, then):
         return PLACES - 1, PLACES - 1
     (ax, ay), (bx, by) = thing.at(then), thing.at(now)
@@ -41,7 +43,10 @@ def _moved(thing: Thing, then: float, now: float) -> tuple[int, int]:
 
 
 def motion_labels(scene: Scene, moments: list[float]) -> np.ndarray:
-    """Class of every question at every patch: (frames, GRID * GRID, questions) int64; -100 where nothing is asked."""
+    """Compute the class of every question at every patch: (frames, GRID * GRID, questions) int64.
+
+    -100 marks patches without an object and questions without an answer, such as displacements in the first frame.
+    """
     labels = np.full((len(moments), GRID, GRID, len(MOTION_QUESTIONS)), -100, np.int64)
     for f, now in enumerate(moments):
         owner = owners(scene, now)
@@ -57,9 +62,9 @@ def motion_labels(scene: Scene, moments: list[float]) -> np.ndarray:
 
 
 def motion_loss(answers: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Mean cross-entropy over the questions, and the share of patches told right for each; NaN where none was asked.
+    """Sum the mean cross-entropy of each question, and compute its accuracy (NaN without labels).
 
-    answers: (patches, sum of the questions' classes), labels: (patches, questions).
+    answers: (patches, sum of the questions' classes). labels: (patches, questions).
     """
     loss, right = torch.zeros(()), []
     for q, answer in enumerate(answers.float().split(list(MOTION_QUESTIONS.values()), -1)):

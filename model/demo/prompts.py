@@ -1,7 +1,7 @@
-"""Prompts about the demo's scenes by number: what the draft is trained on, and what is measured on.
+"""Generate prompts about the demo's scenes by number, for training and for measuring drafts.
 
-Numbers are split by kind so that a batch can be of one kind: image caption, image question, video caption, video
-question; and for drafts, which meet them in service, two images at once and long videos.
+Numbers are split by kind, so that a batch can have one kind: image caption, image question, video caption, video
+question. Drafts also train on two images at once and on long videos, which serving brings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Split = Literal["train", "heldout"]
 Task = Literal["image caption", "image question", "video caption", "video question"]
 Kind = Task | Literal["two images", "long video"]
 TASKS: tuple[Task, ...] = ("image caption", "image question", "video caption", "video question")
-# Of every ten prompts; captions are long, so they are most of the tokens.
+# Tasks of ten successive prompts. Captions are long, so they make up most of the tokens.
 _CYCLE: tuple[Task, ...] = (
     "image caption", "video caption", "image question", "image caption", "video caption",
     "image caption", "video question", "image caption", "video caption", "image question",
@@ -26,20 +26,21 @@ _CYCLE: tuple[Task, ...] = (
 SIDE = 192
 NUM_FRAMES = 6
 KINDS: tuple[Kind, ...] = (*TASKS, "two images", "long video")
-LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit into the model's context
-ROOM = 4096  # positions of a sequence that holds them
+LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit into each model's context
+ROOM = 4096  # positions of a sequence with that many frames
 
 
 def task_of(number: int) -> Task:
+    """Return the task of a training prompt."""
     return _CYCLE[number % len(_CYCLE)]
 
 
 def messages(number: int, *, split: Split = "train", task: Task | None = None) -> tuple[Message, ...]:
-    """The conversation of prompt `number`: one medium and one question about it."""
+    """Return the conversation of prompt `number`: one medium and one question about it."""
     rng = random.Random(f"{split} {number} {task}")
     task = task or task_of(number)
     kind: Literal["image", "video"] = "image" if task.startswith("image") else "video"
-    # Far from the scenes that the target was trained on, so that the draft sees what the target does with new ones.
+    # The target was trained on lower numbers, so the draft learns its answers about new scenes.
     seed = scenes.scene_seed(split, kind, number + (5_000_000 if split == "train" else 100_000))
     if kind == "image":
         scene = scenes.random_image_scene(seed)
@@ -53,7 +54,7 @@ def messages(number: int, *, split: Split = "train", task: Task | None = None) -
 
 
 def two_images(number: int, split: Split) -> tuple[Message, ...]:
-    """One of two images is to be described."""
+    """Return a prompt with two images that asks for a description of one of them."""
     rng = random.Random(f"{split} {number} two images")
     seed = 7_000_000 + 2 * number
     pair = [scenes.random_image_scene(scenes.scene_seed(split, "image", seed + i)) for i in range(2)]
@@ -62,21 +63,23 @@ def two_images(number: int, split: Split) -> tuple[Message, ...]:
 
 
 def long_video(number: int, split: Split, frames: int) -> tuple[Message, ...]:
-    """A caption of a clip of so many frames."""
+    """Return a prompt that asks for a caption of a clip of `frames` frames."""
     rng = random.Random(f"{split} {number} long video")
     clip = scenes.random_video_scene(scenes.scene_seed(split, "video", 7_000_000 + 2 * number))
     turn = captions.video_turn(clip, rng, caption=True)
     return (Message("user", (Medium("video", scenes.render_clip(clip, frames, SIDE)), turn.question)),)
 
 
-HELD_OUT = 1_000_000_000  # the first number of a held-out prompt; they take turns by kind
-_WIDER: dict[int, Kind] = {7: "two images", 13: "two images", 17: "long video"}  # of every twenty prompts to learn from
+HELD_OUT = 1_000_000_000  # the number of the first held-out prompt
+_WIDER: dict[int, Kind] = {7: "two images", 13: "two images", 17: "long video"}  # in every twenty training prompts
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """`model.train.data.Prompts`: so many to learn from, and so many of each kind to measure on. frames: of a long
-    video."""
+    """Offer drawn scenes as `model.train.data.Prompts`.
+
+    examples: number of training prompts. frames: frames of a long video. each: number of held-out prompts of each kind.
+    """
 
     examples: int
     frames: int
@@ -84,24 +87,29 @@ class Scenes:
 
     @property
     def train(self) -> range:
+        """Return the numbers of the training prompts."""
         return range(self.examples)
 
     @property
     def held_out(self) -> range:
+        """Return the numbers of the held-out prompts, of all kinds in turn."""
         return range(HELD_OUT, HELD_OUT + len(KINDS) * self.each)
 
     @property
     def digest(self) -> str:
+        """Identify the prompts by their parameters."""
         return f"scenes {self.examples}, long videos of {self.frames} frames"
 
     @property
     def summary(self) -> str:
+        """Describe the data in one line for the model card."""
         return (
             f"{self.examples} drawn scenes with questions, of them a tenth with two images, and one of twenty a video "
             f"of {self.frames} frames; {self.each} others of each kind held out"
         )
 
     def messages(self, number: int) -> tuple[Message, ...]:
+        """Return the conversation of prompt `number`, training or held-out."""
         split: Split = "heldout" if number >= HELD_OUT else "train"
         place = (number - HELD_OUT) // len(KINDS) if split == "heldout" else number
         match self.kind(number):
@@ -113,6 +121,7 @@ class Scenes:
                 return messages(place, split=split, task=task if split == "heldout" else None)
 
     def kind(self, number: int) -> Kind:
+        """Return the kind of prompt `number`."""
         if number >= HELD_OUT:
             return KINDS[(number - HELD_OUT) % len(KINDS)]
         return _WIDER.get(number % 20) or task_of(number)

@@ -1,8 +1,8 @@
-"""The second bundled target as transformers sees it: Qwen2.5-VL's own architecture, small.
+"""Define the second bundled target in the terms of transformers: Qwen2.5-VL's own architecture, small.
 
-`save` leaves a folder that `Qwen2_5_VLForConditionalGeneration` and the Auto classes load as they load any other
-Qwen2.5-VL checkpoint. Its vocabulary is the first target's, with Qwen's special tokens in the place of that one's, so
-that what the first target knows of words can be its starting point.
+`save` writes a folder that `Qwen2_5_VLForConditionalGeneration` and the Auto classes load like any other Qwen2.5-VL
+checkpoint. Its vocabulary is the first target's, with Qwen's special tokens in place of the first target's, so that the
+weights can be initialised from the first target's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from model.demo import checkpoint
 from model.demo.prompts import NUM_FRAMES
 from model.demo.vision import IMAGE_MEAN, IMAGE_STD, normalised
 
-# In the order of the first target's special tokens whose rows of the embedding they take over.
+# In the order of the first target's special tokens: each takes over an embedding row.
 PAD, START, END, IMAGE, VISION_START, VISION_END, VIDEO, SPARE = SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -38,8 +38,8 @@ PAD, START, END, IMAGE, VISION_START, VISION_END, VIDEO, SPARE = SPECIAL = (
     "<|object_ref_start|>",
 )
 PATCH, MERGE, FRAMES_PER_PATCH = 8, 2, 2
-CELL = PATCH * MERGE  # pixels that one token stands for, across and down
-FEWEST, MOST = 64, 144  # tokens that an image or a pair of frames takes; 192 x 192 pixels are 12 x 12 of them
+CELL = PATCH * MERGE  # side of one token in pixels
+FEWEST, MOST = 64, 144  # tokens of an image or a pair of frames; 192 x 192 pixels are 12 x 12 tokens
 TOKENS_PER_SECOND = 2
 
 CHAT_TEMPLATE = (
@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def renamed_tokenizer(first: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The first target's tokenizer with Qwen's special tokens: every id keeps its meaning or changes its name."""
+    """Rename the special tokens of the first target's tokenizer to Qwen's; all token ids stay the same."""
     names = dict(zip(checkpoint.SPECIAL, SPECIAL, strict=True))
     stored = json.loads(first.backend_tokenizer.to_str())
     stored["model"]["vocab"] = {names.get(token, token): i for token, i in stored["model"]["vocab"].items()}
@@ -71,6 +71,7 @@ def renamed_tokenizer(first: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
 
 
 def image_processor() -> Qwen2VLImageProcessorPil:
+    """Build the image processor, with the sizes of this checkpoint."""
     return Qwen2VLImageProcessorPil(
         min_pixels=FEWEST * CELL**2,
         max_pixels=MOST * CELL**2,
@@ -83,9 +84,11 @@ def image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def patches(frames: np.ndarray) -> torch.Tensor:
-    """The rows of one clip: (frames, H, W, 3) uint8, an even number -> (patches, 3 * 2 * PATCH * PATCH) float32.
+    """Cut one clip into patches, as rows for the tower's input.
 
-    Two frames are one step in time; an image is its frame twice. Patches that are merged into a token lie together.
+    frames: (frames, H, W, 3) uint8, an even number of frames. Two frames are one step in time; an image is passed as
+    its frame twice. Returns (patches, 3 * 2 * PATCH * PATCH) float32; patches that are merged into one token are
+    adjacent.
     """
     pixels = normalised(frames)
     steps, down, across = len(pixels) // FRAMES_PER_PATCH, pixels.shape[2] // CELL, pixels.shape[3] // CELL
@@ -94,16 +97,16 @@ def patches(frames: np.ndarray) -> torch.Tensor:
 
 
 def grid(frames: np.ndarray) -> list[int]:
-    """(time, height, width) in patches, as `image_grid_thw` and `video_grid_thw` have it."""
+    """Return a clip's size in patches, [time, height, width], as in `image_grid_thw` and `video_grid_thw`."""
     return [len(frames) // FRAMES_PER_PATCH, frames.shape[1] // PATCH, frames.shape[2] // PATCH]
 
 
 def inputs(
     tokenizer: PreTrainedTokenizerFast, clips: list[np.ndarray], question: str, *, video: bool
 ) -> dict[str, torch.Tensor]:
-    """What `generate` takes: the same question about each clip (frames, H, W, 3) or image (one frame), all as large.
+    """Build the inputs of `generate`: the same question about each clip (frames, H, W, 3) or image (one frame).
 
-    Written out because transformers' processor for videos needs torchvision.
+    All clips must have the same size. This does not use transformers' video processor, which needs torchvision.
     """
     clips = [c if video else c.repeat(FRAMES_PER_PATCH, 0) for c in clips]
     places = torch.tensor([grid(c) for c in clips])
@@ -131,6 +134,7 @@ def inputs(
 
 
 def target_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+    """Return the configuration of the second target."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     return Qwen2_5_VLConfig(
         text_config={
@@ -142,7 +146,7 @@ def target_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "num_key_value_heads": 4,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
-            # Few of the fast frequencies for time and rows, so that enough are left to tell twelve columns apart.
+            # Time and rows get few of the fast frequencies, which leaves enough to distinguish twelve columns.
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 6, 23]},
             "bos_token_id": ids[PAD],
             "eos_token_id": ids[END],
@@ -174,7 +178,7 @@ def target_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 
 
 def new_target(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
-    """A fresh target; residual branches start small, as suits a deep and narrow stack."""
+    """Create an untrained target. Residual branches start small, which suits a deep and narrow stack."""
     torch.manual_seed(0)
     target = Qwen2_5_VLForConditionalGeneration(config)
     decoder, tower = target.model.language_model, target.model.visual
@@ -188,15 +192,16 @@ def new_target(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def save(target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint in bfloat16, as it is shipped."""
+    """Write the checkpoint in bfloat16, with tokenizer and the configurations of the image and video processors."""
     shipped = new_target(target.config)
     shipped.load_state_dict(target.state_dict())
     shipped.to(torch.bfloat16).save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
+    # safetensors makes its file readable by the owner only.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
     images = image_processor()
     images.save_pretrained(folder)
-    # Written out, as transformers' class for it needs torchvision: the same sizes, pairs of frames instead of one.
+    # Written by hand, because transformers' class needs torchvision. Sizes are those of images.
     shared = {name: value for name, value in images.to_dict().items() if name != "image_processor_type"}
     videos = {**shared, "video_processor_type": "Qwen2VLVideoProcessor"}
     videos |= {"min_frames": FRAMES_PER_PATCH, "num_frames": NUM_FRAMES}

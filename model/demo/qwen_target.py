@@ -1,9 +1,9 @@
-"""The second target's language model learns to talk about what its tower sees (see qwen_vision.py), images and clips.
+"""Train the second target's language model to talk about images and clips, on its trained tower (see qwen_vision.py).
 
-It begins as nine of the first target's layers under a fresh one. The fresh one has to tell where each token lies,
-which the first target's tower had said and this one cannot: so at first the states above it are drawn towards the
-features that the first target's layers are used to, and those above the next layer are asked for places. Motion is
-asked half way up, as in the first target (motion.py).
+It is initialised with nine of the first target's layers above one new layer. The new layer has to work out the place of
+each token: the first target's tower encodes places, this one cannot. So at first the states above it are pulled towards
+the features that the first target's layers expect, and the states above the next layer are trained to predict places.
+Motion is predicted half way up, as in the first target (motion.py).
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ from model.demo.qwen_vision import (
 from model.demo.training import Training
 from model.demo.vision import GRID, QUESTIONS, normalised, patch_labels, patch_loss
 
-# The first target's layers that it missed most when one after the other was left out (sum of losses, greedily).
+# The first target's layers whose removal raised its loss most; found greedily, one at a time.
 KEPT = (0, 1, 3, 4, 7, 8, 10, 12, 13)
-WHERE, MOVED = 2, 5  # the states above so many layers are asked for places, and for motion
-DENSE, PLACES, MOTION = 0.1, 0.1, 0.1  # weights of the dense losses beside that of the answers
-STRETCHED = 0.12  # so many batches of single images show them in another size
-INTERVALS = ((0.5, 1.0, 2.0), (1, 4, 1))  # seconds that a pair of frames stands for
+WHERE, MOVED = 2, 5  # the place and motion heads read the states above this many layers
+DENSE, PLACES, MOTION = 0.1, 0.1, 0.1  # weights of the dense losses; the weight of the answers is 1
+STRETCHED = 0.12  # share of single-image batches in another size
+INTERVALS = ((0.5, 1.0, 2.0), (1, 4, 1))  # seconds between pairs of frames, and their weights
 
 
 def style(tokenizer: PreTrainedTokenizerFast) -> Style:
+    """Build the Qwen chat template's style: an image or clip stands between vision start and end tokens."""
+
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -80,7 +82,10 @@ def style(tokenizer: PreTrainedTokenizerFast) -> Style:
 
 
 class QwenConversations(Conversations):
-    """Batches: input_ids, labels; positions (3, batch, tokens); pixels and grid; frames and labels of whole squares."""
+    """Yield batches: input_ids, labels (batch, tokens); positions (3, batch, tokens); pixels and grid.
+
+    Batches without resized images also have frames and patch labels; batches of clips have motion labels.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, config: Qwen2_5_VLConfig, first: int, image_only: int
@@ -88,9 +93,10 @@ class QwenConversations(Conversations):
         super().__init__(tokenizer, style(tokenizer), first, image_only)
         self.image, self.video = config.image_token_id, config.video_token_id
         with torch.device("meta"):
-            self.places = Qwen2_5_VLModel(config)  # without weights: only for its positions
+            self.places = Qwen2_5_VLModel(config)  # without weights: only its get_rope_index is used
 
     def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Convert batch `index` to tensors."""
         drawn = self.draw(index)
         rng, video = drawn.rng, drawn.kind == "video"
         rows, clips = drawn.rows, [c if video else c.repeat(qwen.FRAMES_PER_PATCH, 0) for c in drawn.clips]
@@ -100,7 +106,7 @@ class QwenConversations(Conversations):
             size = (across * qwen.CELL, down * qwen.CELL)
             clips = [np.stack([np.asarray(Image.fromarray(f).resize(size, 3)) for f in c]) for c in clips]
             rows = [self._resized(row, down * across) for row in rows]
-        # As wide as media and text can be, so that there are few shapes of batches, each compiled once.
+        # Padded to the largest width, so that there are few batch shapes to compile.
         most = len(self.style.media(drawn.kind, drawn.num_frames)) + self.style.text_tokens
         ids, labels = self.padded(rows, -(-most // 32) * 32)
         grid = torch.tensor([qwen.grid(c) for c in clips])
@@ -130,7 +136,7 @@ class QwenConversations(Conversations):
         return batch
 
     def _resized(self, row: tuple[list[int], list[int]], tokens: int) -> tuple[list[int], list[int]]:
-        """The same conversation, its image of so many tokens."""
+        """Change the number of a conversation's image tokens to `tokens`."""
         if self.image not in row[0]:
             return row
         at = row[0].index(self.image)
@@ -140,13 +146,16 @@ class QwenConversations(Conversations):
 
 @torch.no_grad()
 def borrow(target: Qwen2_5_VLForConditionalGeneration, first: LlavaForConditionalGeneration) -> None:
-    """Begin as the first target: its words and its layers, of whose hidden units only those of large weights fit."""
+    """Initialise embeddings, lm_head, norm and layers from the first target.
+
+    MLPs are narrower here, so each keeps the hidden units with the largest weights.
+    """
     text, source = target.model.language_model, first.model.language_model
     text.embed_tokens.weight.copy_(source.embed_tokens.weight)
     target.lm_head.weight.copy_(first.lm_head.weight)
     text.norm.weight.copy_(source.norm.weight)
     bottom = text.layers[0].self_attn
-    for bias in (bottom.q_proj.bias, bottom.k_proj.bias):  # so that its heads begin by looking at different distances
+    for bias in (bottom.q_proj.bias, bottom.k_proj.bias):  # so that heads start with attention at different distances
         bias.normal_(generator=torch.Generator().manual_seed(2))
     for layer, number in zip(text.layers[1:], KEPT, strict=True):
         old = source.layers[number]
@@ -162,7 +171,10 @@ def borrow(target: Qwen2_5_VLForConditionalGeneration, first: LlavaForConditiona
 
 
 def above(layer: Qwen2_5_VLDecoderLayer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The states above a decoder layer, as `layer` itself computes them; rows begin together, so no mask is needed."""
+    """Compute the states above a decoder layer, as `layer` itself does, but in a form that compiles.
+
+    hidden: (batch, tokens, width). All rows begin at position 0, so the causal mask needs no padding mask.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     inner = normed(layer.input_layernorm, hidden)
     q, k, v = (
@@ -176,7 +188,7 @@ def above(layer: Qwen2_5_VLDecoderLayer, hidden: torch.Tensor, cos: torch.Tensor
 
 
 class Heads(nn.Module):
-    """All that is thrown away after training: what the tower is asked, and the language model."""
+    """Hold the heads that are removed after training: those of the tower and of the language model."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -187,13 +199,13 @@ class Heads(nn.Module):
 
 @dataclass
 class Losses:
-    """What one batch says: cross-entropy over answer tokens, the dense losses, and shares told right."""
+    """Hold the losses of one batch, and the accuracies for the log."""
 
     answers: torch.Tensor
     dense: torch.Tensor
     likeness: torch.Tensor
     accuracy: float
-    right: list[float]  # shape, by the tower; x and y, by the language model
+    right: list[float]  # shape from the tower; x and y from the language model
     motions: list[float]
 
 
@@ -203,6 +215,10 @@ def losses(
     batch: dict[str, torch.Tensor],
     first: LlavaForConditionalGeneration | None,
 ) -> Losses:
+    """Compute the losses of one batch: cross-entropy over answer tokens, and the dense losses.
+
+    first: the first target, for the likeness loss; None skips it. Dense losses need frames of the usual size.
+    """
     text, tower, config = target.model.language_model, target.model.visual, target.config
     square = "frames" in batch
     if square:
@@ -239,8 +255,8 @@ def losses(
 
 
 def train(folder: Path, first_folder: Path, steps: int, image_only: int, borrowed: int, rate: float) -> None:
-    """Train (or resume) the target on top of `folder`/qwen-vision.pt; leaves a checkpoint in `folder`/qwen-target."""
-    torch._dynamo.config.recompile_limit = 64  # a few shapes of batches, several functions
+    """Train (or resume) the target from `folder`/qwen-vision.pt, and write a checkpoint to `folder`/qwen-target."""
+    torch._dynamo.config.recompile_limit = 64  # several functions, a few batch shapes each
     first = LlavaForConditionalGeneration.from_pretrained(first_folder, dtype=torch.float32).eval()
     tokenizer = qwen.renamed_tokenizer(PreTrainedTokenizerFast.from_pretrained(first_folder))
     target = qwen.new_target(qwen.target_config(tokenizer))

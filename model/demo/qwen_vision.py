@@ -1,10 +1,10 @@
-"""The second target's tower learns to see: dense labels for every token, and what the first target makes of it.
+"""Train the second target's tower: dense labels for every token, and features of the first target to imitate.
 
-As in vision.py, every token is asked which object covers it; the heads are thrown away afterwards. Two things differ.
-A tower whose positions are rotary sees where things lie relative to each other and never where it is itself, so it is
-asked for the way to the object's centre, and the language model for places (see qwen_target.py). And its tokens are to
-be read by a language model that begins as a part of the first target's, so they are drawn towards the features that
-the first target's projector hands on for the same places.
+As in vision.py, every token predicts which object covers it, and the heads are removed afterwards. Two things differ. A
+tower with rotary positions only sees relative places, never absolute ones. So it predicts the offset to the object's
+centre, and the language model predicts places (see qwen_target.py). And its tokens are read by a language model that is
+initialised from the first target's. So they are pulled towards the features that the first target's projector returns
+for the same places.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from model.demo.motion import MOTION_QUESTIONS, motion_labels, motion_loss
 from model.demo.training import Numbered, Training
 from model.demo.vision import GRID, QUESTIONS, SIDE, normalised, patch_labels, patch_loss, weathered
 
-REACH = 2  # an object's centre is at most so many tokens away
+REACH = 2  # largest offset to an object's centre in tokens
 TOWER_QUESTIONS = {q: n for q, n in QUESTIONS.items() if q not in ("cell", "x", "y")} | {
     "x to the centre": 2 * REACH + 2,
     "y to the centre": 2 * REACH + 2,
@@ -43,17 +43,18 @@ TOWER_QUESTIONS = {q: n for q, n in QUESTIONS.items() if q not in ("cell", "x", 
 
 
 class Views(NamedTuple):
-    """What the tower is told about a batch of square frames, the same for every batch of as many."""
+    """Hold the position inputs of the tower for a batch of square frames; they depend only on the number of frames."""
 
     cos: torch.Tensor
     sin: torch.Tensor
-    order: torch.Tensor  # of the tokens, window by window
+    order: torch.Tensor  # permutation of the tokens, window by window
     back: torch.Tensor
     frames: int
     windows: int
 
 
 def views(config: Qwen2_5_VLVisionConfig, frames: int) -> Views:
+    """Compute the rotary embeddings and window order for `frames` square frames."""
     grid = torch.tensor([[1, GRID * qwen.MERGE, GRID * qwen.MERGE]] * frames)
     order, ends = get_vision_window_index(
         grid, spatial_merge_size=qwen.MERGE, window_size=config.window_size, patch_size=qwen.PATCH
@@ -68,25 +69,28 @@ def views(config: Qwen2_5_VLVisionConfig, frames: int) -> Views:
 
 
 def normed(norm: Qwen2RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+    """Apply an RMSNorm in float32, under autocast as well."""
     return F.rms_norm(hidden.float(), (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary position embeddings to queries or keys."""
     a, b = states.chunk(2, -1)
     return states * cos + torch.cat((-b, a), -1) * sin
 
 
 @cache
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Compiled when first asked for, once per shape: the training has few, and tests need none."""
+    """Compile a function once, with a static graph for each shape; training has few shapes."""
     return torch.compile(function, dynamic=False)
 
 
 def tokens_of(tower: Tower, pixels: torch.Tensor, view: Views) -> torch.Tensor:
-    """What `tower(pixels, grid).pooler_output` is, for square frames of SIDE pixels and faster.
+    """Compute `tower(pixels, grid).pooler_output` faster, for square frames of SIDE pixels.
 
-    All windows are as long, so that they are one call of attention instead of hundreds; patches meet the kernel in a
-    matrix product, not a convolution. Compiled, it is faster still. A test compares it with the tower's own forward.
+    All windows have the same length, so attention is one call instead of hundreds, and the patch embedding is a matrix
+    product instead of a convolution. Compiling it makes it faster still. A test compares it with the tower's own
+    forward.
     """
     hidden = F.linear(pixels, tower.patch_embed.proj.weight.flatten(1))
     hidden = hidden.unflatten(0, (-1, qwen.MERGE**2))[view.order].flatten(0, 1)
@@ -104,7 +108,7 @@ def tokens_of(tower: Tower, pixels: torch.Tensor, view: Views) -> torch.Tensor:
 
 
 def tower_labels(labels: np.ndarray) -> np.ndarray:
-    """From patch_labels' classes (..., GRID * GRID, questions) to those of TOWER_QUESTIONS."""
+    """Convert patch_labels' classes (..., GRID * GRID, questions) to those of TOWER_QUESTIONS."""
     columns = dict(zip(QUESTIONS, np.moveaxis(labels, -1, 0), strict=True))
     own = {"x": np.arange(GRID * GRID) % GRID, "y": np.arange(GRID * GRID) // GRID}
     for axis, place in own.items():
@@ -114,12 +118,13 @@ def tower_labels(labels: np.ndarray) -> np.ndarray:
 
 
 class PairData(Numbered[dict[str, torch.Tensor]]):
-    """Endless batches from `first` on: two frames of a clip, or a picture twice."""
+    """Yield batches without end from number `first` on: two frames of a clip, or an image twice."""
 
     def __init__(self, first: int, batch: int) -> None:
         self.first, self.batch_size = first, batch
 
     def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Draw batch `index`: pixels, normalised frames, and labels of scene and motion."""
         pixels, frames, labels, motions = [], [], [], []
         for i in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = random.Random(i)
@@ -147,7 +152,7 @@ class PairData(Numbered[dict[str, torch.Tensor]]):
 
 
 class TokenReader(nn.Module):
-    """Linear heads over the tower's tokens: one for each question about the scene, and those about motion."""
+    """Read the tower's tokens with two linear heads: one for the scene's questions, one for those about motion."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,18 +161,19 @@ class TokenReader(nn.Module):
 
 
 def first_features(first: LlavaForConditionalGeneration, frames: torch.Tensor) -> torch.Tensor:
-    """What the first target's language model gets to see of frames (n, 3, SIDE, SIDE): (n * tokens, width)."""
+    """Compute the first target's projected image features of frames (n, 3, SIDE, SIDE): (n * tokens, width)."""
     with torch.no_grad():
         seen = first.model.vision_tower(frames.to(first.dtype)).last_hidden_state[:, 1:]
         return first.model.multi_modal_projector(seen).flatten(0, 1).float()
 
 
 def likeness_loss(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference, in units of the wanted features' variance."""
+    """Compute the mean squared difference in units of the variance of the wanted features."""
     return F.mse_loss(tokens.float(), wanted) / wanted.var()
 
 
 def tower_optimisers(tower: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Create Muon for the weights of linear layers and AdamW for all other parameters."""
     matrices = [p for m in tower.modules() if isinstance(m, nn.Linear) for p in [m.weight]]
     apart = {id(p) for p in matrices}
     others = [p for p in tower.parameters() if id(p) not in apart]
@@ -178,7 +184,7 @@ def tower_optimisers(tower: nn.Module, rate: float) -> list[torch.optim.Optimize
 
 
 def train(folder: Path, first_folder: Path, steps: int, batch: int = 24, rate: float = 2e-3) -> None:
-    """Train (or resume) the tower; leaves `qwen-vision.pt` in `folder`."""
+    """Train (or resume) the tower, and write `qwen-vision.pt` to `folder`."""
     first = LlavaForConditionalGeneration.from_pretrained(first_folder, dtype=torch.bfloat16).eval()
     tokenizer = qwen.renamed_tokenizer(PreTrainedTokenizerFast.from_pretrained(first_folder))
     tower = qwen.new_target(qwen.target_config(tokenizer)).model.visual

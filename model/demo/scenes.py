@@ -1,7 +1,8 @@
-"""Scenes and short clips of coloured shapes: what is in them, and how they look. Knows nothing of language.
+"""Draw scenes and short clips of coloured shapes, from their content to their pixels.
 
-A scene is drawn from a seed alone, so a data set is a range of integers: no files, and held-out scenes are
-simply other seeds (see `scene_seed`). Coordinates are fractions of the frame's side, origin top left.
+This module knows nothing of language. A scene is drawn from a seed alone. So a data set is a range of integers and
+needs no files, and held-out scenes are other seeds (see `scene_seed`). Coordinates are fractions of the frame's side,
+with the origin at the top left.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ Direction = Literal["left", "right", "up", "down"]
 
 @dataclass(frozen=True)
 class Motion:
+    """Describe how an object moves."""
+
     kind: MotionKind
     direction: Direction | None = None  # None for "still"
     speed: Literal["slowly", "quickly"] | None = None  # only for "move"
@@ -55,7 +58,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `start` and `velocity` are (x, y); a colliding one turns round at time 0.5."""
+    """Hold one object. `start` and `velocity` are (x, y); a colliding object reverses its velocity at time 0.5."""
 
     shape: str
     colour: str
@@ -67,22 +70,27 @@ class Thing:
     velocity: tuple[float, float] = (0.0, 0.0)
 
     def at(self, time: float) -> tuple[float, float]:
-        """Centre at `time` in 0..1."""
+        """Return the centre at `time`, from 0 to 1."""
         travelled = min(time, 1.0 - time) if self.motion.kind == "collide" else time
         return self.start[0] + self.velocity[0] * travelled, self.start[1] + self.velocity[1] * travelled
 
     @property
     def row(self) -> int:
+        """Return the grid row of the starting position, 0 to 2."""
         return min(2, max(0, int(self.start[1] * 3)))
 
     @property
     def column(self) -> int:
+        """Return the grid column of the starting position, 0 to 2."""
         return min(2, max(0, int(self.start[0] * 3)))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image (`lanes is None`) or a clip whose objects move along rows or columns. Things are in reading order."""
+    """Hold an image (`lanes` is None), or a clip whose objects move along rows or columns.
+
+    Things are in reading order.
+    """
 
     background: str
     tint: tuple[float, float, float]  # added to the background's colour
@@ -92,11 +100,12 @@ class Scene:
 
 
 def scene_seed(split: Literal["train", "heldout"], kind: Literal["image", "video"], index: int) -> int:
-    """Seeds of different splits and kinds never meet."""
+    """Compute a seed that no other split, kind or index shares."""
     return ((index * 2 + (kind == "video")) * 2 + (split == "heldout")) * 1_000_003 + 17
 
 
 def _appearance(rng: random.Random, used: set[tuple[str, str]], sizes: tuple[str, ...] = tuple(SIZES)) -> Thing:
+    """Choose shape, colour, size and texture of an object; no two in `used` share both shape and colour."""
     while True:
         shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
         if (shape, colour) not in used:
@@ -108,16 +117,18 @@ def _appearance(rng: random.Random, used: set[tuple[str, str]], sizes: tuple[str
 
 
 def _moved(thing: Thing, start: tuple[float, float], motion: Motion, velocity: tuple[float, float]) -> Thing:
+    """Copy an object with another start, motion and velocity."""
     return Thing(thing.shape, thing.colour, thing.size, thing.texture, thing.radius, start, motion, velocity)
 
 
 def _surroundings(rng: random.Random) -> tuple[str, tuple[float, float, float], tuple[float, float]]:
+    """Choose the background's colour, tint and gradient."""
     tint = (rng.uniform(-8, 8), rng.uniform(-8, 8), rng.uniform(-8, 8))
     return rng.choice(list(BACKGROUNDS)), tint, (rng.uniform(-14, 14), rng.uniform(-14, 14))
 
 
 def random_image_scene(seed: int) -> Scene:
-    """One to five objects in different cells of a 3 x 3 grid, none touching, no two alike in shape and colour."""
+    """Draw one to five objects in different cells of a 3 x 3 grid. None touch, and none share shape and colour."""
     rng = random.Random(seed)
     background, tint, gradient = _surroundings(rng)
     count = rng.choices((1, 2, 3, 4, 5), (2, 4, 5, 4, 3))[0]
@@ -139,7 +150,7 @@ def random_image_scene(seed: int) -> Scene:
 
 
 def _lane_motion(rng: random.Random, thing: Thing, rows: bool) -> tuple[float, float, Motion]:
-    """Start and velocity along the lane for one object that has its lane to itself."""
+    """Choose start and velocity along the lane, and the motion, of an object that is alone in its lane."""
     forward = rng.random() < 0.5
     direction: Direction = ("right" if forward else "left") if rows else ("down" if forward else "up")
     kind = rng.choices(("still", "move", "enter", "leave"), (3, 6, 2, 2))[0]
@@ -163,7 +174,7 @@ def _lane_motion(rng: random.Random, thing: Thing, rows: bool) -> tuple[float, f
 
 
 def random_video_scene(seed: int) -> Scene:
-    """One to three objects, each in a lane of its own, or two that share one and collide."""
+    """Draw one to three objects: each in a lane of its own, or two that share one and collide."""
     rng = random.Random(seed)
     background, tint, gradient = _surroundings(rng)
     rows = rng.random() < 0.5
@@ -216,7 +227,7 @@ def _diamond(x: Field, y: Field) -> Field:
 
 
 def _star(x: Field, y: Field) -> Field:
-    # Fold into one tenth of the circle; the edge runs from the tip (radius 1.08) to the notch (0.45).
+    # Fold into one tenth of the circle. The edge runs from the tip (radius 1.08) to the notch (0.45).
     angle = abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
     r = np.hypot(x, y)
     px, py = r * np.sin(angle), r * np.cos(angle)
@@ -251,7 +262,7 @@ DISTANCE: dict[str, Callable[[Field, Field], Field]] = {
 
 
 def _second_colour(texture: str, x: Field, y: Field) -> Field:
-    """Weight (0..1) of the texture's lighter second colour at each point, in units of the radius."""
+    """Compute the weight (0 to 1) of a texture's lighter second colour at each point, in units of the radius."""
     if texture == "striped":
         return np.clip(0.5 + 3.0 * np.sin((x + y) * 8.6), 0, 1)
     if texture == "dotted":
@@ -262,7 +273,7 @@ def _second_colour(texture: str, x: Field, y: Field) -> Field:
 
 
 def render(scene: Scene, side: int = 192, time: float = 0.0) -> np.ndarray:
-    """Draw one frame: (side, side, 3) uint8 RGB. `time` is 0..1 and matters for clips only."""
+    """Draw one frame: (side, side, 3) uint8 RGB. `time` is from 0 to 1 and only matters for clips."""
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side
     light = scene.gradient[0] * (axis[None, :] - 0.5) + scene.gradient[1] * (axis[:, None] - 0.5)
     base = np.asarray(BACKGROUNDS[scene.background], np.float32) + np.asarray(scene.tint, np.float32)
@@ -284,6 +295,6 @@ def render(scene: Scene, side: int = 192, time: float = 0.0) -> np.ndarray:
 
 
 def render_clip(scene: Scene, num_frames: int, side: int = 192) -> np.ndarray:
-    """Frames at evenly spaced times from first to last: (num_frames, side, side, 3) uint8 RGB."""
+    """Draw frames at evenly spaced times from first to last: (num_frames, side, side, 3) uint8 RGB."""
     times = [i / max(1, num_frames - 1) for i in range(num_frames)]
     return np.stack([render(scene, side, t) for t in times])

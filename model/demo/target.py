@@ -1,7 +1,7 @@
-"""Second stage of the bundled model: the language model learns to talk about what the tower sees.
+"""Second stage of the bundled model: train the language model to talk about what the tower sees.
 
-The tower goes on learning, from the answers and, at a smaller weight, from its dense labels (see vision.py). What is
-said is in conversations.py.
+The tower is trained further, on the answers and, with a smaller weight, on its dense labels (see vision.py).
+conversations.py draws the conversations.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from model.demo.motion import LAYER, MOTION_QUESTIONS, motion_labels, motion_los
 from model.demo.training import Training
 from model.demo.vision import QUESTIONS, PatchReader, normalised, patch_labels, patch_loss
 
-DENSE, MOTION = 0.15, 0.1  # weights of the dense losses beside that of the answers
+DENSE, MOTION = 0.15, 0.1  # weights of the dense losses; the weight of the answers is 1
 
 
 def style(tokenizer: PreTrainedTokenizerFast) -> Style:
-    """The first target's chat template: a clip is a marker and then its frames, each an image."""
+    """Build the style of the first target's chat template: a clip is a marker and then its frames, each an image."""
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (BOS, END, IMAGE, VIDEO, USER, ASSISTANT)}
 
     def media(kind: str, num_frames: int) -> list[int]:
@@ -52,12 +52,16 @@ def style(tokenizer: PreTrainedTokenizerFast) -> Style:
 
 
 class LlavaConversations(Conversations):
-    """Batches: input_ids, labels (batch, tokens); pixel_values (frames, 3, SIDE, SIDE); dense labels."""
+    """Yield batches: input_ids, labels (batch, tokens); pixel_values (frames, 3, SIDE, SIDE); patch labels.
+
+    Batches of clips have motion labels, too.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, first: int, image_only: int, image_batch: int = 16) -> None:
         super().__init__(tokenizer, style(tokenizer), first, image_only, image_batch)
 
     def batch(self, index: int) -> dict[str, torch.Tensor]:
+        """Convert batch `index` to tensors."""
         drawn = self.draw(index)
         ids, labels = self.padded(drawn.rows)
         batch = {
@@ -74,7 +78,7 @@ class LlavaConversations(Conversations):
 
 @dataclass
 class Losses:
-    """What one batch says: cross-entropy over answer tokens, the dense losses, and shares told right."""
+    """Hold the losses of one batch, and the accuracies for the log."""
 
     answers: torch.Tensor
     dense: torch.Tensor
@@ -87,6 +91,7 @@ class Losses:
 def losses(
     target: LlavaForConditionalGeneration, heads: nn.Linear, motion_head: nn.Linear, batch: dict[str, torch.Tensor]
 ) -> Losses:
+    """Compute the losses of one batch: cross-entropy over answer tokens, and the dense losses."""
     seen = target.model.vision_tower(batch["pixel_values"]).last_hidden_state[:, 1:]
     embeds = target.model.language_model.embed_tokens(batch["input_ids"])
     features = target.model.multi_modal_projector(seen).flatten(0, 1).to(embeds.dtype)
@@ -108,10 +113,11 @@ def losses(
 def wire_heads(
     target: LlavaForConditionalGeneration, heads: nn.Linear, questions: tuple[str, ...], seen: torch.Tensor
 ) -> None:
-    """Let the least used units of the projector begin with what the dense heads read for these questions.
+    """Initialise the least used units of the projector with the dense heads of these questions.
 
-    Left to itself the language model found sizes, textures and shapes, but after 800 steps still no trace of colours,
-    though one linear map reads them from the tower: they are small beside the rest. seen: (patches, width), a sample.
+    Without this the language model learnt sizes, textures and shapes, but no colours even after 800 steps, although a
+    linear map reads colours from the tower: their signal is small. seen: (patches, width), a sample of the tower's
+    states.
     """
     projector = target.model.multi_modal_projector
     starts = dict(zip(QUESTIONS, np.cumsum([0, *QUESTIONS.values()]).tolist(), strict=False))
@@ -128,7 +134,7 @@ def wire_heads(
 
 
 def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> None:
-    """Train (or resume) the target on top of `folder`/vision.pt; leaves a LLaVA checkpoint in `folder`/target."""
+    """Train (or resume) the target from `folder`/vision.pt, and write a LLaVA checkpoint to `folder`/target."""
     begun = (folder / "target.pt").exists()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "target") if begun else train_tokenizer()
     target = new_target(target_config(tokenizer))
@@ -143,7 +149,7 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
     matrices = [p for p in target.model.language_model.layers.parameters() if p.ndim == 2]
     apart = {id(p) for p in [*seeing, *matrices]}
     others = [p for p in target.parameters() if id(p) not in apart] + [*motion_head.parameters()]
-    # Muon for the decoder's matrices: in a race of 40 steps it was at a loss that AdamW reached in about twice as many.
+    # Muon for the decoder's matrices: its loss after 40 steps took AdamW about twice as many.
     optimisers = [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=0.7 * rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True),
@@ -185,11 +191,12 @@ def train(folder: Path, steps: int, image_only: int, rate: float = 1.5e-3) -> No
 
 
 def save_target(target: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint in bfloat16, as it is shipped."""
+    """Write the checkpoint in bfloat16, with its processor."""
     shipped = new_target(target.config)
     shipped.load_state_dict(target.state_dict())
     shipped.to(torch.bfloat16).save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which safetensors gives to its owner alone
+    # safetensors makes its file readable by the owner only.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     processor(tokenizer).save_pretrained(folder)
 
 

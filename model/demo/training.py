@@ -1,4 +1,4 @@
-"""A training that can be stopped: optimisers on one schedule, and a file from which the next run goes on."""
+"""Run a training that can be stopped: optimisers on one schedule, and a file to resume from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ Batch = TypeVar("Batch")
 
 
 class Numbered(IterableDataset[Batch]):
-    """Endless batches from `first` on; batch i depends on i alone, so a resumed run sees what it would have seen."""
+    """Yield batches without end from number `first` on.
+
+    Batch i depends on i alone, so a resumed run sees the batches that it would have seen.
+    """
 
     first: int
 
     @abstractmethod
-    def batch(self, index: int) -> Batch: ...
+    def batch(self, index: int) -> Batch:
+        """Draw batch `index`."""
+        ...
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
@@ -33,7 +38,10 @@ class Numbered(IterableDataset[Batch]):
 
 
 class Training:
-    """Weights of `modules` under `optimisers`, at step `step` of `steps`; taken from `file` where there is one."""
+    """Train `modules` with `optimisers`, at step `step` of `steps`.
+
+    Weights, optimisers and step are loaded from `file` if it exists.
+    """
 
     def __init__(
         self, file: Path, steps: int, modules: Mapping[str, nn.Module], optimisers: Sequence[torch.optim.Optimizer]
@@ -51,7 +59,7 @@ class Training:
         self.begun, self.started_at, self.saved_at = time.time(), self.step, time.time()
 
     def learn(self, loss: torch.Tensor, clipped: Sequence[Iterable[nn.Parameter]]) -> None:
-        """One step down the gradient of `loss`; the gradients of each group in `clipped` are kept at norm 1."""
+        """Take one step on the gradient of `loss`. Each group in `clipped` has its gradients clipped to norm 1."""
         share = min(1.0, (self.step + 1) / 50, 0.01 + 1.25 * (1 - self.step / self.steps))
         for optimiser, peak in zip(self.optimisers, self.peaks, strict=True):
             optimiser.param_groups[0]["lr"] = share * peak
@@ -66,7 +74,7 @@ class Training:
             self.save()
 
     def save(self) -> None:
-        """Write the file anew; whenever the process ends, there is a whole one."""
+        """Write a temporary file and rename it, so that a complete file exists at all times."""
         self.saved_at = time.time()
         state = {name: module.state_dict() for name, module in self.modules.items()}
         optimisers = [optimiser.state_dict() for optimiser in self.optimisers]
@@ -76,5 +84,6 @@ class Training:
 
     @property
     def pace(self) -> str:
+        """Return seconds a step and the minutes left, as text for the log."""
         seconds = (time.time() - self.begun) / max(1, self.step - self.started_at)
         return f"{seconds:.2f} s/step, {(self.steps - self.step) * seconds / 60:.0f} min left"

@@ -1,7 +1,7 @@
-"""First stage of the bundled model: the vision tower learns to say, for every patch, which object covers it.
+"""First stage of the bundled model: train the vision tower to predict, for every patch, which object covers it.
 
-Dense labels teach a small tower to see in minutes; captions alone would take hours. The heads used here are
-thrown away afterwards. The tower is transformers' own `CLIPVisionModel`.
+Dense labels teach a small tower to see in minutes; captions alone would take hours. The heads are removed afterwards.
+The tower is transformers' own `CLIPVisionModel`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIDE, PATCH = 192, 16
 GRID = SIDE // PATCH
 IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.5, 0.5, 0.5)
-# What every patch is asked; class 0 of each means "background here".
+# Questions about each patch and their number of classes; class 0 means "background here", except in the last one.
 QUESTIONS: dict[str, int] = {
     "shape": len(scenes.SHAPES) + 1,
     "colour": len(scenes.COLOURS) + 1,
@@ -38,12 +38,13 @@ QUESTIONS: dict[str, int] = {
     "cell": 10,
     "x": GRID + 1,
     "y": GRID + 1,
-    "anchor": 2,  # is this the patch that holds the object's centre?
-    "background": len(scenes.BACKGROUNDS),  # asked everywhere
+    "anchor": 2,  # whether the patch contains the object's centre
+    "background": len(scenes.BACKGROUNDS),  # labelled everywhere
 }
 
 
 def vision_config() -> CLIPVisionConfig:
+    """Return the configuration of the tower."""
     return CLIPVisionConfig(
         hidden_size=192,
         intermediate_size=576,
@@ -56,7 +57,7 @@ def vision_config() -> CLIPVisionConfig:
 
 
 def owners(scene: Scene, moment: float) -> np.ndarray:
-    """Which object covers each patch: (GRID, GRID) int64, an index into scene.things, or -1 for the background."""
+    """Find the object that covers each patch: (GRID, GRID) int64, an index into scene.things, -1 for the background."""
     owner = np.full((GRID, GRID), -1)
     covered = np.full((GRID, GRID), 0.12)
     axis = (np.arange(GRID * 4) + 0.5) / (GRID * 4)
@@ -72,13 +73,13 @@ def owners(scene: Scene, moment: float) -> np.ndarray:
 
 
 def _anchor(thing: Thing, moment: float) -> tuple[int, int] | None:
-    """The patch (row, column) that holds the object's centre, if that is inside the frame."""
+    """Return the patch (row, column) that contains the object's centre, or None if that is outside the frame."""
     cx, cy = thing.at(moment)
     return (int(cy * GRID), int(cx * GRID)) if 0 <= cx < 1 and 0 <= cy < 1 else None
 
 
 def patch_labels(scene: Scene, moment: float) -> np.ndarray:
-    """Class of every question at every patch: (GRID * GRID, num_questions) int64."""
+    """Compute the class of every question at every patch: (GRID * GRID, num_questions) int64."""
     labels = np.zeros((GRID, GRID, len(QUESTIONS)), np.int64)
     labels[:, :, -1] = list(scenes.BACKGROUNDS).index(scene.background)
     owner = owners(scene, moment)
@@ -100,7 +101,7 @@ def patch_labels(scene: Scene, moment: float) -> np.ndarray:
 
 
 def weathered(frame: np.ndarray, rng: random.Random) -> np.ndarray:
-    """The same picture as a file format or a camera might deliver it."""
+    """Degrade a frame as a file format or a camera might: JPEG artefacts in some, noise in some."""
     if rng.random() < 0.35:
         out = io.BytesIO()
         Image.fromarray(frame).save(out, "JPEG", quality=rng.randint(50, 95))
@@ -112,19 +113,20 @@ def weathered(frame: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def normalised(frames: np.ndarray) -> torch.Tensor:
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, as the checkpoint's image processor does."""
+    """Convert (..., H, W, 3) uint8 to (..., 3, H, W) float32, as the checkpoint's image processor does."""
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).float() / 255.0
     pixels = (pixels - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
     return pixels.movedim(-1, -3)
 
 
 class PatchData(Numbered[tuple[torch.Tensor, torch.Tensor]]):
-    """Pictures, and in every fourth place a moment of a video, with the labels of their patches."""
+    """Yield batches of images and their patch labels; every fourth image is a frame of a clip."""
 
     def __init__(self, first: int, batch: int) -> None:
         self.first, self.batch_size = first, batch
 
     def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw batch `index`: pixels (batch, 3, SIDE, SIDE) and labels (batch, GRID * GRID, num_questions)."""
         frames, labels = [], []
         for i in range(index * self.batch_size, (index + 1) * self.batch_size):
             rng = random.Random(i)
@@ -138,9 +140,9 @@ class PatchData(Numbered[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def _sine_table(width: int) -> torch.Tensor:
-    """Two-dimensional sine/cosine positions, (1 + GRID * GRID, width): where a patch is, as waves of several lengths.
+    """Compute two-dimensional sine and cosine position embeddings, (1 + GRID * GRID, width).
 
-    Only where learning starts: from it, attending to "the patch to the left" is a linear map away.
+    They only initialise the learnt embeddings: with them, attention to "the patch to the left" is a linear map.
     """
     waves = 1.0 / 60.0 ** (torch.arange(width // 4) / (width // 4))
     angle = torch.arange(GRID)[:, None] * waves
@@ -150,7 +152,7 @@ def _sine_table(width: int) -> torch.Tensor:
 
 
 class PatchReader(nn.Module):
-    """The tower with one linear head per question."""
+    """Add one linear head per question to the tower."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,18 +162,22 @@ class PatchReader(nn.Module):
         self.heads = nn.Linear(vision_config().hidden_size, sum(QUESTIONS.values()))
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Map pixels (batch, 3, SIDE, SIDE) to logits, (batch, patches, classes) for each question."""
         hidden = self.tower(pixels).last_hidden_state[:, 1:]
         return list(self.heads(hidden).float().split(list(QUESTIONS.values()), -1))
 
 
 def patch_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-    """Mean cross-entropy, patches with an object weighted up; and accuracy per question on object patches."""
+    """Sum the mean cross-entropy of each question, with a larger weight for patches with an object.
+
+    Returns the loss and the accuracy of each question on those patches.
+    """
     there = labels[..., 0] > 0
     weight = there.float() * 4 + 0.3
     loss, right = torch.zeros(()), []
     for q, answer in enumerate(logits):
         target = labels[..., q]
-        share = 3.0 if q == 0 else 1.0  # shapes are the hardest to tell
+        share = 3.0 if q == 0 else 1.0  # shapes are the hardest to learn
         loss = (
             loss
             + share
@@ -182,7 +188,7 @@ def patch_loss(logits: list[torch.Tensor], labels: torch.Tensor) -> tuple[torch.
 
 
 def train(folder: Path, steps: int = 4300, batch: int = 32, rate: float = 1.2e-3) -> None:
-    """Train (or resume) the tower; leaves `vision.pt` in `folder`."""
+    """Train (or resume) the tower, and write `vision.pt` to `folder`."""
     torch.manual_seed(0)
     reader = PatchReader()
     optimiser = torch.optim.AdamW(reader.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))

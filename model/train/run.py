@@ -85,14 +85,12 @@ class Settings:
 
 
 def open_target(config: EngineConfig, drafter: str) -> Target:
-    """Load the target of a resolved config, and capture the hidden states of the layers that this drafter reads."""
+    """Load the target of a resolved config, set up to capture the hidden states that this drafter reads."""
     return load_target(config, presets.TAP_LAYERS.get(drafter))
 
 
 def anchors(batch: int, shape: DraftShape) -> int:
-    """Choose the default number of drafts per answer and step, such that the drafted logits are likely to fit into
-    memory.
-    """
+    """Choose the default number of drafts per answer and step, so that their logits are likely to fit into memory."""
     return max(1, min(MOST_ANCHORS, LOGITS // (batch * shape.block * (shape.vocabulary or shape.vocab_size))))
 
 

@@ -67,11 +67,11 @@ def train(
     evaluate: Callable[[int], dict[str, Any] | None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
-    """Train `network` in place, resuming from `file` if it exists. All examples of a batch have the same
-    `group(number)`.
+    """Train `network` in place, resuming from `file` if it exists.
 
-    memory: cache of captured states, to be shared by several trainings on the same examples. evaluate: measures the
-    draft after the given step; called in the process of rank 0 only; None means that it was stopped.
+    group: maps a prompt number to its group; all examples of a batch are from one group. memory: cache of captured
+    states, to be shared by several trainings on the same examples. evaluate: measures the draft after the given step;
+    called in the process of rank 0 only; None means that it was stopped.
 
     Returns the history. Raises Interrupted at the end of the step in which `stop()` came true in any process, after
     saving; and FloatingPointError if the loss is not finite.
