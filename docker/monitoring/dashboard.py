@@ -1,7 +1,7 @@
-"""Writes Grafana's dashboard: `python -m docker.monitoring.dashboard` after a change here.
+"""Write Grafana's dashboard. Run `python -m docker.monitoring.dashboard` after a change here.
 
-Every panel is one entry of `ROWS`: what is asked, in which unit, and what it means. Built with Grafana's own library,
-so that names of fields are Grafana's. Expressions read the service's metrics and need none of the recording rules.
+Every panel is one entry of `ROWS`: its queries, its unit and its meaning. The dashboard is built with Grafana's own
+library, so that field names are Grafana's. Expressions read the service's metrics directly and need no recording rules.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 OUTPUT = Path(__file__).parent / "dashboards" / "flashserve.json"
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
-# What the alerts hold against the service (rules/recording.yml), seconds.
+# The alerts' objectives (rules/recording.yml), in seconds.
 TTFT_LIMIT, TPOT_LIMIT = 2.5, 0.1
 
 SECONDS, SHARE, COUNT = "s", "percentunit", "none"
 TOKENS_PER_SECOND, PER_SECOND = "suffix: tok/s", "suffix:/s"
 
 GREEN, ORANGE, RED = "green", "orange", "red"
-Step = tuple[float | None, str]  # from this value on, this colour; None: from the bottom
+Step = tuple[float | None, str]  # colour for values from the first element up; None: from the bottom
 
 
 @dataclass(frozen=True)
 class Panel:
+    """Describe one panel of the dashboard."""
+
     title: str
     unit: str
     description: str
-    queries: dict[str, str]  # legend, with labels in {{}}, to expression
+    queries: dict[str, str]  # legend, with labels in {{}} -> expression
     kind: Literal["line", "stack", "stat", "heatmap", "bars"] = "line"
     steps: tuple[Step, ...] = ()
     most: float | None = None  # upper end of the axis
@@ -48,31 +50,35 @@ class Panel:
 
 
 def chosen(metric: str, *more: str) -> str:
-    """The series of that metric which the dashboard's variables choose."""
+    """Select the series of a metric by the dashboard's variables, and by the label matchers in `more`."""
     labels = ", ".join(('model=~"$model"', 'instance=~"$instance"', *more))
     return f"{metric}{{{labels}}}"
 
 
 def rate(metric: str, *more: str, by: str = "model") -> str:
+    """Sum the per-second rates of a counter's series by the labels `by`."""
     return f"sum by ({by}) (rate({chosen(metric, *more)}[$__rate_interval]))"
 
 
 def mean(histogram: str, by: str = "model") -> str:
+    """Compute the mean of a histogram's observations."""
     return f"{rate(f'{histogram}_sum', by=by)} / {rate(f'{histogram}_count', by=by)}"
 
 
 def quantile(q: float, histogram: str, *more: str, by: str = "model") -> str:
+    """Compute a quantile of a histogram by the labels `by`."""
     return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', *more, by=f'{by}, le')})"
 
 
 def quantiles(histogram: str) -> dict[str, str]:
+    """Map legends to the queries of the 50 %, 95 % and 99 % quantiles of a histogram, by model."""
     return {f"{{{{model}}}} p{q * 100:.0f}": quantile(q, histogram) for q in (0.5, 0.95, 0.99)}
 
 
 DRAFTS, ACCEPTED = rate("flash_spec_drafts_total"), rate("flash_spec_accepted_tokens_total")
 GENERATED = rate("flash_generation_tokens_total")
 ACCEPTANCE_LENGTH = f"1 + {ACCEPTED} / {DRAFTS}"
-# Two digits, or position 10 would come before 2.
+# Zero-padded, because legends are sorted as text: 10 would precede 2.
 BY_POSITION = (
     f"label_replace({rate('flash_spec_accepted_tokens_per_position_total', by='position')} "
     f"/ on () group_left sum ({DRAFTS}), "
@@ -359,6 +365,7 @@ Builder = timeseries.Panel | stat.Panel | heatmap.Panel | bargauge.Panel
 
 
 def build() -> str:
+    """Build the dashboard and return it as JSON."""
     made = (
         dashboard.Dashboard("FlashServe")
         .uid("flashserve")
@@ -380,6 +387,7 @@ def build() -> str:
 
 
 def _choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    """Create a variable whose values come from a query; several may be selected, and all are by default."""
     return (
         dashboard.QueryVariable(name)
         .label(label)
@@ -395,6 +403,7 @@ def _choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
 
 
 def _panel(panel: Panel) -> Builder:
+    """Convert a panel to Grafana's, with its queries, unit, axis and thresholds."""
     made = KINDS[panel.kind](panel)
     made.title(panel.title).description(panel.description).datasource(SOURCE).unit(panel.unit)
     made.height(4 if panel.kind == "stat" else 8).span(panel.width).min(0)
@@ -412,6 +421,7 @@ def _panel(panel: Panel) -> Builder:
 
 
 def _line(panel: Panel) -> timeseries.Panel:
+    """Create a time series panel, stacked or not, with thresholds as dashed lines."""
     made = (
         timeseries.Panel()
         .line_width(1)
@@ -465,6 +475,7 @@ KINDS: dict[str, Callable[[Panel], Builder]] = {
 
 
 def main() -> None:
+    """Write the dashboard to OUTPUT and print its path."""
     OUTPUT.write_text(build())
     sys.stdout.write(f"{OUTPUT}\n")
 

@@ -1,4 +1,4 @@
-"""Draws the dashboard as one picture, for those who have no Grafana at hand.
+"""Draw the dashboard as one picture, for users without Grafana.
 
 python -m docker.monitoring.draw --prometheus http://127.0.0.1:9090 --minutes 10 --output dashboard.png
 """
@@ -34,7 +34,7 @@ TEXT_COLORS = {"green": "#37872d", "orange": "#d9730d", "red": "#c4162a"}
 
 
 def shown(value: float, unit: str, decimals: int | None = None) -> str:
-    """A number as Grafana writes it."""
+    """Format a number in its unit, as Grafana does."""
     if math.isnan(value):
         return "no data"
     if unit == "percentunit":
@@ -52,6 +52,7 @@ def shown(value: float, unit: str, decimals: int | None = None) -> str:
 
 
 def draw(panels: list[Panel], prometheus: Prometheus, *, start: float, end: float) -> Figure:
+    """Draw all panels over the time from `start` to `end` (Unix time), with data from Prometheus."""
     scrape_interval = prometheus.scrape_interval()
     step = max(scrape_interval, (end - start) / 240)
     rows = max(y + height for _, y, _, height in (panel.grid for panel in panels))
@@ -59,7 +60,7 @@ def draw(panels: list[Panel], prometheus: Prometheus, *, start: float, end: floa
     inches = figure.get_figheight()
 
     def bottom(y: float) -> float:
-        """Of what ends at row y of the grid, in parts of the figure."""
+        """Return the lower edge of a panel that ends at row y of the grid, as a fraction of the figure's height."""
         return 1 - (HEADER_INCHES + y * ROW_INCHES) / inches
 
     when = [datetime.fromtimestamp(at, UTC) for at in (start, end)]
@@ -87,7 +88,7 @@ def draw(panels: list[Panel], prometheus: Prometheus, *, start: float, end: floa
         axes = figure.add_axes(
             (left + margin, bottom(y + height) + 0.62 / inches, wide - margin - 0.012, tall - 0.98 / inches)
         )
-        _, _, suffix = panel.unit.partition(":")  # such a unit is said once, not at every tick
+        _, _, suffix = panel.unit.partition(":")  # a suffix is in the title, not at every tick
         axes.set_title(f"{panel.title} ({suffix.strip()})" if suffix else panel.title, x=-0.105, pad=7)
         if not any(one.points for one in series):
             axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center")
@@ -108,12 +109,14 @@ def _values(series: Series) -> list[float]:
 
 
 def _unit_axis(axes: Axes, panel: Panel) -> None:
+    """Format the ticks of the y axis in the panel's unit."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, panel.unit.partition(":")[0])))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=panel.unit == "none" and axes.get_ylim()[1] > 5))
 
 
 def _lines(axes: Axes, panel: Panel, series: list[Series]) -> None:
-    # What never happened would only fill the legend.
+    """Draw a time series panel, with thresholds as dashed lines."""
+    # Series that are always zero would only fill the legend.
     drawn = [one for one in series if len(series) <= 3 or any(value > 0 for value in _values(one))]
     times = sorted({at for one in drawn for at in _times(one)})
     below = [0.0] * len(times)
@@ -142,7 +145,7 @@ def _lines(axes: Axes, panel: Panel, series: list[Series]) -> None:
 
 
 def _heatmap(axes: Axes, _: Panel, series: list[Series]) -> None:
-    """Buckets are cumulative: each cell is what its bucket has beyond the one below."""
+    """Draw a heatmap. Buckets are cumulative, so each cell shows the difference to the bucket below."""
     ordered = sorted(series, key=lambda one: float(one.labels["le"]))
     times = sorted({at for one in ordered for at in _times(one)})
     counts, below = [], [0.0] * len(times)
@@ -151,7 +154,7 @@ def _heatmap(axes: Axes, _: Panel, series: list[Series]) -> None:
         reached = [at.get(t, math.nan) for t in times]
         counts.append([max(0.0, now - before) for now, before in zip(reached, below, strict=True)])
         below = reached
-    while len(counts) > 2 and not any(value > 0 for value in counts[-1]):  # nothing was ever that long
+    while len(counts) > 2 and not any(value > 0 for value in counts[-1]):  # omit empty buckets at the top
         counts.pop()
     heights = [float(one.labels["le"]) for one in ordered[: len(counts)]]
     tops = [height if math.isfinite(height) else heights[-2] + 1 for height in heights]
@@ -162,6 +165,7 @@ def _heatmap(axes: Axes, _: Panel, series: list[Series]) -> None:
 
 
 def _bars(axes: Axes, panel: Panel, series: list[Series]) -> None:
+    """Draw one horizontal bar for each series, as long as its mean."""
     names = [one.name for one in series]
     values = [
         sum(known) / len(known) if (known := [v for v in _values(one) if not math.isnan(v)]) else 0 for one in series
@@ -176,6 +180,7 @@ def _bars(axes: Axes, panel: Panel, series: list[Series]) -> None:
 
 
 def _stat(card: Axes, panel: Panel, series: list[Series]) -> None:
+    """Draw the last value of the first series in large type, above a small curve of its history."""
     card.text(0.05, 0.84, panel.title, transform=card.transAxes, fontweight="bold", va="center", fontsize=8)
     known = [value for one in series[:1] for value in _values(one) if not math.isnan(value)]
     last = known[-1] if known else math.nan
@@ -193,6 +198,7 @@ def _stat(card: Axes, panel: Panel, series: list[Series]) -> None:
 
 
 def main() -> None:
+    """Parse the options, query Prometheus and save the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prometheus", required=True, metavar="URL")
     parser.add_argument("--minutes", type=float, default=15.0, help="how far back it looks (default: 15)")
@@ -206,7 +212,7 @@ def main() -> None:
     with Prometheus(told.prometheus) as prometheus, mpl.rc_context(STYLE):
         figure = draw(read(told.dashboard), prometheus, start=end - 60 * told.minutes, end=end)
         figure.savefig(told.output, dpi=100)
-    if told.output.suffix == ".png":  # a palette is enough for it, and half the size
+    if told.output.suffix == ".png":  # a palette suffices and halves the file
         with Image.open(told.output) as picture:
             picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(told.output, optimize=True)
 

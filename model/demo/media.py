@@ -18,7 +18,7 @@ SIDE, NUM_FRAMES, RATE = 384, 49, 16
 
 
 def showpieces() -> tuple[scenes.Scene, scenes.Scene]:
-    """Choose a held-out scene of five objects in four textures, and a clip with a collision and an object that leaves."""
+    """Choose a held-out scene of five objects in four textures, and a clip with a collision and a leaving object."""
     images = (scenes.random_image_scene(scenes.scene_seed("heldout", "image", i)) for i in range(10_000, 20_000))
     image = next(s for s in images if len(s.things) == 5 and len({t.texture for t in s.things}) == 4)
     videos = (scenes.random_video_scene(scenes.scene_seed("heldout", "video", i)) for i in range(10_000, 20_000))
