@@ -1,4 +1,4 @@
-"""The models that are served, a file for each family, and how a conversation becomes their token ids.
+"""Loads the models that are served, a file for each family, and turns conversations into their token ids.
 
 May import model.backends and model.config. registry.py picks the family.
 """

@@ -1,6 +1,7 @@
-"""What the engine needs of a target model. One file per family implements it; registry.py picks one.
+"""Defines the interface between the engine and a target model. One file per family implements it; registry.py picks
+one.
 
-An adapter holds only what differs between families: where the visual tokens are, how features are computed, position
+An adapter contains only what differs between families: where the visual tokens are, how features are computed, position
 ids, the chat template, how a video becomes tokens. The layers are transformers' own and stay unforked.
 """
 
@@ -23,7 +24,7 @@ from model.targets.prompt import TokenizedPrompt
 
 
 class Target(Protocol):
-    """Tensors are on the target's device, in its dtype."""
+    """The whole interface of a target. Tensors are on the target's device, in its dtype."""
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -39,65 +40,73 @@ class Target(Protocol):
     tokens_per_image: int
     geometry: Geometry
     head: Head  # lm_head
-    verifier: Verifier | None  # what a native round needs, where the decoder runs natively
-    native: bool  # all that takes long runs in the native library, nothing in torch
-    recordable: bool  # `run` computes what `forward` does and never looks at a number on its way: see graphs.py
+    verifier: Verifier | None  # for a native round; None if the decoder does not run natively
+    native: bool  # whether decoder and tower both run in the native library
+    recordable: bool  # `run` equals `forward` and never reads a value back to the host: see graphs.py
     aux_layers: tuple[int, ...]  # decoder layers whose output `forward` also returns
-    group: Group | None  # the devices that share its decoder, where that is not one alone
+    group: Group | None  # the devices that share its decoder; None for one device
     final_norm: Tensor  # (hidden,) scale of the norm between the last layer and lm_head
 
     @property
     def num_bytes(self) -> int:
-        """Of its weights, as they are held."""
+        """Return the bytes of its weights as they are stored in memory."""
         ...
 
     def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
-        """Template and tokenise; user text never becomes special tokens. Raises RequestError."""
+        """Apply the chat template and tokenise. User text never becomes special tokens. Raises RequestError if the
+        messages do not fit the template or the model."""
         ...
 
     def pieces(self, medium: Medium) -> int:
-        """Into how many pieces of equally many visual tokens, none of which looks at another, a medium falls."""
+        """Return into how many pieces a medium can be split for encoding. Pieces have equally many visual tokens and do
+        not attend to each other."""
         ...
 
     def encode(self, medium: Medium, first: int, last: int) -> Tensor:
-        """Features of the visual tokens of pieces first..last: (tokens, hidden)."""
+        """Compute the features of the visual tokens of pieces first..last: (tokens, hidden)."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token embeddings: (...,) -> (..., hidden)."""
+        """Embed tokens: (...,) -> (..., hidden)."""
         ...
 
     def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
-        """Position ids of the prompt: (axes, tokens) int32, below `max_positions`. Its last token has the same on every
-        axis, and generated tokens go on from there."""
+        """Compute the prompt's position ids: (axes, tokens) int32, below `max_positions`.
+
+        The last token has the same id on every axis, and generated tokens continue from there.
+        """
         ...
 
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """One pass: embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
+        """Run one pass: embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
 
-        Returns the final hidden states (batch, rows, hidden) and the tapped layers' outputs side by side
-        (batch, rows, num_taps * hidden). What they hold in rows that are not real (see AttentionMetadata) does not
-        matter.
+        Returns the final hidden states (batch, rows, hidden), and the aux hidden states side by side (batch, rows,
+        num_taps * hidden). The values in padding rows (see AttentionMetadata) are undefined.
         """
         ...
 
     def run(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> tuple[Tensor, Tensor]:
-        """`forward` by torch alone, all that it reads being on the device; positions (axes, batch, rows) integers."""
+        """Run `forward` by torch alone, with all inputs on the device; positions (axes, batch, rows) integers."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """By lm_head: (..., hidden) -> (..., vocab)."""
+        """Apply lm_head: (..., hidden) -> (..., vocab)."""
         ...
 
 
 def evenly_spaced(num_layers: int, count: int = 3) -> tuple[int, ...]:
-    """Early, middle and late decoder layers; of deep ones not the last: its output serves the next token alone."""
+    """Choose aux layers: early, middle and late decoder layers, but not the last of a deep target, whose output serves
+    only the next token."""
     places = (round(num_layers * (i + 1) / (count + 1)) for i in range(count))
     return tuple(dict.fromkeys(min(place, num_layers - 1) for place in places))
 
 
 def tapped(num_layers: int, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The layers whose output a target is to offer: those wanted, -1 being the last; None: some, evenly spaced."""
+    """Resolve the aux layers that a target is to offer. wanted: layers, where -1 is the last; None: some, evenly
+    spaced.
+
+    Raises ConfigError if the target has no such layer.
+    """
     if wanted is None:
         return evenly_spaced(num_layers)
     if not all(-num_layers <= layer < num_layers for layer in wanted):

@@ -1,4 +1,5 @@
-"""The process of a further device of a tensor-parallel target (`python -m model.targets.follower`): see parallel.py."""
+"""Runs the process of a further device of a tensor-parallel target (`python -m model.targets.follower`): see
+parallel.py."""
 
 from __future__ import annotations
 
@@ -21,9 +22,10 @@ log = logging.getLogger("flashserve.parallel")
 
 
 class Follower:
-    """One further device's share of the target: orders in, nothing out."""
+    """Executes the leader's orders on one further device: its share of the target and of the KV cache."""
 
     def __init__(self, arguments: dict[str, Any], aux_layers: tuple[int, ...] | None, rank: int, address: str) -> None:
+        """Join the group and load this device's share. arguments: an EngineConfig's fields; rank: from 1."""
         config = EngineConfig(**arguments)
         join(config, rank, address)
         self._target = target_class(config)(config, aux_layers=aux_layers)
@@ -31,20 +33,23 @@ class Follower:
 
     @torch.inference_mode()
     def obey(self, orders: BinaryIO) -> None:
-        """Until the leader is gone."""
+        """Execute orders until the leader closes the pipe."""
         while (order := read(orders)) is not None:
             name, arguments = order
             getattr(self, f"_{name}")(*arguments)
 
     def _cache_of(self) -> KVCache:
+        """Return the KV cache. Raises RuntimeError if the leader has not ordered one."""
         if self._cache is None:
             raise RuntimeError("the leader has not said how large its cache is")
         return self._cache
 
     def _make(self, shape: dict[str, Any]) -> None:
+        """Execute the order `make`: allocate the KV cache."""
         self._cache = KVCache(**shape, dtype=self._target.dtype, device=self._target.device)
 
     def _pass(self, shape: tuple[int, ...], positions: np.ndarray, metadata: tuple[Any, ...]) -> None:
+        """Execute the order `pass`: receive the input embeddings and run this device's share of the layers."""
         first_slot, num, starts, counts, mask_kind, parents = metadata
         embeds = torch.empty(shape, dtype=self._target.dtype, device=self._target.device)
         distributed.broadcast(embeds, src=0)
@@ -62,6 +67,7 @@ class Follower:
 
 
 def main() -> None:
+    """Read the arguments from standard input and obey. Exits with 1 on an error, which ends the leader too."""
     orders = os.fdopen(os.dup(0), "rb")
     begin = read(orders)
     if begin is None:
@@ -72,7 +78,7 @@ def main() -> None:
     except Exception:
         log.exception("a tensor-parallel follower cannot go on")
         os._exit(1)
-    os._exit(0)  # not torch's own way out, which would wait for the others
+    os._exit(0)  # torch's own exit would wait for the other processes
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How many frames of videos a model's context has room for. Knows nothing of how they are sampled.
+"""Computes how many frames of a video fit the model's context. Knows nothing of how frames are sampled.
 
-Prompts are made of blank frames, so that template, markers and sizes count as they do for a request.
+It builds prompts of blank frames, so that template, markers and sizes count as they do for a request.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import numpy as np
 from model.request import Medium, Message, RequestError
 from model.targets.base import Target
 
-SHARE = 0.9  # of the context, that one video may take: the rest is for words and the answer
-BOUNDLESS = 100  # times the size of a frame that was scaled down: how large the file was, nobody knows
+SHARE = 0.9  # share of the context for one video; the rest is for text and the answer
+BOUNDLESS = 100  # assumed scale of a file over its decoded frames, whose original size is unknown
 
 
 def most_frames(target: Target, context: int) -> int:
-    """Find how many frames of one video take no more than their share of the context, each as small as it may be; at
-    least 1."""
+    """Find how many frames of one video fit its share of the context at the smallest possible frame size; at least
+    1."""
 
     def fits(num_frames: int) -> bool:
+        """Return whether a video of so many frames fits."""
         clip = _blank(target, Medium("video", np.empty((1, 1, 1, 3), np.uint8), 1e-3), num_frames, scale=1)
         return _takes(target, (Message("user", (clip,)),), int(SHARE * context))
 
@@ -33,17 +34,22 @@ def most_frames(target: Target, context: int) -> int:
 
 
 def fitting_frames(target: Target, messages: Sequence[Message], room: int) -> int:
-    """Find with how many frames of each of its videos a conversation takes no more than `room` tokens, whatever size
-    the videos have; 0 where it takes more with one frame of each, or has no video."""
+    """Find how many frames per video a conversation can have within `room` tokens, regardless of the size of the
+    videos' files.
+
+    Returns 0 if one frame each is too much, or if there is no video.
+    """
     media = [part for message in messages for part in message.content if isinstance(part, Medium)]
 
     def fits(num_frames: int) -> bool:
+        """Return whether the conversation fits with so many frames per video."""
         return _takes(target, [_with_frames(target, message, num_frames) for message in messages], room)
 
     return _largest(fits, max((len(medium.frames) for medium in media if medium.kind == "video"), default=0))
 
 
 def _with_frames(target: Target, message: Message, num_frames: int) -> Message:
+    """Replace the videos of a message by blank ones of `num_frames` frames."""
     content = (
         _blank(target, part, num_frames, scale=BOUNDLESS) if isinstance(part, Medium) and part.kind == "video" else part
         for part in message.content
@@ -52,7 +58,8 @@ def _with_frames(target: Target, message: Message, num_frames: int) -> Message:
 
 
 def _blank(target: Target, video: Medium, num_frames: int, *, scale: int) -> Medium:
-    """So many frames for those of a video, which take no memory; where sizes go by area, as of one so much larger."""
+    """Build a blank video of `num_frames` frames that takes no memory. If sizes go by area, frames are sized as for a
+    video `scale` times as large."""
     height, width = video.frames.shape[1:3]
     if (area := target.geometry.video) is not None:
         height, width = area.fitted(scale * height, scale * width, num_frames)
@@ -65,6 +72,7 @@ def _blank(target: Target, video: Medium, num_frames: int, *, scale: int) -> Med
 
 
 def _takes(target: Target, messages: Sequence[Message], room: int) -> bool:
+    """Return whether the prompt of these messages takes at most `room` tokens."""
     try:
         return len(target.prompt(tuple(messages)).ids) <= room
     except RequestError:  # positions may end before the context does
@@ -72,5 +80,5 @@ def _takes(target: Target, messages: Sequence[Message], room: int) -> bool:
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` that fits, of those that do until one does not; 0 where none does."""
+    """Return the largest number from 1 to `most` that fits; 0 if none does. `fits` must be monotonic."""
     return bisect_left(range(1, most + 1), True, key=lambda number: not fits(number))

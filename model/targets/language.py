@@ -1,7 +1,7 @@
-"""What targets of every family have beneath their tower: a Llama-like language model and its head, over our KV cache.
+"""Implements the part that targets of all families share: a Llama-like language model and its head, over our KV cache.
 
-The layers are transformers' own, driven through the registered attention; on CPUs the same weights run in the native
-stack, where it can. Knows nothing of media and prompts.
+The layers are transformers' own, driven through the registered attention. On CPUs the same weights run in the native
+stack if it supports them. Knows nothing of media and prompts.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from model.transfer import upload
 
 
 class NativeTower(Protocol):
+    """A vision tower that runs in the native library."""
+
     @property
     def num_bytes(self) -> int: ...
 
 
 class LanguageModel:
-    """The half of `model.targets.base.Target` that is the same in all families; they add the other."""
+    """The half of `model.targets.base.Target` that all families share; subclasses add the other half."""
 
     def __init__(
         self,
@@ -42,8 +44,12 @@ class LanguageModel:
         num_axes: int,
         group: Group | None = None,
     ) -> None:
-        """A resolved config; a conditional generation model of transformers, whose decoder layers may be released. For
-        `aux_layers` see `model.targets.registry.load_target`. A `group` is told of every pass."""
+        """Take over a loaded model and pack its decoder if it can run natively.
+
+        config: a resolved one; model: a conditional generation model of transformers, whose decoder layers may be
+        released; aux_layers: see `model.targets.registry.load_target`; num_axes: of position ids; group: the other
+        devices of a tensor-parallel target.
+        """
         attention.register()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
@@ -60,7 +66,7 @@ class LanguageModel:
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
         self.aux_layers = tapped(self.num_layers, aux_layers)
         self.final_norm = language.norm.weight
-        # The last trees reach beyond the last position; what they hold there is never kept.
+        # The last draft trees reach beyond the last position. Nodes there are never kept, but need a rotation.
         alone = config.tensor_parallel == 1
         reach = self.max_positions + config.nodes
         self.decoder = (
@@ -78,13 +84,16 @@ class LanguageModel:
             language.layers[layer].register_forward_hook(self._tap(layer))
 
     def _tap(self, layer: int) -> Any:
+        """Build a forward hook that keeps the output of a layer as an aux hidden state."""
+
         def keep(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
             self._taps[layer] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
     def bytes_beside(self, tower: NativeTower | None) -> int:
-        """Weights that transformers' modules still hold, and those packed for the native library, `tower` included."""
+        """Return the bytes of weights in transformers' modules and of those packed for the native library, `tower`
+        included."""
         in_torch = sum(local(parameter).nbytes for parameter in self.model.parameters())
         packed = sum(part.num_bytes for part in (self.decoder, tower) if part is not None)
         return int(in_torch + packed + self.head.packed_bytes)

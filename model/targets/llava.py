@@ -1,6 +1,6 @@
-"""LLaVA (1.5 style): a CLIP tower, a projector, a Llama-like language model; one-dimensional positions.
+"""Implements LLaVA (1.5 style): a CLIP tower, a projector, a Llama-like language model, one-dimensional positions.
 
-A video is its frames: the marker <|video|> where the checkpoint has one, then every frame's tokens.
+A video is written as its frames: the marker <|video|> if the checkpoint has one, then every frame's tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 
 
 class LlavaTarget(LanguageModel):
-    """See `model.targets.base.Target`."""
+    """Implements `model.targets.base.Target`."""
 
     def __init__(
         self,
@@ -37,7 +37,10 @@ class LlavaTarget(LanguageModel):
         aux_layers: tuple[int, ...] | None = None,
         group: Group | None = None,
     ) -> None:
-        """The checkpoint that a resolved config names; or these, which are on no disk. For `aux_layers` see `load`."""
+        """Load the checkpoint that a resolved config names, or use `model` and `processor`, which need not be on disk.
+
+        aux_layers: see `model.targets.registry.load_target`. Raises ConfigError if the checkpoint cannot be served.
+        """
         self.processor = processor or AutoProcessor.from_pretrained(config.model)
         self.geometry = self._geometry(config.model)
         model = model or LlavaForConditionalGeneration.from_pretrained(
@@ -56,7 +59,7 @@ class LlavaTarget(LanguageModel):
         return self.bytes_beside(self.tower)
 
     def _geometry(self, name: str) -> Geometry:
-        """Read the one size to which the image processor brings every picture. ConfigError where there is none."""
+        """Read the one size to which the image processor brings every picture. Raises ConfigError if there is none."""
         images = self.processor.image_processor
         size = images.size
         exact = (int(size["height"]), int(size["width"])) if size.get("height") else None
@@ -75,8 +78,11 @@ class LlavaTarget(LanguageModel):
 
     @torch.inference_mode()
     def _features_of_an_image(self, name: str) -> int:
-        """Count the features that the tower makes of a picture: with a class token or without, as its checkpoint
-        selects them. A prompt reserves as many places. ConfigError where the tower cannot read the processor's size."""
+        """Count the features that the tower makes of a picture, with or without a class token. A prompt reserves as
+        many places.
+
+        Raises ConfigError if the tower cannot read pictures of the processor's size.
+        """
         size = self.geometry.crop or self.geometry.exact
         assert size is not None
         try:
@@ -91,6 +97,7 @@ class LlavaTarget(LanguageModel):
 
     @staticmethod
     def _parts(medium: Medium) -> list[dict[str, str]]:
+        """Return the template's parts for a medium."""
         return [{"type": "video"}] * (medium.kind == "video") + [{"type": "image"}] * len(medium.frames)
 
     def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
@@ -118,22 +125,22 @@ class LlavaTarget(LanguageModel):
         return torch.cat([f.flatten(0, -2) for f in features])
 
     def _ready(self, frames: np.ndarray) -> bool:
-        """Whether decoding has already brought them to the target's geometry, so that they only lack the processor's
-        arithmetic. A table does that: the processor takes longer than the tower."""
+        """Return whether the media decoder has already resized the frames, so that only the processor's arithmetic is
+        left. A lookup table does it, since the processor takes longer than the tower."""
         images, size = self.processor.image_processor, self.geometry.crop or self.geometry.exact
         return bool(
             frames.dtype == np.uint8 and frames.shape[1:3] == size and images.do_rescale and images.do_normalize
         )
 
     def _patches(self, frames: np.ndarray) -> Tensor:
-        """(images, patches, numbers) for the native tower."""
+        """Cut frames into patches for the native tower: (images, patches, numbers)."""
         assert self.tower is not None
         if self._ready(frames):
             return library.patches(frames, self.tower.patch, self._shades, self.dtype)
         return pixels.cut(self._pixels(frames).to(self.dtype), self.tower.patch)
 
     def _pixels(self, frames: np.ndarray) -> Tensor:
-        """(images, 3, height, width) float32, as the checkpoint's own processor makes them."""
+        """Compute pixel values as the checkpoint's own processor does: (images, 3, height, width) float32."""
         if self._ready(frames):
             return pixels.shown(frames, self._shades)
         pictures = [Image.fromarray(frame) for frame in frames]

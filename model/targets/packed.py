@@ -1,6 +1,6 @@
-"""The target's own weights in the native stack: what transformers' layers compute, in one call.
+"""Packs the target's own weights for the native stack, which computes the same as transformers' layers in one call.
 
-Nothing is approximated. Where a decoder or a tower is not built as expected, `decoder` and `tower` return None, and the
+Nothing is approximated. If a decoder or a tower is not built as expected, `decoder` or `tower` returns None, and the
 model runs through transformers' own layers.
 """
 
@@ -23,12 +23,16 @@ NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 
 
 def joined(*parts: Tensor | None) -> Tensor | None:
+    """Concatenate weights along the first axis; None if the first one is None."""
     return None if parts[0] is None else torch.cat([part.detach() for part in parts if part is not None])
 
 
 def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context: int) -> Stack | None:
-    """A Llama-like language model for position ids below `num_positions` and sequences of at most `context` tokens, its
-    own layers released; None where it is not one."""
+    """Pack a Llama-like language model and release its own layers; None if the native stack does not support it.
+
+    num_positions: position ids are below this; context: tokens of the longest sequence; aux_layers: layers whose output
+    is returned too.
+    """
     config, first = model.config, model.layers[0]
     shape = Shape(
         hidden=config.hidden_size,
@@ -66,14 +70,17 @@ def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context
 
 
 def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
-    """What is packed need not be held twice, which for a large model would be most of a machine's memory."""
+    """Yield the weights of the layers and drop each layer from the model. So no layer is in memory twice, which for a
+    large model would take most of a machine's memory."""
     while len(layers):
         yield _llama_layer(layers.pop(0))
 
 
 def _axes(sections: list[int] | None, head_dim: int) -> np.ndarray:
-    """(head_dim,) which axis of the position ids turns each place. Sections of half a head take the axes in turn; where
-    there are none, there is one axis."""
+    """Return the axis of the position ids that rotates each place of a head: (head_dim,).
+
+    sections: sizes within half a head, which take the axes in turn; None: there is one axis.
+    """
     if sections is None:
         return np.zeros(head_dim, np.int32)
     half = np.concatenate([np.full(size, i % NUM_AXES, np.int32) for i, size in enumerate(sections)])
@@ -82,6 +89,7 @@ def _axes(sections: list[int] | None, head_dim: int) -> np.ndarray:
 
 
 def _llama_layer(layer: Any) -> LayerWeights:
+    """Collect the weights of a Llama-like decoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
     heads = (attention.q_proj, attention.k_proj, attention.v_proj)
     qkv = joined(*(part.weight for part in heads))
@@ -103,9 +111,10 @@ def _llama_layer(layer: Any) -> LayerWeights:
 
 
 class Tower:
-    """A CLIP tower up to the layer whose output is wanted, and the projector: pixels to features."""
+    """Runs a CLIP tower up to the selected layer, and the projector: pixels to features."""
 
     def __init__(self, tower: Any, projector: Any, shape: Shape, num_layers: int, *, drop_class: bool) -> None:
+        """Pack the tower and release its layers. num_layers: layers to run; drop_class: drop the class token."""
         self.norm, self.drop_class, self.shape = tower.pre_layrnorm, drop_class, shape
         convolution, embeddings = tower.embeddings.patch_embedding, tower.embeddings
         self.patch = convolution.kernel_size[0]
@@ -120,10 +129,11 @@ class Tower:
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes of the packed weights."""
         return self.stack.num_bytes + sum(m.packed.nbytes for m in (self.patches, self.first, self.second))
 
     def __call__(self, patches: Tensor) -> Tensor:
-        """(images, patches, numbers) -> (images, tokens, hidden of the language model)."""
+        """Compute features: (images, patches, numbers) -> (images, tokens, hidden of the language model)."""
         batch, num = patches.shape[0], patches.shape[1] + 1
         x = patches.new_empty(batch, num, self.shape.hidden)
         x[:, 0] = self.first_place
@@ -138,7 +148,7 @@ class Tower:
 
 
 def tower(model: Any, config: Any) -> Tower | None:
-    """The vision tower and projector of a LLaVA model, their own layers released; None where they are not CLIP's."""
+    """Pack the tower and projector of a LLaVA model and release their own layers; None if they are not CLIP's."""
     vision, projector = model.vision_tower, model.multi_modal_projector
     if type(vision).__name__ != "CLIPVisionModel" or not isinstance(config.vision_feature_layer, int):
         return None
@@ -157,12 +167,13 @@ def tower(model: Any, config: Any) -> Tower | None:
     known = settings.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh") and settings.num_channels == 3
     if not (known and shape.runs_natively(weight)):
         return None
-    # hidden_states has the embeddings first: layer -1 is what the last layer gives, -2 what the one before does.
+    # transformers' hidden_states begin with the embeddings: -1 is the output of the last layer, -2 of the one before.
     wanted = config.vision_feature_layer % (settings.num_hidden_layers + 1)
     return Tower(vision, projector, shape, wanted, drop_class=config.vision_feature_select_strategy == "default")
 
 
 def _clip_layer(layer: Any) -> LayerWeights:
+    """Collect the weights of a CLIP encoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
     heads = (attention.q_proj, attention.k_proj, attention.v_proj)
     qkv = joined(*(part.weight for part in heads))

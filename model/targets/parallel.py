@@ -1,9 +1,9 @@
-"""A target's decoder layers spread over several devices of one machine, by transformers' own tensor-parallel plan.
+"""Spreads a target's decoder layers over several devices of one machine, by transformers' own tensor-parallel plan.
 
-The process that has the engine leads. For every further device it starts a follower (follower.py), which holds its
-share of the layers and of the KV cache's heads and executes orders one after the other: a pass, or a change within the
-cache. All else is the leader's alone: prompts and media, embeddings and lm_head, draft, trees, sampling, schedule. So
-none of these is computed twice, or has to be the same on two devices.
+The process that has the engine leads. For every further device it starts a follower (follower.py), which has its share
+of the layers and of the KV cache's heads and executes orders one after the other: a pass, or a change within the cache.
+Everything else runs in the leader only: prompts and media, embeddings and lm_head, draft, trees, sampling, schedule. So
+none of it is computed twice, or has to agree between devices.
 
     leader                                        follower
     engine -> LanguageModel.forward -- "pass" --> the same layers, its heads
@@ -11,8 +11,8 @@ none of these is computed twice, or has to be the same on two devices.
                 every layer's sums <-- reduced --> every layer's sums
     engine -> KVCache.keep, share --- "rearrange", "swap" --> its heads' rows
 
-Orders go through a pipe: its end is the end of the leader, and then of the follower. A follower that dies takes the
-leader's process along, since the sums it owes would be waited for in vain.
+Orders go through a pipe. When the leader ends, the pipe closes and the follower ends too. When a follower dies, the
+leader's process exits, since it would wait forever for that follower's sums.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Order = tuple[str, tuple[Any, ...]]
 
 
 def loading(config: EngineConfig) -> dict[str, Any]:
-    """What `from_pretrained` is to be told of the plan. Only layers are spread: embeddings and lm_head stay whole, for
-    drafts use them as well."""
+    """Return the arguments of `from_pretrained` for the tensor-parallel plan. Only layers are spread; embeddings and
+    lm_head stay whole, since drafts use them too."""
     if config.tensor_parallel == 1:
         return {}
     from transformers.distributed import DistributedConfig
@@ -58,7 +58,7 @@ def loading(config: EngineConfig) -> dict[str, Any]:
 
 
 def share_of(config: EngineConfig, heads: int) -> int:
-    """How many of a layer's key-value heads one device has. ConfigError where they cannot be dealt out evenly."""
+    """Return how many key-value heads of a layer one device has. Raises ConfigError if they do not divide evenly."""
     if heads % config.tensor_parallel:
         raise ConfigError(
             f"tensor_parallel {config.tensor_parallel} does not divide the model's {heads} key-value heads"
@@ -67,15 +67,18 @@ def share_of(config: EngineConfig, heads: int) -> int:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """What this device holds of it."""
+    """Return this device's part of a parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Group:
-    """The leader's view of its followers. One group a process: torch has one default group of processes."""
+    """The leader's side of the group. One group per process, since torch has one default process group."""
 
     def __init__(self, config: EngineConfig, aux_layers: tuple[int, ...] | None) -> None:
-        """Starts the followers, which load the target while the leader does; `config` is a resolved one."""
+        """Start the followers, which load the target while the leader does. config: a resolved one.
+
+        Raises ConfigError if there are too few devices, or if the process already has a group.
+        """
         if distributed.is_initialized():
             raise ConfigError("this process already is part of a group: one engine with tensor_parallel a process")
         first = torch.device(config.device).index or 0
@@ -96,22 +99,23 @@ class Group:
         join(config, 0, address)
 
     def tell(self, name: str, *arguments: Any) -> None:
+        """Send an order to every follower."""
         for follower in self._followers:
             _write(follower, (name, arguments))
 
     def cache(self, **shape: Any) -> KVCache:
-        """A KV cache of the leader's heads; the followers make theirs."""
+        """Allocate a KV cache for the leader's heads, and order the followers to allocate theirs."""
         self.tell("make", {name: value for name, value in shape.items() if name not in ("dtype", "device")})
         return _LeadingCache(self, shape)
 
     def announce(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> None:
-        """A pass over these rows follows, here and there."""
+        """Order a pass over these rows, and broadcast the input embeddings."""
         metadata = (rows.first_slot, rows.num, rows.starts, rows.counts, int(rows.mask_kind), rows.parents)
         self.tell("pass", tuple(embeds.shape), positions, metadata)
         distributed.broadcast(embeds.contiguous(), src=0)
 
     def _watch(self) -> None:
-        """Whoever dies first: the rest cannot go on."""
+        """Exit the process as soon as a follower dies."""
         while all(follower.poll() is None for follower in self._followers):
             time.sleep(WATCHED_EVERY)
         log.critical("a tensor-parallel follower died: exit codes %s", [f.poll() for f in self._followers])
@@ -119,14 +123,15 @@ class Group:
 
 
 class _LeadingCache(KVCache):
-    """Whatever moves in it moves on every device."""
+    """A KV cache that repeats every change within it on all devices."""
 
     def __init__(self, group: Group, shape: dict[str, Any]) -> None:
         super().__init__(**shape)
         self._group = group
 
     def is_finite(self, slot: int, length: int) -> bool:  # noqa: ARG002
-        """Never: the followers' heads would have to be asked, too. So nothing is left for others to share."""
+        """Return False, so that nothing is left in a slot to be shared: the leader does not know the followers'
+        heads."""
         return False
 
     def swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
@@ -143,9 +148,9 @@ class _LeadingCache(KVCache):
 
 
 def join(config: EngineConfig, rank: int, address: str) -> None:
-    """Become part of the group; returns when all have."""
+    """Join the process group. Returns when all processes have joined."""
     on_gpus = config.device.startswith("cuda")
-    # transformers looks here for the device that a process shall use.
+    # transformers reads the device of a process from here.
     os.environ["LOCAL_RANK"] = str(torch.device(config.device).index or 0) if on_gpus else str(rank)
     distributed.init_process_group(
         "nccl" if on_gpus else "gloo", init_method=address, rank=rank, world_size=config.tensor_parallel
@@ -153,18 +158,21 @@ def join(config: EngineConfig, rank: int, address: str) -> None:
 
 
 def _free_port() -> int:
+    """Find a free TCP port on the loopback interface."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def _write(follower: subprocess.Popen[bytes], order: Order) -> None:
+    """Send one order to a follower."""
     assert follower.stdin is not None
     pickle.dump(order, follower.stdin)
     follower.stdin.flush()
 
 
 def read(orders: BinaryIO) -> Order | None:
+    """Read the next order; None if the pipe is closed."""
     try:
         order: Order = pickle.load(orders)  # noqa: S301 - from the process that started this one
     except EOFError:

@@ -1,8 +1,8 @@
-"""From a conversation to token ids, by the checkpoint's own chat template. Knows no model family and no tensors.
+"""Turns a conversation into token ids, by the checkpoint's own chat template. Knows no model family and no tensors.
 
-What a user types is never more than text: the template is rendered around stand-ins for the texts, and no special token
-may come into being by filling them in. What the tokenizer adds by itself (BOS, for most) stands once around the whole,
-where transformers' `processor.apply_chat_template` has it: unless the template has begun with BOS already.
+User text is never more than text: the template is rendered around stand-ins for the texts, and replacing them must not
+create special tokens. Tokens that the tokenizer adds by itself (BOS, for most) surround the whole prompt once, as in
+transformers' `processor.apply_chat_template`, unless the template already begins with BOS.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ STAND_IN = re.compile("\ue000(\\d+)\ue001")
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A tokenised conversation. `spans[i]` is the half-open range of `ids` that media[i] takes: visual tokens and
-    nothing else. media are the conversation's; a video with text between its frames is several."""
+    """A tokenised conversation.
+
+    spans[i]: the half-open range of `ids` that media[i] takes, which has visual tokens only; media: those of the
+    conversation, but a video with text between its frames is split into several.
+    """
 
     ids: list[int]
     media: tuple[Medium, ...]
@@ -33,14 +36,14 @@ class TokenizedPrompt:
 
 @dataclass(frozen=True)
 class Place:
-    """One placeholder in the template's text: its token, and how many tokens are to stand there instead."""
+    """One placeholder in the template's text: its token, and the number of tokens that replace it."""
 
     token: int
     width: int
 
 
 class Conversations:
-    """One checkpoint's way to write a conversation."""
+    """Renders and tokenises conversations for one checkpoint."""
 
     def __init__(
         self,
@@ -48,15 +51,16 @@ class Conversations:
         render: Callable[[Turns], str],
         parts: Callable[[Medium], list[dict[str, str]]],
     ) -> None:
-        """`render`: the chat template, with a prompt for the answer; `parts`: what stands for a medium in a turn."""
+        """Set up for a tokenizer. render: applies the chat template, with a prompt for the answer; parts: returns the
+        template's parts for a medium."""
         self._tokenizer, self._render, self._parts = tokenizer, render, parts
-        # User text must not be read as these; whole-string tokenising is only safe where none occurs in it.
+        # User text must not be read as these. The whole string may only be tokenised at once if no text contains one.
         specials = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._before, self._behind = _added_tokens(tokenizer)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids, every medium as its placeholders. Raises RequestError."""
+        """Return the token ids, with each medium as its placeholders. Raises RequestError if the template refuses."""
         texts: list[str] = []
         turns: Turns = []
         for message in messages:
@@ -70,18 +74,20 @@ class Conversations:
             turns.append({"role": message.role, "content": parts})
         try:
             rendered = self._render(turns)
-        except Exception as error:  # jinja raises what the template's author chose
+        except Exception as error:  # a template may raise any error
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
         ids = self._tokenised(rendered, texts)
         bos = self._tokenizer.bos_token
-        # `rendered` has no user's text: one that begins with the characters of BOS does not count as it.
+        # `rendered` has no user text, so a text that begins with the characters of BOS does not count as BOS.
         return ids if bos is not None and rendered.startswith(bos) else [*self._before, *ids, *self._behind]
 
     def _tokenised(self, rendered: str, texts: list[str]) -> list[int]:
+        """Fill the texts into the rendered template and tokenise. If a text contains a special token, texts are
+        tokenised one by one, so that it is split."""
         filled = STAND_IN.sub(lambda match: texts[int(match[1])], rendered)
-        # Counted in the whole: a special token may also be spelt across two texts that stand side by side.
+        # Count in the whole string: two adjacent texts may also spell a special token together.
         if self._special is None or len(self._special.findall(filled)) == len(self._special.findall(rendered)):
             return list(self._tokenizer(filled, add_special_tokens=False).input_ids)
         ids: list[int] = []
@@ -92,8 +98,8 @@ class Conversations:
 
 
 def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
-    """All media in order. Raises RequestError for one without frames: it would have no placeholder, and every later one
-    would be taken for it."""
+    """Return all media in order. Raises RequestError for one without frames: it would have no placeholder, and all
+    later media would get the wrong one."""
     media = tuple(part for message in messages for part in message.content if isinstance(part, Medium))
     for medium in media:
         if not len(medium.frames):
@@ -104,15 +110,18 @@ def media_of(messages: Sequence[Message]) -> tuple[Medium, ...]:
 def widened(
     ids: list[int], media: tuple[Medium, ...], places: Sequence[Sequence[Place]], placeholders: frozenset[int]
 ) -> TokenizedPrompt:
-    """Make every placeholder as wide as what stands there. `places[i]`: those of media[i], in order; `placeholders`:
-    all tokens that are one. A video with text between its frames, as LLaVA-1.5's template writes it, becomes several.
-    Raises RequestError where the template has not written them so."""
+    """Replace every placeholder by as many tokens as its medium takes.
+
+    places[i]: the placeholders of media[i], in order; placeholders: all tokens that are placeholders. A video with text
+    between its frames, as LLaVA-1.5's template writes it, becomes several media. Raises RequestError if the template
+    has not written these placeholders in this order.
+    """
     expected = [(index, place) for index, each in enumerate(places) for place in each]
     if [token for token in ids if token in placeholders] != [place.token for _, place in expected]:
         raise RequestError("the model's chat template has no place for these media", param="messages")
     widths = iter(expected)
     wide: list[int] = []
-    begins: list[list[int]] = [[] for _ in media]  # of each medium's placeholders
+    begins: list[list[int]] = [[] for _ in media]  # starts of each medium's placeholders
     for token in ids:
         if token not in placeholders:
             wide.append(token)
@@ -131,13 +140,14 @@ def widened(
 
 
 def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Find what the tokenizer adds by itself before and behind a text."""
+    """Find the tokens that the tokenizer adds before and after a text by itself."""
     bare, whole = (list(tokenizer("a", add_special_tokens=adding).input_ids) for adding in (False, True))
     begin = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     return whole[:begin], whole[begin + len(bare) :]
 
 
 def _checked(text: str) -> str:
+    """Return the text. Raises RequestError if it has half of a surrogate pair."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         raise RequestError("a text holds half of a surrogate pair, which is no character", param="messages")
     return text

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL: a tower for pictures of any size, frames of a video two by two, a Qwen2 language model; positions on
+"""Implements Qwen2.5-VL: a tower for pictures of any size, video frames in pairs, a Qwen2 language model, positions on
 three axes (time, height, width).
 
-transformers' video processor needs torchvision; so pixels are made here, by its rules.
+transformers' video processor needs torchvision, so pixels are computed here, by its rules.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from model.targets.language import LanguageModel
 from model.targets.parallel import Group, loading
 from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
 
-PATCHES_AT_ONCE = 8192  # that pass through the tower together
-SECONDS_PER_FRAME = 0.5  # of a video of which nobody knows it: two frames a second, as Qwen samples them
-NUM_FRAMES = 16  # taken of a video where neither its sender nor the checkpoint says how many
-BEYOND_ALL = np.float32(1 << 30)  # a position that no model knows, and an int32 can hold
-CONTEXT_SHARE = 0.9  # of the context, that one medium may take
-# What the video processor assumes where a checkpoint says nothing.
+PATCHES_AT_ONCE = 8192  # maximum patches per pass of the tower
+SECONDS_PER_FRAME = 0.5  # if unknown: two frames a second, as Qwen samples them
+NUM_FRAMES = 16  # of a video, if neither request nor checkpoint sets it
+BEYOND_ALL = np.float32(1 << 30)  # beyond the positions of any model, and within int32
+CONTEXT_SHARE = 0.9  # maximum share of the context for one medium
+# Defaults of the video processor, for fields that a checkpoint does not set.
 VIDEO_DEFAULTS = {
     "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
     "max_video_tokens": 128_000,
@@ -40,12 +40,12 @@ VIDEO_DEFAULTS = {
 
 
 class Qwen25VLTarget(LanguageModel):
-    """See `model.targets.base.Target`."""
+    """Implements `model.targets.base.Target`."""
 
     def __init__(
         self, config: EngineConfig, aux_layers: tuple[int, ...] | None = None, group: Group | None = None
     ) -> None:
-        """The checkpoint that a resolved config names. For `aux_layers` see `load`."""
+        """Load the checkpoint that a resolved config names. aux_layers: see `model.targets.registry.load_target`."""
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
         )
@@ -84,20 +84,20 @@ class Qwen25VLTarget(LanguageModel):
         return self.bytes_beside(self.tower)
 
     def _sizes(self, images: Any, videos: dict[str, Any], context: int) -> dict[str, Area]:
-        """As the checkpoint's processors have them; but what could not fit the context is scaled down to it."""
+        """Return the bounds of images and videos from the checkpoint's processors, lowered to what fits the context
+        (tokens)."""
         unit = self.patch * self.merge
         fitting = int(CONTEXT_SHARE * context) * unit**2
         total = None
-        if videos.get("cap_pixels_per_frame") is not False:  # the processor is about to make this its default
+        if videos.get("cap_pixels_per_frame") is not False:  # transformers plans to make this the default
             total = self.together * int(min(videos["max_video_tokens"], context) * unit * unit * CONTEXT_SHARE)
 
         def area(least: int, most: int, all_frames: int | None = None) -> Area:
+            """Build bounds in pixels, the upper one lowered to the context."""
             return Area(unit, least, max(least, min(most, fitting)), all_frames)
 
         size = videos["size"]
-        least, most = (
-            videos.get(f"{name}_pixels") for name in ("min", "max")
-        )  # where a checkpoint has its older names
+        least, most = (videos.get(f"{name}_pixels") for name in ("min", "max"))  # older names of these fields
         return {
             "image": area(images.size["shortest_edge"], images.size["longest_edge"]),
             "video": area(least or size["shortest_edge"], most or size["longest_edge"], total),
@@ -121,7 +121,8 @@ class Qwen25VLTarget(LanguageModel):
         return prompt
 
     def _at_geometry(self, medium: Medium) -> Medium:
-        """The medium itself, where decoding has brought it to the target's geometry. Raises RequestError."""
+        """Return the medium, resized if the media decoder has not done it. Raises RequestError if its shape is not
+        allowed."""
         num_frames, height, width = medium.frames.shape[:3]
         if medium.kind == "image" and num_frames != 1:
             raise RequestError(f"an image has {num_frames} frames", param="messages")
@@ -136,16 +137,20 @@ class Qwen25VLTarget(LanguageModel):
         return replace(medium, frames=np.stack(frames))
 
     def grid(self, medium: Medium) -> tuple[int, int, int]:
-        """How many tokens a medium at the target's geometry has along time, height and width."""
+        """Return the number of tokens along time, height and width of a medium at the target's geometry."""
         num_frames, height, width = medium.frames.shape[:3]
         unit = self.patch * self.merge
         return -(-num_frames // self.together), height // unit, width // unit
 
     def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
-        """Text counts on all axes alike. A medium's tokens count along each axis from where the text has come to, time
-        in parts of a second; what follows goes on behind its height and width, whatever time it took."""
+        """Compute position ids: (3, tokens) int32.
+
+        Text counts on all axes alike. A medium's tokens count along each axis from the current text position, with time
+        scaled by the seconds between frames. The text after it continues behind the larger of its height and width,
+        regardless of its time.
+        """
         places = np.empty((3, len(prompt.ids)), np.int32)
-        at = following = 0  # token; its position
+        at = following = 0  # next token; its position
         for medium, (first, last) in zip(prompt.media, prompt.spans, strict=True):
             places[:, at:first] = np.arange(following, following + first - at)
             following += first - at
@@ -163,7 +168,7 @@ class Qwen25VLTarget(LanguageModel):
     # --- vision
 
     def pieces(self, medium: Medium) -> int:
-        """Steps in time: no frame looks at those of another step."""
+        """Return the number of steps in time: frames of different steps do not attend to each other."""
         return self.grid(medium)[0]
 
     def encode(self, medium: Medium, first: int, last: int) -> Tensor:
@@ -181,8 +186,11 @@ class Qwen25VLTarget(LanguageModel):
         return torch.cat(features)
 
     def patches(self, medium: Medium, first: int, last: int) -> Tensor:
-        """Of steps first..last: (steps, patches, numbers), those that are merged side by side; numbers by channel,
-        frame, y and x. Where frames lack for the last step, the last one is repeated."""
+        """Cut steps first..last into patches: (steps, patches, numbers), with the numbers of a patch by channel, frame,
+        y and x.
+
+        Patches that are merged lie side by side. If frames are missing for the last step, the last frame is repeated.
+        """
         frames, steps = medium.frames[first * self.together : last * self.together], last - first
         if medium.kind == "video" and (missing := steps * self.together - len(frames)):
             frames = np.concatenate((frames, np.repeat(frames[-1:], missing, 0)))
@@ -192,5 +200,5 @@ class Qwen25VLTarget(LanguageModel):
             cut = pixels.cut(pixels.shown(frames, self._shades), self.patch)
         down, across = (side // (self.patch * self.merge) for side in frames.shape[1:3])
         cut = cut.view(steps, -1, down, self.merge, across, self.merge, 3, self.patch**2)
-        cut = cut.expand(-1, self.together, *cut.shape[2:])  # an image is a still: its frame is all of a step's
+        cut = cut.expand(-1, self.together, *cut.shape[2:])  # an image has one frame, repeated for the whole step
         return cut.permute(0, 2, 4, 3, 5, 6, 1, 7).flatten(5).flatten(1, 4)

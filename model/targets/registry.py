@@ -1,4 +1,4 @@
-"""The model families that can be served, by the `model_type` of their checkpoints."""
+"""Picks the model family by the `model_type` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ FAMILIES: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
 
 
 def target_class(config: EngineConfig) -> Any:
-    """The class of the target that a resolved config names. ConfigError where there is none, or where the checkpoint
-    needs what is not supported; no weights are read."""
+    """Return the class of the target that a resolved config names, without reading weights.
+
+    Raises ConfigError if there is none, or if the checkpoint needs an unsupported feature.
+    """
     try:
         checkpoint = AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError) as error:
@@ -35,8 +37,11 @@ def target_class(config: EngineConfig) -> Any:
 
 
 def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None) -> Target:
-    """The target that a resolved config names. aux_layers: those that its draft reads, -1 being the last; None: some,
-    evenly spaced."""
+    """Load the target that a resolved config names.
+
+    aux_layers: the layers that its draft reads, where -1 is the last; None: some, evenly spaced. Raises ConfigError if
+    it cannot be served.
+    """
     named = target_class(config)
     group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
     target: Target = named(config, aux_layers=aux_layers, group=group)

@@ -1,4 +1,4 @@
-"""Reads what a checkpoint's files say about its weights, without the weights: their names and their size in memory."""
+"""Reads the names and sizes of a checkpoint's weights from its files, without reading the weights."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-LENGTH_BYTES = 8  # of a safetensors file's header, which says how long the rest of it is
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # loaded in the dtype that is configured
+LENGTH_BYTES = 8  # at the start of a safetensors file, with the length of its header
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # converted to the configured dtype when loaded
 
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """names: of all tensors; num_bytes: of all of them once loaded."""
+    """names: of all tensors; num_bytes: bytes of all tensors once loaded."""
 
     names: frozenset[str]
     num_bytes: int
 
 
 def stored_weights(model: str, dtype: torch.dtype, stored_dtype: Any) -> StoredWeights | None:
-    """Those of a folder or a hub id, loaded in `dtype`; stored_dtype: what its config says they are stored in. None
-    where nothing is known before they are loaded: no safetensors, or one large file that is still to be downloaded."""
+    """Read the names and size of the weights of `model`, a folder or a hub id, as loaded in `dtype`.
+
+    stored_dtype: the dtype in the checkpoint's config. Returns None if nothing is known before loading: there are no
+    safetensors, or there is one large file that is not downloaded yet.
+    """
     try:
         if (file := _file(model, SAFE_WEIGHTS_INDEX_NAME)) is not None:
             index = json.loads(file.read_text())
@@ -35,12 +38,12 @@ def stored_weights(model: str, dtype: torch.dtype, stored_dtype: Any) -> StoredW
             tensors = _header(file)
             return StoredWeights(frozenset(tensors), sum(_loaded_bytes(tensor, dtype) for tensor in tensors.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # loading will say what is wrong with them
+        pass  # loading reports the error
     return None
 
 
 def _file(model: str, name: str, *, local: bool = False) -> Path | None:
-    """A file of the checkpoint; local: only if it need not be downloaded."""
+    """Return the path of a file of the checkpoint, or None. local: do not download it."""
     found = cached_file(
         model,
         name,
@@ -53,6 +56,7 @@ def _file(model: str, name: str, *, local: bool = False) -> Path | None:
 
 
 def _header(file: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file: name -> dtype, shape and offsets. Raises ValueError if it is not one."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
         if length > file.stat().st_size:
@@ -63,6 +67,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _loaded_bytes(tensor: dict[str, Any], dtype: torch.dtype) -> int:
+    """Return the bytes of a tensor once loaded; only floats are converted to `dtype`."""
     begin, end = tensor["data_offsets"]
     if tensor["dtype"] in FLOATS:
         return math.prod(tensor["shape"]) * dtype.itemsize

@@ -1,8 +1,8 @@
-"""Refuses, from a checkpoint's config alone, what would be computed otherwise than transformers computes it.
+"""Refuses checkpoints, by their config alone, that our attention would compute differently from transformers.
 
-The attention here sees all earlier positions and adds nothing to the scores, and a position's rotation depends on the
+Our attention sees all earlier positions and adds nothing to the scores, and a position's rotation depends on the
 position alone. A model that needs more would answer with wrong tokens and no error, so it is refused by name before its
-weights are loaded. A window or a switch of rope that lies beyond `max_model_len` never applies, and is accepted.
+weights are loaded. A window, or a switch of rope, beyond `max_model_len` never applies and is accepted.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from model.config import EngineConfig
 from model.errors import ConfigError
 
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-# What a layer of this type cannot look beyond: the field that says it, in positions.
+# The config field with the attention window of each type of layer, in positions.
 WINDOW_FIELDS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 NO_TOWERS = {"pixtral": "its pictures keep their own sizes"}
 
 
 def windows(text: Any) -> dict[str, int]:
-    """The windows of a language model's layers in positions, by the config field that sets them."""
+    """Return the attention windows of a language model's layers in positions, by config field."""
     kinds = getattr(text, "layer_types", None)
-    if kinds is None:  # a family without a choice: every layer has the window, if there is one
+    if kinds is None:  # a family without layer types: every layer has the window, if there is one
         kinds = ["sliding_attention"] if getattr(text, "use_sliding_window", True) else []
     fields = {WINDOW_FIELDS[kind] for kind in kinds if kind in WINDOW_FIELDS}
     return {field: size for field in sorted(fields) if (size := getattr(text, field, None)) is not None}
 
 
 def rope_parameters(text: Any) -> list[dict[str, Any]]:
-    """The rope's parameters; some models have them for each type of layer."""
+    """Return the rope's parameters; some models have several sets, one per type of layer."""
     parameters = getattr(text, "rope_parameters", None) or {}
     return [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
 
 
 def rope_limits(text: Any) -> dict[str, int]:
-    """Positions below which the rope of a language model is fixed, by rope type; empty where it always is. `dynamic`
-    and `longrope` choose all frequencies by the largest position of a pass."""
+    """Return the number of positions below which a language model's rope is fixed, by rope type; empty if it always is.
+
+    `dynamic` and `longrope` choose all frequencies by the largest position of a pass.
+    """
     limits = {}
     for one in rope_parameters(text):
         kind = one.get("rope_type", "default")
@@ -48,21 +50,22 @@ def rope_limits(text: Any) -> dict[str, int]:
 
 
 def rope_is_fixed(text: Any) -> bool:
-    """Tell whether a position's rotation depends on the position alone, and on nothing that is read during a pass."""
+    """Return whether a position's rotation depends on the position alone, and on nothing else in a pass."""
     return all(one.get("rope_type", "default") in FIXED_ROPE for one in rope_parameters(text))
 
 
 def check(config: EngineConfig, checkpoint: Any, weights: Collection[str] = ()) -> None:
-    """Raise ConfigError where a checkpoint needs what is not supported.
+    """Raise ConfigError if a checkpoint needs an unsupported feature.
 
-    config: a resolved one, which names the checkpoint; checkpoint: transformers' config of it; weights: their names.
+    config: a resolved one, which names the checkpoint; checkpoint: its transformers config; weights: the names of its
+    tensors.
     """
     for problem, cure in _problems(config, checkpoint, weights):
         raise ConfigError(f"model {config.model!r} cannot be served: {problem}; {cure}")
 
 
 def _problems(config: EngineConfig, checkpoint: Any, weights: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong, and what to do about it."""
+    """Yield each problem and its remedy."""
     text = checkpoint.text_config
     context = config.context(text.max_position_embeddings)
     kind = getattr(checkpoint.vision_config, "model_type", None)
@@ -87,7 +90,7 @@ def _problems(config: EngineConfig, checkpoint: Any, weights: Collection[str]) -
             yield f"text_config.{field} is {value}, and soft-capping is not supported", "use a model without it"
     if sinks := next((name for name in weights if name.endswith(".sinks")), None):
         yield f"its attention has sinks ({sinks}), which are not supported", "use a model without them"
-    # Drafted tokens have positions too, beyond the last; and a video's may lie anywhere below the model's limit.
+    # Draft nodes have positions beyond the last token; those of a video may lie anywhere below the model's limit.
     several_axes = any("mrope_section" in one for one in rope_parameters(text))
     reach = (text.max_position_embeddings if several_axes else context) + config.nodes
     for rope_type, limit in rope_limits(text).items():

@@ -1,8 +1,9 @@
-"""Qwen2.5-VL's tower in the native stack: patches to features. Nothing is approximated; where a tower is not built as
+"""Runs Qwen2.5-VL's tower in the native stack: patches to features. Nothing is approximated. If a tower is not built as
 expected, `tower` returns None, and the model runs through transformers' own layers.
 
-Patches of a frame lie in the order in which they are merged: the merge x merge of one token side by side, tokens from
-left to right and down. Most layers look at windows only: there a window is one sequence of a batch, elsewhere a frame.
+The patches of a frame are stored in merge order: the merge x merge patches of one token side by side, tokens from left
+to right and top to bottom. Most layers attend within windows only. There each window is one sequence of a batch; in the
+other layers a frame is.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from model.targets.packed import joined
 
 
 class WindowTower:
+    """Qwen2.5-VL's vision tower in the native stack."""
+
     def __init__(self, visual: Any, shape: Shape, longest: int) -> None:
-        """`longest`: patches along a side, at most."""
+        """Pack the tower and release its layers. longest: maximum patches along a side."""
         settings = visual.config
         self.shape, self.merge = shape, int(settings.spatial_merge_size)
         self.window = settings.window_size // settings.spatial_merge_size // settings.patch_size  # tokens along a side
@@ -48,11 +51,15 @@ class WindowTower:
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes of the packed weights."""
         packed = sum(matrix.packed.nbytes for matrix in (self.patches, self.first, self.second))
         return packed + sum(stack.num_bytes for _, stack in self.stages)
 
     def __call__(self, patches: Tensor, down: int, across: int) -> Tensor:
-        """(frames, down * across, numbers) -> (frames, tokens, hidden of the language model)."""
+        """Compute features: (frames, down * across, numbers) -> (frames, tokens, hidden of the language model).
+
+        down, across: patches along the height and the width of a frame.
+        """
         frames = len(patches)
         x = self.patches(patches)
         for whole, stack in self.stages:
@@ -69,7 +76,8 @@ class WindowTower:
         return features
 
     def _looked(self, stack: Stack, x: Tensor, counts: np.ndarray, at: np.ndarray) -> Tensor:
-        """x (batch, rows, hidden), of which counts (batch,) are real, at rows and columns (2, batch, rows)."""
+        """Run layers over x (batch, rows, hidden), whose first counts (batch,) rows are real. at: rows and columns of
+        the patches (2, batch, rows)."""
         batch, num = x.shape[:2]
         cache = scratch(self.shape, batch, num, x.dtype)
         at = np.ascontiguousarray(np.broadcast_to(at.reshape(2, -1, num), (2, batch, num)))
@@ -79,7 +87,7 @@ class WindowTower:
 
 @lru_cache(maxsize=64)
 def places(down: int, across: int, merge: int) -> np.ndarray:
-    """(2, down * across) int32: row and column of every patch, in the order in which they lie."""
+    """Return row and column of every patch in storage order: (2, patches) int32."""
     grid = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"))
     blocks = grid.reshape(2, down // merge, merge, across // merge, merge).transpose(0, 1, 3, 2, 4)
     return np.ascontiguousarray(blocks.reshape(2, -1), np.int32)
@@ -87,10 +95,10 @@ def places(down: int, across: int, merge: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def windows(down: int, across: int, merge: int, side: int) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Which patches look at each other where windows have `side` tokens a side, fewer at the lower and right edges.
+    """Find the patches of each window; windows are `side` tokens wide and high, fewer at the right and lower edges.
 
-    Members of each window (windows, most) int64, filled up with nought; where each patch is in that, flattened,
-    (patches,) int64; sizes (windows,) int32.
+    Returns the members of each window (windows, most) int64, padded with zeros; the place of each patch among the
+    flattened members (patches,) int64; and the sizes of the windows (windows,) int32.
     """
     rows, columns = places(down, across, merge) // (merge * side)
     numbers = rows * -(-across // (merge * side)) + columns
@@ -106,7 +114,8 @@ def windows(down: int, across: int, merge: int, side: int) -> tuple[Tensor, Tens
 
 
 def tower(visual: Any, longest: int) -> WindowTower | None:
-    """The tower, its own layers released, for pictures of up to `longest` patches along a side."""
+    """Pack the tower for pictures of up to `longest` patches along a side, and release its own layers; None if the
+    native stack does not support it."""
     settings, weight = visual.config, visual.patch_embed.proj.weight
     shape = Shape(
         hidden=settings.hidden_size,
@@ -127,7 +136,7 @@ def tower(visual: Any, longest: int) -> WindowTower | None:
 
 
 def _rotary(embedding: Any, head_dim: int, longest: int) -> Rotary:
-    """The first quarter of a head's places turns by rows, the second by columns, and so again in its other half."""
+    """Build the rotary table. In each half of a head the first places rotate by rows, the others by columns."""
     along = torch.arange(longest, device=embedding.inv_freq.device)
     cos, sin = embedding(along, torch.stack((along, along), -1))
     first_half, second_half = sin.chunk(2, -1)
@@ -137,10 +146,12 @@ def _rotary(embedding: Any, head_dim: int, longest: int) -> Rotary:
 
 
 def _linear(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the weight and the bias of a linear layer."""
     return layer.weight, layer.bias
 
 
 def _layer(block: Any) -> LayerWeights:
+    """Collect the weights of a tower block."""
     attention, mlp = block.attn, block.mlp
     up = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
     assert up is not None
