@@ -1,4 +1,4 @@
-"""How tensors are computed and kept: the KV cache, the native library, torch's attention, kernels and graphs.
+"""Computes and stores tensors: the KV cache, the native library, torch's attention, kernels and graphs.
 
 Knows no model family. May import model.decoding.
 """

@@ -1,4 +1,5 @@
-"""Which kernel serves here. One that a machine's own compiler makes is believed once it has agreed with torch's."""
+"""Chooses the attention kernel for a device. A kernel compiled on this machine is used only if it agrees with
+torch's."""
 
 from __future__ import annotations
 
@@ -12,21 +13,21 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 TreeAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float | None], Tensor]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of values about 1
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # maximum difference for values about 1
 
 log = logging.getLogger(__name__)
 
 
 @cache
 def tree_attention(dtype: torch.dtype, head_dim: int, device: torch.device) -> TreeAttention | None:
-    """The kernel in tree_attention.py; None where there is no GPU, no Triton or no agreement with torch."""
+    """Return the kernel in tree_attention.py; None if there is no GPU, no Triton, or no agreement with torch."""
     if device.type != "cuda" or dtype not in TOLERANCE or find_spec("triton") is None:
         return None
     try:
         from model.backends.kernels.tree_attention import tree_attention as kernel
 
         off = max(disagreement(kernel, dtype, head_dim, device, rows) for rows in (1, 5, 40))
-    except Exception as error:  # whatever a compiler may raise: no C compiler, a driver too old, ...
+    except Exception as error:  # any error of the compiler: no C compiler, a driver too old, ...
         log.warning("attention runs through torch: the kernel does not compile here: %s", error)
         return None
     if not off <= TOLERANCE[dtype]:
@@ -38,10 +39,11 @@ def tree_attention(dtype: torch.dtype, head_dim: int, device: torch.device) -> T
 def disagreement(
     kernel: TreeAttention, dtype: torch.dtype, head_dim: int, device: torch.device, rows: int = 5
 ) -> float:
-    """The largest difference from torch's attention, over slots of several lengths and rows that see some others."""
+    """Return the largest difference from torch's attention, over slots of several lengths and random visible rows."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(heads: int, num: int) -> Tensor:
+        """Return normally distributed numbers (4, heads, num, head_dim)."""
         return torch.randn(4, heads, num, head_dim, generator=generator).to(device, dtype)
 
     positions = 640

@@ -1,14 +1,14 @@
-"""Attention of a few rows of every slot, in Triton: each slot is read as far as it holds something, and no further.
+"""Computes attention of a few rows of every slot, in Triton. It reads each slot only as far as it is filled.
 
 torch's kernels take one key length for all slots and a mask of that length for every row. Here the length of each slot
-is read on the device, so that one recording (see graphs.py) serves every length, and the only mask is what the rows see
-of each other. Keys are split into spans that are attended to independently and then joined, or a single long sequence
-would keep only a few of a GPU's processors busy. A span has its size whatever the batch: what a row gets does not
-depend on the other slots.
+is read on the device, so that one recording (see graphs.py) serves every length, and the only mask is which rows see
+each other. Keys are split into spans that are attended to independently and then joined; otherwise a single long
+sequence would keep only a few of a GPU's processors busy. The size of a span does not depend on the batch, so the
+result of a row does not depend on the other slots.
 
     query heads that share keys: M = groups * rows, row m belongs to head m // rows and is row m % rows
 
-Imports triton: only to be imported where that is. See choice.py.
+Imports triton, so it may only be imported if triton is installed. See choice.py.
 """
 
 import math
@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 SPAN = 256  # keys of a slot that one program reads
-BLOCK_N = 64  # at a time
-NUM_STAGES = 2  # of loads under way; three of float32 fill more shared memory than an A100 has
+BLOCK_N = 64  # keys read at a time
+NUM_STAGES = 2  # concurrent loads; three of float32 need more shared memory than an A100 has
 
 
 @triton.jit
@@ -30,7 +30,11 @@ def _attend_to_span(
     num_rows, M, D, KV_HEADS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """parts[slot and head, span, m] = sum of exp2(score - top) * value; totals: the sum of exp2(score - top) alone."""
+    """Attend to one span of keys.
+
+    parts[slot and head, span, m] = sum of exp2(score - top) * value; totals: the sum of exp2(score - top); tops: the
+    highest score of the span.
+    """
     slot_head, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = slot_head // KV_HEADS, slot_head % KV_HEADS
     start = tl.load(starts + b * starts_batch)
@@ -67,7 +71,7 @@ def _attend_to_span(
         )
         scores = tl.where((behind < 0)[None, :] & in_range[None, :] | (seen != 0), scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # of a row that has seen nothing yet
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # for a row that has seen no key yet
         weights = tl.exp2(scores - finite[:, None])
         shrink = tl.exp2(top - finite)
         values = tl.load(
@@ -90,6 +94,7 @@ def _join_spans(
     starts_batch, out_batch, out_head, out_row, num_rows, num_spans, M, D,
     KV_HEADS: tl.constexpr, SPAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Join the spans of one row and head into its output."""
     slot_head, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = slot_head // KV_HEADS, slot_head % KV_HEADS
     end = tl.load(starts + b * starts_batch) + num_rows
@@ -107,18 +112,18 @@ def _join_spans(
         total = total * shrink + tl.load(totals + place + tl.arange(0, 1)) * weight
         top = higher
     head, row = h * (M // num_rows) + m // num_rows, m % num_rows
-    result = (mixed / total).to(out.dtype.element_ty)  # every row sees itself: the total is above nought
+    result = (mixed / total).to(out.dtype.element_ty)  # every row sees itself, so the total is above 0
     tl.store(out + b * out_batch + head * out_head + row * out_row + d, result, mask=d < D)
 
 
 def tree_attention(
     queries: Tensor, keys: Tensor, values: Tensor, starts: Tensor, visible: Tensor, scale: float | None = None
 ) -> Tensor:
-    """What `attention.attend` gives, the rows' own keys and values being written already.
+    """Compute the result of `attention.attend` after the rows' own keys and values have been written.
 
     queries: (batch, heads, rows, head_dim); keys, values: (batch, kv heads, positions, head_dim), the whole slots;
-    starts: (batch,) int64, where the rows lie; visible: (batch or 1, rows, rows) bool, what they see of each other.
-    Returns (batch, heads, rows, head_dim).
+    starts: (batch,) int64, position of the first row; visible: (batch or 1, rows, rows) bool, which rows see each
+    other. Returns (batch, heads, rows, head_dim).
     """
     batch, heads, rows, dim = queries.shape
     kv_heads, positions = keys.shape[1:3]
@@ -128,7 +133,7 @@ def tree_attention(
     m, spans = heads // kv_heads * rows, triton.cdiv(positions, SPAN)
     parts = queries.new_empty(batch * kv_heads, spans, m, dim, dtype=torch.float32)
     tops, totals = queries.new_empty(2, batch * kv_heads, spans, m, dtype=torch.float32)
-    out = queries.new_empty(batch, rows, heads, dim).transpose(1, 2)  # as the model's next step wants it
+    out = queries.new_empty(batch, rows, heads, dim).transpose(1, 2)  # the layout that the model's next step needs
     block_m, block_d = min(64, max(16, triton.next_power_of_2(m))), max(16, triton.next_power_of_2(dim))
     _attend_to_span[(batch * kv_heads, spans, triton.cdiv(m, block_m))](
         queries, keys, values, starts, sees, parts, tops, totals,
