@@ -35,7 +35,9 @@ class EngineConfig:
     drafter: DrafterName = "auto"  # "auto": what the draft's folder says
     max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
     max_model_len: int | None = None  # prompt + answer; None: what the model has, up to DEFAULT_MAX_MODEL_LEN
-    kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: max_num_seqs slots
+    kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: as memory_utilization allows
+    memory_utilization: float = 0.9  # share of the free memory for weights, KV cache and encoder cache
+    free_host_memory: int | None = None  # CPU: bytes that were free before any engine started; None: as it is now
     prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
     max_decode_slowdown: float = 2.5  # how many times slower those may become while a long prompt is read
     adaptive_drafting: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
@@ -54,6 +56,8 @@ class EngineConfig:
             raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}; got {self.drafter!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if not 0.0 < self.memory_utilization <= 1.0:
+            raise ConfigError(f"memory_utilization must be above 0 and at most 1; got {self.memory_utilization}")
         bounds: dict[str, tuple[float, float]] = {
             "max_num_seqs": (1, math.inf),
             "max_model_len": (16, math.inf),

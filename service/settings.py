@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from model.backends import free_memory
 from model.config import (
     DEFAULT_MAX_MODEL_LEN,
     MAX_NODES,
@@ -103,7 +104,19 @@ class Settings(BaseSettings):
         ge=16,
     )
     kv_cache_bytes: int | None = option(
-        "Model", None, "KV cache per worker, bytes. Default: enough for --max-num-seqs sequences.", ge=1
+        "Model",
+        None,
+        "Cap on the KV cache per worker, bytes. Default: enough for --max-num-seqs sequences, as far as "
+        "--memory-utilization allows.",
+        ge=1,
+    )
+    memory_utilization: float = option(
+        "Model",
+        EngineConfig.memory_utilization,
+        "Share of the memory free at start for weights, KV cache and encoder cache; workers on one device divide it. "
+        "Fewer sequences than --max-num-seqs are decoded together where no more fit.",
+        gt=0,
+        le=1,
     )
     prefill_chunk: int | None = option(
         "Model",
@@ -352,7 +365,17 @@ class Settings(BaseSettings):
         devices = [f"{kind}:{index}" for index in listed] if indices else [self.device] * self.workers
         threads = self.threads or max(1, cores.available() // len(devices))
         shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
-        options = [{**shared, "device": device, "threads": threads} for device in devices]
+        # Read once, here: a worker that starts again must not take what the others hold for its own lack.
+        shared |= {"free_host_memory": free_memory.of_machine()}
+        options = [
+            {
+                **shared,
+                "device": device,
+                "threads": threads,
+                "memory_utilization": self.memory_utilization / devices.count(device),
+            }
+            for device in devices
+        ]
         return [{name: value for name, value in each.items() if value is not None} for each in options]
 
 

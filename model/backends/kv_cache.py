@@ -53,10 +53,10 @@ class KVCache:
         shape = (num_layers, 2, num_slots, num_heads, self.stride, head_dim)
         numbers = math.prod(shape)
         if device.type == "cpu":
-            storage = memory.empty(numbers + ALIGNED, dtype)
+            zeros = memory.zeros(numbers + ALIGNED, dtype)
         else:
-            storage = torch.empty(numbers + ALIGNED, dtype=dtype, device=device)
-        self.data = storage.zero_()[:numbers].view(shape)
+            zeros = torch.zeros(numbers + ALIGNED, dtype=dtype, device=device)
+        self.data = zeros[:numbers].view(shape)
         # What native code needs to know; of a single layer, whose memory may serve all in turn, there is no next one.
         self.address = self.data.data_ptr()
         self.strides = (self.data.stride(0) if num_layers > 1 else 0, *self.data.stride()[1:4])

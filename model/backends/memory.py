@@ -43,8 +43,9 @@ _shared = _Bytes(0)  # by the small tensors to come
 _one_at_a_time = threading.Lock()
 
 
-def empty(numbers: int, dtype: torch.dtype) -> Tensor:
-    """(numbers,) on the CPU, of any value."""
+def zeros(numbers: int, dtype: torch.dtype) -> Tensor:
+    """(numbers,) zeros on the CPU. Nothing is written: pages come from the system as zeros, and only once something is
+    written there do they take memory. No part is given out twice."""
     global _shared  # noqa: PLW0603
     size = numbers * dtype.itemsize
     with _one_at_a_time:

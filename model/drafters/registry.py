@@ -29,6 +29,16 @@ def aux_layers(config: EngineConfig) -> tuple[int, ...] | None:
     return checkpoint.described(Path(config.draft)).config.aux_layers
 
 
+def cache_shape(config: EngineConfig, room: Room) -> dict[str, int] | None:
+    """The shape of a slot of the KV cache that the drafter of a resolved config has; None where it has none."""
+    if config.drafter not in TRAINED or config.draft is None:
+        return None
+    shape: dict[str, int] | None = KINDS[config.drafter].cache_shape(
+        checkpoint.described(Path(config.draft)).config, room
+    )
+    return shape
+
+
 def load_drafter(config: EngineConfig, target: Target, room: Room) -> Drafter | None:
     """Load the drafter that a resolved config names; None for `off`. Raises ConfigError if it does not fit."""
     if config.drafter == "off":

@@ -35,10 +35,10 @@ from model.engine.prefix_cache import PrefixCache
 from model.engine.round import Round, TorchRound
 from model.engine.scheduler import Chunk, Decoding, Scheduler
 from model.engine.sequence import Sequence
+from model.engine.sizing import Sizing
 from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 from model.engine.warm_up import Chains, warm_up
-from model.errors import ConfigError
 from model.request import (
     EngineInfo,
     EngineStats,
@@ -68,10 +68,13 @@ class Engine:
                 torch.set_num_threads(config.threads)
             library.use_threads(torch.get_num_threads())
             library.share_cores(config.share_cores)
+        sizing = Sizing.read(config, target)
+        if target is None:
+            sizing.check_before_loading()
         self.target = target = target or load_target(config, registry.aux_layers(config))
         self.max_model_len = config.context(target.max_positions)
         margin = config.nodes + 1
-        num_slots = self._num_slots(margin)
+        num_slots = sizing.num_slots(target, self.max_model_len)
         self.cache = (KVCache if target.group is None else target.group.cache)(
             num_layers=target.num_layers,
             num_slots=num_slots,
@@ -144,26 +147,6 @@ class Engine:
         if self.drafter is not None:
             memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
         return memory | {"encoder_cache": self.config.encoder_cache_bytes}
-
-    def _num_slots(self, margin: int) -> int:
-        """Return the number of slots: `max_num_seqs`, or fewer if the KV cache budget holds fewer."""
-        if self.config.kv_cache_bytes is None:
-            return self.config.max_num_seqs
-        each = KVCache.bytes_per_slot(
-            num_layers=self.target.num_layers,
-            num_heads=share_of(self.config, self.target.num_kv_heads),
-            head_dim=self.target.head_dim,
-            capacity=self.max_model_len,
-            margin=margin,
-            dtype=self.target.dtype,
-        )
-        fitting = self.config.kv_cache_bytes // each
-        if fitting < 1:
-            raise ConfigError(
-                f"kv_cache_bytes {self.config.kv_cache_bytes} holds no sequence; "
-                f"one of {self.max_model_len} tokens takes {each}"
-            )
-        return min(self.config.max_num_seqs, fitting)
 
     # --- swapping the draft
 

@@ -14,13 +14,14 @@ from model.targets.base import Target
 from model.targets.llava import LlavaTarget
 from model.targets.parallel import Group
 from model.targets.qwen2_5_vl import Qwen25VLTarget
-from model.targets.stored import stored_weights
+from model.targets.stored import StoredWeights, stored_weights
 
 FAMILIES: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
 
 
-def target_class(config: EngineConfig) -> Any:
-    """Return the class of the target that a resolved config names, without reading weights.
+def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
+    """Read transformers' config of the target that a resolved config names, and the names and size of its weights, but
+    not the weights.
 
     Raises ConfigError if there is none, or if the checkpoint needs an unsupported feature.
     """
@@ -33,7 +34,13 @@ def target_class(config: EngineConfig) -> Any:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(FAMILIES)}")
     weights = stored_weights(config.model, getattr(torch, config.dtype), checkpoint.dtype)
     support.check(config, checkpoint, weights.names if weights else ())
-    return FAMILIES[kind]
+    return checkpoint, weights
+
+
+def target_class(config: EngineConfig) -> Any:
+    """The class of the target that a resolved config names. For errors see `read_checkpoint`."""
+    checkpoint, _ = read_checkpoint(config)
+    return FAMILIES[checkpoint.model_type]
 
 
 def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None) -> Target:

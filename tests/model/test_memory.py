@@ -19,7 +19,7 @@ def resident() -> int:
 
 def test_small_ones_share_pages_and_no_bytes() -> None:
     sizes = [1, 7, 100, 3 * MIB // 2, MIB, 33, MIB]
-    tensors = [memory.empty(size, torch.bfloat16).fill_(i) for i, size in enumerate(sizes)]
+    tensors = [memory.zeros(size, torch.bfloat16).fill_(i) for i, size in enumerate(sizes)]
     for i, (size, tensor) in enumerate(zip(sizes, tensors, strict=True)):
         assert tensor.shape == (size,)
         assert tensor.data_ptr() % memory.ALIGNED == 0
@@ -28,7 +28,7 @@ def test_small_ones_share_pages_and_no_bytes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_a_large_one_begins_with_a_page(dtype: torch.dtype) -> None:
-    large = memory.empty(9 * MIB, dtype).zero_()
+    large = memory.zeros(9 * MIB, dtype).zero_()
     assert large.dtype is dtype
     assert len(large) == 9 * MIB
     assert large.data_ptr() % memory.PAGE == 0
@@ -36,8 +36,8 @@ def test_a_large_one_begins_with_a_page(dtype: torch.dtype) -> None:
 
 def test_what_nobody_holds_goes_back() -> None:
     before = resident()
-    held = [memory.empty(64 * MIB, torch.uint8).fill_(1) for _ in range(2)]
-    small = [memory.empty(MIB, torch.uint8).fill_(1) for _ in range(64)]
+    held = [memory.zeros(64 * MIB, torch.uint8).fill_(1) for _ in range(2)]
+    small = [memory.zeros(MIB, torch.uint8).fill_(1) for _ in range(64)]
     assert resident() - before > 180 * MIB
     del held, small
     gc.collect()
@@ -48,7 +48,7 @@ def test_pages_are_huge_where_the_system_has_them() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this system gives no huge pages")
-    held = memory.empty(32 * MIB, torch.uint8).fill_(1)
+    held = memory.zeros(32 * MIB, torch.uint8).fill_(1)
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in (ends := line.split()[0]) and not ends.endswith(":"):

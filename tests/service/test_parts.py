@@ -144,6 +144,7 @@ def test_the_house_is_empty_when_nobody_uploads_either() -> None:
         ("port", "70000", "less than or equal to 65535"),
         ("workers", "0", "greater than or equal to 1"),
         ("drafter", "magic", "Input should be"),
+        ("memory_utilization", "1.5", "less than or equal to 1"),
         ("max_nodes", "1025", "less than or equal to 1024"),
         ("max_verify_tokens", "65537", "less than or equal to 65536"),
         ("device", "tpu", "must be auto, cpu, cuda"),
@@ -219,6 +220,22 @@ def test_devices_and_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> 
     }
     assert Settings(**limits).engine_options()[0].items() >= limits.items()  # type: ignore[arg-type]
     assert "draft" not in Settings().engine_options()[0], "what is not set is the engine's to choose"
+
+
+def test_workers_on_one_device_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free is read once: a worker that starts again must not take for lack what the others hold."""
+    read: list[int] = []
+
+    def of_machine() -> int:
+        read.append(1)
+        return 1000
+
+    monkeypatch.setattr("model.backends.free_memory.of_machine", of_machine)
+    three = Settings(device="cpu", workers=3, memory_utilization=0.6).engine_options()
+    assert [(one["free_host_memory"], round(one["memory_utilization"], 6)) for one in three] == [(1000, 0.2)] * 3
+    assert read == [1]
+    apart = Settings(device="cuda:0,1", memory_utilization=0.6).engine_options()
+    assert [one["memory_utilization"] for one in apart] == [0.6, 0.6]
 
 
 def test_clients_never_see_the_path_of_a_model() -> None:

@@ -194,7 +194,7 @@ class PackedLinear:
         self.dtype = weight.dtype
         self.bias = _filled_up(bias, self.outputs, weight.dtype)
         size = round_up(self.outputs, constant("LANES")) * round_up(self.inputs, constant("K_STEP"))
-        self.packed = memory.empty(size, weight.dtype)
+        self.packed = memory.zeros(size, weight.dtype)
         bfloat16 = self.dtype is torch.bfloat16
         functions().flash_pack(bfloat16, weight.data_ptr(), self.inputs, self.outputs, self.packed.data_ptr())
 

@@ -27,7 +27,7 @@ from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.drafters.base import Room
-from model.drafters.eagle.network import EagleNetwork
+from model.drafters.eagle.network import EagleConfig, EagleNetwork
 from model.drafters.slots import exchange_rows, indexed, take_last
 from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
@@ -56,18 +56,20 @@ class EagleDrafter:
     @staticmethod
     def new_cache(target: Target, network: EagleNetwork, room: Room) -> KVCache:
         """Allocate the KV cache for this draft."""
-        config = network.config
-        most_rows = 1 + (config.block - 1) * room.width  # of a growing tree: the root and the expanded nodes
-        return KVCache(
-            num_layers=1,
-            num_slots=room.num_slots,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            capacity=room.capacity,
-            margin=max(room.margin, most_rows),
-            dtype=target.dtype,
-            device=target.device,
-        )
+        shape = EagleDrafter.cache_shape(network.config, room)
+        return KVCache(**shape, num_slots=room.num_slots, dtype=target.dtype, device=target.device)
+
+    @staticmethod
+    def cache_shape(config: EagleConfig, room: Room) -> dict[str, int]:
+        """Return the shape of a slot of this draft's KV cache."""
+        most_rows = 1 + (config.block - 1) * room.width  # of a tree while it grows: the root's and those expanded
+        return {
+            "num_layers": 1,
+            "num_heads": config.num_heads,
+            "head_dim": config.head_dim,
+            "capacity": room.capacity,
+            "margin": max(room.margin, most_rows),
+        }
 
     @property
     def num_bytes(self) -> int:

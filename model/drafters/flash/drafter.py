@@ -24,7 +24,7 @@ from model.decoding import tree
 from model.decoding.tree import FixedTree, Trees
 from model.drafters.base import Room
 from model.drafters.flash.native import native_step
-from model.drafters.flash.network import DraftNetwork
+from model.drafters.flash.network import DraftConfig, DraftNetwork
 from model.drafters.slots import exchange_items, exchange_rows, indexed, take_last
 from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
@@ -80,17 +80,19 @@ class FlashDrafter:
     @staticmethod
     def new_cache(target: Target, network: DraftNetwork, room: Room) -> KVCache:
         """Allocate the KV cache for this draft."""
-        config = network.config
-        return KVCache(
-            num_layers=config.num_layers,
-            num_slots=room.num_slots,
-            num_heads=config.num_heads,
-            head_dim=config.head_dim,
-            capacity=room.capacity,
-            margin=max(room.margin, config.block),
-            dtype=target.dtype,
-            device=target.device,
-        )
+        shape = FlashDrafter.cache_shape(network.config, room)
+        return KVCache(**shape, num_slots=room.num_slots, dtype=target.dtype, device=target.device)
+
+    @staticmethod
+    def cache_shape(config: DraftConfig, room: Room) -> dict[str, int]:
+        """Return the shape of a slot of this draft's KV cache."""
+        return {
+            "num_layers": config.num_layers,
+            "num_heads": config.num_heads,
+            "head_dim": config.head_dim,
+            "capacity": room.capacity,
+            "margin": max(room.margin, config.block),
+        }
 
     @property
     def native(self) -> bool:

@@ -13,7 +13,7 @@ from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import Trees
 from model.drafters.base import Room
-from model.drafters.medusa.network import MedusaNetwork
+from model.drafters.medusa.network import MedusaConfig, MedusaNetwork
 from model.drafters.slots import exchange_items, exchange_rows
 from model.targets.base import Target
 from model.targets.prompt import TokenizedPrompt
@@ -38,6 +38,10 @@ class MedusaDrafter:
     @staticmethod
     def new_cache(target: Target, network: MedusaNetwork, room: Room) -> None:  # noqa: ARG004
         """Return None: Medusa has no keys and values."""
+
+    @staticmethod
+    def cache_shape(config: MedusaConfig, room: Room) -> None:  # noqa: ARG004
+        """It has no keys and values."""
 
     @property
     def num_bytes(self) -> int:

@@ -1,0 +1,158 @@
+"""Decides how many KV cache slots fit into the memory that is free, before weights are loaded and once they are.
+
+Of what is free when an engine starts it takes `memory_utilization`: for weights, KV cache and encoder cache of the
+target, and for weights and KV cache of its draft. Each slot holds `max_model_len` tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.backends import free_memory
+from model.backends.kv_cache import ALIGNED, KVCache
+from model.config import TRAINED, EngineConfig
+from model.drafters import registry as drafters
+from model.drafters.base import Room
+from model.errors import ConfigError
+from model.targets import registry as targets
+from model.targets.base import Target
+from model.targets.parallel import share_of
+from model.targets.stored import stored_weights
+
+log = logging.getLogger("flashserve.engine")
+
+MIB = 1 << 20
+SHORTEST = 16  # max_model_len
+
+
+def read_free_memory(config: EngineConfig) -> int | None:
+    """Bytes free on the device of a resolved config; None where nobody says."""
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory.of_machine() if config.free_host_memory is None else config.free_host_memory
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The memory that an engine may take, and what is known of its needs before the target is loaded.
+
+    budget: bytes; None: unknown, nothing is checked. draft_weights: bytes.
+    """
+
+    config: EngineConfig
+    budget: int | None
+    draft_weights: int
+
+    @classmethod
+    def read(cls, config: EngineConfig, target: Target | None) -> Sizing:
+        """Read what is free now, for a resolved config; a target that is loaded already counts as free."""
+        free = read_free_memory(config)
+        draft = 0
+        if config.drafter in TRAINED and config.draft is not None:
+            stored = stored_weights(str(Path(config.draft)), getattr(torch, config.dtype), None)
+            draft = stored.num_bytes if stored else 0
+        budget = None
+        if free is not None:
+            # On a CPU the devices of one target are one machine.
+            share = config.memory_utilization / (1 if config.device.startswith("cuda") else config.tensor_parallel)
+            budget = int(share * (free + (target.num_bytes if target else 0)))
+        return cls(config, budget, draft)
+
+    def check_before_loading(self) -> None:
+        """Raise ConfigError where the target's files say that not even one sequence will fit; no weights are read."""
+        if self.budget is None or self.config.kv_cache_bytes is not None:
+            return
+        checkpoint, weights = targets.read_checkpoint(self.config)
+        text = checkpoint.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        slots = _Slots(
+            self.config,
+            text.num_hidden_layers,
+            share_of(self.config, text.num_key_value_heads),
+            head_dim,
+            getattr(torch, self.config.dtype),
+        )
+        self._fitting(slots, self.config.context(text.max_position_embeddings), weights.num_bytes if weights else 0)
+
+    def num_slots(self, target: Target, max_model_len: int) -> int:
+        """As many slots as are configured and fit; with kv_cache_bytes, as that holds. ConfigError where none does."""
+        config = self.config
+        heads = share_of(config, target.num_kv_heads)
+        slots = _Slots(config, target.num_layers, heads, target.head_dim, target.dtype)
+        if config.kv_cache_bytes is not None:
+            each = slots.target_bytes(max_model_len)
+            if config.kv_cache_bytes < each:
+                raise ConfigError(
+                    f"kv_cache_bytes {config.kv_cache_bytes} holds no sequence; "
+                    f"one of {max_model_len} tokens takes {each}"
+                )
+            return min(config.max_num_seqs, config.kv_cache_bytes // each)
+        if self.budget is None:
+            return config.max_num_seqs
+        fitting = self._fitting(slots, max_model_len, target.num_bytes)
+        if fitting < config.max_num_seqs:
+            log.warning(
+                "%d sequences of %d tokens fit into memory, not --max-num-seqs %d: of %d MiB the weights take %d, each "
+                "sequence %d; a smaller --max-model-len or a larger --memory-utilization (now %g) makes room for more",
+                fitting,
+                max_model_len,
+                config.max_num_seqs,
+                self.budget // MIB,
+                (target.num_bytes + self.draft_weights) // MIB,
+                slots.num_bytes(max_model_len) // MIB,
+                config.memory_utilization,
+            )
+        return min(config.max_num_seqs, fitting)
+
+    def _fitting(self, slots: _Slots, max_model_len: int, weights: int) -> int:
+        """How many slots fit beside the weights. Raises ConfigError, which says what would fit, where none does."""
+        assert self.budget is not None
+        left = self.budget - weights - self.draft_weights - self.config.encoder_cache_bytes
+        if (fitting := left // slots.num_bytes(max_model_len)) >= 1:
+            return fitting
+        longest = max_model_len // ALIGNED * ALIGNED
+        while longest >= SHORTEST and slots.num_bytes(longest) > left:
+            longest -= ALIGNED
+        cure = (
+            "free some memory, give a larger --memory-utilization, a smaller --encoder-cache-bytes or another --dtype"
+        )
+        if longest >= SHORTEST:
+            cure = f"give --max-model-len {longest} or less, or a larger --memory-utilization"
+        raise ConfigError(
+            f"not even one sequence of {max_model_len} tokens fits into memory: {self.budget // MIB} MiB may be used "
+            f"(memory_utilization {self.config.memory_utilization:g} of what is free), the weights take "
+            f"{(weights + self.draft_weights) // MIB} MiB, the encoder cache "
+            f"{self.config.encoder_cache_bytes // MIB} and a sequence {slots.num_bytes(max_model_len) // MIB}; {cure}"
+        )
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What one slot takes, of the target's KV cache and of its draft's."""
+
+    config: EngineConfig
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def target_bytes(self, max_model_len: int) -> int:
+        return KVCache.bytes_per_slot(
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            capacity=max_model_len,
+            margin=self.config.nodes + 1,
+            dtype=self.dtype,
+        )
+
+    def num_bytes(self, max_model_len: int) -> int:
+        room = Room(1, max_model_len, self.config.nodes + 1, self.config.tree_width)
+        shape = drafters.cache_shape(self.config, room)
+        draft = 0 if shape is None else KVCache.bytes_per_slot(**shape, dtype=self.dtype)
+        return self.target_bytes(max_model_len) + draft
