@@ -80,6 +80,7 @@ class NgramDrafter:
                 text.add(token)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """Look up a chain for every slot."""
         found = [
             self._texts[slot].after(token, budget) if budget else []
             for slot, (token, budget) in enumerate(zip(newest.tolist(), budgets.tolist(), strict=True))
@@ -87,6 +88,7 @@ class NgramDrafter:
         return chains(newest, found)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
+        """Append the kept tokens to the texts."""
         for slot, path in enumerate(paths):
             for row in path:
                 self._texts[slot].add(int(trees.tokens[slot, row]))

@@ -27,7 +27,7 @@ LEAST = {"pooled": 0, "num_latents": ALL, "sequential_rank": 0, "vocabulary": 0}
 # For a target with more tokens than LARGE_VOCABULARY, the draft vocabulary has the VOCABULARY most frequent ones.
 LARGE_VOCABULARY, VOCABULARY = 32768, 16384
 FEWEST_TOKENS = 64  # smallest draft vocabulary, end-of-sequence tokens included
-FULL_WIDTH = 512  # hidden size of a target up to which its draft has the same
+FULL_WIDTH = 512  # up to this hidden size a draft is as wide as its target
 
 
 @dataclass(frozen=True)

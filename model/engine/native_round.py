@@ -27,7 +27,7 @@ from model.engine.speculation import BINS, FINENESS, SpeculationController
 from model.engine.stats import Counters
 
 PARTS = ("propose", "grow", "verify", "accept", "observe")
-# Constants that the native library must have too, by its names: see structures.h.
+# Constants of Python with their names in the native library (structures.h); both must agree.
 SHARED = {
     "IDLE": IDLE,
     "PLAIN": PLAIN,
@@ -125,6 +125,7 @@ class NativeRound:
         self._draft_and_verify, self._commit = functions().flash_draft_and_verify, functions().flash_commit
 
     def use(self, drafter: Proposing | None) -> None:
+        """Draft with this drafter from the next round on. Links a native FLASH draft into the round's structure."""
         self.drafter, self.flash, struct = drafter, None, self._struct
         struct.draft = None
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
@@ -136,6 +137,7 @@ class NativeRound:
             struct.draft_cache = described_cache(drafter.cache)
 
     def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
+        """Draft and verify in one native call (see `Round`). Drafters that do not run in it propose before it."""
         struct, flash, trees = self._struct, self.flash, None
         rows = 1
         if flash is not None:
@@ -160,6 +162,7 @@ class NativeRound:
         return shape.trees, shape.chosen, shape.logits
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
+        """Keep the accepted nodes in one native call (see `Round`). Drafters that do not run in it observe after it."""
         shape, drafter, counters = self._now, self.drafter, self._counters
         if chosen is not shape.chosen:
             shape.chosen[:] = chosen

@@ -90,6 +90,7 @@ class TorchRound:
         self.drafter = drafter
 
     def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+        """Draft and verify in torch (see `Round`). Never returns greedy tokens."""
         newest, budgets = self.newest[:batch], self.budgets[:batch]
         if self.drafter is None or not nodes:
             trees = tree.roots(newest)
@@ -106,6 +107,7 @@ class TorchRound:
         return trees, None, logits
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
+        """Keep the accepted nodes in both caches (see `Round`)."""
         batch = len(chosen)
         verdicts = [
             verify.IDLE if self.budgets[b] == IDLE else verify.walk(self._trees, b, chosen[b]) for b in range(batch)

@@ -79,7 +79,7 @@ class SpeculationController:
         self._answers, self._length = 0, 0.0  # finished answers; tokens of one, running mean
         self._readings, self._reading = 0, 0.0  # prompt readings; seconds per prompt token, running mean
         self._verified: dict[int, float] = {}  # batch size -> nodes per sequence, running mean
-        self._passed_over = 0  # refused sequences since the last one that was not
+        self._passed_over = 0  # refused sequences since the last accepted one
         self._plain_runs: dict[int, tuple[int, int]] = {}  # batch size -> its last `_since`, `_patience`
         self._since, self._patience = 0, FIRST_PLAIN  # rounds since a plain one; rounds until the next
         self._moved = 0.0  # drift of the estimated cost of plain rounds since one ran

@@ -103,6 +103,7 @@ class LanguageModel:
         return embedded
 
     def forward(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
+        """Run one pass, natively if the decoder was packed (see `Target`). A group's followers run it too."""
         if self.decoder is not None:
             return self.decoder.forward(embeds, positions, rows)
         if self.group is not None:
@@ -110,6 +111,7 @@ class LanguageModel:
         return self.run(embeds, upload(positions, self.device), rows.plan)
 
     def run(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> tuple[Tensor, Tensor]:
+        """Run one pass through transformers' layers (see `Target`)."""
         places = positions.long()
         hidden = self._language(
             inputs_embeds=embeds,

@@ -111,9 +111,11 @@ class LlavaTarget(LanguageModel):
     # --- tensors
 
     def pieces(self, medium: Medium) -> int:
+        """Return the number of frames."""
         return len(medium.frames)
 
     def encode(self, medium: Medium, first: int, last: int) -> Tensor:
+        """Encode frames first..last, FRAMES_AT_ONCE of them at a time: (tokens, hidden)."""
         features = []
         for start in range(first, last, FRAMES_AT_ONCE):
             frames = medium.frames[start : min(last, start + FRAMES_AT_ONCE)]
@@ -149,4 +151,5 @@ class LlavaTarget(LanguageModel):
 
     @cached_property
     def _shades(self) -> Tensor:
+        """Compute the processor's table (see pixels.py) once."""
         return pixels.shades(self.processor.image_processor)

@@ -106,6 +106,8 @@ class Qwen25VLTarget(LanguageModel):
     # --- prompt
 
     def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
+        """Apply the chat template and tokenise. Raises RequestError, also if videos span more positions than the model
+        has."""
         media = tuple(map(self._at_geometry, media_of(messages)))
         places = [[Place(self._placeholders[medium.kind], math.prod(self.grid(medium)))] for medium in media]
         ids = self._conversations.ids(messages)
@@ -172,6 +174,7 @@ class Qwen25VLTarget(LanguageModel):
         return self.grid(medium)[0]
 
     def encode(self, medium: Medium, first: int, last: int) -> Tensor:
+        """Encode steps in time first..last, about PATCHES_AT_ONCE patches at a time: (tokens, hidden)."""
         _, down, across = (self.merge * side for side in self.grid(medium))
         steps = max(1, PATCHES_AT_ONCE // (down * across))
         features = []

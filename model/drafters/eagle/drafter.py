@@ -83,6 +83,7 @@ class EagleDrafter:
         self.cache.take(slot)
 
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        """Return False: the pending feature of the position before the shared end is not stored."""
         return False  # the pending feature is only kept for the last position
 
     def free(self, slot: int) -> None:
@@ -99,6 +100,7 @@ class EagleDrafter:
             assert self.cache.lengths[slot] == max(0, computed - 1), "the draft's context is not what the target kept"
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        """Pair each feature with the next position's embedding and keep the last feature as pending."""
         fused = self.network.fuse(aux_hidden_states)
         features, entries = torch.cat((self._pending[slot][None], fused[:-1])), self.network.entry(embeds)
         if start == 0:  # no position comes before the first one
@@ -117,6 +119,7 @@ class EagleDrafter:
         self.cache.write(0, rows.plan.locations, keys, values)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
+        """Add one context row per kept node, from the feature of the position before it and its token."""
         index = indexed(paths, max(map(len, paths)))
         starts = np.array(self.cache.lengths[: len(paths)], np.int32)
         counts = np.array([len(path) for path in paths], np.int32)
@@ -138,6 +141,7 @@ class EagleDrafter:
         return self.network.entry(self.target.embed(tokens))
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """Grow the trees depth by depth and prune them to the budgets."""
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         last, depths = upload(newest, self.target.device), min(self.network.config.block, int(budgets.max()))
         offered = self.network.offered

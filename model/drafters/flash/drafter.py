@@ -113,6 +113,7 @@ class FlashDrafter:
         self._spans[slot], self._visual[slot] = prompt.spans, []
 
     def share(self, source: int, slot: int, length: int) -> bool:
+        """Copy the context rows of the shared positions. A medium may have fewer rows than positions."""
         media = [last - first for first, last in self._spans[slot] if last <= length]
         self.cache.share(source, slot, length - sum(media) + sum(map(self.network.rows_of, media)))
         return True
@@ -133,6 +134,7 @@ class FlashDrafter:
         assert self._spans.keys() == self._visual.keys() == by_slot.keys(), "a medium of a sequence that is gone"
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:  # noqa: ARG002
+        """Add one context row per text position, and the rows of a medium after its last position."""
         rows = []
         at, end = start, start + len(aux_hidden_states)
         for first, last in self._spans[slot]:
@@ -183,6 +185,7 @@ class FlashDrafter:
         return rows if self.network.compressor is None else self.network.compressor(rows[None])[0]
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
+        """Add one context row per kept node."""
         counts = [len(path) for path in paths]
         rows = self._behind(0, max(counts), counts)
         if self.step is not None:
@@ -225,6 +228,7 @@ class FlashDrafter:
             self.cache.lengths[first_slot + b] += count
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """Draft a block per slot in one pass and prune its candidates to the budgets."""
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = AttentionMetadata(self.cache, 0, self.block, starts, counts, MaskKind.FULL)

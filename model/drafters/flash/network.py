@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from model.drafters.layers import Attend, DraftLayer, Fuse, first_tokens, rotary_table
 
 ALL = -1  # `num_latents`: keep every row of a medium, uncompressed
-ENOUGH = 32  # positions that are averaged per row are enough; more are subsampled
+ENOUGH = 32  # about the most positions averaged per row; larger media are subsampled
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class MedusaDrafter:
         self._computed[slot] = 0
 
     def share(self, source: int, slot: int, length: int) -> bool:  # noqa: ARG002
+        """Accept the shared positions without copying anything."""
         self._computed[slot] = length  # no state to copy: at least one position is prefilled before it proposes
         return True
 
@@ -63,10 +64,12 @@ class MedusaDrafter:
         self._last[slot] = aux_hidden_states[-1]
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """Draft all depths from one hidden state per sequence."""
         logits, offered = self._head(self.network(self._last[: len(newest)])), self.network.offered
         return tree.best_first(newest, logits, None, self._ends, width=self.width, budgets=budgets, offered=offered)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:  # noqa: ARG002
+        """Keep the hidden state of the last kept node."""
         slots = [slot for slot, path in enumerate(paths) if path]
         for slot in slots:
             self._computed[slot] += len(paths[slot])
