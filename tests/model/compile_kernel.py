@@ -1,4 +1,4 @@
-"""Compile the attention kernel for an H100 (sm_90), with the options that it is started with, and print what came out.
+"""Compile the attention kernels for an H100 (sm_90) with the options of a launch, and print figures of the code.
 
 python -m tests.model.compile_kernel bf16|fp32
 """
@@ -20,7 +20,7 @@ from model.backends.kernels import tree_attention as kernels
 
 
 class Launch:
-    """In place of a kernel: notes the options that it is started with."""
+    """Replace a kernel and record the options that it is launched with."""
 
     def __init__(self) -> None:
         self.options: dict[str, int] = {}
@@ -33,6 +33,7 @@ class Launch:
 
 
 def main(dtype: str) -> None:
+    """Compile both kernels for `dtype`, and print code size, shared memory and use of tensor cores as JSON."""
     number = f"*{dtype}"
     floats = dict.fromkeys(("parts", "tops", "totals"), "*fp32")
     types = {**dict.fromkeys(("q", "k", "v", "out"), number), **floats, "starts": "*i64", "visible": "*u8"}

@@ -1,6 +1,6 @@
-"""A drafter at work on trees that are not its own: an oracle's, so that paths of every length enter its context.
+"""Run a real drafter on an oracle's trees, so that paths of every length enter its context.
 
-What it would have proposed is noted, for each request and number of answer tokens known.
+The trees that it would have proposed are recorded by request and number of answer tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from tests.model.oracle import OracleDrafter
 
 
 class Guided:
-    """`drafter`, whose trees nobody verifies. trees[request, answer tokens known]: the paths from the root to every
-    node of the one that it proposed, as tokens."""
+    """Wrap `drafter`: record the trees that it proposes, and let the target verify an oracle's trees instead.
+
+    trees[request, answer tokens known]: the path of tokens from the root to every node of the proposed tree.
+    """
 
     def __init__(self, engine: Engine, drafter: Drafter, known: Mapping[str, list[int]], seed: int = 0) -> None:
         self.engine, self.drafter = engine, drafter
@@ -41,6 +43,7 @@ class Guided:
         self.oracle.prefill(slot, start, aux_hidden_states, embeds)
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
+        """Check and record the drafter's trees, and return the oracle's."""
         trees = self.drafter.propose(newest, budgets)
         for sequence in self.engine.scheduler.running:
             slot = sequence.slot
@@ -75,7 +78,7 @@ class Guided:
 
 
 def guided(engine: Engine, known: Mapping[str, list[int]], seed: int = 0) -> Guided:
-    """Give an idle engine's own drafter an oracle's trees to observe."""
+    """Wrap the drafter of an idle engine so that it observes an oracle's trees."""
     assert not engine.has_work
     assert engine.drafter is not None
     wrapped = Guided(engine, engine.drafter, known, seed)

@@ -1,7 +1,7 @@
-"""A drafter that knows the answer, and corrupts it on purpose: paths of every length and branching get accepted.
+"""Draft from the known answer and corrupt it on purpose, so that paths of every length and branching are accepted.
 
-It is a `Drafter` unlike any other, so that what it shows is the engine's own. It also notes what the engine tells it:
-what enters its context must be what the target has kept, or the two would drift apart unnoticed.
+This drafter shares no code with the others, so tests with it are about the engine. It also checks the calls that it
+gets: the tokens that enter its context must be those that the target kept, or the two would diverge unnoticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from model.targets.prompt import TokenizedPrompt
 
 
 class OracleDrafter:
-    """`known`: request id -> the answer that decoding without a draft gives."""
+    """Propose trees that contain the next tokens of known answers.
+
+    known: request id -> the answer that decoding without a draft gives. truth: chance that a node is a right one.
+    shapes: the pairs (nodes proposed, nodes accepted) that occurred.
+    """
 
     name, native, num_bytes, cache_bytes = "oracle", False, 0, 0
 
@@ -39,7 +43,7 @@ class OracleDrafter:
             device=torch.device("cpu"),
         )
         self.shapes: set[tuple[int, int]] = set()  # (nodes proposed, accepted)
-        self._sizes: list[int] = []  # nodes of this step's trees, if there are any
+        self._sizes: list[int] = []  # nodes of this step's trees, by slot; empty without trees
 
     def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         self.cache.take(slot)
@@ -55,12 +59,14 @@ class OracleDrafter:
         self.cache.exchange(one, other)
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        """Count a chunk of the prompt, and check that chunks arrive in order."""
         assert aux_hidden_states.ndim == embeds.ndim == 2
         assert len(aux_hidden_states) == len(embeds)
         assert start == self.cache.lengths[slot], "a prompt's chunks come out of order"
         self.cache.lengths[slot] += len(aux_hidden_states)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
+        """Count the accepted rows of each slot, and record how many nodes were proposed and accepted."""
         assert len(trees.tokens) == aux_hidden_states.shape[0] == len(paths)
         for slot, path in enumerate(paths):
             assert path == sorted(set(path))
@@ -70,12 +76,13 @@ class OracleDrafter:
         self._sizes = []
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
+        """Check that draft and target use the same slots, with the same number of tokens."""
         self.cache.check_integrity()
         assert self.cache.num_free == self.cache.num_slots - len(held), "draft and target hold different slots"
         assert all(self.cache.lengths[slot] == computed for slot, computed in held.items())
 
     def propose(self, newest: np.ndarray, budgets: np.ndarray) -> Trees:
-        """Trees that hold some of what will come, and decoys at every depth."""
+        """Build trees with some of the tokens to come, and wrong tokens at every depth."""
         batch, rows = len(newest), 1 + int(budgets.max())
         by_slot = {s.slot: s for s in self.engine.scheduler.running}
         trees = roots(newest, rows)
@@ -91,9 +98,9 @@ class OracleDrafter:
         return trees
 
     def _grow(self, trees: Trees, b: int, coming: list[int], nodes: int) -> None:
-        """Hang `nodes` nodes from the root: mostly the true next token of a random node, else a decoy."""
+        """Add up to `nodes` nodes: mostly the next right token on the deepest right path, else a random one."""
         vocab = self.engine.target.vocab_size
-        right = {0: 0}  # row -> depth, of rows on the true path
+        right = {0: 0}  # row -> depth, for rows on the right path
         children: dict[int, set[int]] = {}
         for row in range(1, nodes + 1):
             tip = max(right, key=lambda r: right[r])
@@ -103,7 +110,7 @@ class OracleDrafter:
                 parent, token = self.rng.randrange(row), self.rng.randrange(vocab)
             depth = int(trees.depths[b, parent])
             if token in children.setdefault(parent, set()):
-                continue  # siblings differ, as a drafter's do; the row is not used
+                continue  # siblings must differ, as a drafter's do
             size = int(trees.sizes[b])
             if parent >= size:
                 continue
@@ -115,7 +122,7 @@ class OracleDrafter:
 
 
 def with_oracle(engine: Engine, known: Mapping[str, list[int]], seed: int = 0, truth: float = 0.75) -> OracleDrafter:
-    """Give an idle engine this drafter instead of its own."""
+    """Replace the drafter of an idle engine by an oracle, and return it."""
     assert not engine.has_work
     oracle = OracleDrafter(engine, known, seed, truth)
     engine.use(oracle)

@@ -1,14 +1,14 @@
-"""Do answers in a crowd equal those alone, for hours? Crowds of random requests, each answer compared.
+"""Check for hours that answers in a crowd equal answers alone: crowds of random requests, each answer compared.
 
     python -m tests.model.stress --minutes 60 [--native auto] [--seed 0] [--drafter flash]
 
-Every round makes 200 random requests (test_soak.py), answers each alone, then all of them in a crowd that comes and
-goes, with the target's own words corrupted for a draft, and once more with an untrained one. The engines live on from
-round to round, as a server's does. Runs through torch unless --native says otherwise.
+Every round draws 200 random requests (test_soak.py) and answers each alone. Then it answers all in a crowd that joins
+and leaves: once with the target's own answers, corrupted, as a draft, and once with an untrained draft. The engines
+keep running from round to round, as a server's does. Passes run in torch unless --native says otherwise.
 
-A row of the native library has the same bits in every batch, so there nothing may differ. A row of torch may round
-otherwise in another batch. So each difference is judged: how much noise on the logits, as a share of their range,
-makes the other token come out? Up to NOISE rounding explains it. Exit code 1: some difference is not explained.
+A row of the native library has the same bits in every batch, so no difference is allowed there. A row of torch may
+round differently in another batch, so each difference is judged: how much noise on the logits, as a share of their
+range, makes the other token come out? Up to NOISE, rounding explains it. Exit code 1: some difference is not explained.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tests.model import tiny
 from tests.model.oracle import with_oracle
 from tests.model.test_soak import random_request
 
-NOISE = 1e-5  # of the logits' range: a float32 sum of some thousand terms is off by less
+NOISE = 1e-5  # share of the logits' range; a float32 sum of some thousand terms has a smaller error
 DRAWS = 64
 
 
 def noise_between(logits: Tensor, params: SamplingParams, position: int, tokens: set[int]) -> float:
-    """The least noise, as a share of the logits' range, under which each of `tokens` is chosen now and then.
+    """Find the least noise, as a share of the logits' range, under which each of `tokens` is chosen at times.
 
-    logits: (vocab,) float64, what decides `position` of the answer. Infinite where 0.01 is not enough.
+    logits: (vocab,) float64, those that decide `position` of the answer. Returns infinity if 0.01 is not enough.
     """
     generator = torch.Generator().manual_seed(0)
     span = float(logits.max() - logits.min())
@@ -62,9 +62,9 @@ def noise_between(logits: Tensor, params: SamplingParams, position: int, tokens:
 
 
 def deciding_logits(engine: Engine, request: Request, position: int) -> Tensor | None:
-    """(vocab,) float64: what an engine that decodes one token at a time chose token `position` of its answer from.
+    """Return the logits (vocab,) float64 from which a plain engine chooses token `position` of its answer.
 
-    None where it did not get there, or where the native library chose.
+    Returns None if the answer ends earlier, or if the native library chose the token.
     """
     seen: list[Tensor] = []
 
@@ -79,7 +79,7 @@ def deciding_logits(engine: Engine, request: Request, position: int) -> Tensor |
 
 
 def crowded(engine: Engine, requests: list[Request], rng: random.Random) -> dict[str, list[int]]:
-    """Answer them all, a few joining at every step."""
+    """Answer all requests, with a few joining at every step, and return their tokens."""
     coming, answers = list(requests), dict[str, list[int]]()
     while coming or engine.has_work:
         for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 6))):
@@ -95,6 +95,8 @@ def crowded(engine: Engine, requests: list[Request], rng: random.Random) -> dict
 
 
 class Stress:
+    """Run rounds on two engines, and count requests, differences and unexplained differences."""
+
     def __init__(self, folder: Path, drafter: str) -> None:
         checkpoint = tiny.save_checkpoint(folder / "target")
         draft = tiny.save_network(folder / "draft", drafter, checkpoint)
@@ -104,6 +106,7 @@ class Stress:
         self.requests = self.differences = self.unexplained = 0
 
     def round(self, seed: int) -> None:
+        """Draw 200 requests, answer them alone and in crowds, and compare."""
         rng = random.Random(seed)
         known: dict[str, list[int]] = {}
         served = []
@@ -123,6 +126,7 @@ class Stress:
     def compare(
         self, seed: int, way: str, requests: list[Request], known: dict[str, list[int]], answers: dict[str, list[int]]
     ) -> None:
+        """Compare answers in a crowd with those alone; print and judge each difference."""
         for request in requests:
             expected, found = known[request.request_id], answers[request.request_id]
             self.requests += 1
@@ -131,7 +135,7 @@ class Stress:
             self.differences += 1
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
             noise = math.inf
-            # An answer that only ends early was no close call.
+            # Rounding cannot explain an answer that only ends early.
             if at is not None and (logits := deciding_logits(self.plain, request, at)) is not None:
                 noise = noise_between(logits, request.params, at, {expected[at], found[at]})
             self.unexplained += noise > NOISE
@@ -144,6 +148,7 @@ class Stress:
 
 
 def main() -> int:
+    """Run rounds until the time is over. Returns the exit code."""
     parser = argparse.ArgumentParser("tests.model.stress", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--native", default="off", help="see FLASH_NATIVE; default: off, which is torch")

@@ -1,4 +1,4 @@
-"""The one attention of the engine, against attention written out for one row at a time."""
+"""Test the engine's attention against attention written out for one row at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cache(kv_heads: int, num_slots: int = 3, dtype: torch.dtype = torch.float32,
 
 
 def one_by_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """query (heads, dim) against keys and values (kv heads, seen, dim): plain attention in float64."""
+    """Compute plain attention in float64: query (heads, dim) over keys and values (kv heads, seen, dim)."""
     groups = query.shape[0] // keys.shape[0]
     keys, values = (t.double().repeat_interleave(groups, 0) for t in (keys, values))
     scores = torch.einsum("hd,hsd->hs", query.double(), keys) / math.sqrt(DIM)
@@ -42,7 +42,7 @@ def one_by_one(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def random_tree(rng: np.random.Generator, batch: int, rows: int) -> Trees:
-    """Random parents; tree b is b rows shorter than the batch is wide."""
+    """Draw random parents; tree b has b rows fewer than the batch is wide."""
     parents = np.full((batch, rows), -1)
     depths = np.zeros((batch, rows), np.int64)
     sizes = np.array([rows - b for b in range(batch)])
@@ -90,7 +90,7 @@ def test_each_row_of_a_tree_sees_its_own_path_and_nothing_else(
 
 
 def hidden_of(engine: Engine, ids: list[int], chunks: list[int], slot: int) -> Tensor:
-    """The target's final states over ids computed chunk by chunk in a slot of its own, beside whatever lies there."""
+    """Compute the target's final states over ids, chunk by chunk in a slot of its own, beside other slots."""
     target, start, parts = engine.target, 0, []
     engine.cache.take(slot)
     for count in chunks:

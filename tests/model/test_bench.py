@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and the equality check finds what it is there to find."""
+"""Test that the benchmark measures what it reports, and that the equality check finds planted differences."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_an_honest_engine_passes(tiny_checkpoint: Path, tiny_draft: Path, tmp_pa
 
 
 def credulous(honest: Any) -> Any:
-    """A round that takes the draft's word for the first token of every tree."""
+    """Make a round accept the first draft token of every tree unverified."""
 
     def look(self: Any, *given: int) -> Any:
         trees, likeliest, logits = honest(self, *given)

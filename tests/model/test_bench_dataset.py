@@ -1,4 +1,4 @@
-"""The benchmark and the equality check run on a user's own files, or name the line that they cannot use."""
+"""Test that benchmark and equality check run on a user's own files, or name the line that they cannot use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.model import tiny
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images of different sizes and a video."""
+    """Write two images of different sizes and a video."""
     for number in range(2):
         Image.fromarray(tiny.picture(number)[0]).resize((40 + 9 * number, 30)).save(tmp_path / f"{number}.png")
     (tmp_path / "clip.mp4").write_bytes(samples.video_bytes("mp4"))

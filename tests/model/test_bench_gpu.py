@@ -1,4 +1,4 @@
-"""The benchmark for GPU machines runs, on a machine without one, all that needs none."""
+"""Test those parts of the benchmark for GPU machines that need no GPU."""
 
 from __future__ import annotations
 

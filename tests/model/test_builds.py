@@ -1,7 +1,7 @@
-"""Which builds of the native library are compiled, which one is loaded, and what is said where something is in the way.
+"""Test which builds of the native library are compiled and loaded, and what is reported if that fails.
 
-Most of it is seen through a stand-in for a compiler, which "finds" whatever processor a test wants, and "compiles" in
-no time: what it writes is the command. The library itself is what tests/model/test_native.py is about.
+Most tests use a stand-in for a compiler. It "finds" whatever processor a test wants, and "compiles" by writing its
+command line to the output. tests/model/test_native.py tests the library itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def script(path: Path, body: str) -> str:
 
 
 def stand_in(folder: Path, processor: str) -> str:
-    """A "compiler" on a machine with the processor whose macros these are."""
+    """Write a "compiler" that reports the macros of `processor`."""
     body = f"""
 macros = {MACROS}
 if "-E" in sys.argv:
@@ -64,7 +64,7 @@ else:
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The sources in a folder of their own, of which nothing is compiled."""
+    """Copy the sources, but no compiled library, to a folder of their own."""
     folder = tmp_path / "model" / "backends" / "native"
     shutil.copytree(builds.FOLDER, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for package in ("model", "model/backends"):
@@ -83,9 +83,10 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Sets FLASH_NATIVE, whatever it was."""
+    """Return a function that sets FLASH_NATIVE."""
 
     def choose(choice: str) -> None:
+        """Set FLASH_NATIVE and forget the library loaded before."""
         monkeypatch.setenv(library.CHOICE, choice)
         library.load.cache_clear()
 
@@ -95,20 +96,20 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
-    """Let the processor have these features."""
+    """Pretend that the processor has these features."""
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", **dict.fromkeys(features, True)}
     )
 
 
 def runs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let the processor be one whose best build is this one."""
+    """Pretend that this build is the best one for the processor."""
     place = NAMES.index(name)
     has(monkeypatch, *{feature for build in BUILDS[place:] for feature in build.features})
 
 
 def make(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """As the Makefile compiles, in that folder's project."""
+    """Compile as the Makefile does, in the project of that folder."""
     root = folder.parents[2]
     clean = {key: value for key, value in os.environ.items() if key not in (builds.CHOICE, "CXX", "PYTHONPATH")}
     command = [sys.executable, "-m", "model.backends.native.builds"]

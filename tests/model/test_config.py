@@ -1,4 +1,4 @@
-"""What the engine can be told, and what it says of what it cannot do."""
+"""Test the engine's options, and the error messages for options that it cannot satisfy."""
 
 from __future__ import annotations
 

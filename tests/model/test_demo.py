@@ -1,4 +1,4 @@
-"""The demo's world: what is said of a scene can be read back, and training scenes are not those of the evaluation."""
+"""Test the demo's scenes: captions can be parsed, and training scenes are not those of the evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training that was stopped ends where it would have ended."""
+"""Test that a resumed training of the bundled models ends where an uninterrupted one does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.demo.training import Training
 
 
 def trained(file: Path, stop: int, steps: int = 6) -> tuple[nn.Linear, Training]:
-    """A small training up to step `stop`, whose batches depend on the step alone."""
+    """Run a small training up to step `stop`, with batches that depend on the step alone."""
     torch.manual_seed(0)
     module = nn.Linear(4, 4)
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""Text comes out whole: no character split, no stop string shown, whatever the tokens are."""
+"""Test that text is emitted whole: no split characters, no stop strings, whatever the tokens are."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip: frozenset[i
 
 
 def random_text(rng: random.Random) -> str:
-    """Any code points that may stand in text, of every encoded length."""
+    """Draw code points that may occur in text, of every encoded length."""
     ranges = ((0x20, 0x7F), (0xA0, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFC), (0x1F300, 0x1FAFF), (0x20000, 0x2FFFF))
     return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 40)))
 

@@ -1,4 +1,4 @@
-"""The FLASH draft: what it is served with is what it was trained with, and it is bound to its target."""
+"""Test that the FLASH draft computes the same in serving as in training, and is bound to its target."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.model.guided import Guided
 
 
 class Watched(Guided):
-    """The real drafter, context and all, whose trees are an oracle's: paths of every length enter its context.
+    """Run the real drafter on an oracle's trees, so that paths of every length enter its context.
 
     served: (request, answer tokens known) -> the logits of its block.
     """
@@ -61,7 +61,7 @@ class Watched(Guided):
 
 
 class Places(random.Random):
-    """Anchors where the test wants them: `randint` gives the offsets of a list, one after another."""
+    """Place anchors where the test wants them: `randint` returns the offsets of a list in turn."""
 
     def __init__(self, offsets: list[int]) -> None:
         super().__init__(0)
@@ -167,7 +167,7 @@ def test_the_sequential_head_says_along_a_path_what_it_was_taught_to() -> None:
 
 
 class Apart:
-    """A drafter that a native round does not know as FLASH's: so it is asked for its trees between two native calls."""
+    """Hide a FLASH drafter from a native round, which then asks for trees between two native calls."""
 
     def __init__(self, drafter: FlashDrafter) -> None:
         self._drafter = drafter

@@ -1,4 +1,4 @@
-"""Every drafter: whatever it proposes, the answer is the same; it follows what was kept; its draft must be its own."""
+"""Test every drafter: answers do not depend on it, its context follows the kept tokens, a foreign draft is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FEW = 60  # tokens, where not all are offered
 
 @pytest.fixture(scope="module")
 def expected(plain_engine: Engine) -> dict[str, list[int]]:
-    """Each answer alone and without a draft."""
+    """Answer each request alone and without a draft."""
     return {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in mixed()}
 
 
@@ -145,7 +145,7 @@ ProposedTrees = dict[tuple[str, int], set[tuple[int, ...]]]
 
 
 def trees_of(engine: Engine, expected: dict[str, list[int]]) -> ProposedTrees:
-    """What its drafter proposes, see `Guided`."""
+    """Return the trees that the engine's drafter proposes, see `Guided`."""
     watched = guided(engine, expected)
     tiny.answers(engine, mixed(10), every=1)
     return watched.trees
@@ -219,7 +219,7 @@ def test_bfloat16_with_a_draft_says_what_it_says_without(
 
 @pytest.fixture(scope="module")
 def narrow(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same drafts, which may propose few tokens, from all over the vocabulary."""
+    """Save the same drafts with a small draft vocabulary, drawn from the whole vocabulary."""
     folder = tmp_path_factory.mktemp("narrow")
     return {name: tiny.save_network(folder / name, name, tiny_checkpoint, vocabulary=FEW) for name in TRAINED}
 
@@ -278,7 +278,7 @@ def test_the_published_tree_on_recorded_passes(
 
 
 class Contexts:
-    """What a drafter holds of each sequence at every proposal: by request and answer tokens known."""
+    """Record a drafter's context of each sequence at every proposal, by request and answer tokens known."""
 
     def __init__(self, watched: Guided) -> None:
         self.seen: dict[tuple[str, int], Tensor] = {}

@@ -1,4 +1,4 @@
-"""The emulations that builds of the native library are tested by (avx512.h) compute what processors do, bit for bit."""
+"""Test that the emulated instructions of the native library (avx512.h) compute what processors do, bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compiled(folder: Path, *options: str) -> ctypes.CDLL:
 
 
 def nearest(x: Fraction) -> float:
-    """The float32 next to x, of two the even one; too small ones are zeros."""
+    """Round to the nearest float32, ties to even; denormal results become zero."""
     if x == 0:
         return 0.0
     exponent = abs(x.numerator).bit_length() - x.denominator.bit_length()
@@ -53,7 +53,7 @@ def nearest(x: Fraction) -> float:
 
 
 def exact(x: np.ndarray) -> list[Fraction]:
-    """float32 whose denormals count as zeros."""
+    """Convert float32 to fractions; denormals become zero."""
     return [Fraction(float(one)) if abs(one) >= 2.0**-126 else Fraction(0) for one in x]
 
 
@@ -62,7 +62,7 @@ def wide(x: np.ndarray) -> np.ndarray:
 
 
 def expected(sums: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """As Intel's manual has VDPBF16PS: of each pair the second, then the first."""
+    """Compute VDPBF16PS as Intel's manual defines it: of each pair the second product first."""
     left, right = exact(wide(a)), exact(wide(b))
     out = []
     for i, x in enumerate(exact(sums)):
@@ -73,7 +73,7 @@ def expected(sums: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def cases() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Sums and factors alike in size, of all sizes, and so small that sums and products are denormal."""
+    """Draw sums and factors of similar size, of all sizes, and so small that sums and products are denormal."""
     rng = np.random.default_rng(3)
     found = []
     for spread, center in ((0, 0), (3, 0), (12, 0), (30, 0), (4, -62), (3, -63), (2, -126)):
@@ -161,7 +161,7 @@ def test_a_library_in_emulation_computes_the_bits_that_the_processor_does(monkey
 
 
 def outputs(one: Library, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Of layers of either kind, on a prompt and on the branches of a tree, and of a linear layer."""
+    """Compute layers of either kind, on a prompt and on the branches of a tree, and a linear layer."""
     monkeypatch.setattr(library, "load", lambda: one)
     library.use_threads(2)
     found = []

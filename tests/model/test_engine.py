@@ -1,4 +1,4 @@
-"""A request's life in the engine: refused, waiting, stopped, aborted, failed; and what is counted meanwhile."""
+"""Test a request's life in the engine: refused, waiting, stopped, aborted, failed; and the statistics of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def long_request(request_id: str = "r", **params: Any) -> Request:
 
 @pytest.fixture(scope="module")
 def known(plain_engine: Engine) -> dict[str, list[int]]:
-    """The sixty tokens that every `long_request` begins to say."""
+    """Return the first sixty tokens of the answer to every `long_request`."""
     answer = tiny.answers(plain_engine, [long_request()])["r"]
     return {f"r{i}": answer for i in range(20)} | {"r": answer}
 
@@ -342,7 +342,7 @@ def test_media_that_no_image_library_reads_fail_alone(crowd: Engine, known: dict
 
 
 def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Medium]:
-    """Media whose first piece really passes through the tower, as they do."""
+    """Return a list that grows with each medium whose first piece passes through the tower."""
     seen: list[Medium] = []
     encode = engine.target.encode
 

@@ -1,4 +1,4 @@
-"""The promise: the same tokens, however they are computed.
+"""Test the main promise: the same tokens, however they are computed.
 
 Greedy equals transformers' own `generate`. Greedy and seeded sampling are the same with a draft and without, alone and
 in a crowd, joining and leaving, chunked and whole. The tests use an untrained draft (nearly always wrong) and an oracle
@@ -43,7 +43,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 
 
 def mixed(number: int = 16) -> list[Request]:
-    """Requests of every kind and length; the same ids and answers each time."""
+    """Build requests of every kind and length; ids and answers are the same each time."""
     contents = list(CONTENTS.values())
     return [
         tiny.ask(
@@ -58,7 +58,7 @@ def mixed(number: int = 16) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def expected(plain_engine: Engine) -> dict[str, list[int]]:
-    """Each answer from one sequence at a time, without a draft, the prompt as a whole."""
+    """Answer one request at a time, without a draft, each prompt in one chunk."""
     return {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in mixed()}
 
 
@@ -66,7 +66,7 @@ def expected(plain_engine: Engine) -> dict[str, list[int]]:
 
 
 def generated(folder: Path, content: tuple[str | Medium, ...], max_tokens: int) -> list[int]:
-    """transformers' own pipeline from frames and text to tokens, batch 1, its own cache and attention."""
+    """Answer with transformers' own pipeline from frames and text to tokens: batch 1, its own cache and attention."""
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = tiny.by_processor(processor, (Message("user", content),), return_tensors="pt")
@@ -248,7 +248,7 @@ def test_transformers_own_layers_say_the_same_as_the_native_ones(
 
 
 def parted(expected: dict[str, list[int]], answers: dict[str, list[int]]) -> dict[str, int]:
-    """Where each answer that differs leaves the expected one."""
+    """Find the position at which each wrong answer departs from the expected one."""
     assert expected.keys() == answers.keys()
     places = {
         name: next(
@@ -262,7 +262,7 @@ def parted(expected: dict[str, list[int]], answers: dict[str, list[int]]) -> dic
 
 
 class Judge:
-    """transformers in float32 and in bfloat16: how near a tie was, and how much of that bfloat16 rounds away."""
+    """Compare transformers in float32 and bfloat16: how close two tokens are, and how much bfloat16 moves them."""
 
     def __init__(self, folder: Path) -> None:
         self._exact, self._rounded = (
@@ -270,7 +270,7 @@ class Judge:
         )
 
     def excess(self, request: Request, before: list[int], tokens: tuple[int, int]) -> float:
-        """How many times further apart these tokens were, behind `before`, than rounding moves them."""
+        """Compute how many times larger the gap of two tokens after `before` is than the error of rounding."""
         exact, rounded = (one.logits(request.messages, tuple(before)) for one in (self._exact, self._rounded))
         near = margin(exact, request.params, len(before), tokens)
         if request.params.temperature == 0.0:
@@ -282,7 +282,7 @@ class Judge:
     def unexplained(
         self, requests: list[Request], expected: dict[str, list[int]], answers: dict[str, list[int]]
     ) -> dict[str, float]:
-        """The excess of each answer that leaves the expected one where rounding cannot have decided."""
+        """Return the excess of each wrong answer whose difference rounding cannot explain."""
         by_id = {request.request_id: request for request in requests}
         found = {
             name: self.excess(by_id[name], expected[name][:at], (expected[name][at], answers[name][at]))

@@ -1,4 +1,4 @@
-"""How many frames of videos fit is found from whole prompts, and what is said to fit does."""
+"""Test the search for the largest number of video frames that fits: the frames that it reports do fit."""
 
 from __future__ import annotations
 

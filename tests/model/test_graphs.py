@@ -1,6 +1,6 @@
-"""Passes in few, rounded shapes over static buffers say what passes in their own shapes say.
+"""Test that passes in a few rounded shapes over static buffers equal passes in their own shapes.
 
-Without a GPU nothing is recorded, but all else is the same: the buffers, the shapes, what rounding adds.
+Without a GPU nothing is recorded, but the buffers, the shapes and the padding are the same.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.model.test_equality import mixed
 
 @pytest.fixture(scope="module")
 def engine(tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path) -> Iterator[Engine]:
-    """Through torch as on a GPU, its passes replayed; seven slots, so that not every batch is a power of two."""
+    """Start an engine in torch with replayed passes; seven slots, so that not every batch is a power of two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "load", lambda: None)
         yield Engine(
@@ -53,7 +53,7 @@ def engine(tiny_gqa_checkpoint: Path, tiny_gqa_draft: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def expected(tiny_gqa_checkpoint: Path) -> dict[str, list[int]]:
-    """One sequence at a time, without a draft, every pass in its own shape."""
+    """Answer one request at a time, without a draft, with every pass in its own shape."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "load", lambda: None)
         plain = Engine(tiny.config(tiny_gqa_checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
@@ -79,7 +79,7 @@ def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: di
 
 
 class Traced:
-    """A recording in earnest: every operation on tensors is noted once, and no Python runs when they are replayed."""
+    """Record every tensor operation once; replays run no Python."""
 
     def record(self, run: Callable[[], graphs.Outputs]) -> Callable[[], graphs.Outputs]:
         run()
@@ -144,7 +144,7 @@ def cache(num_slots: int = 5) -> KVCache:
 
 
 def attending(plan: AttentionTensors, numbers: Tensor, states: Tensor | None) -> tuple[Tensor, ...]:
-    """Queries, keys and values out of the states: (batch, rows, 3 * 2 * 8)."""
+    """Split the states into queries, keys and values and attend: states are (batch, rows, 3 * 2 * 8)."""
     assert states is not None
     q, k, v = states.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
     return attend(plan, 0, q, k, v).transpose(1, 2), numbers.sum(0)
@@ -255,7 +255,7 @@ def test_sixty_four_rows_see_each_other_through_the_sign_bit_too() -> None:
 
 
 def on_meta(num_layers: int, heads: int, head_dim: int) -> tuple[KVCache, AttentionTensors]:
-    """A cache and three rows of one slot whose tensors have no contents: whatever asks for a number of them fails."""
+    """Create a cache and three rows of one slot on the meta device, where reading a value of a tensor fails."""
     kv = KVCache(
         num_layers=num_layers, num_slots=1, num_heads=heads, head_dim=head_dim, capacity=100, margin=16,
         dtype=torch.float32, device=torch.device("meta"),

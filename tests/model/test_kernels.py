@@ -1,4 +1,4 @@
-"""Kernels for GPUs. Without a GPU they run in Triton's interpreter, which tests/conftest.py turns on."""
+"""Test the GPU kernels. Without a GPU they run in Triton's interpreter, which tests/conftest.py enables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV cache, without a model: every row carries a number that says which token it belongs to."""
+"""Test the KV cache without a model: every row contains a number that names its token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cache(num_slots: int = 4, capacity: int = 40, margin: int = 8) -> KVCache:
 
 
 def write(kv: KVCache, first_slot: int, names: list[list[float]]) -> None:
-    """Write rows behind what slots first_slot.. hold; every row, in every layer and head, is told by its name."""
+    """Append rows to the slots from first_slot on; every row contains its name, in every layer and head."""
     batch, rows = len(names), len(names[0])
     starts = torch.tensor(kv.lengths[first_slot : first_slot + batch])
     locations = kv.locations(first_slot, starts[:, None] + torch.arange(rows))
@@ -37,7 +37,7 @@ def write(kv: KVCache, first_slot: int, names: list[list[float]]) -> None:
 
 
 def held(kv: KVCache, slot: int) -> list[float]:
-    """The names of the rows a slot holds; fails if layers, heads, keys and values disagree."""
+    """Return the names of a slot's rows; fail if layers, heads, keys and values disagree."""
     length = kv.lengths[slot]
     names = None
     for layer in range(LAYERS):

@@ -1,4 +1,4 @@
-"""LLaVA checkpoints with other towers than CLIP: as many places in a prompt as there are features, or a refusal."""
+"""Test LLaVA checkpoints with towers other than CLIP: a prompt has one place for each feature, or is refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""SpeculationController-aware drafting: what is decided follows from prices and chances alone, and never touches what
-is said."""
+"""Test load-aware drafting: decisions follow from prices and chances alone, and never change an answer."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from tests.model.oracle import OracleDrafter
 
 
 def some_trees(rng: np.random.Generator, sizes: list[int]) -> Trees:
-    """Random trees whose children are less likely than their parents."""
+    """Draw random trees whose children are less likely than their parents."""
     rows = 1 + max(sizes)
     trees = roots(rng.integers(0, 99, len(sizes)), rows)
     for b, size in enumerate(sizes):
@@ -97,7 +96,7 @@ def test_the_native_library_admits_the_same_nodes(slope: float) -> None:
 
 
 def known(plain: float = 1.0, drafting: float = 2.0, slots: int = 8, nodes: int = 7) -> SpeculationController:
-    """A load for which every round takes as long, whatever its batch."""
+    """Create a controller for which every round takes the same time, whatever its batch."""
     load = SpeculationController(slots, nodes)
     load.learn(np.full(len(load.batches), plain), np.full((len(load.batches), len(load.places)), drafting))
     return load
@@ -110,7 +109,7 @@ def sequence() -> Sequence:
 def rounds(
     load: SpeculationController, one: Sequence, accepted: int, count: int, *, plain: float = 1.0, drafting: float = 2.0
 ) -> list[int]:
-    """Nodes that it may verify in each of `count` rounds, of which every one with nodes brings `accepted`."""
+    """Return the node budget of each of `count` rounds; each round with nodes has `accepted` of them accepted."""
     asked = []
     for _ in range(count):
         (nodes,) = load.budgets([one], 7)

@@ -1,4 +1,4 @@
-"""Memory in huge pages: tensors that share it stay apart, and what nobody holds goes back to the system."""
+"""Test memory in huge pages: tensors that share it never overlap, and unused memory returns to the system."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The native stack: it computes what torch computes, and a row's bits do not depend on the company it is computed in.
+"""Test that the native stack computes what torch computes, with bits that do not depend on a row's batch.
 
-The second is what makes speculation unable to change an answer: verifying a branch of a tree, in any batch, is decoding
-its rows one by one. Were it lost (another blocking, another order of keys), answers would start to differ at near ties.
+So speculation cannot change an answer: verifying a branch of a tree, in any batch, equals decoding its rows one by one.
+With another blocking or order of keys, answers would start to differ at near ties.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def layer(seed: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, clip: bool) -> LayerWeights:
-    """Weights of about unit gain, so that errors neither vanish nor explode."""
+    """Draw weights of about unit gain, so that errors neither vanish nor explode."""
     wide, qkv = heads * head_dim, (heads + 2 * kv_heads) * head_dim
     up = INNER if clip else 2 * INNER
     shapes = {"qkv": (qkv, HIDDEN), "out": (HIDDEN, wide), "up": (up, HIDDEN), "down": (HIDDEN, INNER)}
@@ -93,7 +93,7 @@ def rotary(head_dim: int, positions: int) -> Rotary:
 def in_torch(
     shape: Shape, layers: list[LayerWeights], turn: Rotary | None, x: Tensor, places: Tensor, rows: AttentionMetadata
 ):
-    """The same layers in plain torch, float64, over a float64 cache."""
+    """Compute the same layers in plain torch, float64, over a float64 cache."""
 
     def norm(x: Tensor, n: Norm) -> Tensor:
         if shape.norm == "layer":
@@ -257,7 +257,7 @@ def test_no_arithmetic_makes_a_number_of_what_is_none(dtype: torch.dtype, payloa
 
 @contextmanager
 def two_cores_shared_with_four() -> Iterator[None]:
-    """Keeps this process's threads on two cores, on which four processes compute without pause."""
+    """Pin this process's threads to two cores, on which four busy processes compete with them."""
     threads = {int(name): os.sched_getaffinity(int(name)) for name in os.listdir("/proc/self/task")}
     cores = sorted(os.sched_getaffinity(0))[:2]
     for thread in threads:
@@ -400,7 +400,7 @@ def test_threads_that_call_it_at_once_get_what_each_gets_alone(dtype: torch.dtyp
 
 
 class Rounding(SequentialHead):
-    """In double, but states and contexts are kept in `dtype`."""
+    """Compute in double, but round states and contexts to `dtype`."""
 
     dtype = torch.float32
 
@@ -409,7 +409,7 @@ class Rounding(SequentialHead):
 
 
 def sequential(rank: int, *, vocab: int, dtype: torch.dtype, some: bool = False) -> tuple[SequentialHead, Sequential]:
-    """A head that reads hidden states of 32 numbers, and speaks of all tokens or half of them: exact, and packed."""
+    """Create a sequential head over hidden states of width 32, exact and packed; `some` halves its vocabulary."""
     shape = DraftConfig(32, 32, vocab, aux_layers=(1,), sequential_rank=rank, vocabulary=vocab // 2 if some else 0)
     exact = Rounding(shape).requires_grad_(False)
     for seed, weight in enumerate(exact.parameters()):
@@ -420,7 +420,7 @@ def sequential(rank: int, *, vocab: int, dtype: torch.dtype, some: bool = False)
 
 
 def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:
-    """Every node by the tokens that lead to it, with its score."""
+    """Map every node, as its path of tokens, to its score."""
     found: dict[tuple[int, ...], float] = {}
     for row in range(int(trees.sizes[b])):
         path: list[int] = []
@@ -433,7 +433,7 @@ def paths(trees: tree.Trees, b: int) -> dict[tuple[int, ...], float]:
 
 
 class Given:
-    """A drafter of whatever trees a test wants."""
+    """Propose the trees that a test passes in."""
 
     def __init__(self, trees: tree.Trees) -> None:
         self.trees, self.observed = trees, list[list[int]]()

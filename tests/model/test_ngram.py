@@ -1,4 +1,4 @@
-"""Drafters without a network: prompt lookup, and the replay of known answers that the benchmark uses."""
+"""Test drafters without a network: prompt lookup, and the replay of known answers that the benchmark uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers spread over several processes: the same answers, whatever happens between two passes."""
+"""Test layers spread over several processes: the same answers, whatever happens between two passes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def together(options: dict[str, Any], family: str = "llava") -> dict[str, Any]:
-    """Of an engine in a process of its own, and one more for half of its layers."""
+    """Run an engine in a process of its own, with a second process for half of its layers."""
     command = [sys.executable, "-m", "tests.model.comings", json.dumps(options | {"tensor_parallel": 2}), family]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)

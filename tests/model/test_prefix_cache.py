@@ -1,4 +1,4 @@
-"""What prompts have in common is computed once, and nothing else is: the answers say so, and so do the counts."""
+"""Test prefix caching: common prefixes are computed once and nothing else is, by answers and by counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHARING = ("off", "flash", "flash-paper", "medusa", "ngram")  # eagle's context 
 
 
 def contents(*parts: str | Medium, salt: str = "") -> Contents:
-    """A letter is a token, a medium four."""
+    """Build a prompt's contents from parts: a letter is one token, a medium four."""
     ids, media, spans = list[int](), list[Medium](), list[tuple[int, int]]()
     for part in parts:
         if isinstance(part, Medium):
@@ -116,7 +116,7 @@ QUESTION = "Which is larger, the star or the ring, and what is to the left of it
 
 
 def conversation() -> list[Request]:
-    """A picture and two questions about it, pictures in another order, and the first conversation's next turn."""
+    """Build requests with common prefixes: questions about one picture, two pictures, a second turn, videos."""
     said = "It is the ring, I think, and to the left of it there is nothing at all."
     turns = (Message("user", (RED, QUESTION)), Message("assistant", (said,)), Message("user", ("And the star?",)))
     return [
@@ -139,7 +139,7 @@ def expected(tiny_checkpoint: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(params=["native", "torch"])
 def _computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run what follows in the native library, where there is one, and in torch."""
+    """Run the test in the native library, if there is one, and in torch."""
     if request.param == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     elif library.load() is None:

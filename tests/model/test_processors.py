@@ -1,7 +1,7 @@
-"""What requests do to logits: as transformers has it where it has it, and the same along every path of a tree.
+"""Test logits processors: as transformers computes them, and the same along every path of a tree.
 
-Peers ignore such options under speculation, or apply them to the wrong row; so here everything is compared with one
-token at a time.
+Other engines ignore such options under speculation, or apply them to the wrong row. So every result is compared with
+decoding one token at a time.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def heard(outputs: dict[str, list[RequestOutput]]) -> dict[str, tuple[list[int],
 
 @pytest.fixture(scope="module")
 def expected(plain_engine: Engine) -> dict[str, tuple[list[int], list[TokenLogprobs]]]:
-    """One sequence at a time, without a draft."""
+    """Answer one request at a time, without a draft."""
     return {r.request_id: heard(tiny.drain(plain_engine, [r]))[r.request_id] for r in asked()}
 
 
@@ -181,7 +181,7 @@ def test_tokens_and_log_probabilities_are_the_same_with_a_draft_and_in_a_crowd(
 
 
 def assert_alike(one: list[TokenLogprobs], other: list[TokenLogprobs]) -> None:
-    """As float32 allows: torch, where it computes, does not give a row the same bits in every company."""
+    """Compare up to a float32 tolerance: in torch a row's bits depend on its batch."""
     assert [told.chosen.id for told in one] == [told.chosen.id for told in other]
     for told, like in zip(one, other, strict=True):
         numbers = [

@@ -1,4 +1,4 @@
-"""From messages to token ids: the template is the checkpoint's, and what a user types is never more than text."""
+"""Test prompts, from messages to token ids: the template is the checkpoint's, and user text stays plain text."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def specials_in(target: Target, ids: list[int]) -> list[str]:
 
 
 def theirs(target: Target, messages: tuple[Message, ...]) -> list[int]:
-    """What transformers' own processor makes of the same conversation, called as its users do."""
+    """Tokenize the conversation with transformers' own processor, called as its users call it."""
     assert isinstance(target, LlavaTarget)
     return tiny.ids_by_processor(target.processor, messages)
 
 
 def check_spans(target: Target, prompt: TokenizedPrompt) -> None:
-    """Each span holds nothing but placeholders, as many as its frames need; outside the spans there are none."""
+    """Check that spans consist of placeholders, as many as their frames need, and that none are outside."""
     image = ids_of(target, demo.IMAGE)[0]
     assert len(prompt.spans) == len(prompt.media)
     covered = [False] * len(prompt.ids)

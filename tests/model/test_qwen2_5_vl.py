@@ -1,6 +1,6 @@
-"""Qwen2.5-VL is run as transformers runs it: ids, positions on three axes, features of pictures of any size, tokens.
+"""Test that Qwen2.5-VL runs as in transformers: ids, positions on three axes, image features of any size, tokens.
 
-Then the promise (see test_equality.py), where others broke at its positions: in trees, in batches, behind videos.
+Then test the promise of test_equality.py where positions are difficult: in trees, in batches, behind videos.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def user(*content: str | Medium) -> tuple[Message, ...]:
 
 
 def mixed(number: int = 22) -> list[Request]:
-    """Requests of every kind and length; the same ids and answers each time."""
+    """Build requests of every kind and length; ids and answers are the same each time."""
     contents = list(CONTENTS.values())
     lengths = (24, 7, 31, 1, 16)
     return [
@@ -65,7 +65,7 @@ def mixed(number: int = 22) -> list[Request]:
 
 
 class Theirs(Reference):
-    """transformers alone, from frames and texts to tokens."""
+    """Run transformers alone, from frames and texts to tokens."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), device="cpu", dtype="float32")
@@ -74,14 +74,14 @@ class Theirs(Reference):
         return list(self.generate([messages], SamplingParams(max_tokens)).tokens[0])
 
     def positions(self, messages: tuple[Message, ...]) -> np.ndarray:
-        """(3, tokens)."""
+        """Compute the position ids: (3, tokens)."""
         named = {k: v for k, v in self.inputs([messages]).items() if not k.startswith("pixel")}
         places, _ = self.model.model.get_rope_index(**named)
         return np.asarray(places[:, 0])
 
     @torch.inference_mode()
     def features(self, medium: Medium) -> Tensor:
-        """(tokens, hidden), all of a medium in one pass of the tower."""
+        """Encode all of a medium in one pass of the tower: (tokens, hidden)."""
         inputs = self.inputs([user(medium)])
         if medium.kind == "image":
             made = self.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -104,7 +104,7 @@ def target(qwen_plain: Engine) -> Qwen25VLTarget:
 
 @pytest.fixture(scope="module")
 def in_torch(qwen_checkpoint: Path) -> Engine:
-    """Through transformers' own layers, as where there is no native library."""
+    """Start an engine that runs transformers' own layers, as without a native library."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "load", lambda: None)
         return Engine(tiny.config(qwen_checkpoint, drafter="off", max_num_seqs=1, max_model_len=384))
@@ -112,7 +112,7 @@ def in_torch(qwen_checkpoint: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def expected(qwen_plain: Engine) -> dict[str, list[int]]:
-    """Each answer from one sequence at a time, without a draft, the prompt as a whole."""
+    """Answer one request at a time, without a draft, each prompt in one chunk."""
     return {r.request_id: tiny.answers(qwen_plain, [r])[r.request_id] for r in mixed()}
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint with the files, names and shapes of the published Qwen2.5-VL loads and runs."""
+"""Test that a checkpoint with the files, names and shapes of the published Qwen2.5-VL loads and runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.model.test_qwen2_5_vl import Theirs
 
 
 def as_on_the_hub(folder: Path, made: Path) -> Path:
-    """The checkpoint as Qwen published its own: flat configuration, older names of weights, legacy template file."""
+    """Convert a checkpoint to the published layout: flat config, older weight names, legacy template file."""
     folder.mkdir()
     config = json.loads((made / "config.json").read_text())
     text = config.pop("text_config")

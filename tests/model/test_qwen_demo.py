@@ -1,4 +1,4 @@
-"""The second bundled target is a Qwen2.5-VL checkpoint like any other, and trained on what it will see."""
+"""Test that the second bundled target is a usual Qwen2.5-VL checkpoint, trained on inputs like those it serves."""
 
 from __future__ import annotations
 

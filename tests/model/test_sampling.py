@@ -1,4 +1,4 @@
-"""From logits to a token: the distribution is transformers', and its randomness is of (seed, position) alone."""
+"""Test sampling: the distribution is transformers', and the draw depends on (seed, position) alone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_numbers_never_change() -> None:
 
 
 def reference(logits: torch.Tensor, settings: SamplingParams) -> torch.Tensor:
-    """transformers' own warpers in transformers' own order, in float64."""
+    """Apply transformers' own warpers in transformers' own order, in float64."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
     if settings.top_k:
         warpers.append(TopKLogitsWarper(settings.top_k))

@@ -1,4 +1,4 @@
-"""Who has the next pass, with passes that take as long as the test says: no clock decides here."""
+"""Test the order of passes, with durations that the test sets: no clock decides here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def sequence(name: str, length: int) -> Sequence:
 
 
 class Day:
-    """A scheduler and a machine; `turns` has what lay between two turns of those that decode: (name, tokens) each."""
+    """Simulate a scheduler and a machine on which a pass takes `seconds(chunk)`.
+
+    turns: for each gap between two decode steps, the prompt chunks (name, tokens) computed in it.
+    """
 
     def __init__(self, seconds: Callable[[Chunk], float], **settings: float) -> None:
         config = EngineConfig(prefill_chunk=CHUNK, **settings)  # type: ignore[arg-type]

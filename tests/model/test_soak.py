@@ -1,4 +1,4 @@
-"""Two hundred requests in random order, sizes and parameters, a fifth of them aborted: nothing is left behind."""
+"""Test that two hundred random requests, a fifth of them aborted, leave nothing behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STOPS = ("a", "e ", "in", "the", "\n", "star")
 
 
 def random_request(number: int, rng: random.Random) -> Request:
-    """Most can be served; some are too long."""
+    """Draw a request; some are too long to be served."""
     content: list[str | Medium] = [" ".join(rng.choices(WORDS, k=rng.randint(0, 12)))]
     for _ in range(rng.choice((0, 0, 1, 1, 1, 2))):
         seed = rng.randrange(6)

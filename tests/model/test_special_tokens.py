@@ -1,5 +1,7 @@
-"""A prompt's ids are those of the family's own `processor.apply_chat_template`, called as its users call it: whatever
-the tokenizer adds by itself, and whether or not the template writes BOS. No flag is passed that may hide a difference.
+"""Test that a prompt's ids equal those of the family's own `processor.apply_chat_template`, called as users call it.
+
+This covers tokens that the tokenizer adds by itself, and templates with and without BOS. No flag is passed that might
+hide a difference.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ TEMPLATES: dict[str, Callable[[str], str]] = {
 
 
 def variant(made: Path, folder: Path, family: str, added: str, template: str, *, bos: bool = True) -> Path:
-    """The checkpoint with a tokenizer that adds this by itself, and this chat template. bos: whether it has a BOS."""
+    """Save the checkpoint with a tokenizer that adds `added` by itself, and with this chat template.
+
+    bos: whether the tokenizer has a BOS token.
+    """
     shutil.copytree(made, folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -139,7 +144,7 @@ def test_ids_are_those_of_the_familys_own_processor(
 
 
 def check(target: Target, ids: list[int], spans: tuple[tuple[int, int], ...], media: tuple[Medium, ...]) -> None:
-    """Spans hold placeholders and nothing else does."""
+    """Check that spans consist of placeholders, and that none are outside."""
     marks = {demo.IMAGE, tiny_qwen.IMAGE, tiny_qwen.VIDEO}
     holders = {target.tokenizer.convert_tokens_to_ids(mark) for mark in marks if mark in target.tokenizer.get_vocab()}
     inside = [i for first, last in spans for i in range(first, last)]

@@ -1,4 +1,4 @@
-"""The stress command's own judgement: what rounding explains, and what it does not."""
+"""Test the judgement of the stress command: which differences rounding explains, and which it does not."""
 
 from __future__ import annotations
 

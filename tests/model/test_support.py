@@ -1,4 +1,4 @@
-"""What the attention here does not compute is refused by name at start; what never applies is served, and right."""
+"""Test that attention variants without support are refused by name at start, and that unused ones are served."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ WINDOW = 48
 
 
 def refusal(folder: Path, **settings: Any) -> str:
+    """Return the message with which the target of a checkpoint is refused."""
     with pytest.raises(ConfigError) as refused:
         load_target(tiny.config(folder, **settings).resolved())
     return str(refused.value)

@@ -1,5 +1,4 @@
-"""Another draft while the engine runs: no answer changes, whatever it is in the middle of; what does not fit is refused
-with nothing changed."""
+"""Test changing the draft while the engine runs: no answer changes, and a refused draft changes nothing."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ KINDS = ("flash", "eagle")
 
 @pytest.fixture(scope="module")
 def expected(plain_engine: Engine) -> dict[str, list[int]]:
-    """Each answer alone and without a draft, greedy and seeded."""
+    """Answer each request alone and without a draft, greedy and seeded."""
     return {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in mixed()}
 
 
 @pytest.fixture(scope="module")
 def drafts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Untrained drafts for the tiny target: two of FLASH with other weights and shapes, one of every other kind."""
+    """Save untrained drafts for the tiny target: two of FLASH that differ in shape, one of every other kind."""
     folder = tmp_path_factory.mktemp("swap")
     made = {
         name: tiny.save_network(folder / name, name, tiny_checkpoint) for name in ("flash-paper", "eagle", "medusa")
@@ -51,7 +50,7 @@ def swap(engine: Engine, folder: str) -> None:
 
 
 def swapping(engine: Engine, requests: list[Request], folders: list[str], at: int) -> dict[str, list[int]]:
-    """Answers while the draft is another after every `at` steps, by turns; a request comes every second step."""
+    """Answer while the draft changes every `at` steps; a request joins every second step."""
     coming, got, steps = list(requests), {r.request_id: list[int]() for r in requests}, 0
     while coming or engine.has_work:
         if coming and steps % 2 == 0:

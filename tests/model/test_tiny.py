@@ -1,4 +1,4 @@
-"""The tiny checkpoint is fit to test with: its gaps are wide, and it looks at what it is shown."""
+"""Test that the tiny checkpoint is fit for tests: its logit gaps are wide, and its answers depend on its media."""
 
 from __future__ import annotations
 

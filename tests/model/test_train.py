@@ -1,4 +1,4 @@
-"""Training a draft of any kind: it learns, it resumes as if never stopped, and what it learnt is what is served."""
+"""Test training a draft of any kind: it learns, it resumes exactly, and serving gets what it learnt."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def group(number: int) -> object:
 
 @pytest.fixture(scope="module")
 def examples(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
-    """What the tiny target answers to six prompts."""
+    """Let the tiny target answer six prompts."""
     engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=6))
     file = tmp_path_factory.mktemp("answers") / "answers.jsonl"
     return write_answers(engine, messages, range(6), file, temperatures=(0.0,), max_tokens=30)
 
 
 def losses_of(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The loss of each step, as they come."""
+    """Return a list that grows with the loss of each step."""
     seen: list[float] = []
 
     def listen(*args: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a user hands to `flashserve train`: manifests, folders, bad lines, and which part of it is held out."""
+"""Test the data that a user passes to `flashserve train`: manifests, folders, bad lines, the held-out part."""
 
 from __future__ import annotations
 

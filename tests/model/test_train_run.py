@@ -1,4 +1,4 @@
-"""A whole training: what it writes is served, it goes on only as what it was, and several processes act as one."""
+"""Test a whole training: its draft is served, it resumes only with the same settings, and processes act as one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BAD = 3
 
 @dataclass(frozen=True)
 class Tiny:
-    """Data of eight prompts, one of which cannot be used."""
+    """Offer data of eight prompts, one of which cannot be used."""
 
     digest: str = "tiny"
     summary: str = "eight pictures"

@@ -1,4 +1,4 @@
-"""Candidate trees and the walk down them, against the same ideas written slowly."""
+"""Test candidate trees and the walk down them against slow, simple versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_ENDS = torch.tensor((), dtype=torch.int64)
 
 
 def sequential(seed: int) -> Along:
-    """A head whose state is a number for each path: what follows depends on all tokens of it, and on their order."""
+    """Create a head whose output depends on all tokens of a path and on their order."""
     table = torch.randn(97, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
     def step(depth: int, tokens: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def sequential(seed: int) -> Along:
 
 
 def paths_of(trees: Trees, b: int) -> dict[tuple[int, ...], float]:
-    """Every node of tree b as its path of tokens from the root, with its score."""
+    """Map every node of tree b, as its path of tokens from the root, to its score."""
     paths: dict[int, tuple[int, ...]] = {0: ()}
     for row in range(1, int(trees.sizes[b])):
         paths[row] = (*paths[int(trees.parents[b, row])], int(trees.tokens[b, row]))
@@ -44,7 +44,7 @@ def paths_of(trees: Trees, b: int) -> dict[tuple[int, ...], float]:
 def slow_best_first(
     newest: int, logits: Tensor, head: Along | None, ends: list[int], budget: int
 ) -> dict[tuple[int, ...], float]:
-    """The `budget` likeliest paths of at most `block` tokens, by a heap over all of them."""
+    """Find the `budget` likeliest paths of at most `block` tokens with a heap over all of them."""
     block = len(logits)
 
     def children(path: tuple[int, ...], score: float) -> list[tuple[float, tuple[int, ...]]]:

@@ -1,7 +1,8 @@
-"""A LLaVA checkpoint small enough for tests, yet real: what transformers saves, and what it loads again.
+"""Save a LLaVA checkpoint small enough for tests, yet real: transformers saves it and loads it.
 
-Weights are random but *wide*: with the usual initialisation a random model hardly looks back (a wrong mask or position
-would go unnoticed) and its best tokens nearly tie (rounding would decide). Here attention matters and gaps are healthy.
+Weights are random but *wide*. With the usual initialisation a random model hardly attends to earlier tokens (a wrong
+mask or position would go unnoticed), and its best tokens nearly tie (rounding would decide). Here attention matters and
+gaps are healthy.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ def save_checkpoint(
     strategy: str = "default",
     class_tokens: int = 1,
 ) -> Path:
-    """Four layers of width 64, two heads; a tower that makes 16 tokens of a 32 x 32 picture.
+    """Save a checkpoint of four layers of width 64 with two heads; its tower makes 16 tokens of a 32 x 32 picture.
 
-    family, text: another language model, and what its config has beside; vision: another tower, which adds so many
-    class tokens to a picture's patches.
+    family, text: config class of another language model, and additional fields of its config. vision: config of another
+    tower, which adds `class_tokens` class tokens to a picture's patches.
     """
     tokenizer = demo.train_tokenizer(CORPUS, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
@@ -113,7 +114,7 @@ def save_checkpoint(
 
 
 def new_draft(target: Target, *, seed: int = 0, **shape: Any) -> DraftNetwork:
-    """An untrained draft for a tiny target, with a sequential head that says something."""
+    """Create an untrained FLASH draft for a tiny target, with a sequential head that has an effect."""
     settings = {"num_layers": 2, "num_heads": 2, "intermediate_size": 48, "block": 5, "num_latents": 4}
     config = DraftConfig(
         hidden_size=32,
@@ -131,14 +132,14 @@ def new_draft(target: Target, *, seed: int = 0, **shape: Any) -> DraftNetwork:
 
 
 def choose_offered(network: Network, target: Target) -> None:
-    """What it may propose, if not all tokens, is drawn from all of them."""
+    """Choose a reduced draft vocabulary at random, if the network has one."""
     if network.offered is not None:
         drawn = torch.randperm(target.vocab_size, generator=torch.Generator().manual_seed(0))[: len(network.offered)]
         network.offered.copy_(drawn.sort().values)
 
 
 def new_network(drafter: str, target: Target, *, seed: int = 0, vocabulary: int = 0) -> Network:
-    """An untrained draft of any kind for a tiny target; its heads, or its layer, have something to say."""
+    """Create an untrained draft of any kind for a tiny target, with initial weights that have an effect."""
     common = {"target_hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "vocabulary": vocabulary}
     torch.manual_seed(seed)
     network: Network
@@ -156,12 +157,12 @@ def new_network(drafter: str, target: Target, *, seed: int = 0, vocabulary: int 
 
 
 def target_for(drafter: str, model: Path, **settings: Any) -> Target:
-    """The tiny target with the layers tapped that this drafter reads."""
+    """Load the tiny target, set up to capture the hidden states that this drafter reads."""
     return load_target(config(model, **settings).resolved(), presets.TAP_LAYERS.get(drafter))
 
 
 def save_network(folder: Path, drafter: str, model: Path, *, vocabulary: int = 0, **settings: Any) -> Path:
-    """A folder with an untrained draft of this kind."""
+    """Save an untrained draft of this kind to `folder`."""
     target = target_for(drafter, model, **settings)
     network = new_network(drafter, target, vocabulary=vocabulary)
     checkpoint.save(folder, network, target, drafter=drafter, command="a test")
@@ -169,14 +170,17 @@ def save_network(folder: Path, drafter: str, model: Path, *, vocabulary: int = 0
 
 
 def save_draft(folder: Path, model: Path, **shape: Any) -> Path:
+    """Save an untrained FLASH draft to `folder`."""
     target = Engine(config(model)).target
     checkpoint.save(folder, new_draft(target, **shape), target, command="a test")
     return folder
 
 
 def config(model: Path, **settings: Any) -> EngineConfig:
-    """The tiny checkpoint on the CPU in float32, without a draft unless one is given, which is used whether it pays or
-    not."""
+    """Return the config of a tiny checkpoint: CPU, float32, no adaptive drafting.
+
+    There is no draft unless `settings` name one; it is then used at every step.
+    """
     given = {
         "device": "cpu",
         "dtype": "float32",
@@ -188,7 +192,7 @@ def config(model: Path, **settings: Any) -> EngineConfig:
 
 
 def engine_of(name: str, model: Path, drafts: Mapping[str, Path], **settings: Any) -> Engine:
-    """With this drafter, and its draft where it is one that was trained; prompts in chunks of 16."""
+    """Start an engine with this drafter, and with its draft if it needs one; prompts in chunks of 16."""
     draft = str(drafts[name]) if name in drafts else None
     given = {"max_num_seqs": 8, "prefill_chunk": 16, **settings}
     return Engine(config(model, drafter=name, draft=draft, **given))
@@ -198,8 +202,10 @@ def engine_of(name: str, model: Path, drafts: Mapping[str, Path], **settings: An
 
 
 def by_processor(processor: Any, messages: Iterable[Message], *, split: bool = True, **options: Any) -> Any:
-    """What it makes of a conversation where its users leave the tokenizing to it. split: a video is a marker and its
-    frames, as LLaVA has it."""
+    """Tokenize a conversation with transformers' processor, called as its users call it.
+
+    split: write a video as a marker and its frames, as LLaVA does.
+    """
     turns = []
     for message in messages:
         parts: list[dict[str, Any]] = []
@@ -216,6 +222,7 @@ def by_processor(processor: Any, messages: Iterable[Message], *, split: bool = T
 
 
 def ids_by_processor(processor: Any, messages: Iterable[Message], **options: Any) -> list[int]:
+    """Return the token ids of a conversation from transformers' processor."""
     ids: list[int] = by_processor(processor, messages, **options)["input_ids"][0]
     return ids
 
@@ -224,28 +231,31 @@ def ids_by_processor(processor: Any, messages: Iterable[Message], **options: Any
 
 
 def picture(seed: int, num_frames: int = 1) -> np.ndarray:
-    """(num_frames, SIDE, SIDE, 3) uint8: blocks of colour, different for every seed."""
+    """Return blocks of colour that differ for every seed: (num_frames, SIDE, SIDE, 3) uint8."""
     blocks = np.random.default_rng(seed).integers(0, 256, (num_frames, 4, 4, 3), np.uint8)
     return blocks.repeat(SIDE // 4, 1).repeat(SIDE // 4, 2)
 
 
 def image(seed: int) -> Medium:
+    """Return an image that differs for every seed."""
     return Medium("image", picture(seed))
 
 
 def video(seed: int, num_frames: int = 3) -> Medium:
+    """Return a video that differs for every seed."""
     return Medium("video", picture(seed, num_frames))
 
 
 def ask(request_id: str, *content: str | Medium, speculation: bool = True, **params: Any) -> Request:
+    """Build a request of one user message: 24 tokens past any end of sequence, unless `params` differ."""
     settings: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, **params}
     return Request(request_id, (Message("user", content),), SamplingParams(**settings), speculation)
 
 
 def drain(engine: Engine, requests: Iterable[Request] = (), *, every: int = 0) -> dict[str, list[RequestOutput]]:
-    """Run the engine dry with its integrity checked at every step; all outputs by request.
+    """Run the engine until it is idle, checking its integrity at every step, and return all outputs by request.
 
-    The requests come all at once, or one every so many steps.
+    Requests are added all at once, or one every `every` steps. Each must end with exactly one finishing output.
     """
     outputs: dict[str, list[RequestOutput]] = {}
     coming, steps = list(requests), 0
@@ -267,6 +277,7 @@ def drain(engine: Engine, requests: Iterable[Request] = (), *, every: int = 0) -
 
 
 def assert_idle(engine: Engine) -> None:
+    """Check that an engine has no work and no slot in use."""
     assert not engine.has_work
     assert engine.cache.num_free == engine.cache.num_slots, "the engine is idle, yet a slot is taken"
     assert engine.cache.usage == 0.0
@@ -274,26 +285,28 @@ def assert_idle(engine: Engine) -> None:
 
 
 def token_ids(outputs: Iterable[RequestOutput]) -> list[int]:
+    """Join the token ids of a request's outputs."""
     return [token.id for output in outputs for token in output.tokens]
 
 
 def text_of(outputs: Iterable[RequestOutput]) -> str:
+    """Join the text of a request's outputs."""
     return "".join(output.text for output in outputs)
 
 
 def answers(engine: Engine, requests: Iterable[Request], *, every: int = 0) -> dict[str, list[int]]:
-    """Token ids of every request's whole answer."""
+    """Run requests and return the token ids of every whole answer."""
     return {request_id: token_ids(outputs) for request_id, outputs in drain(engine, requests, every=every).items()}
 
 
 def in_torch(engine: Engine) -> TorchRound:
-    """The engine's round, which must be torch's."""
+    """Return the engine's round, which must be torch's."""
     assert isinstance(engine.round, TorchRound)
     return engine.round
 
 
 def replays(engine: Engine) -> Replays:
-    """The target's passes, which must be recorded."""
+    """Return the target's recorded passes, which must exist."""
     passes = in_torch(engine).passes
     assert passes is not None
     return passes

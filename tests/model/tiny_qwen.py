@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL checkpoint small enough for tests; see tiny.py, whose words of warning on weights hold here too."""
+"""Save a Qwen2.5-VL checkpoint small enough for tests; see tiny.py for why its weights are wide."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPECIAL = (
     "<|video_pad|>",
 )
 PAD, START, END, VISION_START, VISION_END, IMAGE, VIDEO = SPECIAL
-# As Qwen's own: a system message where there is none, a counter that nobody asks for.
+# Like Qwen's own, it adds a system message to a conversation without one.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
@@ -50,6 +50,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the tiny corpus, with Qwen's special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,8 +79,11 @@ def save_checkpoint(
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
 ) -> Path:
-    """Four layers of width 64, two heads, one of keys and values; a tower of four layers, the second and the last
-    without windows. 4 to 36 tokens a picture, one for 16 x 16 pixels."""
+    """Save a checkpoint of four layers of width 64, with two query heads and one KV head.
+
+    The tower has four layers; the second and the last have no windows. A picture has 4 to 36 tokens of 16 x 16 pixels
+    each.
+    """
     tokenizer = train_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text_config = {
@@ -132,7 +136,7 @@ def save_checkpoint(
                 torch.nn.init.normal_(weight, std=0.3)
         if not tied:
             target.lm_head.weight.mul_(2.0)
-    target.generation_config.eos_token_id = [ids[END], ids[PAD]]  # as Qwen's own: two ends
+    target.generation_config.eos_token_id = [ids[END], ids[PAD]]  # two EOS tokens, as in Qwen's own
     target.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
@@ -146,7 +150,7 @@ def save_checkpoint(
 
 
 class VideoGrids:
-    """Stands in for transformers' video processor, which needs torchvision: sizes of videos that are at theirs."""
+    """Replace transformers' video processor, which needs torchvision, for videos that need no resizing."""
 
     merge_size, temporal_patch_size = MERGE, TOGETHER
 
@@ -161,28 +165,30 @@ class VideoGrids:
 
 
 class Processor(Qwen2_5_VLProcessor):
-    """transformers' own, all but its videos' pixels."""
+    """Run transformers' own processor, except on the pixels of videos."""
 
     def check_argument_for_proper_class(self, *_: Any) -> None:
-        """Fails without torchvision."""
+        """Skip a check that fails without torchvision."""
 
     @classmethod
     def of(cls, folder: Path) -> Processor:
+        """Load the processor of a checkpoint."""
         tokenizer = AutoTokenizer.from_pretrained(folder)
         images = Qwen2VLImageProcessorPil.from_pretrained(folder)
         return cls(images, tokenizer, VideoGrids(), chat_template=tokenizer.chat_template)
 
 
 def picture(seed: int, width: int, height: int, num_frames: int = 1) -> np.ndarray:
-    """(num_frames, height, width, 3) uint8: blocks of colour, different for every seed."""
+    """Return blocks of colour that differ for every seed: (num_frames, height, width, 3) uint8."""
     blocks = np.random.default_rng(seed).integers(0, 256, (num_frames, 8, 8, 3), np.uint8)
     return blocks[:, np.arange(height) * 8 // height][:, :, np.arange(width) * 8 // width]
 
 
 def image(seed: int, across: int = 3, down: int = 2) -> Medium:
-    """So many tokens across and down."""
+    """Return an image of `across` x `down` tokens that differs for every seed."""
     return Medium("image", picture(seed, across * UNIT, down * UNIT))
 
 
 def video(seed: int, num_frames: int = 5, across: int = 2, down: int = 3, seconds: float | None = 0.4) -> Medium:
+    """Return a video of `across` x `down` tokens a frame pair that differs for every seed."""
     return Medium("video", picture(seed, across * UNIT, down * UNIT, num_frames), seconds)
