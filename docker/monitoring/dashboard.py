@@ -446,6 +446,7 @@ def _reduce(how: str) -> common.ReduceDataOptions:
 
 
 def _stat(_: Panel) -> stat.Panel:
+    """Create a panel of one large number with a curve behind it."""
     return (
         stat.Panel()
         .reduce_options(_reduce("lastNotNull"))
@@ -455,11 +456,13 @@ def _stat(_: Panel) -> stat.Panel:
 
 
 def _heatmap(panel: Panel) -> heatmap.Panel:
+    """Create a heatmap of a histogram's buckets."""
     color = heatmap.HeatmapColorOptions().mode(HeatmapColorMode.SCHEME).scheme("Blues").reverse(False).steps(32)
     return heatmap.Panel().calculate(False).color(color).y_axis(heatmap.YAxisConfig().unit(panel.unit).decimals(0))
 
 
 def _bars(_: Panel) -> bargauge.Panel:
+    """Create a panel of horizontal bars, one for each series."""
     return (
         bargauge.Panel()
         .reduce_options(_reduce("mean"))

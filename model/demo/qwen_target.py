@@ -65,6 +65,7 @@ def style(tokenizer: PreTrainedTokenizerFast) -> Style:
     start, image, end, video = ids("<|vision_start|><|image_pad|><|vision_end|><|video_pad|>")
 
     def media(kind: str, num_frames: int) -> list[int]:
+        """Return the tokens of a sample's media."""
         if kind == "video":
             return [start, *[video] * (GRID * GRID * num_frames // qwen.FRAMES_PER_PATCH), end]
         return [start, *[image] * GRID * GRID, end] * num_frames

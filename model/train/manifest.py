@@ -95,6 +95,7 @@ class Item:
         )
 
     def _decoded(self, part: str | File, decode: Decode) -> str | Medium:
+        """Decode one part if it is a file. Raises Unusable, naming the line and the file."""
         if isinstance(part, str):
             return part
         try:
@@ -134,6 +135,7 @@ def read(path: Path, prompts: Sequence[str] = ()) -> Data:
 
 
 def _of_folder(folder: Path, prompts: Sequence[str]) -> Iterator[Item]:
+    """Yield an item for each media file of a folder and its subfolders, and for each prompt."""
     number = 0
     for path in sorted(folder.rglob("*")):
         kind = SUFFIXES.get(path.suffix.lower())
@@ -199,6 +201,7 @@ def _turns(row: dict[str, Any], folder: Path) -> tuple[Turn, ...]:
 
 
 def _text(row: dict[str, Any], name: str) -> str:
+    """Return a field that must be a text and not empty. Raises ValueError, naming the field."""
     value = row.get(name)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name}: must be a text that is not empty" if name in row else f"{name}: is missing")
@@ -206,6 +209,7 @@ def _text(row: dict[str, Any], name: str) -> str:
 
 
 def _paths(row: dict[str, Any], name: str) -> list[str]:
+    """Return the paths of a field, one or a list, or none if it is missing. Raises ValueError, naming the field."""
     value = row.get(name, [])
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
@@ -214,6 +218,7 @@ def _paths(row: dict[str, Any], name: str) -> list[str]:
 
 
 def _turn(message: Any, folder: Path) -> Turn:
+    """Check one entry of "messages" and convert it to a turn. Raises ValueError, naming the field."""
     if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
         raise ValueError('messages: each needs a "role": system, user or assistant')
     role, content = message["role"], message.get("content")

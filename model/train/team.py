@@ -37,9 +37,11 @@ class Alone:
     device: str | None = None
 
     def average(self, values: Tensor) -> Tensor:
+        """Return the values, which are their own mean."""
         return values
 
     def wait(self) -> None:
+        """Return at once."""
         return
 
 
@@ -52,10 +54,12 @@ class Accelerated:
         self.device: str | None = str(accelerator.device)
 
     def average(self, values: Tensor) -> Tensor:
+        """Average a tensor over all processes with a collective call."""
         mean: Tensor = self._accelerator.reduce(values, reduction="mean")
         return mean
 
     def wait(self) -> None:
+        """Block until all processes have called this."""
         self._accelerator.wait_for_everyone()
 
 

@@ -32,13 +32,16 @@ class Guided:
         self.native = False
 
     def start(self, slot: int, prompt: TokenizedPrompt) -> None:
+        """Start the slot in both drafters."""
         self.drafter.start(slot, prompt)
         self.oracle.start(slot, prompt)
 
     def share(self, source: int, slot: int, length: int) -> bool:
+        """Copy a prefix in both drafters; false if one of them cannot."""
         return self.drafter.share(source, slot, length) and self.oracle.share(source, slot, length)
 
     def prefill(self, slot: int, start: int, aux_hidden_states: Tensor, embeds: Tensor) -> None:
+        """Pass a chunk of the prompt to both drafters."""
         self.drafter.prefill(slot, start, aux_hidden_states, embeds)
         self.oracle.prefill(slot, start, aux_hidden_states, embeds)
 
@@ -61,18 +64,22 @@ class Guided:
         return self.oracle.propose(newest, budgets)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
+        """Pass the accepted paths to both drafters."""
         self.drafter.observe(trees, paths, aux_hidden_states)
         self.oracle.observe(trees, paths, aux_hidden_states)
 
     def free(self, slot: int) -> None:
+        """Free the slot in both drafters."""
         self.drafter.free(slot)
         self.oracle.free(slot)
 
     def exchange(self, one: int, other: int) -> None:
+        """Exchange two slots in both drafters."""
         self.drafter.exchange(one, other)
         self.oracle.exchange(one, other)
 
     def check_integrity(self, held: Mapping[int, int]) -> None:
+        """Check both drafters."""
         self.drafter.check_integrity(held)
         self.oracle.check_integrity(held)
 

@@ -46,9 +46,11 @@ class OracleDrafter:
         self._sizes: list[int] = []  # nodes of this step's trees, by slot; empty without trees
 
     def start(self, slot: int, prompt: TokenizedPrompt) -> None:
+        """Reserve the slot."""
         self.cache.take(slot)
 
     def share(self, source: int, slot: int, length: int) -> bool:
+        """Copy a prefix; this always succeeds."""
         self.cache.share(source, slot, length)
         return True
 
