@@ -1,4 +1,4 @@
-"""Everything the engine can be told at start. Frozen; "auto" becomes a new, resolved config."""
+"""Defines the configuration of an engine. It is frozen; `resolved` returns a new one without "auto"."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 BUNDLED = {DEMO: ("target", "draft"), "demo-qwen": ("qwen-target", "qwen-draft")}
 DrafterName = Literal["auto", "flash", "flash-paper", "eagle", "medusa", "ngram", "off"]
 DRAFTERS: tuple[str, ...] = get_args(DrafterName)
-TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # a folder holds what they have learnt
-MAX_NODES, PAPER_NODES = 15, 25  # draft nodes per sequence and step; of flash-paper's fixed tree
+TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # these need a trained draft
+MAX_NODES, PAPER_NODES = 15, 25  # default draft nodes per sequence and step; those of flash-paper's fixed tree
 # Largest values of max_nodes, tree_width and max_verify_tokens: the native library keeps a tree's nodes on its stack.
 MOST_NODES, WIDEST_TREE, MOST_VERIFY_TOKENS = 1024, 64, 65_536
 DEFAULT_MAX_MODEL_LEN = 4096
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name": what reads otherwise can only be a path
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name"; anything else is a path
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
+    """All options of an engine. Raises ConfigError, which names the option, if a value is out of range."""
+
     model: str = DEMO  # "demo", "demo-qwen", a folder, or a hub id
     draft: str | None = None  # folder of a trained draft; None: the bundled one for a bundled model, else none
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"
-    drafter: DrafterName = "auto"  # "auto": what the draft's folder says
-    max_num_seqs: int = 16  # sequences decoded together; each has its slot of the KV cache
-    max_model_len: int | None = None  # prompt + answer; None: what the model has, up to DEFAULT_MAX_MODEL_LEN
-    kv_cache_bytes: int | None = None  # cap on the KV cache; fewer slots fit then. None: as memory_utilization allows
+    drafter: DrafterName = "auto"  # "auto": the one that the draft was trained for
+    max_num_seqs: int = 16  # maximum sequences decoded together; each has a slot of the KV cache
+    max_model_len: int | None = None  # prompt + answer, tokens; None: the model's limit, up to DEFAULT_MAX_MODEL_LEN
+    kv_cache_bytes: int | None = None  # limit on the KV cache, so on its slots; None: memory_utilization decides
     memory_utilization: float = 0.9  # share of the free memory for weights, KV cache and encoder cache
-    free_host_memory: int | None = None  # CPU: bytes that were free before any engine started; None: as it is now
-    prefill_chunk: int = 512  # prompt tokens of a pass at most; after as many, those that decode have their turn
-    max_decode_slowdown: float = 2.5  # how many times slower those may become while a long prompt is read
-    adaptive_drafting: bool = True  # draft only what pays at the present load; a fixed tree is always verified whole
-    max_verify_tokens: int = 512  # per step, over all sequences: a limit on draft tokens, not on newest tokens
-    max_nodes: int | None = None  # draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's
+    free_host_memory: int | None = None  # CPU: bytes that were free before any engine started; None: measure now
+    prefill_chunk: int = 512  # maximum prompt tokens per pass, and about the most between two decode steps
+    max_decode_slowdown: float = 2.5  # maximum factor by which a long prompt may slow down decoding
+    adaptive_drafting: bool = True  # draft only as much as pays at the present load; not for fixed trees
+    max_verify_tokens: int = 512  # maximum rows per step over all sequences; limits draft tokens, never newest tokens
+    max_nodes: int | None = None  # maximum draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's number
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
-    prefix_cache: bool = True  # what prompts have in common is computed once, as long as it is still there
-    tensor_parallel: int = 1  # devices that share the decoder's layers, `device` being the first
-    graphs: bool | None = None  # record the passes that torch computes, and replay them; None: on a GPU
+    prefix_cache: bool = True  # reuse keys and values of common prompt prefixes
+    tensor_parallel: int = 1  # devices that share the decoder's layers; `device` is the first
+    graphs: bool | None = None  # record torch's passes and replay them (CUDA graphs); None: on a GPU only
     threads: int | None = None  # CPU threads; None: all
-    share_cores: bool = False  # CPU: others, which give way, work on the same cores
+    share_cores: bool = False  # CPU: other processes, which give way, use the same cores
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
@@ -79,13 +81,16 @@ class EngineConfig:
 
     @property
     def nodes(self) -> int:
-        """Draft nodes per sequence and step at most."""
+        """Return the maximum number of draft nodes per sequence and step."""
         if self.max_nodes is not None:
             return self.max_nodes
         return PAPER_NODES if self.drafter == "flash-paper" else MAX_NODES
 
     def resolved(self) -> EngineConfig:
-        """The same configuration with bundled models' names and "auto" replaced by what they stand for here."""
+        """Return a copy with names of bundled models and "auto" replaced by the values for this machine.
+
+        Raises ConfigError if the device, the model or the draft is not there.
+        """
         import torch
 
         from model.backends.native import library
@@ -122,7 +127,8 @@ class EngineConfig:
         )
 
     def _drafter(self, draft: str | None) -> DrafterName:
-        """The one that is asked for, or with "auto" the one whose draft this is."""
+        """Return the drafter for this draft; "auto" becomes the drafter that the draft was trained for. Raises
+        ConfigError if they do not match."""
         if self.drafter in ("ngram", "off"):
             return self.drafter
         if draft is None:
@@ -139,8 +145,10 @@ class EngineConfig:
         return found
 
     def context(self, max_positions: int) -> int:
-        """Tokens of prompt and answer together, for a model that knows so many positions. ConfigError where more are
-        asked for."""
+        """Return the limit of prompt and answer together, in tokens, for a model with `max_positions` positions.
+
+        Raises ConfigError if `max_model_len` is larger.
+        """
         if self.max_model_len is None:
             return min(DEFAULT_MAX_MODEL_LEN, max_positions)
         if self.max_model_len > max_positions:
@@ -152,11 +160,12 @@ class EngineConfig:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
+        """Return the names of all options."""
         return tuple(f.name for f in fields(cls))
 
 
 def drafter_of(folder: Path) -> DrafterName:
-    """Whose draft it is that this folder holds."""
+    """Read the drafter that the draft in `folder` was trained for. Raises ConfigError if it cannot be read."""
     try:
         named = json.loads((folder / "config.json").read_text())["drafter"]
     except FileNotFoundError as error:

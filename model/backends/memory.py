@@ -1,9 +1,8 @@
-"""Memory that every step reads from end to end, in huge pages where the system has them to give.
+"""Allocates memory that every step reads from end to end, in huge pages if the system has them.
 
-A step reads all weights once, megabytes in less than a millisecond. In pages of 4 KiB that is thousands of addresses
-to be translated, more than a processor remembers, and pages scattered over memory push each other out of its caches.
-Linux gives pages of 2 MiB to who asks, where `transparent_hugepage` is `madvise` or `always`; elsewhere this is
-ordinary memory.
+A step reads all weights once, megabytes in less than a millisecond. With pages of 4 KiB a processor has to translate
+thousands of addresses, more than it caches, and scattered pages evict each other from its caches. Linux provides pages
+of 2 MiB on request if `transparent_hugepage` is `madvise` or `always`. Elsewhere this is ordinary memory.
 """
 
 from __future__ import annotations
@@ -17,35 +16,39 @@ from torch import Tensor
 
 PAGE = 2 << 20
 ALIGNED = 64  # bytes: a cache line, and a vector of the native kernels
-SHARED = 4 << 20  # bytes that small tensors share
+SHARED = 4 << 20  # bytes of a block that small tensors share
 
 
 class _Bytes:
-    """Given out from the front; the system gets them back with the last tensor that lies in them."""
+    """A block of memory, handed out from the front. It is freed with the last tensor in it."""
 
     def __init__(self, size: int) -> None:
+        """Map `size` bytes, aligned to a huge page."""
         mapped = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(AttributeError, OSError):  # not Linux; or one without huge pages
+        with contextlib.suppress(AttributeError, OSError):  # not Linux, or no huge pages
             mapped.madvise(mmap.MADV_HUGEPAGE)
-        everything = torch.frombuffer(mapped, dtype=torch.uint8)  # keeps `mapped`, as do all its views
+        everything = torch.frombuffer(mapped, dtype=torch.uint8)  # it and all its views keep `mapped` alive
         start = -everything.data_ptr() % PAGE
         self._left = everything[start : start + size]
 
     def take(self, size: int) -> Tensor | None:
-        """None where that many are not left."""
+        """Hand out the next `size` bytes; None if fewer are left."""
         if size > len(self._left):
             return None
         block, self._left = self._left[:size], self._left[-(-size // ALIGNED) * ALIGNED :]
         return block
 
 
-_shared = _Bytes(0)  # by the small tensors to come
+_shared = _Bytes(0)  # the block that new small tensors share
 _one_at_a_time = threading.Lock()
 
 
 def zeros(numbers: int, dtype: torch.dtype) -> Tensor:
-    """(numbers,) zeros on the CPU. Nothing is written: pages come from the system as zeros, and only once something is
-    written there do they take memory. No part is given out twice."""
+    """Allocate (numbers,) zeros on the CPU.
+
+    Nothing is written: the system provides zeroed pages, which take memory only once they are written to. No bytes are
+    handed out twice.
+    """
     global _shared  # noqa: PLW0603
     size = numbers * dtype.itemsize
     with _one_at_a_time:

@@ -30,7 +30,7 @@ def aux_layers(config: EngineConfig) -> tuple[int, ...] | None:
 
 
 def cache_shape(config: EngineConfig, room: Room) -> dict[str, int] | None:
-    """The shape of a slot of the KV cache that the drafter of a resolved config has; None where it has none."""
+    """Return the shape of a slot of the KV cache of a resolved config's drafter; None if it has none."""
     if config.drafter not in TRAINED or config.draft is None:
         return None
     shape: dict[str, int] | None = KINDS[config.drafter].cache_shape(

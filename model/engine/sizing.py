@@ -1,7 +1,7 @@
-"""Decides how many KV cache slots fit into the memory that is free, before weights are loaded and once they are.
+"""Decides how many KV cache slots fit into the free memory, before weights are loaded and again afterwards.
 
-Of what is free when an engine starts it takes `memory_utilization`: for weights, KV cache and encoder cache of the
-target, and for weights and KV cache of its draft. Each slot holds `max_model_len` tokens.
+An engine may take `memory_utilization` of the memory that is free when it starts: for weights, KV cache and encoder
+cache of the target, and for weights and KV cache of its draft. Each slot has `max_model_len` tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from model.targets.stored import stored_weights
 log = logging.getLogger("flashserve.engine")
 
 MIB = 1 << 20
-SHORTEST = 16  # max_model_len
+SHORTEST = 16  # smallest max_model_len
 
 
 def read_free_memory(config: EngineConfig) -> int | None:
-    """Bytes free on the device of a resolved config; None where nobody says."""
+    """Return the free bytes on the device of a resolved config; None if unknown."""
     device = torch.device(config.device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -39,9 +39,9 @@ def read_free_memory(config: EngineConfig) -> int | None:
 
 @dataclass(frozen=True)
 class Sizing:
-    """The memory that an engine may take, and what is known of its needs before the target is loaded.
+    """The memory that an engine may take, and its needs as known before the target is loaded.
 
-    budget: bytes; None: unknown, nothing is checked. draft_weights: bytes.
+    budget: bytes, None if unknown, and then nothing is checked; draft_weights: bytes.
     """
 
     config: EngineConfig
@@ -50,7 +50,7 @@ class Sizing:
 
     @classmethod
     def read(cls, config: EngineConfig, target: Target | None) -> Sizing:
-        """Read what is free now, for a resolved config; a target that is loaded already counts as free."""
+        """Measure the free memory for a resolved config. The memory of an already loaded target counts as free."""
         free = read_free_memory(config)
         draft = 0
         if config.drafter in TRAINED and config.draft is not None:
@@ -64,7 +64,7 @@ class Sizing:
         return cls(config, budget, draft)
 
     def check_before_loading(self) -> None:
-        """Raise ConfigError where the target's files say that not even one sequence will fit; no weights are read."""
+        """Raise ConfigError if not even one sequence will fit, by the target's files. Reads no weights."""
         if self.budget is None or self.config.kv_cache_bytes is not None:
             return
         checkpoint, weights = targets.read_checkpoint(self.config)
@@ -80,7 +80,8 @@ class Sizing:
         self._fitting(slots, self.config.context(text.max_position_embeddings), weights.num_bytes if weights else 0)
 
     def num_slots(self, target: Target, max_model_len: int) -> int:
-        """As many slots as are configured and fit; with kv_cache_bytes, as that holds. ConfigError where none does."""
+        """Return the number of slots: `max_num_seqs`, or as many as fit into memory or into `kv_cache_bytes`. Raises
+        ConfigError if none fits."""
         config = self.config
         heads = share_of(config, target.num_kv_heads)
         slots = _Slots(config, target.num_layers, heads, target.head_dim, target.dtype)
@@ -110,7 +111,7 @@ class Sizing:
         return min(config.max_num_seqs, fitting)
 
     def _fitting(self, slots: _Slots, max_model_len: int, weights: int) -> int:
-        """How many slots fit beside the weights. Raises ConfigError, which says what would fit, where none does."""
+        """Return how many slots fit beside the weights. Raises ConfigError with a remedy if none does."""
         assert self.budget is not None
         left = self.budget - weights - self.draft_weights - self.config.encoder_cache_bytes
         if (fitting := left // slots.num_bytes(max_model_len)) >= 1:
@@ -133,7 +134,7 @@ class Sizing:
 
 @dataclass(frozen=True)
 class _Slots:
-    """What one slot takes, of the target's KV cache and of its draft's."""
+    """Computes the bytes of one slot in the KV caches of the target and its draft."""
 
     config: EngineConfig
     num_layers: int
@@ -142,6 +143,7 @@ class _Slots:
     dtype: torch.dtype
 
     def target_bytes(self, max_model_len: int) -> int:
+        """Return the bytes of a slot in the target's KV cache."""
         return KVCache.bytes_per_slot(
             num_layers=self.num_layers,
             num_heads=self.num_heads,
@@ -152,6 +154,7 @@ class _Slots:
         )
 
     def num_bytes(self, max_model_len: int) -> int:
+        """Return the bytes of a slot in both KV caches."""
         room = Room(1, max_model_len, self.config.nodes + 1, self.config.tree_width)
         shape = drafters.cache_shape(self.config, room)
         draft = 0 if shape is None else KVCache.bytes_per_slot(**shape, dtype=self.dtype)

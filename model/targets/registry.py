@@ -38,7 +38,7 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
 
 
 def target_class(config: EngineConfig) -> Any:
-    """The class of the target that a resolved config names. For errors see `read_checkpoint`."""
+    """Return the class of the target that a resolved config names. Raises ConfigError as `read_checkpoint` does."""
     checkpoint, _ = read_checkpoint(config)
     return FAMILIES[checkpoint.model_type]
 

@@ -62,7 +62,7 @@ class EagleDrafter:
     @staticmethod
     def cache_shape(config: EagleConfig, room: Room) -> dict[str, int]:
         """Return the shape of a slot of this draft's KV cache."""
-        most_rows = 1 + (config.block - 1) * room.width  # of a tree while it grows: the root's and those expanded
+        most_rows = 1 + (config.block - 1) * room.width  # of a growing tree: the root and the expanded nodes
         return {
             "num_layers": 1,
             "num_heads": config.num_heads,

@@ -41,7 +41,7 @@ class MedusaDrafter:
 
     @staticmethod
     def cache_shape(config: MedusaConfig, room: Room) -> None:  # noqa: ARG004
-        """It has no keys and values."""
+        """Return None: Medusa has no keys and values."""
 
     @property
     def num_bytes(self) -> int:
