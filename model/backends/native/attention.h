@@ -1,16 +1,16 @@
-// Attention of a few rows over the keys that one sequence holds, in one pass (the running softmax of Milakov and
-// Gimelshein, arXiv 1805.02867). Keys are read 32 at a time in the order in which they count for a row, wherever they
-// lie in memory: so what a row gets has the same bits on a branch of a tree, in a chunk of a prompt and alone.
+// Attention of a few rows over the keys of one sequence, in one pass (the running softmax of Milakov and Gimelshein,
+// arXiv 1805.02867). Keys are read 32 at a time in their logical order, wherever they lie in memory. So a row's result
+// has the same bits on a branch of a tree, in a chunk of a prompt and alone.
 #pragma once
 #include "check.h"
 #include "product.h"
 
-constexpr int KEYS = 32;         // read together
-constexpr int MAX_QUERIES = 16;  // a tile of AMX, and lanes of a vector
-constexpr int MAX_LISTED =
-    (MAX_NODES + 1 + KEYS + LANES - 1) / LANES * LANES;  // keys that rows of a tree see one by one
+constexpr int KEYS = 32;         // keys per step
+constexpr int MAX_QUERIES = 16;  // queries per call: the rows of an AMX tile
+constexpr int MAX_LISTED = (MAX_NODES + 1 + KEYS + LANES - 1) / LANES *
+                           LANES;  // largest range of keys listed one by one: a tree's rows, and a rest of KEYS
 
-// Keys and values, D numbers each: one after the other, or as listed.
+// Keys and values of D numbers each, contiguous or at listed positions.
 template <class K, int D>
 struct Contiguous {
   const K *keys, *values;
@@ -25,7 +25,8 @@ struct Listed {
   const K* value(int i) const { return values + at[i] * (long)D; }
 };
 
-// A query's numbers times a key's, in as many sums as a register has lanes. q: as load_unordered gives a key.
+// Multiply a query and a key elementwise, and add up to one register of partial sums. q: in the order of
+// load_unordered.
 template <int D, class T>
 static inline Register products(const float* q, const T* key) {
   Vector sum{};
@@ -49,7 +50,7 @@ static inline Register products(const bf16* q, const bf16* key) {
 #endif
 
 #if defined(__AMX_BF16__)
-// Rows become columns: in four rounds, each of which swaps the off-diagonal quarters of ever smaller squares.
+// Transpose 16 x 16 numbers, in four rounds that swap the off-diagonal quarters of ever smaller squares.
 static inline void transpose(Register* m) {
 #define ROUND(SPAN, LOW, HIGH)                           \
   for (int i = 0; i < LANES; i++)                        \
@@ -79,7 +80,7 @@ static inline void transpose(Register* m) {
 template <class T, int D>
 struct Attention {
   static constexpr int VECTORS = D / LANES;
-  // Sums that fit the registers: of so many vectors of a head's numbers, of so many queries.
+  // Sums that fit the registers, split into SLICE vectors of a head for TOGETHER queries.
   static constexpr int SUMS = REGISTERS_EACH == 1 ? 16 : 6;
   static constexpr int SLICE = VECTORS <= SUMS ? VECTORS : 4;
   static constexpr int TOGETHER = SUMS / SLICE < 4 ? SUMS / SLICE : 4;
@@ -95,7 +96,7 @@ struct Attention {
   int num = 0;  // queries
   static constexpr bool REORDERS = sizeof(T) == 2 && REGISTERS_EACH > 1;
   const Kept<T>* q[MAX_QUERIES];
-  alignas(64) float reordered[REORDERS ? MAX_QUERIES : 1][D];  // queries, as load_unordered gives keys
+  alignas(64) float reordered[REORDERS ? MAX_QUERIES : 1][D];  // queries in the order of load_unordered
   alignas(64) float scores[MAX_QUERIES][KEYS];
   alignas(64) Kept<T> weights[MAX_QUERIES][KEYS];
   // Weighted sums of values so far, in the order of load_unordered; PAIRED: see add_pairs.
@@ -105,17 +106,16 @@ struct Attention {
 #if !defined(__AMX_BF16__)
   static constexpr bool KNOWS_LISTED = false;
 #else
-  // Scores of listed keys are computed for all queries at once: those of a tree's rows, and of keys before it that fill
-  // no tile.
+  // With tiles, scores of listed keys are computed for all queries at once, before they are needed.
   static constexpr bool KNOWS_LISTED = sizeof(T) == 2;
   static constexpr int DEPTH = (D + K_STEP - 1) / K_STEP * K_STEP;
-  // Queries as AMX reads its right-hand side, and what one query needs to pass through it alone.
+  // Queries in the layout of AMX's right-hand side, and buffers for one query alone.
   alignas(64) bf16 columns[DEPTH * MAX_QUERIES] = {};
   alignas(64) bf16 lone_weights[TILE_ROWS][KEYS] = {};
   alignas(64) float lone_mixed[TILE_ROWS][D];
 #endif
 
-  // Where bfloat16 is widened to be multiplied, many queries have their next keys and values widened once.
+  // Keys and values widened once for many queries, where the processor cannot multiply bfloat16.
   static constexpr int WIDENING_QUERIES = 4;
   alignas(64) float wide_keys[WIDENED<T> ? KEYS * D : 1], wide_values[WIDENED<T> ? KEYS * D : 1];
 
@@ -204,7 +204,7 @@ struct Attention {
 
   static float larger_of(float a, float b) { return a > b ? a : b; }
 
-  // In the order of load_unordered, so that sums are added in the same one.
+  // Widen the next keys and values, in the order of load_unordered: sums are then added in the same order.
   Contiguous<float, D> widened(long first, int count) {
     for (long i = 0; i < (long)count * D; i += LANES) {
       store(wide_keys + i, load_unordered(keys + first * D + i));
@@ -213,8 +213,8 @@ struct Attention {
     return {wide_keys, wide_values};
   }
 
-  // From scores to weights. factor: what all so far counts for, now that `most` is what it is; 1 more often than not,
-  // but to ask would cost more than to multiply.
+  // Turn a query's scores into weights. factor: rescales earlier sums to the new maximum. It is often 1, but a branch
+  // would cost more than the multiplication.
   void weigh(int n, int count, float factor) {
 #pragma GCC unroll 16
     for (int d = 0; d < D; d += LANES) store(mixed[n] + d, load(mixed[n] + d) * factor);
@@ -229,7 +229,7 @@ struct Attention {
     store(weights[n] + LANES, rounded(high, type));
   }
 
-  // Lanes without a key get the last one's score: scaled_scores passes it by.
+  // Score a query's next keys. Lanes without a key get the last key's score, which scaled_scores masks.
   template <class Source>
   void score(int n, Source at, int count) {
     for (int g = 0; g < count; g += WIDTH) {
@@ -240,7 +240,7 @@ struct Attention {
     }
   }
 
-  // The part of the sums that begins at d.
+  // Add weighted values to the sums of N queries, V vectors from d on.
   template <int N, int V, class Source>
   void add_values(int first, int d, Source at, int count) {
     constexpr int COLUMNS = V * REGISTERS_EACH;
@@ -267,8 +267,8 @@ struct Attention {
       for (int c = 0; c < COLUMNS; c++) store(mixed[first + n] + d + c * WIDTH, sums[n][c]);
   }
 
-  // Two keys at a time; where their number is odd the last one's neighbour has no weight. Numbers of two rows in turns
-  // are cheap to have by quarters of a register: so sums lie, of every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
+  // Add weighted values two keys at a time; if their number is odd, the last key's neighbour has weight 0. Interleaving
+  // two rows is cheap within quarters of a register, so sums lie, in every 32 numbers, first 0-3, 8-11, 16-19, 24-27.
   template <int N, class Source>
   void add_pairs(int first, Source at, int count) {
 #if defined(__AVX512BF16__)
@@ -316,7 +316,7 @@ struct Attention {
   }
 
 #if defined(__AMX_BF16__)
-  // Keys to the left, as they lie, and queries to the right: scores come out key by key.
+  // Multiply 16 keys (left, as they lie) by all queries (right): scores come out key by key.
   void score_tile(long first, float* turned) const {
     _tile_zero(0);
     for (int d = 0; d < D; d += K_STEP) {
@@ -350,9 +350,9 @@ struct Attention {
 
   template <class Source>
   static void mix_tiles(const bf16 (*weights)[KEYS], float (*mixed)[D], Source at, int count) {
-    alignas(64) bf16 pairs[VECTORS][KEYS * LANES];  // of keys: values as AMX reads its right-hand side
+    alignas(64) bf16 pairs[VECTORS][KEYS * LANES];  // values in the layout of AMX's right-hand side
     for (int i = 0; i < KEYS; i += 2) {
-      const T* one = at.value(i < count ? i : 0);  // what has no weight only must be a number
+      const T* one = at.value(i < count ? i : 0);  // any number will do where the weight is 0
       const T* other = at.value(i + 1 < count ? i + 1 : 0);
       for (int v = 0; v < VECTORS; v++) {
         Bfloats a, b;
@@ -392,8 +392,8 @@ struct Attention {
     }
   }
 #else
-  // Each of several queries fetches its part of the next keys and values: all at once would be more than the processor
-  // waits for at a time. One alone is done too soon to gain by it.
+  // Score all queries. Each of several queries also fetches a part of the next keys and values: fetching all at once
+  // would exceed what the processor can have in flight. A single query finishes too soon to gain from it.
   template <class Source>
   void score_all(Source at, long first, int count) {
     constexpr int lines = KEYS * D * sizeof(T) / LINE;

@@ -1,4 +1,4 @@
-// Candidate trees from a draft's logits: model/decoding/tree.py's `best_first`, in one call.
+// Grows candidate trees from a draft's logits, as `best_first` in model/decoding/tree.py does.
 #pragma once
 #include <time.h>
 
@@ -42,8 +42,8 @@ struct Continuations {
   float log_sum;
 };
 
-// The continuations of each of `num` tokens, whose states of the sequential head lie round_up(rank, K_STEP) apart;
-// states null: there is no such head.
+// Find the continuations of each of `num` tokens. states: of the sequential head, round_up(rank, K_STEP) numbers apart;
+// null if there is no such head.
 template <class T>
 void find_continuations(const Draft& draft, const T* logits, const Kept<T>* states, int num, Continuations* found) {
   const int panels = (draft.vocab + LANES - 1) / LANES;
@@ -92,7 +92,7 @@ void find_continuations(const Draft& draft, const T* logits, const Kept<T>* stat
   }
 }
 
-// Scores are log-probabilities; a drafter may have put anything there.
+// The bin of a score, a log-probability. Any number is valid: a drafter may supply its own scores.
 inline int bin_of(float score) {
   const float bin = FINENESS * __builtin_sqrtf(-score);
   return bin < BINS ? int(bin) : score >= 0.0f ? 0 : BINS - 1;
@@ -105,9 +105,10 @@ struct Growth {
   int count;
 };
 
-// Decide how many nodes of each tree are verified: in descending probability, where tokens per second have their
-// maximum (model/decoding/tree.py, `admitted`). Without prices as many as the budgets have. memory: for 2 numbers a
-// node of every tree.
+// Decide how many nodes of each tree are verified: the likeliest of all trees, as many as give the most tokens per
+// second
+// (`admitted` in model/decoding/tree.py). Without prices, as many as the budgets allow. memory: room for 2 numbers per
+// node.
 inline void admit(const Worth& worth, const Trees& trees, const Growth* growths, int64_t* admitted, float* memory) {
   int total = 0, sequences = 0;
   for (int b = 0; b < trees.batch; b++) {
@@ -163,7 +164,7 @@ void plant(const Trees& trees, int b, const Growth& growth, int budget) {
       if (!waiting[i] && (best < 0 || nodes[i].score > nodes[best].score)) best = i;
     waiting[best] = true;
   }
-  // The likeliest path comes first, so that where it is accepted its keys and values already lie where they belong.
+  // The likeliest path comes first: if it is accepted, its keys and values already lie where they belong.
   int row = 1;
   const auto add = [&](int i) {
     CHECK(row < trees.rows);
@@ -186,13 +187,13 @@ void plant(const Trees& trees, int b, const Growth& growth, int budget) {
   trees.sizes[b] = row;
 }
 
-// Offer the continuations of a node to `next`. A token that ends the answer has none, unless it is the root, 0: then
-// the answer goes on all the same.
+// Offer the continuations of a node to `next`. A token that ends the answer has none, unless it is the root (0), after
+// which the answer goes on in any case.
 inline void offer_children(const Draft& draft, const Candidate& node, int number, const Continuations& found,
                            Best& next) {
   const int64_t* end = draft.eos_tokens + draft.num_eos;
   if (number && std::find(draft.eos_tokens, end, node.token) != end) return;
-  for (int i = 0; i < found.best.num; i++) {  // always less than the parent's, also when the draft is certain
+  for (int i = 0; i < found.best.num; i++) {  // always below the parent's score, even if the draft is certain
     const float score = found.best.candidates[i].score - found.log_sum;
     next.offer({node.score + (score < 0 ? score : 0) - 1e-6f, found.best.candidates[i].token, number});
   }
@@ -236,15 +237,15 @@ void fill(const Draft& draft, const Trees& trees, int b) {
   trees.sizes[b] = row;
 }
 
-// The nodes from which a tree goes on.
+// The deepest level of a tree, whose nodes are expanded next.
 struct Frontier {
-  int num, first, before;  // how many; the number of the first, the root's being 0; and of the first a level before
+  int num, first, before;  // how many; the number of the first (the root is 0); and of the first one level up
   Candidate nodes[MAX_WIDTH];
 
   Frontier(const Trees& trees, int b)
       : num(1), first(0), before(0), nodes{{0.0f, (int32_t)trees.tokens[b * (long)trees.rows], 0}} {}
 
-  // Move on to the best of their continuations, and add those to the nodes.
+  // Replace it by the best continuations of its nodes, and add those to the tree.
   void advance(const Draft& draft, Growth& growth, int depth, int budget, const Continuations* found) {
     Best next{draft.width};
     for (int n = 0; n < num; n++) offer_children(draft, nodes[n], first + n, found[n], next);
@@ -257,7 +258,7 @@ struct Frontier {
       growth.level_of[growth.count] = depth;
       growth.count++;
     }
-    // What follows a node is worse than it: where the tree is full of what is no worse, nothing behind it has a place.
+    // Children are worse than their parent: a node is not expanded if enough others are at least as good.
     while (num && count_no_worse(growth.nodes, growth.count, nodes[num - 1].score) >= budget) num--;
   }
 };
@@ -281,8 +282,8 @@ void advance_states(const Draft& draft, const Frontier& frontier, int b, int dep
   }
 }
 
-// Grow the nodes of tree b, level by level. Returns the seconds that the sequential head took, which is a layer of the
-// draft that runs while the tree grows.
+// Grow the nodes of tree b, level by level. Returns the seconds that the sequential head took: it is a layer of the
+// draft, and only runs while the tree grows.
 template <class T>
 double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Frontier frontier(trees, b);
@@ -291,7 +292,7 @@ double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
   Kept<T>* states = draft.before ? memory : nullptr;
   if (states) memset((void*)states, 0, MAX_WIDTH * round_up(draft.rank, K_STEP) * sizeof *states);
   double head = 0.0;
-  int num = 0;  // of states
+  int num = 0;  // number of states
   for (int depth = 0; depth < draft.block && frontier.num; depth++) {
     const double begun = now();
     if (states) advance_states<T>(draft, frontier, b, depth, states, num);

@@ -1,11 +1,12 @@
-// A stack of transformer layers over rows of many sequences, on the CPU: one call a forward pass. Rows, weights and
-// cache are the caller's (stack.py); this file knows no tokens, no trees and no models by name.
+// Runs a stack of transformer layers over rows of many sequences, on the CPU: one call per forward pass. The caller
+// owns rows, weights and cache (stack.py). This file knows no tokens, no trees and no models by name.
 //
-// Every stage of a layer is shared out among the threads of a team in small tasks, and done when they all are:
+// Each stage of a layer is split into small tasks for the threads of a team, and ends when all its tasks are done:
 //
 //   norm | qkv, rotary, write to the cache | attention | out + residual | norm | up, activation | down + residual
 //
-// Of few rows, norms are no stage but everyone's own, and what is left of the first three is one.
+// With few rows, norms are not a stage: each thread computes all of them for itself. QKV and attention are then one
+// stage.
 //
 // Results are rounded to the model's type where transformers' own layers would store them.
 #pragma once
@@ -19,18 +20,19 @@
 
 namespace {
 
-#define HEAD_DIMS(DO) DO(16) DO(32) DO(64) DO(80) DO(96) DO(128) DO(256)  // that attention is compiled for
+#define HEAD_DIMS(DO) DO(16) DO(32) DO(64) DO(80) DO(96) DO(128) DO(256)  // head sizes that attention is compiled for
 
-constexpr int CHUNK_ROWS = 128;    // of one task in a matrix product at most
-constexpr int WIDENING_ROWS = 48;  // for so many it pays to keep bfloat16 weights as float32 for a while
-constexpr int SOME_ROWS = 4;       // of one task where little is done for a row
-constexpr int OWN_NUMBERS = 4096;  // at most, that every member normalises for itself: handing them over takes longer
+constexpr int CHUNK_ROWS = 128;    // largest number of rows in one task of a product
+constexpr int WIDENING_ROWS = 48;  // from so many rows on, bfloat16 weights are widened to float32 in memory first
+constexpr int SOME_ROWS = 4;       // rows in one task of stages that do little work per row
+constexpr int OWN_NUMBERS =
+    4096;  // up to so many numbers, each thread normalises all rows itself: sharing would take longer
 
 struct Arena {
   char* memory = nullptr;
   size_t size = 0, used = 0;
 
-  // Make room for so many bytes. What was taken before is lost.
+  // Make room for so many bytes; earlier contents are lost.
   void reserve(size_t wanted) {
     used = 0;
     if (wanted <= size) return;
@@ -56,10 +58,10 @@ struct Arena {
 };
 
 // The library's only state. Whoever calls it holds `entry` (transformer.cpp), so that one job at a time uses them.
-Arena arena, scratch;  // of a pass, and of what is done around it
+Arena arena, scratch;  // memory of a pass, and of the steps around it
 Team team;
 
-// A packed matrix, and how many of its panels make a task.
+// A packed weight, and how many of its panels make one task.
 template <class T>
 struct Panels {
   const T* packed;
@@ -69,14 +71,14 @@ struct Panels {
   Panels(const void* packed, int num, int group, long k) : packed((const T*)packed), num(num), group(group), k(k) {}
   const T* at(int panel) const { return packed + panel * k * LANES; }
   int tasks(int chunks) const { return (num + group - 1) / group * chunks; }
-  // Where this member begins, in a product of so many chunks of rows.
+  // The weights at which this member begins a product over so many chunks of rows.
   const T* own(const Member& team, int chunks) const { return at(team.first(tasks(chunks)) / chunks * group); }
 };
 
 inline int chunks_of(int rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 
-// Widen packed weights to float32, for as many rows that it pays: where there are fewer, they are widened in registers
-// for every few rows. Into memory of each thread, until its next use.
+// Widen packed weights to float32, into memory of the calling thread that lasts until the next call. It pays for many
+// rows; for fewer, the product widens weights in registers.
 inline const float* widened(const bf16* packed, long count) {
   static thread_local struct Wide : Arena {
     ~Wide() { free(memory); }
@@ -91,8 +93,8 @@ inline const float* widened(const bf16* packed, long count) {
   return to;
 }
 
-// Rows first.. to end, CHUNK_ROWS at most, times `panels` panels of w from `panel` on: epilogue(row, rows, panel,
-// panels, y, stride) gets blocks of them, y[row * stride + 16 * panel + lane].
+// Multiply rows first..end, CHUNK_ROWS at most, by `panels` panels of w from `panel` on. Calls epilogue(row, rows,
+// panel, panels, y, stride) for each block of results, y[row * stride + 16 * panel + lane].
 template <class T, class Epilogue>
 void product_rows(const Kept<T>* x, long stride, int first, int end, const Panels<T>& w, int panel, int panels,
                   const void* ahead, const Epilogue& epilogue) {
@@ -120,12 +122,13 @@ void product_rows(const Kept<T>* x, long stride, int first, int end, const Panel
 
 // --- stages: every member of the team calls them
 
-// then: the weights that this member goes on with.
+// Multiply all rows by w, as one stage. then: the weights that this member reads next, to be fetched early.
 template <class T, class Epilogue>
 void product_stage(Member& team, const Kept<T>* x, long stride, int rows, const Panels<T>& w, const void* then,
                    const Epilogue& epilogue) {
   const int chunks = chunks_of(rows);
-  const int chunk = chunks ? round_up((rows + chunks - 1) / chunks, TILE_ROWS) : 0;  // as even as whole tiles allow
+  const int chunk =
+      chunks ? round_up((rows + chunks - 1) / chunks, TILE_ROWS) : 0;  // of almost equal size, in whole tiles
   const int tasks = w.tasks(chunks), last = team.end(tasks) - 1;
   team.share(tasks, [&](int task) {
     const int panel = task / chunks * w.group, first = task % chunks * chunk;
@@ -141,7 +144,7 @@ Vector with_bias(const float* y, const void* bias, long output) {
   return rounded(bias ? x + load((const T*)bias + output) : x, (const T*)nullptr);
 }
 
-// x and y: T, or what is kept of it.
+// Normalise one row. x and y: of T, or of Kept<T>.
 template <class T, class X, class Y>
 void normalise(const X* x, const void* weight, const void* bias, Norm kind, float eps, long width, Y* y) {
   const T* scale = (const T*)weight;
@@ -165,7 +168,7 @@ void normalise(const X* x, const void* weight, const void* bias, Norm kind, floa
   }
 }
 
-// each(row) for all rows, a few to a task.
+// Call each(row) for all rows, as one stage of a few rows per task.
 template <class Each>
 void row_stage(Member& team, int rows, const Each& each) {
   team.share((rows + SOME_ROWS - 1) / SOME_ROWS, [&](int task) {
@@ -199,19 +202,20 @@ template <class T>
 struct Pass {
   const Stack& stack;
   const Rows& rows;
-  int num = 0, num_blocks = 0;  // real rows, side by side from here on; and blocks of them
+  int num = 0, num_blocks = 0;  // real rows, which lie side by side from here on; blocks of them
   Kept<T>* x;
   Kept<T>* norms;
   Kept<T>* q;
   Kept<T>* mixed;
   Kept<T>* inner;
-  bool own_norms;                        // of every member, one behind the other in `norms`
+  bool own_norms;                        // each member has its own copy in `norms`
   float *cos = nullptr, *sin = nullptr;  // (num, head_dim)
-  int32_t *where, *slot, *at, *ends;  // of a row: its place in (batch, rows), slot, position there; end of what it sees
+  int32_t *where, *slot, *at,
+      *ends;  // of each row: its index in (batch, rows), slot, position, and the end of the keys it sees
   Block* blocks;
-  const int32_t** tails;  // TREE: what a row sees beyond its block's context
+  const int32_t** tails;  // TREE: the keys that a row sees beyond its block's context
   int32_t *tail_sizes, *lists;
-  long width, width_heads, width_inner;  // of rows; the caller sees to it that all are multiples of K_STEP
+  long width, width_heads, width_inner;  // of rows: multiples of K_STEP, which the caller ensures
 
   Pass(const Stack& stack, const Rows& rows) : stack(stack), rows(rows) {
     CHECK(0 <= rows.first_slot && rows.first_slot + rows.batch <= rows.cache.num_slots);
@@ -404,11 +408,11 @@ struct Pass {
     }
   }
 
-  // Whether a task is all that a head of keys and values needs: of few rows, if that leaves no member without a task.
-  // Then nothing is handed over between its steps.
+  // Whether one task does everything for one KV head (QKV product and attention), so that threads exchange nothing in
+  // between: with few rows, if every member then has a task.
   bool by_heads(const Member& team) const { return num <= CHUNK_ROWS && stack.kv_heads % team.members == 0; }
 
-  // The matrices of a layer; of the first, a task is a head.
+  // The weights of a layer; a task of the QKV product is one head.
   Panels<T> qkv(const Layer& layer) const {
     const int panels = stack.head_dim / LANES;
     return {layer.qkv, (stack.heads + 2 * stack.kv_heads) * panels, panels, width};
@@ -420,14 +424,14 @@ struct Pass {
   Panels<T> down(const Layer& layer) const { return {layer.down, stack.hidden / LANES, PANELS, width_inner}; }
   bool gated() const { return stack.activation == SILU_GATED; }
 
-  // The first weights that this member reads of a layer; behind the last layer, of that one again.
+  // The first weights that this member reads in a layer; after the last layer, those of the last layer again.
   const T* first_weights(const Member& team, int index) const {
     const Layer& layer = stack.layers[index < stack.num_layers ? index : index - 1];
     if (!by_heads(team)) return qkv(layer).own(team, chunks_of(num));
     return qkv(layer).at(part(team.first(stack.kv_heads), 0));
   }
 
-  // The panel at which, for a head of keys and values, the i-th of its queries, its keys or its values begin.
+  // The first panel of the i-th part of a KV head: one of its queries, then its keys, then its values.
   int part(int head, int i) const {
     const int heads = stack.heads, kv_heads = stack.kv_heads, group = heads / kv_heads;
     return (i < group ? head * group + i : heads + (i - group) * kv_heads + head) * (stack.head_dim / LANES);
@@ -453,7 +457,7 @@ struct Pass {
     });
   }
 
-  // The product of whole heads; w begins with `first_head` of them left out.
+  // Multiply by the weights of whole heads; w begins at head `first_head`.
   void project(Member& team, const Layer& layer, int index, const Kept<T>* from, const Panels<T>& w, int first_head,
                const T* then) {
     product_stage<T>(team, from, width, num, w, then,
@@ -475,7 +479,7 @@ struct Pass {
                      });
   }
 
-  // Gated: panels of gate and up take turns.
+  // Multiply by the up weights and apply the activation. If it is gated, panels of gate and up alternate.
   void activate(Member& team, const Kept<T>* from, const Panels<T>& w, const void* bias, const T* then) {
     const int step = gated() ? 2 : 1;
     const T* type = nullptr;
@@ -501,10 +505,9 @@ struct Pass {
     add_product(team, inner, width_inner, down(layer), layer.down_bias, first_weights(team, index + 1));
   }
 
-  // x normalised. Of few rows every member normalises all for itself, which is no stage; a late one may then read x
-  // while others already add the stage's results to it. Its stage is over, so that it claims no task, and nobody uses
-  // what it read. (A data race by the letter: plain vector loads beside plain stores. To make them atomic would undo
-  // the vectors.)
+  // Normalise x. With few rows each member normalises all rows itself. A late member may then read x while others
+  // already add the stage's results to it. Its stage has finished, so it claims no task and its result is discarded.
+  // Formally this is a data race (plain loads beside plain stores); atomic accesses would prevent vector instructions.
   const Kept<T>* norm(Member& team, const void* weight, const void* bias) {
     Kept<T>* normed = norms + (own_norms ? team.index * round_up(num, MANY_ROWS) * width : 0);
     const auto each = [&](int row) {

@@ -1,37 +1,37 @@
-// Rows times a packed weight. A row's result has the same bits however many rows it is computed with: every number is
-// one chain of additions over k, in order, whatever the blocking.
+// Products of rows and a packed weight. A row's result has the same bits however many rows it is computed with: each
+// number is one chain of additions over k, in order, whatever the blocking.
 //
 //   packed, float:  panel (16 outputs) | k          | output           16 outputs lie side by side,
 //   packed, bf16:   panel (16 outputs) | pairs of k | output | k, k+1  as AVX512-BF16 and AMX both read them
 //
-// k is filled up with zeros to a multiple of 32, outputs to a multiple of 16.
+// k is padded with zeros to a multiple of 32, outputs to a multiple of 16.
 //
-// What is read next is fetched `ahead`, a line for every line read: the processor follows four panels at a time by
-// itself, but only to the end of a page, which is soon, and a few rows are done before it has found the next ones.
+// For each line that a product reads, it prefetches one of what is read next (`ahead`). The processor's own prefetcher
+// stops at the end of a page, and with few rows a panel is done before it has found the next one.
 #pragma once
 #include <type_traits>
 
 #include "simd.h"
 #include "structures.h"
 
-constexpr int PANELS = 4;      // computed together
-constexpr int TILE_ROWS = 16;  // of an AMX tile: buffers of rows are allocated in whole tiles
-constexpr int MANY_ROWS = 32;  // computed together at most
+constexpr int PANELS = 4;      // panels computed together, at most
+constexpr int TILE_ROWS = 16;  // rows of an AMX tile; buffers of rows are allocated in whole tiles
+constexpr int MANY_ROWS = 32;  // rows computed together, at most
 
 static inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 constexpr int LINE = 64;  // bytes
 
-// A line of those that lie one after the other from `ahead` on; to where several rows' products do not wait for it.
-// Where there is AMX it was never measured, and does nothing.
+// Prefetch the line-th line from `ahead` on, into the second-level cache. It does nothing in the AMX build, where its
+// gain was never measured.
 static inline void fetch(const void* ahead, long line) {
 #if !defined(__AMX_BF16__)
   __builtin_prefetch((const char*)ahead + line * LINE, 0, 2);
 #endif
 }
 
-// What rows of T are kept as between products: bfloat16 as such where the processor multiplies it. Elsewhere float32 is
-// multiplied, so rows are float32, though rounded to T; weights are widened in registers.
+// The type that rows of T have between products: T itself, where the processor multiplies bfloat16. Elsewhere rows are
+// float32, though rounded to T, and weights are widened in registers.
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_BF16 = true;
 #else
@@ -39,11 +39,11 @@ constexpr bool MULTIPLIES_BF16 = false;
 #endif
 template <class T>
 using Kept = std::conditional_t<MULTIPLIES_BF16, T, float>;
-// Whether numbers of T are widened to be multiplied.
+// Whether numbers of T are widened before they are multiplied.
 template <class T>
 constexpr bool WIDENED = !std::is_same_v<Kept<T>, T>;
 
-// A result of a model of T, rounded to it, whatever it is kept as.
+// Store a result, rounded to the model's type T.
 template <class T, class To>
 INLINE void keep(To* to, Vector x) {
   if constexpr (std::is_same_v<To, T>)
@@ -52,7 +52,7 @@ INLINE void keep(To* to, Vector x) {
     store(to, rounded(x, (const T*)nullptr));
 }
 
-// Numbers that have been rounded already.
+// Copy numbers that are rounded already, and convert their type.
 template <class To, class From>
 static inline void copy(To* to, const From* from, long count) {
   if constexpr (std::is_same_v<To, From>)
@@ -63,9 +63,9 @@ static inline void copy(To* to, const From* from, long count) {
 
 // --- R rows of x times P panels that lie panel_stride apart: y[row * stride_y + 16 * panel + lane]
 
-constexpr int EACH = REGISTERS_EACH;  // of a panel
+constexpr int EACH = REGISTERS_EACH;  // registers per panel
 
-// Unrolled, all three: else GCC keeps a copy of the sums in memory.
+// These three are unrolled by pragmas; otherwise GCC keeps a copy of the sums in memory.
 template <int R, int P>
 INLINE void clear_block(Register (&sums)[R][P * EACH]) {
 #pragma GCC unroll 6
@@ -112,7 +112,7 @@ static inline void block(const float* x, long stride_x, const float* w, long pan
   store_block<R, P>(sums, y, stride_y);
 }
 
-// Pair by pair: weights of k, then of k + 1.
+// For each pair of k: first the weights of k, then those of k + 1.
 template <int R, int P>
 static inline void block(const float* x, long stride_x, const bf16* w, long panel_stride, long k, float* y,
                          long stride_y, const void* ahead) {
@@ -161,15 +161,15 @@ static inline void block(const bf16* x, long stride_x, const bf16* w, long panel
 }
 #endif
 
-// Rows computed together at most, and with so many rows how many panels: sums take most of the registers, and where
-// rows are few there are still enough of them not to wait for one another.
+// The most rows computed together, and how many panels with so many rows. Sums take most of the registers; with few
+// rows there must still be enough independent sums to hide the latency of an addition.
 constexpr int BLOCK_ROWS = 6;
 constexpr int block_panels(int rows) {
   if (REGISTERS_EACH == 1) return PANELS;    // 6 x 4 sums, 4 weights and a factor: 29 of 32 registers
   return rows == 1 ? 4 : rows <= 3 ? 2 : 1;  // at most 12 sums, 2 weights and a factor: 15 of 16
 }
 
-// R rows times `panels` panels, at most P at once; `ahead`: what is read behind them.
+// Multiply R rows by `panels` panels, P at a time; ahead: what is read after them.
 template <int R, int P, class F, class W>
 static inline void row_block(const F* x, long stride_x, const W* w, long panel_stride, int panels, long k, float* y,
                              long stride_y, const void* ahead) {
@@ -182,8 +182,7 @@ static inline void row_block(const F* x, long stride_x, const W* w, long panel_s
 template <class F, class W>
 static inline void row_blocks(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k,
                               float* y, long stride_y, const void* ahead) {
-  for (int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; blocks > 0;
-       blocks--) {  // of sizes that differ by one at most
+  for (int blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS; blocks > 0; blocks--) {  // sizes differ by at most one
     const int some = (rows + blocks - 1) / blocks;
 #define CASE(R) \
   case R: row_block<R, block_panels(R)>(x, stride_x, w, panel_stride, panels, k, y, stride_y, ahead); break;
@@ -195,8 +194,8 @@ static inline void row_blocks(const F* x, long stride_x, int rows, const W* w, l
   }
 }
 
-// y[row * stride_y + 16 * panel + lane], for `rows` <= MANY_ROWS rows of x. Each few panels meet all rows before the
-// next are read.
+// Multiply `rows` <= MANY_ROWS rows of x by all panels into y[row * stride_y + 16 * panel + lane]. A few panels at a
+// time are used for all rows before the next are read.
 template <class F, class W>
 static inline void product(const F* x, long stride_x, int rows, const W* w, long panel_stride, int panels, long k,
                            float* y, long stride_y, const void* ahead) {
@@ -208,7 +207,7 @@ static inline void product(const F* x, long stride_x, int rows, const W* w, long
 }
 
 #if defined(__AMX_BF16__)
-// AMX: x is read, and y written, in whole tiles of 16 rows; what stands in the rows beyond `rows` does not matter.
+// AMX reads x and writes y in whole tiles of 16 rows; contents of rows beyond `rows` do not matter.
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -221,7 +220,7 @@ static inline void tiles_begin() {
 }
 static inline void tiles_end() { _tile_release(); }
 
-// One tile of rows, 1 or 4 panels; two tiles of rows, 2 panels.
+// Products of one tile of rows and 1 or 4 panels, and of two tiles and 2 panels.
 static inline void tiles_1x1(const bf16* x, long sx, const bf16* w, long, long k, float* y, long sy) {
   _tile_zero(0);
   for (long i = 0; i < k; i += K_STEP) {
@@ -290,7 +289,7 @@ static inline void tiles_begin() {}
 static inline void tiles_end() {}
 #endif
 
-// Weights (outputs, inputs) as torch keeps them, to panels.
+// Pack weights (outputs, inputs), as torch has them, into a panel.
 static inline void pack_panel(const float* from, long inputs, long outputs, long k, float* to) {
   for (long i = 0; i < k; i++)
     for (int lane = 0; lane < LANES; lane++) *to++ = i < inputs && lane < outputs ? from[lane * inputs + i] : 0.0f;

@@ -1,13 +1,12 @@
-// Sixteen float32 lanes at a time, however wide the processor's registers are. With the products (product.h,
-// attention.h) the only file that knows an instruction set. Kernels are written once, for sixteen lanes: so every build
-// packs weights alike, and adds lanes in the same order.
+// Vectors of sixteen float32 lanes, however wide the processor's registers are. Besides some products (product.h,
+// attention.h) only this file knows instruction sets. Kernels are written once, for sixteen lanes: so every build packs
+// weights alike and adds lanes in the same order.
 //
 // Sixteen lanes are one register with AVX512 and two halves with AVX2; with registers of four lanes they would be
 // halves of halves. GCC's vector types bring the operators; what they lack is written below, once for each instruction
 // set.
 //
-// The compiler joins no multiplication with an addition by itself (-ffp-contract=off): where they are joined,
-// `multiply_add` says so.
+// The compiler fuses no multiplication with an addition by itself (-ffp-contract=off); `multiply_add` does.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -33,7 +32,7 @@ constexpr int WIDTH = 8;
 #endif
 
 typedef float Register __attribute__((vector_size(4 * WIDTH)));
-// Also what a comparison gives: all bits of a lane, or none.
+// Also the result of a comparison: all bits of a lane, or none.
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Bits __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Bfloats __attribute__((vector_size(2 * WIDTH)));  // bfloat16, as they lie in memory
@@ -44,12 +43,12 @@ INLINE Register broadcast_register(float x) { return (Register)_mm512_set1_ps(x)
 INLINE Register multiply_add(Register a, Register b, Register c) {
   return (Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
-// b, if one is NaN.
+// The larger or smaller of both, lane by lane; b if one is NaN.
 INLINE Register larger(Register a, Register b) { return (Register)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE Register smaller(Register a, Register b) { return (Register)_mm512_min_ps((__m512)a, (__m512)b); }
 INLINE bool any_larger(Register a, Register b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
 
-// All lanes to one, half by half.
+// Reduce all lanes to one number, half by half.
 template <class Join>
 INLINE float reduce(Register x, Join join) {
   x = join(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -109,21 +108,21 @@ INLINE Register sums(Register* part) {
 
 #endif
 
-// Keeps GCC from reading x again from memory for each of its uses.
+// Keep x in a register: otherwise GCC reads it from memory again for each use.
 INLINE void in_register(Register& x) { asm("" : "+v"(x)); }
 
 INLINE Register widened(Bfloats x) { return (Register)(__builtin_convertvector(x, Bits) << 16); }
 
 #if !defined(__AVX512BF16__)
-// To the nearest bfloat16, ties to even, as torch rounds: in the upper half of each lane. A NaN would be rounded to an
-// infinity, or to 0.
+// Round to the nearest bfloat16, ties to even, as torch does; the result is in the upper half of each lane. A NaN is
+// treated apart, since rounding would make it an infinity or 0.
 INLINE Bits nearest_bf16(Register x) {
   const Bits bits = (Bits)x;
   return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Bits{} + 0x7fc00000;
 }
 #endif
 
-// Rounded to bfloat16, as it lies in memory.
+// Round to bfloat16, as it lies in memory.
 INLINE Bfloats narrowed(Register x) {
 #if defined(__AVX512BF16__)
   const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
@@ -135,7 +134,7 @@ INLINE Bfloats narrowed(Register x) {
 #endif
 }
 
-// What is left of x once it has been stored as bfloat16.
+// Round x to bfloat16 and widen it again.
 INLINE Register through_bf16(Register x) {
 #if defined(__AVX512BF16__)
   return widened(narrowed(x));
@@ -147,7 +146,7 @@ INLINE Register through_bf16(Register x) {
 INLINE float first_lane(Register x) { return x[0]; }
 INLINE Register folded(Register x) { return x; }
 
-// x, but `otherwise` from lane `count` on.
+// x with its lanes from `count` on replaced by `otherwise`.
 INLINE Register first_lanes(Register x, int count, float otherwise) {
   Integers lane;
   for (int i = 0; i < WIDTH; i++) lane[i] = i;
@@ -157,7 +156,7 @@ INLINE Register first_lanes(Register x, int count, float otherwise) {
 // e^x to within two units in the last place; 0 below -87, where a float's own range ends.
 INLINE Register exponential(Register x) {
   const Register bounded = smaller(broadcast_register(88.0f), larger(broadcast_register(-87.0f), x));
-  // Added 1.5 * 2^23, the nearest integer stands in the low bits.
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   const Register shifted = multiply_add(bounded, broadcast_register(1.44269504f), broadcast_register(12582912.0f));
   const Register whole = shifted - 12582912.0f;
   Register r = multiply_add(whole, broadcast_register(-0.693359375f), bounded);
@@ -175,7 +174,7 @@ INLINE Register exponential(Register x) {
 
 // --- sixteen lanes
 
-// Whatever is done to both halves alike.
+// Two halves, to which every operation is applied alike.
 template <class Half>
 struct Halves {
   Half low, high;
@@ -259,7 +258,7 @@ struct LanesOf<WIDTH> {
 };
 typedef LanesOf<LANES>::type Vector;
 
-constexpr int REGISTERS_EACH = LANES / WIDTH;  // that sixteen lanes take
+constexpr int REGISTERS_EACH = LANES / WIDTH;  // registers for sixteen lanes
 
 template <class V>
 INLINE V broadcast_to(float x) {
@@ -272,7 +271,7 @@ INLINE V broadcast_to(float x) {
 }
 INLINE Vector broadcast(float x) { return broadcast_to<Vector>(x); }
 
-// Register by register: GCC keeps in memory what is copied as a whole.
+// Load register by register: GCC keeps in memory what is copied as a whole.
 INLINE Register load_register(const float* from) {
   Register x;
   memcpy(&x, from, sizeof x);
@@ -295,7 +294,7 @@ INLINE V load_to(const T* from) {
 INLINE Vector load(const float* from) { return load_to<Vector>(from); }
 INLINE Vector load(const bf16* from) { return load_to<Vector>(from); }
 
-// Of as many pairs of numbers as a register has lanes the first of each, or the second.
+// Load the first (or second) number of as many pairs as a register has lanes.
 INLINE Register first_of_pairs(const bf16* from) {
   Bits pairs;
   memcpy(&pairs, from, sizeof pairs);
@@ -307,8 +306,8 @@ INLINE Register second_of_pairs(const bf16* from) {
   return (Register)(pairs & 0xffff0000);
 }
 
-// Sixteen numbers in the order in which they are quickest to have: where they take two registers, bfloat16 of even
-// places come first. `in_order` puts the lanes back, `unordered` puts those of numbers in order as those come.
+// Load sixteen numbers in the order that is fastest: bfloat16 that take two registers come with even places first.
+// `in_order` restores the order, `unordered` brings ordered numbers into that order.
 INLINE Register register_unordered(const float* from, int number) { return load_register(from + number * WIDTH); }
 INLINE Vector load_unordered(const float* from) { return load(from); }
 INLINE Vector in_order(Vector x, const float*) { return x; }
@@ -352,7 +351,7 @@ INLINE float to_float(bf16 x) {
   return y;
 }
 
-// The first `count` lanes only, where there are fewer than all.
+// Store only the first `count` lanes, or all if there are more.
 template <class T>
 INLINE void store_some(T* to, Vector x, long count) {
   if (count >= LANES) return store(to, x);
@@ -361,7 +360,7 @@ INLINE void store_some(T* to, Vector x, long count) {
   memcpy((void*)to, lanes, count * sizeof(T));
 }
 
-// So many numbers, and zeros behind them.
+// Load `count` numbers, and zeros after them.
 template <class T>
 INLINE Vector load_some(const T* from, long count) {
   if (count >= LANES) return load(from);
@@ -370,7 +369,7 @@ INLINE Vector load_some(const T* from, long count) {
   return load(lanes);
 }
 
-// What is left of x once it has been stored: models are written with every result rounded to their type.
+// Round x to the model's type, as storing it would: models round every result.
 INLINE Vector rounded(Vector x, const float*) { return x; }
 INLINE Vector rounded(Vector x, const bf16*) { return through_bf16(x); }
 

@@ -1,12 +1,14 @@
-// What a round of draft and verify computes: propose trees, verify them, keep what was accepted, show it to the draft.
-// In two calls, between which only tokens are looked at (model/engine/native_round.py).
+// A round of draft and verify, in two calls: draft_and_verify proposes trees and runs the target over them, commit
+// keeps the accepted tokens and lets the draft observe them. In between Python may choose other tokens
+// (model/engine/native_round.py).
 #pragma once
 #include "candidates.h"
 #include "pass.h"
 
 namespace {
 
-// y[place(row)] = x times w, row by row; x lies `linear.inputs` apart, in whole tiles.
+// Multiply rows of x by a linear layer, as one stage; a row's result goes to place(row). Rows of x lie `linear.inputs`
+// apart, in whole tiles.
 template <class T, class Place>
 void linear_stage(Member& team, const Kept<T>* x, int rows, const Linear& linear, const Place& place) {
   const int outputs = linear.outputs;
@@ -22,7 +24,7 @@ void linear_stage(Member& team, const Kept<T>* x, int rows, const Linear& linear
                    });
 }
 
-// The first of the largest, as torch's argmax.
+// Index of the largest number, the first if there are several, as torch's argmax.
 template <class T>
 int64_t first_largest(const T* x, long count) {
   Vector most = broadcast(-__builtin_inff());
@@ -59,9 +61,9 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
   });
 }
 
-// Draft a block behind the newest token of each sequence: logits (batch, block, vocab), and trees behind the roots that
-// `trees` has. rows.counts is 0 for sequences that get none; last_context: (slots, hidden). growing: seconds that the
-// trees took.
+// Draft a block after the newest token of each sequence: logits (batch, block, vocab), and grow trees from the roots in
+// `trees`. rows.counts is 0 for sequences that do not draft; last_context: (slots, hidden). growing: seconds that
+// growing trees took.
 template <class T>
 void propose(const DraftNetwork& draft, const Rows& rows, const void* last_context, const Worth& worth, void* logits,
              const Trees& trees, double& growing) {
@@ -71,7 +73,8 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* last_conte
   const long width = stack.hidden, block = rows.rows, count = rows.batch * block, most = round_up(count, MANY_ROWS);
   const long width_in = draft.token_table ? 0 : draft.embed.inputs, width_out = draft.out.outputs;
   const long vocab = draft.head.outputs, rank = draft.candidates.rank, sequences = round_up(rows.batch, MANY_ROWS);
-  const long nodes = draft.candidates.fixed ? 0 : draft.candidates.block * draft.candidates.width;  // of a tree at most
+  const long nodes =
+      draft.candidates.fixed ? 0 : draft.candidates.block * draft.candidates.width;  // of a tree, at most
   scratch.reserve(Arena::bytes<T>(count * width) + Arena::bytes<T>(count * rank) +
                   Arena::bytes<Kept<T>>(most * width_out) + 2 * Arena::bytes<Kept<T>>(sequences * width) +
                   Arena::bytes<Kept<T>>(sequences * width_in) + Arena::bytes<T>(sequences * width) +
@@ -133,7 +136,7 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* last_conte
     } else {
       member.share(trees.batch, [&](int b) {
         if (rows.counts[b])
-          begun += expand<T>(candidates, trees, b, growths[b]);  // this thread's head is not the tree's time
+          begun += expand<T>(candidates, trees, b, growths[b]);  // the time of the sequential head does not count
       });
       member.share(1, [&](int) { admit(worth, trees, growths, admitted, memory); });
       member.share(trees.batch, [&](int b) {
@@ -241,7 +244,7 @@ inline Rows rows_of(const Cache& cache, int batch, int rows, MaskKind mask, cons
   return Rows{batch, rows, 0, mask, cache.lengths, counts, parents, positions, cache};
 }
 
-// Draft trees for the slots with a budget, and verify them: what the target says at every node.
+// Draft trees for the slots with a budget, and run the target over all nodes.
 template <class T>
 void draft_and_verify(Round& round) {
   const int batch = round.batch;
@@ -280,8 +283,8 @@ void draft_and_verify(Round& round) {
   round.seconds[VERIFYING] = now() - drafted;
 }
 
-// Sample and match (model/decoding/verify.py): descend to the child that carries what the target chose, as long as
-// there is one.
+// Find the accepted path (model/decoding/verify.py): descend to the child whose token the target chose, as long as
+// there is one. Returns its length, the root included.
 inline int walk(const Round& round, int b) {
   const long first = b * (long)round.rows;
   const Trees& trees = round.trees;
@@ -289,8 +292,7 @@ inline int walk(const Round& round, int b) {
   for (int row = 1; row < round.counts[b]; row++) round.worth.tried[bin_of(trees.scores[first + row])]++;
   round.paths[first] = 0;
   round.emitted[first] = round.chosen[first];
-  for (int row = 1; row < round.counts[b];
-       row++) {  // a parent comes before its children, so that once through is enough
+  for (int row = 1; row < round.counts[b]; row++) {  // one pass is enough, as parents come first
     const bool on_path = trees.parents[first + row] == round.paths[first + length - 1];
     if (!on_path || trees.tokens[first + row] != round.emitted[first + length - 1]) continue;
     round.worth.accepted[bin_of(trees.scores[first + row])]++;
@@ -301,11 +303,11 @@ inline int walk(const Round& round, int b) {
   return length;
 }
 
-// Keep what `chosen` agrees with, in both caches, and emit it.
+// Keep the nodes that agree with `chosen`, in both caches, and emit their tokens.
 template <class T>
 void commit(Round& round) {
   const double begun = now();
-  int longest = 0;  // of what the draft observes
+  int longest = 0;  // path that the draft observes
   for (int b = 0; b < round.batch; b++) {
     round.accepted[b] = round.counts[b] ? walk(round, b) : 0;
     round.observed[b] = round.budgets[b] == PLAIN ? 0 : round.accepted[b];

@@ -1,7 +1,7 @@
-// Threads that work through the same stages together. Stages end when their tasks are done, not when every thread has
-// come by: on a machine with other work to do, a thread that lost its core holds nobody up, and passes the finished
-// stages by when it is back; a job that is over is not held up by it either. (OpenMP's barriers wait for every thread;
-// beside an HTTP server that cost whole time slices.)
+// Threads that work through the same stages together. A stage ends when its tasks are done, not when every thread has
+// arrived: a thread that lost its core to other work delays nobody. When it is back, it skips the stages that have
+// finished; a finished job does not wait for it either. (OpenMP's barriers wait for every thread, which beside an HTTP
+// server cost whole time slices.)
 #pragma once
 #include <linux/futex.h>
 #include <pthread.h>
@@ -16,13 +16,13 @@
 #include "product.h"
 
 constexpr int MAX_HELPERS = 255;
-constexpr int TASK_BITS = 20;       // of a claim, enough for the tasks of a stage; the other 44 count stages for years
-constexpr int SPINS = 200;          // pauses, some 10 microseconds, before the core is offered to others
-constexpr int IDLE_YIELDS = 10000;  // offers, some milliseconds, before an idle thread sleeps
+constexpr int TASK_BITS = 20;       // bits of a claim that count a stage's tasks; the other 44 count stages, for years
+constexpr int SPINS = 200;          // pauses before a waiting thread offers its core to others: some 10 microseconds
+constexpr int IDLE_YIELDS = 10000;  // offers before an idle thread sleeps: some milliseconds
 
-// What is known of a member's part in the stages, on a cache line of its own. Its tasks are a range of every stage's,
-// the same whenever there are as many: so what it has written of a head it finds in its own caches, and it claims
-// without asking others. Who has none left claims from the next member's range. Nothing is reset: stages are counted on
+// A member's share of the stages, on a cache line of its own. It owns a range of each stage's tasks, the same range
+// whenever a stage has as many tasks: so it finds what it wrote of a head in its own caches, and claims tasks without
+// contention. A member whose range is finished claims from the next member's. Nothing is reset: stages are counted on
 // from job to job.
 struct alignas(64) Range {
   std::atomic<uint64_t> claimed{0};  // a stage, above TASK_BITS, and how many of its tasks in this range are claimed
@@ -39,18 +39,18 @@ static inline void be_patient(int& waited, const Offer& offer_core) {
 
 class Team;
 
-// A thread beside the caller's, and where it is: outside of any job, in one, or in one but without a core. The last it
-// sets itself, before it offers its core; the caller, whose job is over, may then dismiss it. When it has a core again,
-// it must not return through the job's functions, for all that they refer to lies on the caller's stack and may be
-// gone: it jumps home. That is defined as long as nothing between here and home has a destructor: helpers offer their
-// cores in Member::share alone, never inside a task, and jobs hold plain pointers and numbers. (A job that a late
-// thread may leave by returning would have to keep all its memory until that thread is back, which the next job would
-// have to wait for.)
+// A thread beside the caller's, and where it is: outside of any job (OUT), in one (IN), or in one but without a core
+// (AWAY). It sets AWAY before it offers its core; the caller, whose job is over, may then dismiss it. When it has a
+// core again, it must not return through the job's functions: everything they refer to lies on the caller's stack and
+// may be gone. It jumps home instead. That is defined as long as nothing between here and home has a destructor:
+// helpers offer their cores only in Member::share, never inside a task, and jobs hold plain pointers and numbers.
+// (Leaving a job by returning would need its memory until the late thread is back, and the next job would have to wait
+// for that.)
 struct alignas(64) Helper {
   enum Place { OUT, IN, AWAY };
   std::atomic<int> place{OUT};
   Team* team = nullptr;
-  uint32_t seen = 0;  // jobs
+  uint32_t seen = 0;  // the latest job that it knows of
   jmp_buf home;
 
   void step_aside() {
@@ -60,20 +60,21 @@ struct alignas(64) Helper {
     if (!place.compare_exchange_strong(away, IN)) longjmp(home, 1);
   }
 
-  // Whether it is outside of any job now: it was, or is dismissed.
+  // Dismiss it if it is away. Returns whether it is outside of any job now.
   bool dismiss() {
     int away = AWAY;
     return place.load() == OUT || place.compare_exchange_strong(away, OUT);
   }
 };
 
-// One thread's way through the stages of a job. Every thread must call `share` with the same tasks in the same order.
+// One thread's progress through the stages of a job. Every thread must call `share` with the same tasks in the same
+// order.
 struct Member {
   Range* ranges;
   int members, index;
-  Helper* helper;  // none: the caller
-  bool shares;  // the core, with processes that wait for it: best when this thread holds no task that others wait for
-  uint64_t stage = 0, total = 0;  // the one at hand; tasks of all stages up to its end
+  Helper* helper;                 // null: the caller
+  bool shares;                    // offers its core after each stage, when it holds no task that others wait for
+  uint64_t stage = 0, total = 0;  // the current stage; number of tasks of all stages up to its end
 
   template <class Task>
   void share(int tasks, const Task& task) {
@@ -90,7 +91,7 @@ struct Member {
     for (int waited = 0; !over();) be_patient(waited, [&] { offer_core(); });
   }
 
-  // Of a stage of so many tasks, the first that is this member's own, and where those end.
+  // The first and the end of this member's own range, in a stage of so many tasks.
   int first(int tasks) const { return first_of(index, tasks); }
   int end(int tasks) const { return first_of(index + 1, tasks); }
 
@@ -99,7 +100,7 @@ struct Member {
  private:
   int first_of(int whose, int tasks) const { return ((long)tasks * whose + members - 1) / members; }
 
-  // A task of that member's range; -1: none is left, or the stage is over already.
+  // Claim a task from a member's range; -1: none is left, or the stage is over.
   int claim(int whose, int tasks) {
     const int first = first_of(whose, tasks), end = first_of(whose + 1, tasks);
     std::atomic<uint64_t>& claimed = ranges[whose].claimed;
@@ -112,8 +113,8 @@ struct Member {
     }
   }
 
-  // Nobody does a task of a later stage before all of this one are done: so the sum may be compared, whenever each is
-  // read.
+  // Whether all tasks of this stage are done. Nobody starts a task of a later stage before that, so the counts may be
+  // read one after the other.
   bool over() const {
     uint64_t done = 0;
     for (int m = 0; m < members; m++) done += ranges[m].done.load(std::memory_order_acquire);
@@ -125,7 +126,7 @@ class Team {
   Range ranges[MAX_HELPERS + 1];  // the caller's first
   Helper helpers[MAX_HELPERS];
   int num_helpers = 0;
-  std::atomic<uint32_t> calls{0};  // jobs so far: what sleeping threads wait on
+  std::atomic<uint32_t> calls{0};  // jobs so far; sleeping threads wait for it to change
   std::atomic<int> sleeping{0};
   std::atomic<bool> open{false};
   void (*job)(void*, Member&) = nullptr;
@@ -161,7 +162,7 @@ class Team {
   }
 
  public:
-  // So many threads from now on, the caller's included; never fewer than before.
+  // Use so many threads from now on, the caller's included; never fewer than before.
   void grow(int threads) {
     for (; num_helpers < std::min(threads - 1, MAX_HELPERS); num_helpers++) {
       pthread_t thread;
@@ -177,10 +178,10 @@ class Team {
 
   int size() const { return num_helpers + 1; }
 
-  // Whether every stage ends with an offer of the core to whoever waits for it.
+  // Choose whether threads offer their cores to other processes after each stage.
   void share_cores(bool yes) { shares = yes; }
 
-  // Call work(member) on every thread that is free; returns when all its stages are done. What it makes must need no
+  // Call work(member) on every free thread; returns when all its stages are done. Its variables must need no
   // destructor, see Helper. One caller at a time.
   template <class Work>
   void run(const Work& work) {
@@ -192,7 +193,7 @@ class Team {
     if (sleeping.load()) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
     const Member me = take_part(nullptr);
     open = false;
-    for (Helper* helper = helpers; helper < helpers + num_helpers; helper++)  // none may be left that sees `work`
+    for (Helper* helper = helpers; helper < helpers + num_helpers; helper++)  // none may be left in the job
       for (int waited = 0; !helper->dismiss();) be_patient(waited, sched_yield);
     stage = me.stage;
     total = me.total;

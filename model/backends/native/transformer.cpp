@@ -1,4 +1,4 @@
-// What Python calls: forward passes, and the steps made of them. library.py declares the same functions; their
+// The functions that Python calls: forward passes, and the steps made of them. structures.py declares them too; their
 // structures are in structures.h.
 #include <mutex>
 
@@ -82,8 +82,8 @@ void pack(const void* from, int inputs, int outputs, void* to) {
 }  // namespace
 
 #define BY_TYPE(call, ...) (bfloat16 ? call<bf16>(__VA_ARGS__) : call<float>(__VA_ARGS__))
-// One call at a time: the threads and the memory that passes use are one for the process. Python lets go of its own
-// lock.
+// Let one call in at a time: the threads and memory that passes use are one for the process, and Python releases its
+// own lock around a call.
 #define ENTER const std::lock_guard<std::mutex> alone(entry)
 
 #if !defined(FLASH_STAMP)
@@ -96,10 +96,10 @@ std::mutex entry;
 
 extern "C" {
 
-// What this was compiled from, and how: builds.py looks for it in the file.
+// The hash of sources and flags that this was compiled from; builds.py looks for it in the file.
 const char* flash_stamp() { return FLASH_STAMP; }
 
-// Structures, their fields, and constants; the last one has no name.
+// Structures, their fields, and constants; a fact without a name ends them.
 const Fact* flash_facts() { return FACTS; }
 
 // Whether attention is compiled for heads of so many numbers.
@@ -113,8 +113,8 @@ bool flash_has_head_dim(int head_dim) {
   return false;
 }
 
-// Grow the team to so many threads. To be called first. False where the system does not let this process use what the
-// library was built for.
+// Grow the team to so many threads; to be called first. Returns false if the system does not let this process use the
+// instructions that the library was built for.
 bool flash_begin(int threads) {
   ENTER;
 #if defined(__AMX_BF16__)
@@ -125,7 +125,7 @@ bool flash_begin(int threads) {
   return true;
 }
 
-// Whether the threads offer their cores to other processes between any two stages.
+// Choose whether threads offer their cores to other processes after each stage.
 void flash_share_cores(bool yes) { team.share_cores(yes); }
 
 // Pack weights (outputs, inputs) into panels: ceil(outputs / 16) * 16 * ceil(inputs / 32) * 32 numbers.
@@ -134,21 +134,21 @@ void flash_pack(bool bfloat16, const void* from, int inputs, int outputs, void* 
   BY_TYPE(pack, from, inputs, outputs, to);
 }
 
-// x (rows, inputs) -> y (rows, outputs).
+// Apply a linear layer: x (rows, inputs) -> y (rows, outputs).
 void flash_linear(bool bfloat16, const void* x, int rows, int inputs, int outputs, const void* w, const void* bias,
                   void* y) {
   ENTER;
   BY_TYPE(linear, x, rows, inputs, outputs, w, bias, y);
 }
 
-// pictures (images, height, width, 3), table (3, 256) -> y (images * patches, 3 * patch * patch).
+// Cut pictures into patches: pictures (images, height, width, 3), table (3, 256) -> y (patches, 3 * patch * patch).
 void flash_patches(bool bfloat16, const uint8_t* pictures, int images, int height, int width, int patch,
                    const float* table, void* y) {
   ENTER;
   BY_TYPE(patches, pictures, images, height, width, patch, table, y);
 }
 
-// embeds (batch, rows, hidden) -> hidden (batch, rows, hidden) and aux (batch, rows, num_aux, hidden).
+// Run a stack: embeds (batch, rows, hidden) -> hidden (batch, rows, hidden) and aux (batch, rows, num_aux, hidden).
 void flash_forward(bool bfloat16, const Stack* stack, const Rows* rows, const void* embeds, void* hidden, void* aux) {
   ENTER;
   BY_TYPE(forward, *stack, *rows, embeds, hidden, aux);
@@ -160,19 +160,19 @@ void flash_write_kv(bool bfloat16, const Stack* stack, const Rows* rows, const v
   BY_TYPE(write_kv, *stack, *rows, context);
 }
 
-// Grow trees of the likeliest drafted nodes behind the roots that `trees` has.
+// Grow trees of the likeliest drafted nodes from the roots in `trees`.
 void flash_grow(bool bfloat16, const Draft* draft, const Trees* trees) {
   ENTER;
   BY_TYPE(grow_all, *draft, *trees);
 }
 
-// aux (rows, num_aux, target's hidden) -> context (rows, hidden).
+// Fuse auxiliary hidden states: aux (rows, num_aux, target's hidden) -> context (rows, hidden).
 void flash_fuse(bool bfloat16, const DraftNetwork* draft, const void* aux, int rows, void* context) {
   ENTER;
   BY_TYPE(fuse, *draft, aux, rows, context);
 }
 
-// Draft a block behind the newest token of every sequence: logits (batch, block, vocab), and trees grown from them.
+// Draft a block after the newest token of every sequence: logits (batch, block, vocab), and trees grown from them.
 void flash_propose(bool bfloat16, const DraftNetwork* draft, const Rows* rows, const void* last_context, void* logits,
                    const Trees* trees) {
   ENTER;
