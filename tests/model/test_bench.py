@@ -72,7 +72,7 @@ def test_the_last_line_is_the_json_of_the_contract(
         assert row["tokens_per_second"] > 0
         if row["drafter"] != "generate":
             assert sum(row["share"].values()) == pytest.approx(1.0, abs=1e-3)
-        for base in ("off", "generate"):  # of a single repeat, the median ratio is the ratio of the speeds
+        for base in ("off", "generate"):  # with one repeat, the median ratio is the ratio of the speeds
             other = next(r for r in rows if (r["task"], r["batch"], r["drafter"]) == (row["task"], row["batch"], base))
             name = f"speedup_over_{'plain' if base == 'off' else base}"
             expected = row["tokens_per_second"] / other["tokens_per_second"]
@@ -100,9 +100,7 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
 ) -> None:
     monkeypatch.setattr(profile, "BYTES_MOVED", 1 << 22)
     monkeypatch.setattr(profile, "MATRIX", 64)
-    monkeypatch.setattr(
-        SpeculationController, "known", False
-    )  # an untrained draft brings nothing, and would not be used
+    monkeypatch.setattr(SpeculationController, "known", False)  # an untrained draft would not pay, and not be used
     options = ["--profile", "--batches", "1,3", "--prompts", "3", "--max-tokens", "12"]
     bench.main([*models(tiny_checkpoint, tiny_draft), *options])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -125,7 +123,7 @@ def test_the_parts_of_a_profiled_step_make_up_the_whole(
 
 
 def test_the_floor_counts_the_weights_that_a_pass_reads(tiny_checkpoint: Path) -> None:
-    """All but the table of embeddings, of which a pass reads a few rows, and the tower."""
+    """Count all weights except the tower and the embedding table, of which a pass reads a few rows."""
     model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint)
     beside = [model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model.embed_tokens]
     expected = sum(w.numel() for w in model.parameters()) - sum(w.numel() for m in beside for w in m.parameters())
@@ -135,7 +133,7 @@ def test_the_floor_counts_the_weights_that_a_pass_reads(tiny_checkpoint: Path) -
 def test_drafters_are_compared_on_the_same_prompts(
     tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each with its own draft; what is simulated says so wherever it shows."""
+    """Each drafter has its own draft, and simulated ones are marked as such wherever they appear."""
     eagle = tiny.save_network(tmp_path / "eagle", "eagle", tiny_checkpoint)
     options = [*models(tiny_checkpoint, tiny_draft), "--draft", str(eagle), "--sampling", "seeded"]
     options += ["--drafters", "off,flash,eagle,ngram,replay:1,replay:0.5", "--tasks", "image caption"]
@@ -166,7 +164,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(wrong: lis
 
 
 def test_the_processor_and_the_engine_see_the_same_prompt(plain_engine: Engine, tiny_checkpoint: Path) -> None:
-    """The yardstick shares no code with the engine: were its prompts others, every comparison would be void."""
+    """The reference shares no code with the engine. With different prompts every comparison would be void."""
     reference = Reference(str(tiny_checkpoint), device="cpu", dtype="float32")
     conversation = (
         Message("user", (tiny.image(0), "What is this?", tiny.video(1), "And this?")),
@@ -213,8 +211,8 @@ def credulous(honest: Any) -> Any:
 def test_a_planted_difference_is_found(
     tiny_checkpoint: Path, tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Verification that takes the draft's word: the very bug that the check exists for."""
-    # Else an untrained draft is used now and then, as the machine's load has it.
+    """Accept draft tokens unverified: this is the bug that the equality check exists for."""
+    # Otherwise an untrained draft is used only at times, depending on the machine's load.
     monkeypatch.setattr(equality, "EngineConfig", partial(EngineConfig, adaptive_drafting=False))
     for kind in (NativeRound, TorchRound):
         monkeypatch.setattr(kind, "draft_and_verify", credulous(kind.draft_and_verify))
@@ -224,13 +222,13 @@ def test_a_planted_difference_is_found(
     wrong = [difference for difference in result["differences"] if not difference["excused"]]
     assert {difference["comparison"] for difference in wrong} == {"plain = flash, alone", "plain = in a crowd"}
     assert result["float64"]["differences"], "finer numbers must not wash a bug away"
-    # What runs without speculation was not touched, and must not be blamed.
+    # Arms without speculation are not affected and must show no difference.
     assert not any(row["differences"] for row in result["comparisons"] if row["comparison"] == "generate = plain")
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_where_bits_are_promised_no_near_tie_is_an_excuse(exact: bool) -> None:
-    """bfloat16's epsilon is wide: it hid whatever the native library did wrong at a near tie."""
+    """bfloat16's tolerance is wide: it hid errors of the native library at near ties."""
 
     class Judge:
         def logits(self, _conversation: object, _answer: object) -> Tensor:
@@ -275,7 +273,7 @@ def test_a_token_that_top_p_cuts_far_off_is_never_excused() -> None:
 
 
 def test_a_close_call_of_top_p_itself_is_seen() -> None:
-    """Whether the second token stays is nearly a tie; with it, the draw falls elsewhere."""
+    """Whether the second token is kept is nearly a tie; if it is, the draw selects another token."""
     first = float(LOGITS.softmax(0)[0])
     seed = next(s for s in range(100) if sampling.uniform(s, 0) > 0.9)
     params = SamplingParams(temperature=1.0, top_p=first - 1e-9, seed=seed)
@@ -348,7 +346,7 @@ def test_generate_explains_what_it_cannot_do(more: list[str], complaint: str) ->
 def test_generate_takes_what_the_route_takes(
     tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
 ) -> None:
-    """Fields and their ranges were once listed a second time, and later ones were missing there."""
+    """A second list of fields and ranges once lacked the fields that were added later."""
     names = set(inspect.signature(generate).parameters)
     not_for_one_answer = {"n", "stream", "logprobs", "top_logprobs", "logit_bias"}
     assert set(SamplingFields.__struct_fields__) - not_for_one_answer <= names

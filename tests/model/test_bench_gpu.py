@@ -30,7 +30,7 @@ def test_it_measures_graphs_against_plain_passes_and_both_against_the_floor(
     found = figures(capsys, "--device", "cpu", "--dtype", "float32", "--output", str(output))
     assert json.loads(output.read_text()) == found
     assert all(value > 0 for value in found["limits"].values())
-    # Every weight but those of the table of embeddings, which a pass reads a few rows of, and of the tower.
+    # All weights except the tower and the embedding table, of which a pass reads a few rows.
     attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 96, 2 * 64
     assert found["bytes_read_per_pass"] == 4 * (4 * (attention + mlp + norms) + 64 + 64 * 512)
     assert [row["batch"] for row in found["rows"]] == [1, 3]
@@ -54,7 +54,7 @@ def test_a_native_target_has_no_graphs_to_measure(capsys: pytest.CaptureFixture[
 
 
 def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() -> None:
-    """On tensors without contents: nothing of it fits here, and whatever asks for a number on the way fails."""
+    """Tensors are on the meta device: the target does not fit here, and reading a value fails."""
     size = random_weights.SIZES["7b"]
     target, read = random_weights.make_target(size, EngineConfig(model="7b", device="meta", dtype="bfloat16"))
     assert read == pytest.approx(2 * 7.07e9, rel=0.01), "Qwen2.5-7B has 7.6e9 weights, of which 0.54e9 are embeddings"

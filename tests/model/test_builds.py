@@ -163,7 +163,7 @@ def test_a_choice_that_names_no_builds_is_refused(copy: Path, tmp_path: Path, ch
 
 
 def test_the_compiler_and_torch_know_this_processor_alike() -> None:
-    """One is asked when the library is compiled, the other when it is loaded."""
+    """The build asks the compiler for the processor's features, loading asks torch."""
     if not compiler() or platform.machine() != "x86_64":
         pytest.skip("no compiler, or no x86-64")
     for build in BUILDS:
@@ -278,7 +278,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_a_library_of_other_sources_is_never_loaded(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choose: Callable[[str], None], change: str
 ) -> None:
-    """Not even opened: what it would do is anybody's guess. `make setup` puts another in its place."""
+    """It is not even opened, because its behaviour is unknown. `make setup` replaces it."""
     cxx = stand_in(tmp_path, AVX2)
     assert make(copy, CXX=cxx, FLASH_BUILDS="avx2,avx512").returncode == 0
     runs(monkeypatch, "avx2")
@@ -311,7 +311,7 @@ def test_other_flags_make_another_library(copy: Path, tmp_path: Path, monkeypatc
 
 
 def test_setup_removes_what_is_not_current(copy: Path, tmp_path: Path) -> None:
-    """Of other sources, or from a time when names were others; what is current stays, whatever is chosen now."""
+    """Setup removes libraries of other sources or older names, and keeps current ones, whatever build is chosen."""
     cxx = stand_in(tmp_path, AVX512)
     assert make(copy, CXX=cxx, FLASH_BUILDS="avx2,amx").returncode == 0
     for name in ("_avx512.cpython-311-x86_64-linux-gnu.so", "_sse2.so", "_avx512bf16.so"):
@@ -335,7 +335,7 @@ def test_what_a_server_has_loaded_is_not_written_over(
 
 
 def test_a_library_is_there(choose: Callable[[str], None]) -> None:
-    """Where this processor runs one and there is a compiler: without it most of the speed would be lost in silence."""
+    """If the processor and a compiler allow one, a missing library would silently cost most of the speed."""
     runnable = [build for build in BUILDS if not library.lacking_features(build)]
     if not runnable or not compiler():
         pytest.skip("no build for this processor, or no compiler")
@@ -383,7 +383,7 @@ def test_a_build_that_is_not_to_be_had_is_an_error(
 def test_the_next_best_is_loaded_where_the_system_forbids_the_best(
     copy: Path, tmp_path: Path, choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Linux may AMX."""
+    """Linux may forbid AMX, for example."""
     assert make(copy, CXX=stand_in(tmp_path, AMX), FLASH_BUILDS="all").returncode == 0
     runs(monkeypatch, "amx")
     real = library.Library("avx512bf16", ctypes.CDLL(None), {})
@@ -490,7 +490,7 @@ CHANGED: dict[str, Callable[[list[Any]], list[Any]]] = {
 @pytest.mark.parametrize("change", CHANGED)
 @pytest.mark.parametrize("name", ["Layer", "Rows", "Trees", "Worth"])
 def test_a_structure_that_is_another_one_in_the_library_is_refused(change: str, name: str) -> None:
-    """Also of the same size: each side would read one field as another."""
+    """A structure of the same size is refused as well: both sides would read other fields."""
     functions = first_library().functions
     kinds: dict[str, Any] = {kind.__name__: kind for kind in structures.Structure.__subclasses__()}
     kinds[name] = type(name, (ctypes.Structure,), {"_fields_": CHANGED[change](list(kinds[name]._fields_))})
@@ -505,7 +505,7 @@ def test_a_structure_that_only_the_library_has_is_refused() -> None:
 
 
 def test_every_function_that_is_called_is_declared() -> None:
-    """With the types that ctypes then holds callers to."""
+    """Declared types let ctypes check every call."""
     source = builds.FOLDER.joinpath("transformer.cpp").read_text()
     declared = {name: len(types) - 1 for name, types in structures.FUNCTIONS.items()}
     found = re.findall(r"^[\w* ]+?\b(flash_\w+)\(([^)]*)\) \{", source, re.MULTILINE)

@@ -37,7 +37,7 @@ from tests.model import tiny
     ],
 )
 def test_a_bad_setting_fails_at_start_by_its_name(name: str, value: object) -> None:
-    """Not at the first request, and not with the name of some function."""
+    """The error comes neither at the first request nor with the name of an internal function."""
     with pytest.raises(ConfigError, match=name):
         EngineConfig(**{name: value})  # type: ignore[arg-type]
 
@@ -93,7 +93,7 @@ def test_tapped_layers_exist_and_are_spread(layers: int) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_model_of_very_few_layers_can_be_served(layers: int, tmp_path: Path) -> None:
-    """Tiny models are what everyone's tests use: their tapped layers must exist, too."""
+    """Many test suites use tiny models; the captured layers must exist in them, too."""
     engine = Engine(tiny.config(tiny.save_checkpoint(tmp_path / "few", layers=layers), max_num_seqs=1))
     assert len(tiny.answers(engine, [tiny.ask("r", "Hi", max_tokens=3)])["r"]) == 3
 
@@ -123,7 +123,7 @@ def test_memory_is_known_before_the_first_request(tiny_checkpoint: Path, tiny_dr
 def test_the_largest_trees_and_the_widest_can_be_drafted(
     drafter: str, width: int, tiny_checkpoint: Path, drafts: dict[str, Path]
 ) -> None:
-    """A bound that the engine does not survive is none."""
+    """The engine must work at the upper bounds of these settings."""
     largest = {"max_nodes": MOST_NODES, "tree_width": width, "max_verify_tokens": MOST_VERIFY_TOKENS, "max_num_seqs": 2}
     requests = [tiny.ask(f"r{i}", "Hi", max_tokens=8) for i in range(2)]
     plain = tiny.answers(Engine(tiny.config(tiny_checkpoint, drafter="off")), requests)

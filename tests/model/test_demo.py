@@ -97,7 +97,7 @@ def test_seeds_of_different_splits_and_kinds_never_meet() -> None:
 
 
 def test_prompts_of_the_splits_show_different_scenes() -> None:
-    """By pixels, not by seeds: what the draft is measured on, it has not seen."""
+    """Compare pixels, not seeds: the draft must be measured on scenes that it has not seen."""
 
     def pictures(split: object) -> set[bytes]:
         found = set()
@@ -226,7 +226,7 @@ def labels(scene: Scene, moment: float = 0.0) -> dict[str, np.ndarray]:
 
 
 def test_every_object_has_one_anchor_patch_that_tells_all_about_it() -> None:
-    """The tower learns from these alone: a label that lies teaches it to."""
+    """The tower learns from these labels alone, so a wrong label teaches it an error."""
     for scene in IMAGES:
         told = labels(scene)
         anchors = np.argwhere(told["anchor"] == 1)
@@ -273,7 +273,7 @@ def test_labels_stay_in_range_when_objects_leave_the_frame() -> None:
 
 
 def test_motion_labels_follow_the_object_that_covers_the_patch() -> None:
-    """Displacements are those of the object, frame by frame; background is asked nothing; kinds only at the end."""
+    """Displacements are the object's in each frame; background has no labels; kinds are in the last frame only."""
     moments = [0.0, 1 / 3, 2 / 3, 1.0]
     still, absent = motion.REACH, motion.PLACES - 1
     seen: set[str] = set()
@@ -307,7 +307,7 @@ def test_motion_labels_follow_the_object_that_covers_the_patch() -> None:
 
 
 def test_a_conversation_asks_nothing_of_questions_and_media() -> None:
-    """Labels are the answers' tokens and their ends; media tokens are as many as patches; a batch is of one kind."""
+    """Only answers and their ends have labels; media have one token for each patch; a batch has one kind."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(DEMO_WEIGHTS / "target")
     data = LlavaConversations(tokenizer, 0, 0, image_batch=4)
     image = tokenizer.convert_tokens_to_ids("<image>")
@@ -334,7 +334,7 @@ def test_a_conversation_asks_nothing_of_questions_and_media() -> None:
 def test_an_evaluation_writes_only_where_it_is_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A look at a handful of scenes once replaced the figures that lie beside the weights; a build writes those."""
+    """Evaluating a few scenes once replaced the figures beside the weights, which only a build may write."""
     monkeypatch.setattr(evaluate, "image_scores", lambda *_, **__: {"recall": 1.0})
     monkeypatch.setattr(evaluate, "video_scores", lambda *_, **__: {"motions": 1.0})
 

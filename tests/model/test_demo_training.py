@@ -33,7 +33,7 @@ def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 
 
 def test_the_last_step_is_saved_and_done(tmp_path: Path) -> None:
-    """The next stage of a build asks for the same training again and gets what was learnt."""
+    """The next stage of a build starts the same training again and must get the finished weights."""
     module, _ = trained(tmp_path / "file.pt", 6)
     again, training = trained(tmp_path / "file.pt", 6)
     assert training.started_at == training.step == 6

@@ -67,19 +67,19 @@ def test_random_text_of_every_script_comes_out_as_it_went_in(tokenizer: PreTrain
 
 
 def test_a_character_comes_with_its_last_token_and_no_later(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Held back longer, a stream would stutter."""
+    """A stream would stutter if characters were held back longer."""
     ids = tokenizer("a\U0001f680b", add_special_tokens=False).input_ids
     assert pieces(tokenizer, ids) == ["a", *[""] * (len(ids) - 3), "\U0001f680", "b", ""]
 
 
 def test_an_answer_cut_inside_a_character_ends_with_what_it_has(tokenizer: PreTrainedTokenizerBase) -> None:
-    """max_tokens may fall anywhere; what is left is flushed as the tokenizer itself would show it."""
+    """max_tokens may end an answer inside a character; the rest is flushed as the tokenizer itself would show it."""
     ids = tokenizer("so \U0001f680", add_special_tokens=False).input_ids[:-1]
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_bytes_that_never_become_a_character_hold_nothing_up(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model gone mad may emit continuation bytes for ever; text after them still comes, and none of it is lost."""
+    """A model may emit continuation bytes for ever; text after them must still appear, without loss."""
     lone = tokenizer("\u4f60", add_special_tokens=False).input_ids[-1]
     plain = tokenizer(" fine", add_special_tokens=False).input_ids
     for count in (1, 7, 8, 9, 30):
@@ -90,7 +90,7 @@ def test_bytes_that_never_become_a_character_hold_nothing_up(tokenizer: PreTrain
 
 
 def test_a_character_right_behind_broken_bytes_is_whole(tokenizer: PreTrainedTokenizerBase) -> None:
-    """What is let through since it never becomes a character does not take the beginning of the next one along."""
+    """Flushing invalid bytes must not flush the first bytes of the next character with them."""
     lone = tokenizer("\u4f60", add_special_tokens=False).input_ids[-1]
     rocket = tokenizer("\U0001f680", add_special_tokens=False).input_ids
     for count in range(1, 20):
@@ -124,7 +124,7 @@ def through(stops: tuple[str, ...], chunks: list[str]) -> tuple[str, bool, list[
 
 
 def test_a_stop_string_is_found_across_any_split_of_the_text() -> None:
-    """It comes in as many tokens as the model likes; neither it nor any of what follows is shown."""
+    """A stop string may be split over any tokens; neither it nor the text after it is shown."""
     rng = random.Random(0)
     text = "one two STOP three"
     for _ in range(200):
@@ -167,7 +167,7 @@ def test_without_stop_strings_text_passes_at_once() -> None:
 
 
 def test_where_a_token_says_something_else_at_the_start_of_a_text_it_is_read_in_its_context() -> None:
-    """SentencePiece's way: a word's leading space belongs to it, but not at the start. Alone, every word is at one."""
+    """SentencePiece drops a word's leading space at the start of a text, and a token decoded alone is at the start."""
     words = ("the quick brown fox jumps over the lazy dog", "a b  c   d", "over a fox")
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -182,8 +182,11 @@ def test_where_a_token_says_something_else_at_the_start_of_a_text_it_is_read_in_
 
 
 def test_a_space_behind_a_special_token_is_no_leading_one() -> None:
-    """LLaMA's way, of one space at the start of a text. Behind many tokens the earlier ones are let go, and a special
-    one says nothing: the next would be at the start."""
+    """LLaMA drops one space at the start of a text.
+
+    After many tokens the earlier ones are forgotten, and a special token has no text. So the next token would be at the
+    start.
+    """
     names = ["<unk>", "<s>", "</s>", "<image>", "\u2581", "\u2581on", "\u2581and", "a"]
     made = Tokenizer(models.BPE(vocab={name: at for at, name in enumerate(names)}, merges=[], unk_token="<unk>"))
     strip = decoders.Strip(" ", 1, 0)

@@ -102,12 +102,12 @@ def test_served_blocks_are_the_blocks_that_were_trained(
     Media split over chunks, latents in their place, positions of the context, rollback after every accepted path, moves
     between slots: for each step in which the engine drafted, the trainer's own code makes the same logits.
     """
-    monkeypatch.setattr(network_file, "ENOUGH", 4)  # so that of these small media some are read in part, too
+    monkeypatch.setattr(network_file, "ENOUGH", 4)  # so that some of these small media are subsampled
     draft = tiny.save_draft(tmp_path / "draft", tiny_checkpoint, **shape)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(draft), max_num_seqs=4, prefill_chunk=chunk))
     plain = Engine(tiny.config(tiny_checkpoint, max_num_seqs=1))
     requests = [tiny.ask(name, *messages[0].content, max_tokens=40) for name, messages in CONVERSATIONS.items()]
-    # One that ends early sits in the lowest slot, so that the others move.
+    # The lowest slot has the shortest answer, so that the others move.
     known = tiny.answers(plain, [tiny.ask("brief", "Hi", max_tokens=6), *requests])
 
     watched = Watched(engine, known, seed)
@@ -122,8 +122,10 @@ def test_served_blocks_are_the_blocks_that_were_trained(
         return block_loss(drafted, *rest, **named)
 
     monkeypatch.setattr(loss, "block_loss", learn)
-    monkeypatch.setattr(SequentialHead, "bias", lambda *_: 0.0)  # the head works on these logits; see the next test
-    network, target = checkpoint.load(draft, engine.target), engine.target  # the served one's layers are packed
+    monkeypatch.setattr(
+        SequentialHead, "bias", lambda *_: 0.0
+    )  # compare the logits before the head; the next test covers the head
+    network, target = checkpoint.load(draft, engine.target), engine.target  # the served network's layers are packed
     assert isinstance(network, DraftNetwork)
     offsets = list(range(34))
     with torch.no_grad():
@@ -149,7 +151,7 @@ def test_served_blocks_are_the_blocks_that_were_trained(
 
 
 def test_the_sequential_head_says_along_a_path_what_it_was_taught_to() -> None:
-    """In training all of a path at once, in serving level by level, with other paths beside it."""
+    """Training computes all of a path at once; serving computes it level by level, beside other paths."""
     torch.manual_seed(0)
     head = SequentialHead(DraftConfig(32, 24, vocab_size=50, aux_layers=(1,), sequential_rank=8)).requires_grad_(False)
     torch.nn.init.normal_(head.after.weight)
@@ -178,7 +180,7 @@ class Apart:
 
 @pytest.mark.skipif(library.load() is None, reason="no native library here")
 def test_a_native_round_drafts_what_its_parts_draft() -> None:
-    """The bundled draft, whose long paths are mostly accepted: what it reads of them, in one call or in several."""
+    """The bundled draft has long paths accepted; it must read them alike in one native call and in several."""
     served: list[dict[tuple[str, int], Tensor]] = []
     accepted: list[list[int]] = []
     for native in (True, False):
@@ -222,7 +224,7 @@ def test_a_native_round_drafts_what_its_parts_draft() -> None:
 
 
 def test_the_trainer_sees_what_the_target_serves(tiny_target: Target, plain_engine: Engine) -> None:
-    """The logits it teaches by must be those from which the answer came: each answer token is their best."""
+    """The trainer's logits must be those that the answer was chosen from: each answer token is their best."""
     name = "media"
     answer = tiny.answers(plain_engine, [tiny.ask(name, *CONVERSATIONS[name][0].content, max_tokens=30)])[name]
     prompt = tiny_target.prompt(CONVERSATIONS[name])
@@ -375,7 +377,7 @@ def test_a_draft_fits_its_target_in_every_dtype(tiny_checkpoint: Path, tiny_draf
     ["no folder", "json", "field", "fingerprint", "no weights", "weights", "shape", "names", "offered", "not finite"],
 )
 def test_a_broken_draft_is_a_clear_error(tiny_target: Target, tmp_path: Path, broken: str) -> None:
-    """Whoever starts the service reads one line that names the folder, not a traceback from inside a library."""
+    """The user who starts the service reads one line that names the folder, not a traceback of a library."""
     folder = tmp_path / "draft"
     checkpoint.save(folder, tiny.new_draft(tiny_target, vocabulary=100), tiny_target)
     described = json.loads((folder / "config.json").read_text())

@@ -31,7 +31,7 @@ from tests.model.guided import Guided, guided
 from tests.model.test_equality import mixed
 
 NAMES = (*TRAINED, "ngram")
-FEW = 60  # tokens, where not all are offered
+FEW = 60  # size of a reduced draft vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, drafts: dict[s
 
 
 def test_alone(engine: Engine, expected: dict[str, list[int]]) -> None:
-    """Greedy and sampled; images, videos, text alone; nearly all that is proposed is refused."""
+    """Requests are greedy and sampled, with images, videos and text alone; nearly all drafted tokens are rejected."""
     for request in mixed(8):
         assert tiny.answers(engine, [request])[request.request_id] == expected[request.request_id]
     stats = engine.pop_stats()
@@ -113,8 +113,10 @@ def test_the_native_step_proposes_what_torch_does(
     expected: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same trees, node by node, wherever rounding does not decide which node is the last to get in; and where the
-    vocabulary is too large for a table of what its tokens put into the layers."""
+    """The trees are the same, node by node, except where rounding decides which node is the last to get in.
+
+    This includes vocabularies too large for a table of each token's contribution to the layers.
+    """
     if library.load() is None:
         pytest.skip("no native library here")
     if not table:
@@ -130,7 +132,7 @@ def test_the_native_step_proposes_what_torch_does(
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_targets_states_may_be_of_any_width(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native steps read states of whole steps of a product's; of others they read each as if it went on in the next."""
+    """Native products read whole steps; a width that is no multiple must not read into the next state."""
     model = tiny.save_checkpoint(tmp_path / "target", width=40)
     folder = {name: tiny.save_network(tmp_path / "draft", name, model)}
     expected = tiny.answers(Engine(tiny.config(model, drafter="off", max_num_seqs=1)), mixed(10))
@@ -168,7 +170,7 @@ def test_sequences_that_it_does_not_know(
     expected: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Requests without speculation never begin with it: alone, and in a batch with others."""
+    """Requests without speculation never start in the drafter, alone or in a batch with others."""
     if not native:
         monkeypatch.setattr(library, "load", lambda: None)
     engine = tiny.engine_of(name, tiny_checkpoint, drafts)
@@ -183,7 +185,7 @@ def test_sequences_that_it_does_not_know(
 def test_where_the_load_decides_how_much_is_drafted(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
-    """As it is served: trees are cut, sequences pause, some never begin."""
+    """Draft as in serving: trees are cut, sequences pause, some never begin."""
     engine = tiny.engine_of(name, tiny_checkpoint, drafts, adaptive_drafting=True)
     for every in (0, 1, 2):
         assert tiny.answers(engine, mixed(), every=every) == expected
@@ -205,7 +207,7 @@ def test_within_any_budget(
 def test_bfloat16_with_a_draft_says_what_it_says_without(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path]
 ) -> None:
-    """Where rows keep their bits whatever stands beside them; elsewhere rounding turns a token now and then."""
+    """In the native library a row's bits do not depend on its batch; elsewhere rounding may change a token."""
     engine = tiny.engine_of(name, tiny_checkpoint, drafts, dtype="bfloat16")
     with_draft = tiny.answers(engine, mixed(8), every=1)
     plain = Engine(tiny.config(tiny_checkpoint, drafter="off", dtype="bfloat16", max_num_seqs=1))
@@ -232,7 +234,7 @@ def test_only_tokens_that_are_offered_are_proposed(
     expected: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the native step, by torch, and by torch on recorded passes: the same trees, and the answers stay the same."""
+    """The native step, torch and recorded passes propose the same trees, and answers stay the same."""
     requests, offered = mixed(10), set(load_file(narrow[name] / "model.safetensors")["offered"].tolist())
     assert len(offered) == FEW
     assert max(offered) > 2 * FEW, "ids and places must not be the same"
@@ -261,7 +263,7 @@ def test_only_tokens_that_are_offered_are_proposed(
 def test_the_published_tree_is_the_same_at_every_step(
     tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
-    """25 nodes, whatever the draft says."""
+    """The tree has 25 nodes, whatever the draft's probabilities are."""
     engine = tiny.engine_of("flash-paper", tiny_checkpoint, drafts, max_num_seqs=2)
     watched = guided(engine, expected)
     tiny.answers(engine, mixed(6))
@@ -319,7 +321,7 @@ def test_its_context_is_what_recomputing_from_scratch_gives(
     requests = mixed(10)
     tiny.answers(engine, requests, every=1)
     target = engine.target
-    network = checkpoint.load(drafts[name], target)  # the served one's layers may have been let go
+    network = checkpoint.load(drafts[name], target)  # the served network's layers may have been freed
     assert len(seen) > 20
     with torch.no_grad():
         for request in requests:

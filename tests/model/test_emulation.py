@@ -151,7 +151,7 @@ def test_an_intel_that_multiplies_bfloat16_does_it_like_that(feigned: ctypes.CDL
 
 
 def test_a_library_in_emulation_computes_the_bits_that_the_processor_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it can do both: products, norms, attention, activations."""
+    """Compare products, norms, attention and activations on processors that can do both."""
     real, feigned = every_library().get("avx512"), emulated("avx512")
     if library.lacking_features(BUILDS[NAMES.index("avx512")]) or real is None or feigned is None:
         pytest.skip("no AVX512, or no compiler")

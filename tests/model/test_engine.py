@@ -35,7 +35,7 @@ def known(plain_engine: Engine) -> dict[str, list[int]]:
 
 
 def test_max_tokens_is_met_to_the_token(crowd: Engine, known: dict[str, list[int]]) -> None:
-    """A block accepted whole may reach beyond it."""
+    """An accepted block may reach beyond max_tokens."""
     for seed in range(3):
         with_oracle(crowd, known, seed, truth=1.0)
         requests = [long_request(f"r{n}", max_tokens=n) for n in range(1, 14)]
@@ -51,7 +51,7 @@ def test_max_tokens_is_met_to_the_token(crowd: Engine, known: dict[str, list[int
 def test_eos_ends_an_answer_wherever_it_stands_in_a_block(
     crowd: Engine, known: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was accepted after it is dropped; it counts as a token and shows no text. ignore_eos goes on."""
+    """Tokens accepted after EOS are dropped. EOS counts as a token and shows no text; ignore_eos continues."""
     answer = known["r"]
     for place in (0, 1, 5, 11):
         end = answer[place]
@@ -101,11 +101,11 @@ def test_text_of_an_answer_is_its_tokens_decoded(crowd: Engine, known: dict[str,
 
 
 def test_what_cannot_fit_is_refused_with_the_figures(crowd: Engine) -> None:
-    """Taken in, it would wait for room that never comes; a silently dropped prompt is the example to avoid."""
+    """If accepted, it would wait for room that never comes; it must not be dropped silently either."""
     with pytest.raises(RequestError, match="max_tokens is 250") as caught:
         crowd.add(long_request(max_tokens=250))
     assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
-    # litellm knows the case by the latter words, LangChain by the former, and then falls back to a larger model.
+    # litellm detects the case by the latter words, LangChain by the former, to fall back to a larger model.
     for known in ("prompt is too long", "this model's maximum context length is 256 tokens"):
         assert known in caught.value.message
     with pytest.raises(RequestError, match="256") as caught:
@@ -120,7 +120,7 @@ def test_what_just_fits_is_served(crowd: Engine) -> None:
 
 
 def test_a_request_id_is_used_by_one_at_a_time(crowd: Engine) -> None:
-    """Outputs are told apart by it."""
+    """Outputs are matched to requests by their id."""
     crowd.add(long_request())
     with pytest.raises(RequestError, match="already in use"):
         crowd.add(long_request())
@@ -166,7 +166,7 @@ def test_a_budget_in_bytes_limits_the_slots(tiny_checkpoint: Path, known: dict[s
 
 
 def test_usage_counts_the_tokens_that_are_held(crowd: Engine) -> None:
-    """The newest token is known but not computed yet, so it is not held."""
+    """The newest token is known but not computed yet, so it is not in the cache."""
     length = len(crowd.target.prompt(long_request().messages).ids)
     crowd.add(long_request())
     crowd.step()
@@ -213,7 +213,7 @@ def test_an_abort_at_any_moment_frees_everything(crowd: Engine, known: dict[str,
 def test_a_request_that_overflows_leaves_nothing_to_the_next_in_its_slot(
     tiny_checkpoint: Path, tiny_draft: Path, drafter: str
 ) -> None:
-    """By torch, which adds -inf to what is not to be seen: what is no number stays none."""
+    """torch adds -inf to masked scores, and a NaN left in the slot would stay NaN."""
     draft = None if drafter == "off" else str(tiny_draft)
     engine = Engine(tiny.config(tiny_checkpoint, drafter=drafter, draft=draft, dtype="float64", max_num_seqs=1))
     short, bad = tiny.ask("short", "How many?", max_tokens=8), tiny.ask("bad", "The fox jumps; where?", max_tokens=20)
@@ -251,7 +251,7 @@ def test_an_abort_of_nobody_is_nothing(crowd: Engine) -> None:
 def test_a_request_whose_media_cannot_be_encoded_fails_alone(
     crowd: Engine, known: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Whatever it raises: the others beside it, and those that come after into its slot, never notice."""
+    """Any error is confined to it: other requests, and later ones in its slot, are not affected."""
     encode = crowd.target.encode
     poison = tiny.image(666)
 
@@ -273,7 +273,7 @@ def test_a_request_whose_media_cannot_be_encoded_fails_alone(
 
 
 def test_those_that_decode_have_their_turn_within_a_chunk_of_any_prompt(crowd: Engine) -> None:
-    """While a video many chunks long is read, nobody's stream waits for more of it than a chunk and a bite."""
+    """While a video of many chunks is prefilled, no stream waits for more than two chunks of it."""
     for name in ("r0", "r1"):
         crowd.add(long_request(name))
     while any(s.prefilling for s in crowd.scheduler.running) or crowd.scheduler.waiting:
@@ -293,7 +293,7 @@ def test_those_that_decode_have_their_turn_within_a_chunk_of_any_prompt(crowd: E
 
 
 def test_a_video_is_encoded_only_as_far_as_its_prompt_is_read(crowd: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Piece by piece it gives the features that it gives as a whole, and these are what the cache then holds."""
+    """Encoding piece by piece gives the same features as encoding at once, and the cache then holds them."""
     crowd.features = EncoderCache(1 << 20, "a test")
     encode, video = crowd.target.encode, tiny.video(4, 6)
     pieces: list[tuple[int, int]] = []
@@ -314,7 +314,7 @@ def test_a_video_is_encoded_only_as_far_as_its_prompt_is_read(crowd: Engine, mon
 
 
 def test_who_comes_while_a_prompt_is_read_joins_the_same_batch(tiny_checkpoint: Path) -> None:
-    """While there is room, it need not wait until the others have decoded once more."""
+    """With room left, a new request need not wait for another decode step."""
     engine = Engine(tiny.config(tiny_checkpoint, prefill_chunk=64, max_decode_slowdown=1e9, max_num_seqs=4))
 
     def who() -> list[str]:
@@ -331,7 +331,7 @@ def test_who_comes_while_a_prompt_is_read_joins_the_same_batch(tiny_checkpoint: 
 
 
 def test_media_that_no_image_library_reads_fail_alone(crowd: Engine, known: dict[str, list[int]]) -> None:
-    """The real thing, not a planted error: floats where bytes should be."""
+    """Use a real error, floats in place of bytes, and not a planted one."""
     bad = tiny.ask("bad", Medium("image", np.zeros((1, 32, 32, 3), np.float64)), "What?")
     outputs = tiny.drain(crowd, [bad, long_request("r0")])
     assert outputs["bad"][-1].finish_reason == "error"
@@ -413,7 +413,7 @@ def totals(engine: Engine, requests: list[Request]) -> tuple[EngineStats, dict[s
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_counts_agree_with_what_was_emitted(crowd: Engine, known: dict[str, list[int]], seed: int) -> None:
-    """Acceptance is what everyone will look at: first-miss rule, bonus token included, nothing counted twice."""
+    """Acceptance counts follow the first-miss rule, include the bonus token, and count nothing twice."""
     with_oracle(crowd, known, seed)
     lengths = {f"r{i}": 3 * i + 1 for i in range(14)}
     stats, outputs = totals(crowd, [long_request(n, max_tokens=length) for n, length in lengths.items()])
@@ -455,7 +455,7 @@ def test_without_a_draft_there_is_nothing_to_count(crowd: Engine) -> None:
 
 
 def test_counts_are_taken_once_and_steps_are_timed(crowd: Engine) -> None:
-    """Read twice, a counter would be added twice to the metrics."""
+    """A counter that could be read twice would be added twice to the metrics."""
     crowd.features = EncoderCache(1 << 20, "a test")
     stats, outputs = totals(crowd, [long_request()])
     assert {phase for phase, _ in stats.step_seconds} == {"vision", "prefill", "draft", "verify"}

@@ -78,7 +78,7 @@ def generated(folder: Path, content: tuple[str | Medium, ...], max_tokens: int) 
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_gqa_checkpoint"])
 def test_greedy_answers_are_those_of_transformers_generate(checkpoint: str, request: pytest.FixtureRequest) -> None:
-    """Against code that shares nothing with ours: template, features, positions, masks, cache, the answer's end."""
+    """The reference shares no code with ours: template, features, positions, masks, cache, end of the answer."""
     folder = request.getfixturevalue(checkpoint)
     draft = request.getfixturevalue(checkpoint.replace("checkpoint", "draft"))
     engine = Engine(tiny.config(folder, draft=str(draft), max_num_seqs=8, prefill_chunk=32))
@@ -92,7 +92,7 @@ def test_greedy_answers_are_those_of_transformers_generate(checkpoint: str, requ
 
 
 def test_each_request_alone_with_an_untrained_draft(crowd: Engine, expected: dict[str, list[int]]) -> None:
-    """Nearly every node is refused: what a refused node leaves in the cache must not be seen."""
+    """Nearly every node is rejected, and its rows in the cache must not be visible."""
     for request in mixed():
         assert tiny.answers(crowd, [request])[request.request_id] == expected[request.request_id]
 
@@ -104,7 +104,7 @@ def test_a_crowd_with_an_untrained_draft(crowd: Engine, expected: dict[str, list
 
 @pytest.mark.parametrize("size", range(1, 17))
 def test_a_batch_of_every_size_with_an_oracle(crowd: Engine, expected: dict[str, list[int]], size: int) -> None:
-    """Batching broke speculation in an example of the field for want of this test; here no size is left out."""
+    """A reference implementation broke speculation by batching, for want of this test; no size is left out here."""
     with_oracle(crowd, expected, seed=size)
     requests = mixed()
     requests = requests[size:] + requests[:size]
@@ -116,13 +116,13 @@ def test_a_batch_of_every_size_with_an_oracle(crowd: Engine, expected: dict[str,
 def test_joining_and_leaving_with_an_oracle(
     crowd: Engine, expected: dict[str, list[int]], seed: int, every: int
 ) -> None:
-    """Short answers end while long prompts are half computed; slots are taken again and sequences moved down."""
+    """Short answers end while long prompts are half computed; slots are reused and sequences moved down."""
     with_oracle(crowd, expected, seed=seed, truth=(0.5, 0.75, 0.95)[seed])
     assert tiny.answers(crowd, mixed(), every=every) == expected
 
 
 def test_the_oracle_really_has_paths_of_every_length_accepted(crowd: Engine, plain_engine: Engine) -> None:
-    """Else the tests above would pass without testing anything."""
+    """Without such paths the tests above would prove nothing."""
     request = tiny.ask("long", tiny.image(7), "What do you see?", max_tokens=150)
     known = tiny.answers(plain_engine, [request])
     accepted = set()
@@ -135,7 +135,7 @@ def test_the_oracle_really_has_paths_of_every_length_accepted(crowd: Engine, pla
 
 
 def test_speculation_on_and_off_in_one_batch(crowd: Engine, expected: dict[str, list[int]]) -> None:
-    """Trees of one node beside trees of sixteen: the short ones are padded, and padding must not speak."""
+    """Trees of one node run beside trees of sixteen; padding of the short ones must have no effect."""
     with_oracle(crowd, expected)
     requests = [Request(r.request_id, r.messages, r.params, speculation=i % 2 == 0) for i, r in enumerate(mixed())]
     outputs = tiny.drain(crowd, requests)
@@ -164,7 +164,7 @@ def test_speculation_on_and_off_in_one_batch(crowd: Engine, expected: dict[str, 
 def test_no_setting_changes_a_token(
     settings: dict[str, int], tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]]
 ) -> None:
-    """Settings are about speed and memory alone."""
+    """These settings may only change speed and memory."""
     engine = Engine(
         tiny.config(tiny_checkpoint, draft=str(tiny_draft), **{"max_num_seqs": 6, "prefill_chunk": 16, **settings})
     )
@@ -176,8 +176,8 @@ def test_no_setting_changes_a_token(
 def test_compaction_moves_sequences_and_no_token_changes(
     tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sequence moved without its draft's context, or with scratch for content, would go astray from there on."""
-    monkeypatch.setattr(library, "load", lambda: None)  # the native stack does not mind idle slots
+    """A sequence moved without its draft's context, or with scratch rows, would diverge afterwards."""
+    monkeypatch.setattr(library, "load", lambda: None)  # only torch compacts slots; the native stack skips idle ones
     crowd = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=16, prefill_chunk=16))
     moves: list[tuple[int, int]] = []
     exchange = crowd.cache.exchange
@@ -196,7 +196,7 @@ def test_compaction_moves_sequences_and_no_token_changes(
 def test_prompts_may_be_read_in_bites_smaller_than_a_picture(
     crowd: Engine, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bite that needs no picture beyond those already encoded has none to encode."""
+    """A chunk inside an encoded image has nothing left to encode."""
     schedule = crowd.scheduler.schedule
 
     def in_bites(free_slots: int) -> Chunk | Decoding | None:
@@ -210,7 +210,7 @@ def test_prompts_may_be_read_in_bites_smaller_than_a_picture(
 def test_a_draft_too_large_for_a_table_says_the_same(
     tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a large vocabulary, what tokens put into a draft is computed in every round."""
+    """With a large vocabulary, each token's contribution to the draft is computed in every round."""
     monkeypatch.setattr(native, "MAX_TABLE", 0)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=6))
     assert engine.drafter is not None
@@ -299,7 +299,7 @@ def judge(tiny_checkpoint: Path) -> Judge:
 def test_bfloat16_leaves_float32_where_rounding_decides_only(
     tiny_checkpoint: Path, tiny_draft: Path, expected: dict[str, list[int]], judge: Judge
 ) -> None:
-    """Rounding may turn a token; a mask or a position that is wrong in this path alone turns tokens anywhere."""
+    """Rounding may change a token at a near tie; a wrong mask or position changes tokens anywhere."""
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=8, dtype="bfloat16"))
     answers = tiny.answers(engine, mixed())
     assert judge.unexplained(mixed(), expected, answers) == {}
@@ -319,8 +319,10 @@ def test_bfloat16_says_the_same_however_it_is_run(
     number: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the native library a row keeps its bits whatever stands beside it, so no answer may differ. torch promises the
-    same tokens except where rounding decides: an answer may differ there."""
+    """In the native library a row's bits do not depend on its batch, so no answer may differ.
+
+    torch promises the same tokens except where rounding decides: an answer may differ there.
+    """
     if backend == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=8, dtype="bfloat16"))

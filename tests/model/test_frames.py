@@ -28,7 +28,7 @@ def length(target: Target, *content: str | Medium) -> int:
 
 @pytest.mark.parametrize("context", [8, 24, 60, 64, 100, 256, 512, 4096])
 def test_one_video_leaves_room_for_words_and_an_answer(tiny_target: Target, context: int) -> None:
-    """One frame more than what is found would take more than a video's share; a context too small for one has one."""
+    """One more frame would exceed a video's share; a context that is too small still gets one frame."""
     most = most_frames(tiny_target, context)
     if most > 1:
         assert length(tiny_target, tiny.video(0, most)) <= SHARE * context
@@ -57,7 +57,7 @@ def test_the_engine_tells_it(plain_engine: Engine) -> None:
 
 
 def test_what_is_said_to_fit_several_videos_fits(tiny_target: Target) -> None:
-    """With words and pictures between them; and with one frame more of each it would not."""
+    """The videos fit with text and images between them, and one more frame of each would not."""
     rng = random.Random(0)
     none = 0
     for _ in range(40):
@@ -81,7 +81,7 @@ def test_what_is_said_to_fit_several_videos_fits(tiny_target: Target) -> None:
 
 
 def test_what_is_said_to_fit_does_whatever_size_the_files_had(qwen_plain: Engine) -> None:
-    """Fewer frames are larger ones where frames share what there is: counted as they came, they would not fit."""
+    """Fewer frames may be larger ones if frames share a limit; counted at their file's size they would not fit."""
     target, rng = qwen_plain.target, random.Random(1)
     area = target.geometry.video
     assert area is not None

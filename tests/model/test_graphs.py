@@ -62,7 +62,7 @@ def expected(tiny_gqa_checkpoint: Path) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("every", [0, 1, 3], ids=["at once", "each step", "each third step"])
 def test_replayed_passes_say_the_same_as_plain_ones(engine: Engine, expected: dict[str, list[int]], every: int) -> None:
-    """Greedy and seeded, with an untrained draft (its own passes replayed too) and with drafts that mostly hold."""
+    """Answers are greedy and seeded, with an untrained draft (its passes are replayed, too) and with an oracle."""
     passes, drafter = tiny.replays(engine), engine.drafter
     assert isinstance(drafter, FlashDrafter)
     assert tiny.answers(engine, mixed(), every=every) == expected
@@ -102,7 +102,7 @@ def test_what_is_recorded_depends_on_nothing_that_python_knew_by_then(
 
 
 def test_a_few_shapes_hold_every_pass(engine: Engine, expected: dict[str, list[int]]) -> None:
-    """A recording is dear: each is a shape met before, not a pass met before."""
+    """Recording is expensive, so passes share a few shapes."""
     tiny.answers(engine, mixed(), every=2)
     shapes = set(tiny.replays(engine).shapes)
     assert {s.batch for s in shapes} <= {1, 2, 4, 7}
@@ -153,8 +153,11 @@ def attending(plan: AttentionTensors, numbers: Tensor, states: Tensor | None) ->
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 1), (3, 2), (3, 9), (4, 8), (5, 16), (5, 11)])
 @pytest.mark.parametrize("mask_kind", MaskKind)
 def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows: int, mask_kind: MaskKind) -> None:
-    """Slots within the batch and beyond it hold something; a pass may write behind that alone, and where a slot idles,
-    behind the capacity: what a former sequence left there can still be shared."""
+    """Slots inside and outside the batch contain rows, which a pass must not change.
+
+    It may write after those rows and, in idle slots, beyond the capacity: rows of a former sequence can still be
+    shared.
+    """
     torch.manual_seed(batch * rows)
     kv = cache()
     kv.data.copy_(torch.randn_like(kv.data))
@@ -206,7 +209,7 @@ def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
 
 
 def test_what_rounding_adds_sees_itself_and_nothing_that_is_new_besides() -> None:
-    """A row that sees nothing at all is NaN in some kernels, and NaN spreads through the cache."""
+    """In some kernels a row that attends to nothing becomes NaN, and NaN spreads through the cache."""
     kv, seen = cache(), list[Tensor]()
 
     def look(plan: AttentionTensors, _: Tensor, __: Tensor | None) -> tuple[Tensor, ...]:
@@ -221,7 +224,7 @@ def test_what_rounding_adds_sees_itself_and_nothing_that_is_new_besides() -> Non
 
 
 def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else whoever is being served waits while a pass of a new shape is recorded."""
+    """Otherwise requests would wait while a pass of a new shape is recorded."""
     kv = cache()
     replays = Replays(attending, kv, graphs.Again(), max_rows=16)
     replays.prepare(2, range(1, 17), 48)
@@ -267,7 +270,10 @@ def on_meta(num_layers: int, heads: int, head_dim: int) -> tuple[KVCache, Attent
 def test_a_pass_asks_for_no_number_on_its_way(
     tiny_checkpoint: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would wait for the GPU, and could not be recorded. transformers does where a mask function is registered."""
+    """Reading a value would wait for the GPU, and could not be recorded.
+
+    transformers reads one if a mask function is registered.
+    """
     monkeypatch.setattr(library, "load", lambda: None)
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), graphs=True))
     target, drafter = engine.target, engine.drafter
@@ -329,13 +335,15 @@ ROPES: dict[str, tuple[bool, dict[str, Any]]] = {
 def test_only_rotations_that_depend_on_a_position_alone_are_recorded(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The others look at the largest position of each pass: a recorded one would keep to what it saw first."""
+    """Other rotations depend on the largest position of a pass, which a recording would fix."""
     fixed, parameters = ROPES[kind]
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "target")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, **parameters}
     (folder / "config.json").write_text(json.dumps(config))
-    short = tiny.config(folder, max_model_len=128).resolved()  # where it cannot switch; elsewhere it is refused
+    short = tiny.config(
+        folder, max_model_len=128
+    ).resolved()  # short enough that it cannot switch; longer ones are refused
     if library.load() is not None:
         assert load_target(short).native == fixed
     monkeypatch.setattr(library, "load", lambda: None)
@@ -343,7 +351,7 @@ def test_only_rotations_that_depend_on_a_position_alone_are_recorded(
 
 
 def test_of_parameters_for_each_kind_of_layer_all_must_be_fixed() -> None:
-    """As Gemma 3 and 4 have them."""
+    """Gemma 3 and 4 have parameters for each kind of layer."""
     for kinds, fixed in ((("default", "linear"), True), (("default", "longrope"), False), (("dynamic", "yarn"), False)):
         parameters = {f"layers_{i}": {"rope_type": kind, "rope_theta": 1e4} for i, kind in enumerate(kinds)}
         assert rope_is_fixed(SimpleNamespace(rope_parameters=parameters)) == fixed

@@ -55,7 +55,7 @@ def torchs(plan: AttentionTensors, queries: Tensor, keys: Tensor, values: Tensor
 def test_it_attends_as_torch_does(
     kernel: TreeAttention, heads: int, kv_heads: int, dim: int, rows: int, lengths: tuple[int, ...]
 ) -> None:
-    """Lengths around the ends of blocks and spans; what lies behind a slot's rows is poison, and must not be read."""
+    """Lengths are near the ends of blocks and spans; rows beyond a slot's length are NaN and must not be read."""
     torch.manual_seed(rows + heads)
     rng = np.random.default_rng(rows)
     kv = KVCache(
@@ -73,9 +73,9 @@ def test_it_attends_as_torch_does(
         both[:, slot, :, length + rows :] = float("nan")
     found = kernel(queries.float(), both[0], both[1], plan.starts, plan.visible, None)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-    rotated = queries.float().transpose(1, 2).contiguous().transpose(1, 2)  # as models hand them over
+    rotated = queries.float().transpose(1, 2).contiguous().transpose(1, 2)  # the strides that models pass
     assert torch.equal(kernel(rotated, both[0], both[1], plan.starts, plan.visible, None), found)
-    spread = torch.stack((plan.starts, plan.starts + 1), 1)[:, 0]  # not one after the other, as in graphs
+    spread = torch.stack((plan.starts, plan.starts + 1), 1)[:, 0]  # not contiguous, as in graphs
     assert torch.equal(kernel(rotated, both[0], both[1], spread, plan.visible, None), found)
     alone = kernel(queries[1:2].float(), both[0, 1:2], both[1, 1:2], plan.starts[1:2], plan.visible[1:2], None)
     assert torch.equal(alone, found[1:2]), "what a slot gets depends on the others"
@@ -97,8 +97,10 @@ def test_the_trial_before_use_tells_right_from_wrong(kernel: TreeAttention, dtyp
 def test_an_engine_says_the_same_with_it(
     kernel: TreeAttention, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the target's passes and the draft's, and in graphs, which then need no shapes for the number of keys. Of few
-    layers: interpreted, a kernel takes a thousand times as long."""
+    """The kernel runs in passes of target and draft, and in graphs, which then need no shape for each number of keys.
+
+    The model has few layers, because an interpreted kernel takes a thousand times as long.
+    """
     checkpoint = tiny.save_checkpoint(tmp_path / "target", kv_heads=1, layers=2)
     draft = tiny.save_draft(tmp_path / "draft", checkpoint, num_layers=1)
     monkeypatch.setattr(library, "load", lambda: None)
@@ -125,10 +127,10 @@ def test_an_engine_says_the_same_with_it(
 
 
 def test_it_compiles_for_an_h100_that_is_not_here() -> None:
-    """To the very machine code, as it is started, within the shared memory of a block: the compiler needs no GPU."""
+    """The compiler needs no GPU: it produces machine code within the shared memory of a block."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.model.compile_kernel", "bf16"]
-    # A process of its own: where Triton interprets, it compiles nothing.
+    # A process of its own, because Triton compiles nothing in interpreter mode.
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -78,7 +78,7 @@ def test_keep_moves_the_accepted_rows_down_in_order() -> None:
 
 
 def test_keep_reads_all_rows_before_it_writes_any() -> None:
-    """AttentionMetadata 1..6 to 0..5: each target is the next one's source."""
+    """Rows 1..6 move to 0..5, so each destination is the source of the next row."""
     kv = cache()
     slot = kv.allocate()
     write(kv, 0, [[0, 1, 2, 3, 4, 5, 6]])
@@ -102,7 +102,7 @@ def test_slots_exchange_what_they_hold_and_who_has_them() -> None:
 
 
 def test_what_overflowed_is_cleared_and_not_shared() -> None:
-    """torch reads what it must not see and adds -inf to its score. NaN would stay NaN, for the next sequence here."""
+    """torch adds -inf to masked scores, and a NaN would stay NaN for the next sequence in the slot."""
     kv = cache()
     for slot in (kv.allocate(), kv.allocate()):
         write(kv, slot, [[1, 2, 3, 4]])
@@ -132,7 +132,7 @@ def test_what_idle_rows_left_is_cleared_when_a_slot_is_taken() -> None:
 
 
 def test_usage_is_exact() -> None:
-    """The gauge that autoscaling reads: not rounded to blocks, and zero when nothing runs."""
+    """Autoscaling reads this gauge: it is not rounded to blocks, and it is zero when nothing runs."""
     kv = cache(num_slots=4, capacity=40)
     assert kv.usage == 0.0
     a, b = kv.allocate(), kv.allocate()
@@ -184,7 +184,7 @@ def test_check_integrity_sees_what_is_wrong() -> None:
 
 
 def test_bytes_per_slot_is_what_is_allocated() -> None:
-    """Else a budget in bytes would not be one."""
+    """A wrong figure would make a budget in bytes meaningless."""
     kv = cache(num_slots=3, capacity=40, margin=8)
     each = KVCache.bytes_per_slot(
         num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, capacity=40, margin=8, dtype=torch.float32
@@ -226,7 +226,7 @@ def test_a_long_random_life_keeps_every_row() -> None:
 
 
 def test_a_kernel_that_reads_a_whole_block_at_the_very_end_reads_zeros() -> None:
-    """With heads narrower than a block, the last key's block reaches beyond it: into zeros of our own."""
+    """If heads are narrower than a block, the block of the last key reaches beyond it, into zeroed memory."""
     kv, *others = (cache(num_slots=1, capacity=64, margin=0) for _ in range(4))
     for other in others:
         other.data.fill_(1)

@@ -63,14 +63,14 @@ def test_a_prompt_has_as_many_places_as_the_tower_makes_features(name: str, tmp_
 
 
 def test_a_processor_that_counts_otherwise_does_not_shift_the_prompt(tmp_path: Path) -> None:
-    """Older checkpoints say nothing of class tokens: what counts is what the tower makes."""
+    """Older checkpoints do not mention class tokens, so the tower's number of features counts."""
     engine = Engine(tiny.config(tiny.save_checkpoint(tmp_path, class_tokens=0), max_num_seqs=1))
     assert engine.info.tokens_per_image == tiny.TOKENS_PER_IMAGE
     assert len(tiny.answers(engine, [tiny.ask("r", *CONTENTS["image"], max_tokens=4)])["r"]) == 4
 
 
 def test_pixtrals_tower_is_refused_by_name(tmp_path: Path) -> None:
-    """It was a KeyError."""
+    """It used to fail with a KeyError."""
     vision = PixtralVisionConfig(**SHAPE, intermediate_size=64)
     folder = tiny.save_checkpoint(tmp_path, vision=vision, strategy="full", class_tokens=0)
     with pytest.raises(ConfigError, match=r"vision_config\.model_type is 'pixtral'"):
@@ -90,7 +90,7 @@ def test_pixtrals_tower_is_refused_by_name(tmp_path: Path) -> None:
 def test_pictures_that_the_tower_cannot_read_are_refused_at_start(
     changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    """Each picture would fail, one by one, while the service says that it is ready."""
+    """Otherwise each picture would fail, one by one, while the service reports that it is ready."""
     folder = tiny.save_checkpoint(tmp_path)
     file = next(file for file in folder.glob("*.json") if "do_center_crop" in file.read_text())
     settings = json.loads(file.read_text())

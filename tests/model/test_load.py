@@ -69,7 +69,7 @@ def test_those_nodes_are_verified_that_give_the_most_tokens_a_second(seed: int) 
 @pytest.mark.skipif(library.load() is None, reason="no native library here")
 @pytest.mark.parametrize("slope", [0.0, 0.02, 0.2, 5.0])
 def test_the_native_library_admits_the_same_nodes(slope: float) -> None:
-    """From the cheapest of nodes, all of which are verified, to the dearest, none of which is."""
+    """Prices range from nodes so cheap that all are verified to nodes so expensive that none is."""
     engine = Engine(EngineConfig(dtype="float32", max_num_seqs=4, max_model_len=1280))
     now, load = engine.round, engine.load
     assert isinstance(now, NativeRound)
@@ -143,7 +143,7 @@ def test_it_drafts_again_when_drafts_become_good() -> None:
 
 
 def test_prices_follow_the_machine() -> None:
-    """Another process takes half of the cores: rounds take twice as long, plain ones too, which hardly ever run."""
+    """If another process takes half of the cores, all rounds take twice as long, also the rare plain ones."""
     load, one = known(), sequence()
     rounds(load, one, accepted=3, count=100)
     rounds(load, one, accepted=3, count=400, plain=2.0, drafting=4.0)
@@ -161,7 +161,7 @@ def test_plain_rounds_are_rare_where_drafting_pays() -> None:
 
 
 def test_drafting_begins_at_a_new_load_though_whole_trees_would_not_pay_there() -> None:
-    """Every row costs, as without a matrix unit: 31 nodes for each of eight sequences take eight plain rounds."""
+    """If every row costs, as without a matrix unit, 31 nodes for each of eight sequences cost eight plain rounds."""
     load = SpeculationController(8, 31)
     load.learn(np.ones(len(load.batches)), np.array([[1.2 + 0.025 * b * n for n in load.places] for b in load.batches]))
     alone, others = sequence(), [sequence() for _ in range(8)]
@@ -178,7 +178,7 @@ def test_short_answers_are_not_drafted_for_where_reading_the_prompt_takes_longer
     load, one = known(), sequence()
     assert load.begins(1, prompt=200), "nothing is known yet"
     rounds(load, one, accepted=4, count=50)
-    load.read(200, 300.0)  # the very first time is slow, and says little
+    load.read(200, 300.0)  # the first measurement is slow and counts little
     for _ in range(30):
         load.read(200, 10.0)
     load.finished(1)
@@ -195,7 +195,7 @@ def test_short_answers_are_not_drafted_for_where_reading_the_prompt_takes_longer
 def test_chances_are_what_was_seen_where_enough_was() -> None:
     load = SpeculationController(8, 7)
     said = load.chance.copy()
-    load.tried[3], load.hits[3] = 4000, 400  # a bin in which the draft thinks that nearly all are right
+    load.tried[3], load.hits[3] = 4000, 400  # a bin of nodes with high confidence
     load._weigh()
     assert load.chance[3] == pytest.approx(0.1, abs=0.01)
     assert (load.chance[:3] == said[:3]).all()
@@ -227,7 +227,7 @@ def test_whatever_is_decided_the_same_is_said(
     native: bool,
     every: int,
 ) -> None:
-    """Sequences that are never drafted for, that stop and begin again, trees cut anywhere: greedy and seeded."""
+    """Sequences without drafts, sequences that pause and resume, trees cut anywhere: greedy and seeded."""
     if native and library.load() is None:
         pytest.skip("no native library here")
     requests = [

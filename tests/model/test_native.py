@@ -150,7 +150,7 @@ def some_tree(rows: int, batch: int, seed: int) -> np.ndarray:
 def test_it_computes_what_torch_computes(
     dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, clip: bool, mask_kind: MaskKind
 ) -> None:
-    """Every kind of layer, of mask and of length, against float64; slots that idle are not touched."""
+    """Compare every kind of layer, mask and length with float64; idle slots are not changed."""
     settings = {"norm": "layer", "activation": "quick_gelu"} if clip else {}
     shape = Shape(HIDDEN, heads, kv_heads, head_dim, INNER, 1e-5, **settings)  # type: ignore[arg-type]
     weights = [
@@ -201,7 +201,7 @@ def decoded(
 
 @pytest.mark.parametrize("held", [0, 17, 30, 31, 32, 95, 130])
 def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held: int) -> None:
-    """Alone, in a batch, in chunks of a prompt, and on the branch of a tree: bit for bit the same."""
+    """A row has the same bits alone, in a batch, in chunks of a prompt, and on a branch of a tree."""
     shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
     stack = Stack(
         shape, [cast(layer(i, 4, 2, 32, bias=False, clip=False), dtype) for i in (1, 20)], rotary=rotary(32, 300)
@@ -221,16 +221,16 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
         part = decoded(stack, kept, start + first, x[:, first:end], places, MaskKind.CAUSAL)
         assert torch.equal(part, whole[:, first:end]), f"rows {first} to {end}"
 
-    kept = cache(shape, 16, dtype, seed=1)  # beside fifteen that hold more or less
+    kept = cache(shape, 16, dtype, seed=1)  # beside fifteen slots of other lengths
     kept.data[:, :, 3] = cache(shape, 1, dtype).data[:, :, 0]
     starts = np.arange(16, dtype=np.int32) * 9
     starts[3] = held
-    crowd = normal(16, 9, HIDDEN, seed=3).to(dtype)  # 144 rows: more than one head's task takes
+    crowd = normal(16, 9, HIDDEN, seed=3).to(dtype)  # 144 rows, more than a task of one head takes
     crowd[3] = x[0, :9]
     places = np.tile(np.arange(9), (16, 1))
     assert torch.equal(decoded(stack, kept, starts, crowd, places, MaskKind.CAUSAL)[3], whole[0, :9]), "in a batch"
 
-    # The branch 0-1-4-5-9 among others: what is on it must not see or feel what is not.
+    # The branch 0-1-4-5-9 of a tree: rows off the branch must not affect it.
     parents = np.array([[-1, 0, 0, 0, 1, 4, 2, 6, 1, 5, 9]], np.int32)
     depths = np.array([[0, 1, 1, 1, 2, 3, 2, 3, 2, 4, 5]])
     branch = [0, 1, 4, 5, 9, 10]
@@ -243,7 +243,7 @@ def test_a_rows_bits_depend_on_nothing_but_what_it_sees(dtype: torch.dtype, held
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("payload", [1, 0x80, 0x123, 0x1FF])
 def test_no_arithmetic_makes_a_number_of_what_is_none(dtype: torch.dtype, payload: int, rows: int) -> None:
-    """Whatever the bits of a NaN: else a broken model's answers would look like answers."""
+    """Every NaN must stay NaN, or a broken model's answers would look like answers."""
     shape = Shape(HIDDEN, HEADS, HEADS, 32, INNER, 1e-5)
     stack = Stack(shape, [cast(layer(1, HEADS, HEADS, 32, bias=False, clip=False), dtype)])
     starts = np.array([40], np.int32)
@@ -275,8 +275,7 @@ def two_cores_shared_with_four() -> Iterator[None]:
 
 @pytest.mark.alone
 def test_threads_that_lose_their_cores_change_nothing(dtype: torch.dtype) -> None:
-    """Helpers that others push aside are left behind by the jobs they took part in, and join later ones: of other
-    stages, and of other tasks."""
+    """Preempted helpers miss the rest of their job and join later ones, of other stages and tasks."""
     shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
     stack = Stack(
         shape, [cast(layer(i, 4, 2, 32, bias=False, clip=False), dtype) for i in (1, 20)], rotary=rotary(32, 300)
@@ -303,7 +302,7 @@ def test_threads_that_lose_their_cores_change_nothing(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (100, 37), (32, 16), (256, 1000)])
 def test_a_packed_matrix_is_a_linear_layer(dtype: torch.dtype, inputs: int, outputs: int) -> None:
-    """Sizes that fill no block, one row and many; and again no row's bits depend on the others."""
+    """Sizes fill no block and have one row or many; again no row's bits depend on the others."""
     weight, bias = normal(outputs, inputs, seed=1).to(dtype), normal(outputs, seed=2).to(dtype)
     x = normal(150, inputs, seed=3).to(dtype)
     matrix = PackedLinear(weight, bias)
@@ -325,7 +324,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
     newest, budgets = np.array([3, 100, 0]), np.array([7, 0, 40])
     exact, head = sequential(rank, vocab=202 if some else 101, dtype=dtype, some=some) if rank else (None, None)
     whole = Candidates(width, (), 202, head, draft_vocab=offered).grow(hidden, logits, newest, budgets)
-    # A root, and the likeliest token of the first level: behind that nothing, behind the root as before.
+    # Two end tokens, the root and the likeliest token of the first level: only the latter ends a path.
     ending = {3, int(whole.tokens[2, 1])} if ends else set()
     expected = tree.best_first(
         newest,
@@ -342,7 +341,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
     assert grown.sizes.tolist() == expected.sizes.tolist()
     for b in range(3):
         mine, theirs = paths(grown, b), paths(expected, b)
-        assert mine.keys() == theirs.keys()  # not in order: in bfloat16 some are equally likely
+        assert mine.keys() == theirs.keys()  # in any order: in bfloat16 some are equally likely
         assert list(mine.values()) == pytest.approx([theirs[path] for path in mine], abs=1e-3 if rank == 0 else 0.02)
         for row in range(1, int(grown.sizes[b])):
             assert grown.parents[b, row] < row
@@ -352,7 +351,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("fixed", [False, True], ids=["best-first", "fixed"])
 def test_where_a_draft_says_no_number_a_tree_ends(dtype: torch.dtype, wrong: float, fixed: bool) -> None:
-    """Tokens and scores are looked up by: what was never written there, or is no number, ends the process."""
+    """Tokens and scores are used as indices: a NaN or an unwritten entry would end the process."""
     shape = tree.FixedTree.of({(): 2, (0,): 2, (0, 0): 2}, 3)
     candidates = Candidates(2, (), 101, fixed=shape if fixed else None)
     newest, budgets = np.array([3, 4, 5]), np.array([6, 6, 6])
@@ -374,7 +373,7 @@ def test_where_a_draft_says_no_number_a_tree_ends(dtype: torch.dtype, wrong: flo
 
 @pytest.mark.parametrize("other", ["layers", "matrix", "trees", "packing", "patches"])
 def test_threads_that_call_it_at_once_get_what_each_gets_alone(dtype: torch.dtype, other: str) -> None:
-    """Threads and memory are the library's, one for the process: without a lock each would use what the other does."""
+    """All calls share the library's threads and memory: without a lock each would overwrite the other's."""
     shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5)
     stack = Stack(shape, [cast(layer(1, 4, 2, 32, bias=False, clip=False), dtype)], rotary=rotary(32, 300))
     x, start = normal(1, 40, HIDDEN, seed=2).to(dtype), np.array([9], np.int32)
@@ -485,7 +484,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
         assert chosen[b, :count].tolist() == expected[b, :count].argmax(-1).tolist()
     assert set(chosen[:1].flat) <= {*range(vocab // 2), vocab - 1}, "of equals the first, as torch"
 
-    told = chosen.copy()  # let the longest branch be what the target says
+    told = chosen.copy()  # let the target choose the longest branch
     row = int(trees.depths[0].argmax())
     while row:
         told[0, trees.parents[0, row]] = trees.tokens[0, row]
@@ -503,7 +502,7 @@ def test_a_round_in_two_calls_is_a_round_in_its_parts(dtype: torch.dtype, vocab:
 
 @pytest.mark.parametrize("patch", [14, 16])
 def test_patches_are_what_a_convolution_sees(dtype: torch.dtype, patch: int) -> None:
-    """Each number in its place: channel, line and column of a patch, and patches from left to right and down."""
+    """Compare each number: channel, line and column within a patch, then patches in reading order."""
     pictures = np.random.default_rng(patch).integers(0, 256, (2, 2 * patch, 3 * patch, 3), np.uint8)
     table = normal(3, 256, seed=1)
     seen = torch.stack([table[c][torch.from_numpy(pictures[..., c]).long()] for c in range(3)], 1).to(dtype)
@@ -544,7 +543,7 @@ def test_a_wrong_index_ends_the_process_and_says_which(what: str | None) -> None
 
 
 def test_two_engines_in_two_threads_say_what_each_says_alone(tiny_checkpoint: Path, tiny_draft: Path) -> None:
-    """Of other drafts and batches, so that they ask for other memory at the same time."""
+    """Drafts and batches differ, so that both need different memory at the same time."""
     requests = [tiny.ask(str(i), tiny.image(i), "What is it?", max_tokens=30) for i in range(6)]
     one = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=4))
     other = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=6))
@@ -560,7 +559,7 @@ def test_two_engines_in_two_threads_say_what_each_says_alone(tiny_checkpoint: Pa
 def test_what_does_not_fit_runs_through_transformers_own_layers(
     tiny_checkpoint: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No compiler, another processor, another layout: slower, and the same answers."""
+    """Without a compiler, or on another processor or layout, it is slower, and answers stay the same."""
     requests = [tiny.ask(str(i), tiny.image(i), "What is it?", max_tokens=12) for i in range(3)]
     config = tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=4)
     with_it = Engine(config)

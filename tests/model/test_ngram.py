@@ -43,7 +43,7 @@ def test_ngram_is_what_a_search_through_the_text_finds() -> None:
 
 
 def test_ngram_does_not_look_at_placeholders_of_media(tiny_checkpoint: Path) -> None:
-    """They are all the same token: hundreds of matches that say nothing."""
+    """Placeholders are all the same token, so they would match hundreds of times and mean nothing."""
     engine = tiny.engine_of("ngram", tiny_checkpoint, {})
     engine.add(tiny.ask("r", tiny.video(1, 3), "What?", tiny.image(2), "And?", max_tokens=9))
     while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
@@ -67,7 +67,7 @@ def test_ngram_gains_where_an_answer_repeats_itself(tiny_checkpoint: Path, plain
     while not engine.scheduler.running or engine.scheduler.running[0].prefilling:
         engine.step()
     assert isinstance(engine.drafter, NgramDrafter)
-    for token in known:  # as if all of it had been said before
+    for token in known:  # as if the text had occurred before
         engine.drafter._texts[0].add(token)
     assert prompt.ids
     got = known[:1]
@@ -88,7 +88,7 @@ def long_answers(plain_engine: Engine) -> dict[str, list[int]]:
 def test_a_replayed_token_is_right_as_often_as_was_asked(
     accuracy: float, tiny_checkpoint: Path, long_answers: dict[str, list[int]]
 ) -> None:
-    """Acceptance length is (1 - a^(n + 1)) / (1 - a) for chains of n; and the tokens are still the target's own."""
+    """Acceptance length is (1 - a^(n + 1)) / (1 - a) for chains of n; tokens are still the target's own."""
     nodes = 5
     settings = tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=8, max_nodes=nodes)
     replay = ReplayDrafter(accuracy, tiny.VOCABULARY, seed=3)

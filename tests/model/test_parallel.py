@@ -42,7 +42,7 @@ def options(checkpoint: Path, draft: Path | None, **more: Any) -> dict[str, Any]
 
 
 def test_two_processes_say_what_one_says(tiny_checkpoint: Path, tiny_draft: Path) -> None:
-    """With and without a draft."""
+    """Compare answers with a draft and without."""
     alone = answers(options(tiny_checkpoint, tiny_draft), "llava")
     shared = together(options(tiny_checkpoint, tiny_draft))
     assert shared["plain"] == shared["said"] == shared["guided"] == alone["said"] == alone["plain"]

@@ -20,7 +20,7 @@ from tests.model.guided import guided
 from tests.model.test_equality import CONTENTS
 
 NAMES = ("off", *TRAINED, "ngram")
-SHARING = ("off", "flash", "flash-paper", "medusa", "ngram")  # eagle's context cannot be taken over
+SHARING = ("off", "flash", "flash-paper", "medusa", "ngram")  # eagle's context cannot be copied
 
 # -- what is shared
 
@@ -69,7 +69,7 @@ def test_no_medium_is_cut_and_no_limit_exceeded() -> None:
 
 
 def test_numbers_that_agree_by_chance_are_not_enough() -> None:
-    """Part of a digest stands for a medium; all of it decides."""
+    """A part of the digest represents a medium, but all of it is compared."""
     one, other = contents(RED, "a"), contents(BLUE, "a")
     assert one.shared_with(replace(other, keys=one.keys), 99) == 0
 
@@ -167,7 +167,7 @@ def test_one_after_the_other(
 def test_beside_each_other(
     name: str, every: int, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
-    """Taken over from sequences under way, too."""
+    """Prefixes are also copied from sequences that are still running."""
     engine = engine_of(name, tiny_checkpoint, drafts)
     assert tiny.answers(engine, conversation(), every=every) == expected
     if name in SHARING:
@@ -177,7 +177,7 @@ def test_beside_each_other(
 def test_a_sequence_that_moves_takes_what_is_known_of_its_slot_along(
     tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch computes, sequences move to low slots, and the slots they leave are written over."""
+    """In torch sequences move to low slots, and the slots that they leave are overwritten."""
     monkeypatch.setattr(library, "load", lambda: None)
     engine = engine_of("flash", tiny_checkpoint, drafts)
     asked = {r.request_id: r for r in conversation()}
@@ -231,7 +231,7 @@ def test_it_can_be_turned_off(tiny_checkpoint: Path, drafts: dict[str, Path], ex
 def test_a_drafter_proposes_the_same(
     name: str, tiny_checkpoint: Path, drafts: dict[str, Path], expected: dict[str, list[int]]
 ) -> None:
-    """It knows of what was taken over as if it had read it: else drafts would be worth less, and nobody notice."""
+    """Its context includes the cached prefix; without it drafts would get worse unnoticed."""
     proposed = []
     for prefix_cache in (True, False):
         engine = engine_of(name, tiny_checkpoint, drafts, prefix_cache=prefix_cache)
@@ -266,7 +266,7 @@ def test_what_is_taken_over_is_told(tiny_checkpoint: Path, drafts: dict[str, Pat
 
 
 def test_a_crowd_of_the_same_reads_its_prompt_once(tiny_checkpoint: Path, drafts: dict[str, Path]) -> None:
-    """As the choices of one request do."""
+    """The choices of one request do this."""
     engine = engine_of("flash", tiny_checkpoint, drafts)
     asks = [tiny.ask(f"c{seed}", RED, QUESTION, temperature=1.0, seed=seed) for seed in range(4)]
     alone = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=1, prefix_cache=False))
@@ -280,7 +280,7 @@ def test_a_crowd_of_the_same_reads_its_prompt_once(tiny_checkpoint: Path, drafts
 def test_qwens_pictures_and_clips_keep_their_places(
     qwen_checkpoint: Path, qwen_draft: Path, qwen_plain: Engine, every: int
 ) -> None:
-    """Positions behind a medium depend on its size and clock: a clip of the same frames at another pace is another."""
+    """Positions after a medium depend on its size and time base: the same frames at another rate differ."""
     picture, clip = tiny_qwen.image(1), tiny_qwen.video(2)
     slow = Medium("video", clip.frames, 1.6)
     shown: list[tuple[str | Medium, ...]] = [(picture,), (picture, "Why?"), (clip,), (slow,), (clip, picture)]
@@ -294,8 +294,10 @@ def test_qwens_pictures_and_clips_keep_their_places(
 
 
 def test_many_conversations_that_come_and_go(tiny_checkpoint: Path, drafts: dict[str, Path]) -> None:
-    """Whatever was left in whichever slot: three slots, prompts that share much, little and nothing, answers of every
-    length, ends by abort and by themselves."""
+    """Three slots serve prompts with much, little and nothing in common.
+
+    Answers have every length, and end by abort or by themselves, so slots contain all kinds of remains.
+    """
     rng = np.random.default_rng(0)
     engine = engine_of("flash", tiny_checkpoint, drafts, max_num_seqs=3)
     plain = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=1, prefix_cache=False))
@@ -318,5 +320,5 @@ def test_many_conversations_that_come_and_go(tiny_checkpoint: Path, drafts: dict
             told.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
         engine.check_integrity()
     assert all(tokens == expected[name][: len(tokens)] for name, tokens in told.items())
-    assert sum(map(len, told.values())) > 80  # how many are told before an abort depends on the steps they take
+    assert sum(map(len, told.values())) > 80  # the tokens before an abort depend on the steps
     assert engine.pop_stats().prefix_cache_hits > 300

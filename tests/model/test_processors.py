@@ -157,7 +157,7 @@ def expected(plain_engine: Engine) -> dict[str, tuple[list[int], list[TokenLogpr
 def test_options_have_an_effect(
     expected: dict[str, tuple[list[int], list[TokenLogprobs]]], plain_engine: Engine
 ) -> None:
-    """Else all that follows would be true of options that are ignored."""
+    """Without an effect all tests below would pass for ignored options."""
     neutral = {name: getattr(SamplingParams(), name) for name in EVERY}
     without = [replace(r, params=replace(r.params, **neutral)) for r in asked()]
     plain = {r.request_id: tiny.answers(plain_engine, [r])[r.request_id] for r in without}
@@ -191,7 +191,7 @@ def assert_alike(one: list[TokenLogprobs], other: list[TokenLogprobs]) -> None:
 
 
 def test_a_penalised_greedy_answer_is_transformers_own(tiny_checkpoint: Path, crowd: Engine) -> None:
-    """Prompt tokens count for the repetition penalty, those of an image included; an end does not come too early."""
+    """The repetition penalty counts prompt tokens, those of an image included; EOS does not come too early."""
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     text = "Say what you see, and say it again."
@@ -230,7 +230,7 @@ def test_neither_an_end_nor_a_stop_string_comes_before_the_shortest_length(plain
 
 
 def test_log_probabilities_are_of_the_targets_own_distribution(tiny_checkpoint: Path, crowd: Engine) -> None:
-    """transformers' logits over prompt and answer as a whole, whatever the request does to its own before a choice."""
+    """Compare with transformers' logits over the whole text, before a request's options change them."""
     processor = AutoProcessor.from_pretrained(tiny_checkpoint)
     model = LlavaForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     ask = tiny.ask("r", "What is this?", max_tokens=20, logprobs=3, temperature=1.0, seed=3, repetition_penalty=1.5)

@@ -77,7 +77,7 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_ordinary_conversations_are_tokenised_as_transformers_does(tiny_target: Target, name: str) -> None:
-    """A model reads best what it was trained on: one token more or less at a seam costs quality unseen."""
+    """A model works best on prompts like those of its training: one token more or less costs quality unnoticed."""
     messages = CONVERSATIONS[name]
     prompt = tiny_target.prompt(messages)
     assert prompt.ids == theirs(tiny_target, messages)
@@ -111,7 +111,7 @@ def test_special_tokens_in_a_users_text_are_plain_text(tiny_target: Target, text
 
 
 def test_special_tokens_spelt_across_two_parts_are_plain_text_too(tiny_target: Target) -> None:
-    """Text parts stand side by side in the template: two harmless halves would make one special token."""
+    """Text parts are adjacent in the template, so two harmless halves would make one special token."""
     expected = specials_in(tiny_target, tiny_target.prompt(user("harmless")).ids)
     for halves in (("<ima", "ge>"), ("<|e", "nd|><|assistant|>"), ("<", "|", "end", "|", ">"), ("a<", "s>")):
         prompt = tiny_target.prompt(user(*halves))
@@ -151,7 +151,7 @@ def test_random_mixtures_of_specials_and_text_never_add_a_special(tiny_target: T
 
 
 def test_the_assistants_and_the_systems_texts_are_no_exception(tiny_target: Target) -> None:
-    """An earlier answer comes back from the client, who may have written it himself."""
+    """The client sends earlier answers, and may have changed them."""
     messages = (Message("system", ("<|end|>",)), Message("assistant", ("<image>",)), Message("user", ("hi",)))
     plain = tuple(Message(m.role, ("hi",)) for m in messages)
     assert specials_in(tiny_target, tiny_target.prompt(messages).ids) == specials_in(
@@ -190,7 +190,7 @@ def test_positions_count_from_nought_without_a_gap(tiny_target: Target) -> None:
 
 @pytest.mark.parametrize("side", [tiny.SIDE, tiny.SIDE + 9])
 def test_pixels_are_those_of_the_checkpoints_own_processor(tiny_target: Target, side: int) -> None:
-    """Frames at the target's geometry take a short cut through its arithmetic; others its whole way."""
+    """Frames of the target's size skip most of its processor; others take all of it."""
     assert isinstance(tiny_target, LlavaTarget)
     frames = np.random.default_rng(side).integers(0, 256, (3, side, side, 3), np.uint8)
     pictures = [Image.fromarray(frame) for frame in frames]

@@ -122,7 +122,7 @@ def expected(qwen_plain: Engine) -> dict[str, list[int]]:
 def test_greedy_answers_are_those_of_transformers_generate(
     qwen_checkpoint: Path, qwen_draft: Path, reference: Theirs
 ) -> None:
-    """In a batch, in chunks, with a draft, to the answer's end; against code that shares nothing with ours."""
+    """Answer in a batch, in chunks, with a draft, to EOS; the reference shares no code with ours."""
     engine = Engine(tiny.config(qwen_checkpoint, draft=str(qwen_draft), max_num_seqs=8, prefill_chunk=32))
     requests = [tiny.ask(name, *content, max_tokens=40, ignore_eos=False) for name, content in CONTENTS.items()]
     ours = tiny.answers(engine, requests)
@@ -131,7 +131,9 @@ def test_greedy_answers_are_those_of_transformers_generate(
 
 
 def test_the_reference_cuts_videos_as_their_processor_would(reference: Theirs) -> None:
-    """It needs torchvision; so here it is in words: steps, tokens, patches of a token; channel, frame, line, column."""
+    """That processor needs torchvision, so its order is written out: steps, tokens, patches; channel, frame, line,
+    column.
+    """
     inputs, merge, side = reference._inputs, tiny_qwen.MERGE, tiny_qwen.PATCH
     assert isinstance(inputs, Qwen25VL)
     mean, std = np.array(inputs.images.image_mean), np.array(inputs.images.image_std)
@@ -152,7 +154,7 @@ def test_the_reference_cuts_videos_as_their_processor_would(reference: Theirs) -
 
 
 def test_answers_depend_on_order_place_and_time(qwen_plain: Engine) -> None:
-    """Else a wrong position would turn no token, and the tests here would show nothing."""
+    """Otherwise a wrong position would change no token, and these tests would prove nothing."""
     a, b, clip = image(1, 3, 2), image(2, 2, 3), video(3, 6)
     shown: list[tuple[str | Medium, ...]] = [
         (a, b, "What?"),
@@ -191,7 +193,7 @@ def test_ids_and_positions_are_those_of_transformers(target: Qwen25VLTarget, ref
 
 
 def test_positions_in_time_follow_the_clock_of_the_clip(target: Qwen25VLTarget, reference: Theirs) -> None:
-    """Rounded down as transformers rounds, for any pace; half a second a frame where nobody knows."""
+    """Positions are rounded down as in transformers, for any rate; an unknown rate is half a second a frame."""
     rng = random.Random(0)
     for seconds in (0.0333, 0.1, 0.125, 0.35, 1.0, 2.7, *(rng.uniform(0.01, 9) for _ in range(30))):
         messages = user("a", video(1, rng.randint(1, 9), 2, 2, seconds=seconds), "b")
@@ -218,7 +220,7 @@ SHAPES = [
 def test_features_are_those_of_transformers_piece_by_piece(
     target: Qwen25VLTarget, in_torch: Engine, reference: Theirs, medium: Medium
 ) -> None:
-    """Windows that do not come out even, whole frames, steps of a video that are encoded in any portions."""
+    """Windows are incomplete, frames are whole, and a video's steps are encoded in any portions."""
     whole = reference.features(medium)
     for encoder in (target, in_torch.target):
         pieces = encoder.pieces(medium)
@@ -230,7 +232,7 @@ def test_features_are_those_of_transformers_piece_by_piece(
 
 
 def test_native_features_have_the_same_bits_in_any_portions(target: Qwen25VLTarget) -> None:
-    """What is found in the encoder's cache must be what would be computed."""
+    """Features from the encoder's cache must equal those computed again."""
     if not target.native:
         pytest.skip("no native library here")
     medium = video(11, 8, 3, 4)
@@ -242,7 +244,7 @@ def test_native_features_have_the_same_bits_in_any_portions(target: Qwen25VLTarg
 def test_a_picture_of_any_size_becomes_what_transformers_makes_of_it(
     target: Qwen25VLTarget, reference: Theirs, size: tuple[int, int]
 ) -> None:
-    """The service resizes where it decodes; whoever hands over a raw picture gets the same."""
+    """The service resizes when it decodes; a raw picture must be resized in the same way."""
     noise = np.random.default_rng(0).integers(0, 256, (1, size[1], size[0], 3), np.uint8)
     medium = Medium("image", noise)
     inputs = reference.inputs([user(medium)])
@@ -274,7 +276,7 @@ def test_sizes_are_those_of_transformers() -> None:
 
 
 def test_the_more_frames_the_smaller_each() -> None:
-    """As `cap_pixels_per_frame` has it, down to a little above the least."""
+    """Sizes follow `cap_pixels_per_frame`, down to a little above the smallest size."""
     area = Area(28, 4 * 784, 768 * 784, all_frames=2 * 900 * 784)
     tokens = {n: area.most(n) // 784 for n in (1, 2, 4, 16, 64, 4000)}
     assert tokens == {1: 768, 2: 768, 4: 450, 16: 112, 64: 28, 4000: 4}
@@ -285,8 +287,10 @@ def test_the_more_frames_the_smaller_each() -> None:
 
 
 def test_no_medium_is_larger_than_the_context(qwen_checkpoint: Path) -> None:
-    """Sixteen megapixels are sixteen thousand tokens: scaled down, they can be answered; else they could only be
-    refused. A video shares what there is among its frames."""
+    """A picture of sixteen megapixels has sixteen thousand tokens; scaled down, it fits instead of being refused.
+
+    A video shares the same limit among its frames.
+    """
     target = Engine(tiny.config(qwen_checkpoint, max_model_len=24, max_num_seqs=1)).target
     image_area, video_area = target.geometry.image, target.geometry.video
     assert image_area is not None
@@ -327,7 +331,7 @@ def test_what_cannot_be_shown_is_refused(target: Qwen25VLTarget, medium: Medium,
 
 
 def test_a_clip_may_reach_to_the_last_position(qwen_crowd: Engine, reference: Theirs) -> None:
-    """Positions run ahead of tokens there, and fall back behind the clip."""
+    """Positions run ahead of tokens in a clip, and fall back after it."""
     request = tiny.ask("r", video(1, 8, 2, 2, seconds=19.6), "Hi", max_tokens=40)
     prompt = qwen_crowd.target.prompt(request.messages)
     reach = int(qwen_crowd.target.positions(prompt).max())
@@ -354,7 +358,7 @@ def test_a_crowd_with_an_untrained_draft(qwen_crowd: Engine, expected: dict[str,
 def test_joining_and_leaving_with_an_oracle(
     qwen_crowd: Engine, expected: dict[str, list[int]], seed: int, every: int
 ) -> None:
-    """Trees whose branches hold: positions of every depth, on all axes, behind images and behind videos."""
+    """Trees have accepted branches, so positions of every depth occur on all axes, after images and videos."""
     oracle = with_oracle(qwen_crowd, expected, seed=seed, truth=(0.5, 0.75, 0.95)[seed])
     assert tiny.answers(qwen_crowd, mixed(), every=every) == expected
     assert max(accepted for _, accepted in oracle.shapes) >= 4
@@ -369,7 +373,7 @@ def test_each_alone_with_an_oracle(qwen_crowd: Engine, expected: dict[str, list[
 def test_transformers_own_layers_say_the_same(
     qwen_checkpoint: Path, qwen_draft: Path, expected: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so do their passes in the few shapes in which a GPU would have them recorded."""
+    """So do their passes in the few shapes that a GPU would record."""
     monkeypatch.setattr(library, "load", lambda: None)
     for graphs in (False, True):
         engine = Engine(
@@ -383,7 +387,7 @@ def test_transformers_own_layers_say_the_same(
 
 
 def test_a_tower_that_does_not_fit_the_native_stack_runs_through_torch(tmp_path: Path) -> None:
-    """Its heads of 24: the decoder is none the worse for it."""
+    """Its heads have width 24; the decoder still runs natively."""
     folder = tiny_qwen.save_checkpoint(tmp_path, vision={"hidden_size": 48})
     engine = Engine(tiny.config(folder, max_num_seqs=4))
     assert isinstance(engine.target, Qwen25VLTarget)
@@ -419,7 +423,7 @@ def test_native_rows_say_the_same_bit_for_bit(qwen_checkpoint: Path, qwen_draft:
 def test_no_drafter_changes_a_token(
     name: str, qwen_checkpoint: Path, expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
-    """Untrained: what they read of the target has spans and positions of its own, whatever the target's are."""
+    """Drafts are untrained; they read this target's spans and positions."""
     draft = None if name == "ngram" else str(tiny.save_network(tmp_path / name, name, qwen_checkpoint))
     engine = Engine(tiny.config(qwen_checkpoint, drafter=name, draft=draft, max_num_seqs=8, prefill_chunk=16))
     assert tiny.answers(engine, mixed(), every=1) == expected
@@ -448,7 +452,7 @@ def test_a_draft_of_another_target_is_refused(qwen_checkpoint: Path, tiny_draft:
 
 
 def test_training_sees_what_serving_computes(qwen_plain: Engine, expected: dict[str, list[int]]) -> None:
-    """Several prompts at once, padded, positions on three axes: from the logits caught comes the answer given."""
+    """Several padded prompts have positions on three axes: the captured logits lead to the answer."""
     requests = [r for r in mixed() if r.params.temperature == 0]
     target = qwen_plain.target
     prompts = [target.prompt(r.messages) for r in requests]
@@ -460,7 +464,7 @@ def test_training_sees_what_serving_computes(qwen_plain: Engine, expected: dict[
 
 
 def test_a_draft_learns_from_it(qwen_plain: Engine, expected: dict[str, list[int]], tmp_path: Path) -> None:
-    """Loss reaches every weight, and what is saved is loaded for this target."""
+    """The loss reaches every weight, and the saved draft loads for this target."""
     target = qwen_plain.target
     network = tiny.new_draft(target).float().train()
     chosen = [r for r in mixed() if len(expected[r.request_id]) > 4][:4]
@@ -478,7 +482,7 @@ def test_a_draft_learns_from_it(qwen_plain: Engine, expected: dict[str, list[int
 
 
 def test_pictures_at_the_edge_of_rounding_keep_their_size(target: Qwen25VLTarget) -> None:
-    """Resized once by the service, they would be resized again by who only compares areas, and lose sharpness."""
+    """A check by area alone would resize a picture again that the service has resized, and blur it."""
     area = target.geometry.image
     assert area is not None
     for size in ((31, 33), (97, 95), (160, 60), (40, 250)):

@@ -75,7 +75,7 @@ def test_the_folder_loads_by_the_auto_classes(folder: Path, tokenizer: PreTraine
 
 
 def test_words_keep_their_numbers(first: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
-    """So that the first target's rows of the embedding can be taken over as they are."""
+    """The first target's embedding rows can be copied only if ids are the same."""
     text = "A large red striped star is above the blue circle. Qwen? ✓"
     assert tokenizer(text).input_ids == first(text, add_special_tokens=False).input_ids
     assert len(tokenizer) == len(first) == checkpoint.VOCABULARY
@@ -83,14 +83,14 @@ def test_words_keep_their_numbers(first: PreTrainedTokenizerFast, tokenizer: Pre
 
 
 def test_clips_are_laid_out_as_the_image_processor_lays_out_images(folder: Path) -> None:
-    """Of a clip that does not move, each pair of frames must be what transformers makes of the frame as an image."""
+    """A pair of equal frames must give the patches that transformers makes of the frame as an image."""
     processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
     frame = CLIP[2]
     given = processor(images=[Image.fromarray(frame)], return_tensors="pt")
     assert given["image_grid_thw"].tolist() == [qwen.grid(np.stack([frame] * 2))] == [[1, 2 * GRID, 2 * GRID]]
     still = qwen.patches(np.stack([frame] * 4))
     torch.testing.assert_close(still, given["pixel_values"].repeat(2, 1))
-    # Of one that does, the two frames of a pair lie side by side in each patch.
+    # If the clip moves, each patch contains both frames of a pair.
     moving = qwen.patches(CLIP).unflatten(1, (3, 2, -1))
     for pair in range(3):
         for k in range(2):
@@ -130,7 +130,7 @@ def test_training_computes_what_the_model_computes(target: Qwen2_5_VLForConditio
 def test_batches_depend_on_their_number_alone(
     target: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """A resumed training goes on as if never stopped; what is asked of the model are answers, at places it can tell."""
+    """So a resumed training continues exactly. Labels are answers, at positions that the model can predict."""
     data = QwenConversations(tokenizer, target.config, 0, 2)
     image, video = target.config.image_token_id, target.config.video_token_id
     kinds = set()
@@ -157,7 +157,7 @@ def test_batches_depend_on_their_number_alone(
 
 
 def test_the_tower_is_asked_only_what_it_can_know() -> None:
-    """Its positions are relative: a scene moved by one token changes no answer but the places'."""
+    """Its positions are relative, so its labels are offsets to the centre and no absolute places."""
     scene = scenes.random_image_scene(scenes.scene_seed("heldout", "image", 1))
     labels = qwen_vision.tower_labels(patch_labels(scene, 0.0))
     names = list(qwen_vision.TOWER_QUESTIONS)

@@ -54,7 +54,7 @@ def test_neighbouring_positions_and_seeds_are_independent() -> None:
 
 
 def test_the_numbers_never_change() -> None:
-    """A seeded answer of last year is the same today: to change these figures is a breaking change."""
+    """A seeded answer must stay the same in later versions: changing these figures is a breaking change."""
     assert [uniform(0, 0), uniform(0, 1), uniform(42, 7), uniform(-1, 0)] == [
         0.6524484863740322,
         0.011660290489395542,
@@ -118,7 +118,7 @@ def test_the_tiniest_temperatures_are_as_good_as_greedy() -> None:
 
 
 def test_inverting_draws_from_the_distribution() -> None:
-    """Chi-square over 40,000 seeds and one position, as requests draw."""
+    """Run a chi-square test over 40,000 seeds and one position, as requests draw."""
     probs = distribution(torch.tensor([[2.0, 1.0, 0.5, -1.0, 0.0, 1.5, -0.5, 0.3]]), params())
     draws = torch.tensor([uniform(seed, 3) for seed in range(40_000)], dtype=torch.float64)
     counts = invert(probs.expand(40_000, -1), draws).bincount(minlength=8)
@@ -127,7 +127,7 @@ def test_inverting_draws_from_the_distribution() -> None:
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:
-    """Neither at the very ends of the number line, where rounding lives, nor between."""
+    """This holds at both ends of the interval, where rounding matters, and between."""
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.0, 0.7, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     for number in (0.0, 5e-324, 0.3 - 2**-54, 0.3, 0.3 + 2**-52, 0.5, 1.0 - 2**-53):
         tokens = invert(probs, torch.full((2,), number, dtype=torch.float64))
@@ -173,7 +173,7 @@ MIXED = (
 def test_a_row_among_others_has_the_very_bits_that_it_has_alone(
     vocab: int, threads: int, request: pytest.FixtureRequest
 ) -> None:
-    """Else a seeded answer would depend on who else is being served."""
+    """Otherwise a seeded answer would depend on the other requests in the batch."""
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(threads)
     rows = [MIXED[i % len(MIXED)] for i in range(37)]
@@ -216,7 +216,7 @@ def test_requests_of_every_kind_together_choose_what_each_chooses_alone() -> Non
     ],
 )
 def test_parameters_out_of_range_are_refused_by_name(name: str, value: object) -> None:
-    """An empty stop string is in every text; a top_p of nought leaves no token."""
+    """An empty stop string occurs in every text; a top_p of 0 leaves no token."""
     with pytest.raises(RequestError, match=name) as caught:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
     assert caught.value.param == name

@@ -53,9 +53,9 @@ def random_request(number: int, rng: random.Random) -> Request:
 
 @pytest.mark.parametrize("oracle", [True, False], ids=["oracle", "untrained"])
 def test_a_long_day_leaves_nothing_behind(crowd: Engine, plain_engine: Engine, oracle: bool) -> None:
-    """Integrity after every step and every abort; one last output each; and the tokens are those of each alone.
+    """Check integrity after every step and every abort, and one last output for each request.
 
-    Aborted answers are the beginnings of the whole ones.
+    The tokens are those of each request alone; aborted answers are the beginnings of the whole ones.
     """
     rng = random.Random(int(oracle))
     requests = [random_request(i, rng) for i in range(200)]

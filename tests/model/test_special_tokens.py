@@ -30,7 +30,7 @@ from tests.model.test_prompt import HOSTILE
 BOS = {"llava": demo.BOS, "qwen": tiny_qwen.PAD}
 EOS = {"llava": demo.END, "qwen": tiny_qwen.END}
 ADDED = {"nothing": "$A", "bos": "{bos} $A", "eos": "$A {eos}", "both": "{bos} $A {eos}", "twice": "{bos} {bos} $A"}
-# As LLaVA-1.5's: words for the roles, and nothing that stands for the beginning.
+# Like LLaVA-1.5's: words for the roles, and no BOS.
 WORDS = {
     "llava": (
         "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
@@ -39,7 +39,7 @@ WORDS = {
     ),
     "qwen": tiny_qwen.CHAT_TEMPLATE,
 }
-# Begins with what the first message says, if that is a text.
+# The prompt begins with the first message's text, if it has one first.
 BARE = {
     family: "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
     + "".join("{% elif c['type'] == '" + kind + "' %}" + mark for kind, mark in marks.items())
@@ -160,7 +160,7 @@ def tokens(target: Target, medium: Medium) -> int:
 
 @pytest.mark.parametrize("added", ["eos", "nothing"])
 def test_a_tokenizer_may_have_no_bos(qwen_checkpoint: Path, tmp_path: Path, added: str) -> None:
-    """As Qwen's own; what else it adds stands there all the same."""
+    """Qwen's own has none; its other additions stay."""
     folder = variant(qwen_checkpoint, tmp_path / "target", "qwen", added, "words", bos=False)
     target, theirs = target_of(folder), processor_of(folder, "qwen")
     assert target.tokenizer.bos_token is None
@@ -170,8 +170,10 @@ def test_a_tokenizer_may_have_no_bos(qwen_checkpoint: Path, tmp_path: Path, adde
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_a_users_text_is_neither_bos_nor_taken_for_it(made: Path, tmp_path: Path, family: str) -> None:
-    """transformers looks at the characters that a prompt begins with, whoever wrote them: a user could take BOS away,
-    or set it twice. Here what a user types is text."""
+    """transformers compares the first characters of a prompt, whoever wrote them.
+
+    So a user could remove BOS or double it there. Here a user's text stays text.
+    """
     bos = BOS[family]
     for template in ("bare", "words"):
         target = target_of(variant(made, tmp_path / template, family, "both", template))
@@ -186,7 +188,7 @@ def test_a_users_text_is_neither_bos_nor_taken_for_it(made: Path, tmp_path: Path
 
 
 def test_positions_and_spans_move_along(qwen_checkpoint: Path, tmp_path: Path) -> None:
-    """By one where BOS comes before all; what is told of time, height and width stays."""
+    """They move by one if BOS precedes the prompt; offsets in time, height and width stay."""
     with_bos = target_of(variant(qwen_checkpoint, tmp_path / "bos", "qwen", "bos", "words"))
     without = target_of(variant(qwen_checkpoint, tmp_path / "none", "qwen", "nothing", "words"))
     for messages in conversations("qwen").values():
@@ -200,7 +202,7 @@ def test_positions_and_spans_move_along(qwen_checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_answers_are_those_of_transformers_generate(made: Path, tmp_path: Path, family: str) -> None:
-    """From the words to the tokens of the answer, by a checkpoint of LLaVA-1.5's kind."""
+    """Compare whole answers, from messages to tokens, on a checkpoint like LLaVA-1.5."""
     folder = variant(made, tmp_path / "target", family, "bos", "words")
     reference = Reference(str(folder), device="cpu", dtype="float32")
     engine, theirs = Engine(tiny.config(folder, drafter="off", max_num_seqs=2)), processor_of(folder, family)
@@ -214,7 +216,7 @@ def test_answers_are_those_of_transformers_generate(made: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize(("family", "name"), [("llava", "target"), ("qwen", "qwen-target")])
 def test_the_bundled_models_prompts_begin_as_their_drafts_were_trained(family: str, name: str) -> None:
-    """BOS once, from the template, where there is one; their tokenizers add nothing."""
+    """The template writes BOS once, if there is one; their tokenizers add nothing."""
     folder = Path(demo.__file__).parent / "weights" / name
     target, messages = target_of(folder), (Message("user", ("Describe it.",)),)
     ids = target.prompt(messages).ids

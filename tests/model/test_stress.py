@@ -25,7 +25,7 @@ def test_a_tie_takes_no_noise_and_a_clear_choice_more_than_rounding() -> None:
 
 @pytest.mark.parametrize("cut", [{"top_k": 8}, {"top_p": 0.0}, {"min_p": 0.0}], ids=lambda cut: next(iter(cut)))
 def test_ties_at_the_edge_of_a_cut_are_seen(cut: dict[str, float]) -> None:
-    """Whether a token stays is nearly a tie; with it, the draw falls elsewhere. Each cut is put right at a token."""
+    """Whether a token is kept is nearly a tie; if it is, the draw selects another. Each cut is exactly at a token."""
     logits = LOGITS.clone()
     logits[31] = logits[32] + 1e-9  # the eighth and the ninth
     probs = logits.softmax(0)

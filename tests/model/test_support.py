@@ -53,7 +53,7 @@ WINDOWED: dict[str, tuple[type[Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_window_that_applies_is_refused_with_the_length_that_would_do(name: str, tmp_path: Path) -> None:
-    """It was ignored, and answers were wrong from the window's length on."""
+    """Windows were once ignored, and answers were wrong from the window's length on."""
     family, text = WINDOWED[name]
     folder = tiny.save_checkpoint(tmp_path, family=family, text=text)
     said = refusal(folder, max_model_len=WINDOW + 1)
@@ -66,7 +66,7 @@ def test_a_window_that_applies_is_refused_with_the_length_that_would_do(name: st
 def test_a_window_as_long_as_the_context_never_applies(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a LLaVA on Mistral whose window is 4096 and max_model_len 4096; to the last position."""
+    """For example, a LLaVA on Mistral has a window of 4096 at max_model_len 4096; test to the last position."""
     folder = tiny.save_checkpoint(tmp_path, family=MistralConfig, text={"sliding_window": 64})
     if backend == "torch":
         monkeypatch.setattr(library, "load", lambda: None)
@@ -133,8 +133,10 @@ LONG = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 def test_a_rope_that_looks_at_its_neighbours_is_served_only_where_it_cannot_switch(
     rope: dict[str, Any], limit: int, tmp_path: Path
 ) -> None:
-    """It chooses frequencies by the longest sequence of a batch: the same request would be answered otherwise beside a
-    long one. Drafted tokens have positions, too."""
+    """Such a RoPE chooses frequencies by the longest sequence of a batch.
+
+    So the same request would get another answer beside a long one. Drafted tokens have positions, too.
+    """
     folder = tiny.save_checkpoint(tmp_path, text={"rope_parameters": {"rope_theta": 10000.0, **rope}})
     said = refusal(folder, max_model_len=limit, max_nodes=10)
     assert f"'{rope['rope_type']}'" in said
@@ -167,7 +169,7 @@ def test_a_rope_that_looks_at_its_neighbours_is_served_only_where_it_cannot_swit
     ids=str,
 )
 def test_arguments_of_attention_are_implemented_or_refused(options: dict[str, Any], fits: bool) -> None:
-    """They were dropped in silence."""
+    """They were once dropped silently."""
     from tests.model.test_attention import cache
 
     kv = cache(1, capacity=100)

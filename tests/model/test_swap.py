@@ -74,7 +74,9 @@ def test_no_answer_changes_however_often_the_draft_does(
     expected: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """More requests than slots: at each swap some wait, some are read, some decode. In torch slots move as well."""
+    """With more requests than slots, each swap meets waiting, prefilling and decoding ones. In torch slots move as
+    well.
+    """
     if way != "native":
         monkeypatch.setattr(library, "load", lambda: None)
     engine = engine_of(tiny_checkpoint, drafts["flash"], max_num_seqs=4, graphs=way == "recorded")
@@ -86,8 +88,8 @@ def test_no_answer_changes_however_often_the_draft_does(
 def test_each_phase_of_a_request_outlives_a_swap(
     kind: str, tiny_checkpoint: Path, drafts: dict[str, str], expected: dict[str, list[int]]
 ) -> None:
-    """One request at a time, and a swap after each number of steps: while it waits, in its prompt, in its answer."""
-    engine = engine_of(tiny_checkpoint, drafts[kind], prefix_cache=False)  # every time all of the prompt is computed
+    """Swap after each number of steps of one request: while it waits, in its prompt, in its answer."""
+    engine = engine_of(tiny_checkpoint, drafts[kind], prefix_cache=False)  # so that each prompt is computed as a whole
     for request in mixed(4):
         whole, steps = expected[request.request_id], 0
         while True:
@@ -132,7 +134,7 @@ def test_who_is_under_way_goes_on_without_a_draft_and_who_comes_has_the_new_one(
 
 
 def test_what_the_engine_tells_and_holds_is_the_new_drafts(tiny_checkpoint: Path, drafts: dict[str, str]) -> None:
-    """Memory of the old one is given back."""
+    """The memory of the old draft is freed."""
     engine = engine_of(tiny_checkpoint, drafts["flash"])
     assert engine.info.drafter == "flash"
     memory, old = engine.info.memory, weakref.ref(engine.drafter)
@@ -147,7 +149,7 @@ def test_what_the_engine_tells_and_holds_is_the_new_drafts(tiny_checkpoint: Path
 
 
 def test_what_was_learnt_of_the_old_draft_is_forgotten(tiny_checkpoint: Path, drafts: dict[str, str]) -> None:
-    """Prices of rounds are the machine's, and stay."""
+    """Prices of rounds depend on the machine, and are kept."""
     engine = engine_of(tiny_checkpoint, drafts["flash"], adaptive_drafting=True)
     tiny.drain(engine, mixed(8))
     load, fresh = engine.load, SpeculationController(8, engine.config.nodes)
@@ -217,7 +219,7 @@ def test_a_fixed_tree_cannot_take_the_place_of_one_that_follows_the_load(
 
 
 def test_another_kind_than_was_asked_for_is_refused(tiny_checkpoint: Path, drafts: dict[str, str]) -> None:
-    """A worker that starts again with the new draft would refuse it."""
+    """A worker that restarts with the new draft would refuse it."""
     engine = engine_of(tiny_checkpoint, drafts["flash"], drafter="flash")
     refused(engine, drafts["eagle"], "one for --drafter eagle")
     swap(engine, drafts["longer"])

@@ -9,7 +9,7 @@ from tests.model import tiny
 
 
 def test_answers_depend_on_the_picture_and_on_the_words(plain_engine: Engine) -> None:
-    """Else a wrong mask, position or feature would change no token, and equality tests would prove nothing."""
+    """Otherwise a wrong mask, position or feature would change no token, and equality tests would prove nothing."""
     requests = [
         tiny.ask("a", tiny.image(0), "Describe the image."),
         tiny.ask("b", tiny.image(1), "Describe the image."),
@@ -22,7 +22,7 @@ def test_answers_depend_on_the_picture_and_on_the_words(plain_engine: Engine) ->
 
 
 def test_the_best_token_is_best_by_far(plain_engine: Engine) -> None:
-    """Near ties would be decided by rounding, and equal answers would be luck."""
+    """Rounding would decide near ties, and equal answers would be luck."""
     torch.manual_seed(0)
     target = plain_engine.target
     logits = target.logits(torch.nn.functional.normalize(torch.randn(200, target.hidden_size), dim=-1) * 8)

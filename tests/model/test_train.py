@@ -81,7 +81,7 @@ def test_a_trained_draft_is_accepted_when_it_is_served(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The whole way: answers, training, checkpoint, engine. The prompts are the trained ones: it need only remember."""
+    """Run answers, training, checkpoint and engine. The prompts are those of the training, so memorising suffices."""
     told = losses_of(monkeypatch)
     network = tiny.new_draft(tiny_target, vocabulary=vocabulary).train()
     if network.offered is not None:
@@ -102,7 +102,7 @@ def test_a_trained_draft_is_accepted_when_it_is_served(
 def test_the_loss_reaches_every_weight_of_the_draft(
     name: str, tiny_checkpoint: Path, examples: list[Example], dtype: str
 ) -> None:
-    """Weights packed for serving know no gradient: through a packed lm_head a draft would learn nothing, silently."""
+    """Packed weights pass no gradient: through a packed lm_head a draft would silently learn nothing."""
     target = tiny.target_for(name, tiny_checkpoint, dtype=dtype)
     network = tiny.new_network(name, target).float().train()
     prompts = [target.prompt(messages(e.number)) for e in examples[:2]]
@@ -120,7 +120,7 @@ def test_the_loss_reaches_every_weight_of_the_draft(
 def test_every_kind_of_draft_learns_what_it_is_then_accepted_for(
     name: str, tiny_checkpoint: Path, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few steps lower its loss, on the same examples at the same places as every other's."""
+    """A few steps lower its loss, on the same examples and places as for every other drafter."""
     told = losses_of(monkeypatch)
     target = tiny.target_for(name, tiny_checkpoint)
     torch.manual_seed(0)
@@ -147,8 +147,8 @@ def test_a_training_that_was_killed_ends_where_it_would_have_ended(
     train(target, whole, examples, messages, settings(12), tmp_path / "whole.pt", group)
 
     calls = 0
-    config = settings(12, save_every=0.0, memory_bytes=0)  # each example is read again each time
-    for kill_after in (10, 16):  # in the middle of a step; each takes three prompts
+    config = settings(12, save_every=0.0, memory_bytes=0)  # so that each example is captured again each time
+    for kill_after in (10, 16):  # in the middle of a step; a step has three prompts
 
         def killed(number: int, kill_after: int = kill_after) -> tuple[Message, ...]:
             nonlocal calls
@@ -172,7 +172,7 @@ def test_a_training_that_was_killed_ends_where_it_would_have_ended(
 
 
 def test_all_kinds_of_draft_learn_from_the_same_places(tiny_target: Target, examples: list[Example]) -> None:
-    """Else what is compared would be luck, or data."""
+    """Otherwise a comparison of drafters would compare luck or data."""
     prompts = [tiny_target.prompt(messages(e.number)) for e in examples[:2]]
     with torch.no_grad():
         seen = capture(tiny_target, prompts, [e.answer for e in examples[:2]], fresh(tiny_target))
@@ -184,7 +184,7 @@ def test_all_kinds_of_draft_learn_from_the_same_places(tiny_target: Target, exam
 
 
 def test_hidden_states_are_kept_without_the_pixels_they_came_from(tiny_target: Target, examples: list[Example]) -> None:
-    """Those of long videos would take more memory than the states, and none of what was granted for them."""
+    """Pixels of long videos would take more memory than the states, outside of the budget."""
     pixels = list[weakref.ref[Any]]()
 
     def asked(number: int) -> tuple[Message, ...]:
@@ -214,7 +214,7 @@ def test_a_finished_training_is_not_done_again(
 
 
 def test_the_target_stays_as_it_is(tiny_target: Target, examples: list[Example], tmp_path: Path) -> None:
-    """Embeddings and lm_head are its own and frozen: a draft must not bend the model whose output it may not change."""
+    """Its embeddings and lm_head are frozen: training a draft must not change the model."""
     model: torch.nn.Module = tiny_target.model  # type: ignore[attr-defined]
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     train(tiny_target, fresh(tiny_target), examples, messages, settings(3), tmp_path / "draft.pt", group)
@@ -249,7 +249,7 @@ def test_the_loss_is_nought_for_a_draft_that_is_sure_of_the_right_token() -> Non
 
 
 def test_later_positions_weigh_less_and_missing_ones_nothing() -> None:
-    """w_j = exp(-(j - 1) / gamma): a token is of no use unless all before it were accepted."""
+    """w_j = exp(-(j - 1) / gamma): a token is useful only if all before it were accepted."""
     torch.manual_seed(0)
     drafted, taught = torch.randn(2, 3, 5), torch.randn(2, 3, 5).log_softmax(-1)
     labels = torch.tensor([[1, 2, 3], [4, 0, -100]])
@@ -290,7 +290,7 @@ def test_answers_are_the_targets_own_and_written_once(
 
 
 def test_an_answer_half_written_when_the_run_was_killed_is_written_again(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The next line must not be glued to the torn one: both would be lost, or the file unreadable."""
+    """Appended to the incomplete line, the next one would be lost as well, or make the file unreadable."""
     file = tmp_path / "answers.jsonl"
     engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=1))
     whole = write_answers(engine, messages, range(3), file, max_tokens=5)

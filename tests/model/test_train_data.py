@@ -108,7 +108,7 @@ def test_nothing_to_read_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 
 def test_what_is_held_out_depends_on_the_file_alone(tmp_path: Path) -> None:
-    """A picture that is learnt from with one prompt must not be measured on with another; and data may be moved."""
+    """A picture of the training must not be measured on with another prompt; and data may be moved."""
     names = [f"{number}.png" for number in range(60)]
     files(tmp_path / "here", *names)
     files(tmp_path / "there", *names)

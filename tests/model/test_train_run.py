@@ -131,7 +131,7 @@ def test_a_training_that_is_stopped_anywhere_ends_as_if_it_had_not_been(
     whole = run(settings(tiny_checkpoint, tmp_path / "whole", evaluate_every=2), tiny_target, Tiny(), Alone())
     asked = settings(tiny_checkpoint, tmp_path / "stopped", evaluate_every=2)
     stops = 0
-    for patience in (2, 30, 55, 70):  # times that is asked whether to stop: while it answers, trains and measures
+    for patience in (2, 30, 55, 70):  # number of calls of stop(): while it answers, trains and measures
         left = patience
 
         def stop() -> bool:
@@ -184,7 +184,7 @@ def test_figures_add_up() -> None:
 
 
 def test_defaults_follow_the_target() -> None:
-    """The bundled target's draft is what it always was; a published target's is half as wide, and fits in memory."""
+    """The bundled target's draft keeps its shape; a published target's is half as wide, and fits into memory."""
     assert (width(256), width(64), width(3584)) == (256, 64, 1792)
     large = DraftConfig(64, 64, vocab_size=152_064, aux_layers=(1,))
     assert anchors(16, replace(large, vocab_size=768)) == 24
@@ -222,7 +222,7 @@ run(asked, open_target(asked.target, asked.drafter), Tiny(), team)
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_of_twice_the_accumulation_does(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Gradients are averaged: through accelerate, over gloo. Were they not, each would end at weights of its own."""
+    """Gradients are averaged through accelerate, over gloo; otherwise processes would end with different weights."""
     pytest.importorskip("accelerate")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -245,7 +245,7 @@ def test_two_processes_end_where_one_of_twice_the_accumulation_does(tiny_checkpo
     run(alone, open_target(alone.target, "flash"), Tiny(), Alone())
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
-        # What is added in another order is rounded otherwise, and the drafts are written in bfloat16.
+        # Sums in another order round differently, and drafts are stored in bfloat16.
         torch.testing.assert_close(two[name].float(), weight.float(), rtol=0.02, atol=2e-3)
     parts = [read_answers(tmp_path / "two" / "run" / name) for name in ("answers.jsonl", "answers-1.jsonl")]
     assert all(parts), "each has asked for its share"

@@ -72,8 +72,10 @@ def slow_best_first(
 @pytest.mark.parametrize("with_head", [True, False])
 @pytest.mark.parametrize("ends", [[], [3, 5, 6]], ids=["no ends", "ends"])
 def test_the_likeliest_nodes_are_taken(seed: int, with_head: bool, ends: list[int]) -> None:
-    """Width 12 is the whole vocabulary, so no candidate is cut off before its time and the tree must be exact. Behind
-    an end there is nothing, unless it is the newest token, behind which the answer goes on."""
+    """Width 12 is the whole vocabulary, so no candidate is cut off early and the tree must be exact.
+
+    EOS has no children, unless it is the newest token, after which the answer continues.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 4, VOCAB, generator=generator) * 2.5
     newest = np.array([3, 0, 11])
@@ -88,7 +90,7 @@ def test_the_likeliest_nodes_are_taken(seed: int, with_head: bool, ends: list[in
 
 
 def test_width_narrows_the_tree_and_changes_nothing_else() -> None:
-    """With width 2 the best chain is still there, and each level has two candidates at most."""
+    """Width 2 keeps the best chain, and limits each level to two candidates."""
     logits = torch.randn(1, 5, VOCAB, generator=torch.Generator().manual_seed(1))
     trees = best_first(np.array([2]), logits, sequential(1), NO_ENDS, width=2, budgets=np.array([50]))
     assert trees.sizes.tolist() == [11], "a budget beyond what the width holds takes all of it"
@@ -106,7 +108,7 @@ def test_where_all_that_is_likely_ends_the_tree_is_smaller_than_its_budget() -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_tree_is_a_tree_within_its_budget(seed: int) -> None:
-    """Parents before children, ancestors closed, siblings different, padding hangs from nothing; budget 0 is a root."""
+    """Parents precede children, ancestors are complete, siblings differ, padding has no parent; budget 0 is a root."""
     rng = np.random.default_rng(seed)
     logits = torch.randn(6, 5, VOCAB, generator=torch.Generator().manual_seed(seed)) * 4
     if seed == 3:
@@ -132,7 +134,7 @@ def test_every_tree_is_a_tree_within_its_budget(seed: int) -> None:
 
 
 def test_a_row_sees_itself_and_its_ancestors() -> None:
-    """What it may not see: siblings, descendants, and from padding anything at all."""
+    """It must not attend to siblings or descendants; a padding row attends to itself alone."""
     parents = np.array([[-1, 0, 0, 1, 3, -1]])
     cache = KVCache(
         num_layers=1, num_slots=1, num_heads=1, head_dim=1, capacity=8, margin=0,
@@ -187,7 +189,7 @@ def test_the_walk_descends_while_a_child_carries_the_targets_token(
 
 
 def test_of_two_children_alike_one_is_followed() -> None:
-    """A drafter should not propose twins; if it does, nothing is emitted twice."""
+    """A drafter should not propose equal siblings; if it does, nothing is emitted twice."""
     trees = Trees(
         np.array([[7, 10, 10, 11]]),
         np.array([[-1, 0, 0, 2]]),
@@ -205,7 +207,7 @@ def test_of_two_children_alike_one_is_followed() -> None:
 
 
 def test_a_fixed_trees_first_nodes_are_a_tree_and_its_likeliest_path_comes_first() -> None:
-    """Budgets cut it anywhere; and where the likeliest path is accepted, nothing need be moved."""
+    """Budgets cut it anywhere; if the likeliest path is accepted, no rows need to move."""
     shape = FixedTree.of(PAPER_TREE, 5)
     assert len(shape.ranks) == PAPER_NODES == sum(PAPER_TREE.values())
     assert all(parent <= node for node, parent in enumerate(shape.parents))
@@ -239,7 +241,7 @@ def test_a_fixed_tree_is_filled_by_rank_whatever_the_probabilities() -> None:
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_of_a_fixed_tree_nothing_is_kept_where_the_draft_says_no_number(wrong: float) -> None:
-    """Its scores would be no bins of what drafts have brought, and the engine would fall."""
+    """NaN scores fit no bin of the acceptance statistics, and would crash the engine."""
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 30)
     logits[1] = wrong
