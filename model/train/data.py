@@ -25,9 +25,7 @@ MAX_TOKENS = 160
 
 
 class Unusable(Exception):
-    """Raised for a prompt whose media cannot be read or that the target does not accept; the message says which and
-    why.
-    """
+    """Raised for a prompt that the target cannot take, or whose media cannot be read; the message says why."""
 
 
 class Interrupted(Exception):
@@ -61,9 +59,7 @@ class Prompts(Protocol):
         ...
 
     def messages(self, number: int) -> tuple[Message, ...]:
-        """Return the conversation up to the point where the target answers. Raises Unusable if its media cannot be
-        read.
-        """
+        """Return the conversation up to the point where the target answers. Raises Unusable."""
         ...
 
     def kind(self, number: int) -> str:
@@ -179,8 +175,9 @@ def unusable(file: Path) -> dict[int, str]:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """Parse the complete lines of an answers file. A line that a kill cut short does not end with a brace and is
-    skipped.
+    """Parse the complete lines of an answers file.
+
+    A line that a kill cut short does not end with a brace, and is skipped.
     """
     if not file.exists():
         return []

@@ -63,8 +63,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Item:
-    """Hold one conversation up to the point where the target answers. `where` names its file and line in error
-    messages.
+    """Hold one conversation up to the point where the target answers.
+
+    where: its file and line, for error messages.
     """
 
     turns: tuple[Turn, ...]
@@ -79,9 +80,7 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """Name the group in which figures of this prompt are reported: its task, else its media ("image", "2 media",
-        "text").
-        """
+        """Name the group in which its figures are reported: its task, else its media, such as "image" or "2 media"."""
         if self.task is not None:
             return self.task
         if len(self.files) != 1:

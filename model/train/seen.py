@@ -44,8 +44,7 @@ class Seen:
 def capture(
     target: Target, prompts: list[TokenizedPrompt], answers: list[tuple[int, ...]], network: Network
 ) -> list[Seen]:
-    """Run one causal pass of the target over prompts and answers, padded on the right, and capture what this draft
-    reads.
+    """Run one causal pass over prompts and answers, padded on the right, and capture the states that this draft reads.
 
     Returns one Seen for each prompt, in order.
     """
