@@ -25,7 +25,6 @@ class Question:
     prompt: str
     files: tuple[File, ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict, hash=False)  # max_tokens, temperature, seed, ...
-    earlier: tuple[tuple[str, str], ...] = ()  # questions about the same files, and what was answered; chat only
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,9 @@ def parts(question: Question) -> list[dict[str, Any]]:
     return [*media, {"type": "text", "text": question.prompt}]
 
 
-def messages(question: Question) -> list[dict[str, Any]]:
-    content = parts(question)
-    if not question.earlier:
-        return [{"role": "user", "content": content}]
-    (first, answer), *more = question.earlier
-    said: list[dict[str, Any]] = [{"role": "user", "content": [*content[:-1], {"type": "text", "text": first}]}]
-    said.append({"role": "assistant", "content": answer})
-    for asked, answered in more:
-        said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return [*said, {"role": "user", "content": question.prompt}]
-
-
 def chat_body(question: Question, way: Way) -> dict[str, Any]:
-    body: dict[str, Any] = {"messages": messages(question), "temperature": 0, "stream": way.stream}
+    message = {"role": "user", "content": parts(question)}
+    body: dict[str, Any] = {"messages": [message], "temperature": 0, "stream": way.stream}
     if way.speculation != "auto":  # the one field that other servers do not know
         body["speculation"] = way.speculation
     if way.n != 1:

@@ -85,7 +85,3 @@ def scene_image(scene: scenes.Scene, side: int = SIDE) -> File:
     file = io.BytesIO()
     Image.fromarray(scenes.render(scene, side)).save(file, "PNG", compress_level=1)
     return File("image", "image/png", file.getvalue())
-
-
-def scene_clip(scene: scenes.Scene, side: int = SIDE, *, num_frames: int = 16, rate: int = 8) -> File:
-    return film(scenes.render_clip(scene, num_frames, side), rate=rate)

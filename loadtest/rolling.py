@@ -13,8 +13,11 @@ with code 0, or no load was there during a restart.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -24,9 +27,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +39,14 @@ import httpx
 import jinja2
 import yaml
 
-from loadtest import measure, scenarios
-from loadtest.figures import Objectives, client_figures
-from loadtest.measure import Options
+from loadtest.asking import Question, Way, ask
+from loadtest.prompts import draw
 from loadtest.service import ROOT, START_SECONDS
 
 MANIFEST = ROOT / "k8s" / "base" / "deployment.yaml"
 SETTINGS = ROOT / "k8s" / "base" / "flashserve.env"
 PAUSE = 2.0  # seconds of load before, between and after the restarts
+THINK = 1.0  # seconds at most from an answer to the next request: so answers do not all end together
 
 
 @dataclass(frozen=True)
@@ -171,37 +176,70 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], log: Path) -> Non
     raise SystemExit(f"not ready within {START_SECONDS} s:\n{log.read_text()[-3000:]}")
 
 
+@dataclass
+class Tally:
+    """Count what became of the requests sent so far."""
+
+    answered: int = 0
+    failures: Counter[str] = field(default_factory=Counter)  # by kind
+    details: dict[str, str] = field(default_factory=dict)  # the first message of each kind
+    seconds: float = 0.0
+
+    @property
+    def sent(self) -> int:
+        return self.answered + self.failures.total()
+
+    def fail(self, kind: str, detail: object) -> None:
+        self.failures[kind] += 1
+        self.details.setdefault(kind, str(detail)[:200])
+
+
+async def send(client: httpx.AsyncClient, question: Question, tally: Tally) -> None:
+    """Send one streamed request and count what became of it. Nothing is sent twice: a retry would hide a failure."""
+    try:
+        answer = await ask(client, question, Way(stream=True))
+    except httpx.TimeoutException as error:
+        tally.fail("timeout", repr(error))
+    except httpx.TransportError as error:
+        tally.fail("connection", repr(error))
+    except ValueError as error:  # a stream without its last event, or a body that is not JSON
+        tally.fail("malformed", error)
+    else:
+        if answer.status != 200:
+            tally.fail(f"http {answer.status}", answer.error)
+        elif answer.error:
+            tally.fail("error event", answer.error)
+        else:
+            tally.answered += 1
+
+
 @contextmanager
-def loaded(url: str, users: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Load until the block is left; then the figures are in what was yielded."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        stop = Path(folder) / "stop"
-        asked = Options(
-            scenario="chat", warm_up=0, max_tokens=options.max_tokens, stock=32, timeout=options.timeout,
-            keep_alive=False, max_requests=1_000_000,
-        )  # fmt: skip
-        stock = scenarios.draw(scenarios.SCENARIOS["chat"], asked.stock, seed=0, max_tokens=asked.max_tokens)
-        stages = scenarios.steady(users, options.max_seconds)
-        plan = measure.plan_for(url, asked, stock, stages, "auto", stop=str(stop))
-        errors: list[BaseException] = []
+def loaded(url: str, options: argparse.Namespace) -> Iterator[Tally]:
+    """Keep `options.users` users asking until the block ends; yield the tally, complete once the block has ended."""
+    tally, over = Tally(), threading.Event()
+    questions = itertools.cycle(draw(32, max_tokens=options.max_tokens))
+    deadline = time.monotonic() + options.max_seconds
 
-        def send() -> None:
-            try:
-                outcome = measure.generate(plan)
-                found.update(client_figures(outcome, Objectives()), seconds=outcome.window[1])
-            except BaseException as error:  # noqa: BLE001 (told to the thread that waits)
-                errors.append(error)
+    async def user(number: int, client: httpx.AsyncClient) -> None:
+        think = random.Random(number)
+        while not over.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(think.uniform(0, THINK))
+            await send(client, next(questions), tally)
 
-        thread = threading.Thread(target=send)
-        thread.start()
+    async def crowd() -> None:
+        new_connections = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=url, timeout=options.timeout, limits=new_connections) as client:
+            await asyncio.gather(*(user(number, client) for number in range(options.users)))
+
+    with ThreadPoolExecutor(1) as pool:
+        began = time.monotonic()
+        users = pool.submit(lambda: asyncio.run(crowd()))
         try:
-            yield found
+            yield tally
         finally:
-            stop.touch()
-            thread.join()
-        if errors:
-            raise errors[0]
+            over.set()
+            users.result()
+            tally.seconds = time.monotonic() - began
 
 
 def end(instance: Instance, nginx: Nginx, others: list[Instance], timings: Timings, lag: float) -> dict[str, Any]:
@@ -223,7 +261,8 @@ def end(instance: Instance, nginx: Nginx, others: list[Instance], timings: Timin
     return {"seconds": seconds, "exit_code": instance.process.returncode, "killed": killed}
 
 
-def roll(options: argparse.Namespace, timings: Timings) -> dict[str, Any]:
+def roll(options: argparse.Namespace, timings: Timings) -> tuple[list[dict[str, Any]], Tally]:
+    """Restart every instance in turn under load; return how each ended, and what became of the requests."""
     ends: list[dict[str, Any]] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -240,7 +279,7 @@ def roll(options: argparse.Namespace, timings: Timings) -> dict[str, Any]:
             instance.await_ready()
         nginx = Nginx(folder, instances)
         stack.callback(nginx.stop)
-        with loaded(nginx.url, options.users, options) as found:
+        with loaded(nginx.url, options) as tally:
             time.sleep(PAUSE)
             for number, old in enumerate(list(instances)):
                 successor = None
@@ -258,7 +297,7 @@ def roll(options: argparse.Namespace, timings: Timings) -> dict[str, Any]:
                     instances.append(successor)
                     nginx.reload(instances)
                 time.sleep(PAUSE)
-        return {"ends": ends, "client": found}
+        return ends, tally
 
 
 def main() -> int:
@@ -280,20 +319,21 @@ def main() -> int:
     given = {name: value for name in asdict(timings) if (value := getattr(options, name)) is not None}
     timings = Timings(**(asdict(timings) | given)).check()
     binary()
-    result = {"timings": asdict(timings), "source": str(options.manifest.name), **roll(options, timings)}
-    client = result["client"]
-    failed = sum(client["failures"].values())
-    well = all(one["exit_code"] == 0 and not one["killed"] for one in result["ends"])
-    result["ok"] = not failed and well and client["answered"] > 0
-    print(f"{client['sent']} requests in {client['seconds']:.0f} s, {failed} failed {client['failures'] or ''}")
-    for kind, words in client["failure_details"].items():
-        print(f"  {kind}: {words}")
-    for number, one in enumerate(result["ends"]):
+    ends, tally = roll(options, timings)
+    well = all(one["exit_code"] == 0 and not one["killed"] for one in ends)
+    ok = well and not tally.failures and tally.answered > 0
+    print(
+        f"{tally.sent} requests in {tally.seconds:.0f} s, {tally.failures.total()} failed {dict(tally.failures) or ''}"
+    )
+    for kind, detail in tally.details.items():
+        print(f"  {kind}: {detail}")
+    for number, one in enumerate(ends):
         how = "killed" if one["killed"] else f"exit code {one['exit_code']}"
         print(f"instance {number}: gone after {one['seconds']} s, {how}")
-    kept = ("sent", "answered", "failures", "seconds", "ttft", "longest_gap")
-    print(json.dumps(result | {"client": {name: client[name] for name in kept}}))
-    return 0 if result["ok"] else 1
+    client = {"sent": tally.sent, "answered": tally.answered, "failures": tally.failures, "seconds": tally.seconds}
+    timing = {"timings": asdict(timings), "source": str(options.manifest.name)}
+    print(json.dumps({**timing, "ends": ends, "client": client, "ok": ok}))
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":

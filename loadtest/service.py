@@ -110,16 +110,6 @@ def footprint(client: httpx.Client) -> Footprint | None:
         return None
 
 
-def processor_seconds(client: httpx.Client) -> float | None:
-    """Used so far by the service's processes; None where it runs on another machine."""
-    if (found := _processes(client)) is None:
-        return None
-    try:
-        return sum(times.user + times.system for times in (process.cpu_times() for process in found.all))
-    except psutil.NoSuchProcess:
-        return None
-
-
 @dataclass(frozen=True)
 class _Processes:
     api: psutil.Process

@@ -26,9 +26,7 @@ from tests.documents import (
 DOCUMENTS = documents()
 # These tell what was: files and commands in them may be gone.
 HISTORY = {"CHANGELOG.md", "research-log.md"}
-REWRITTEN_SOON = ROOT / "loadtest/README.md"  # with the commands that it describes
 PRESENT = [path for path in DOCUMENTS if path.name not in HISTORY and path.parent.name != "decisions"]
-PRESENT.remove(REWRITTEN_SOON)
 FOREIGN = {  # options of other programs, and names that a reader makes up
     *("model.safetensors", "k8s/mine"),
     *("--cap-drop", "--cpus", "--cpuset-cpus", "--init", "--read-only", "--stop-timeout", "--secret", "--label"),
