@@ -1,4 +1,4 @@
-"""The dashboard, the rules and the runbook agree with each other and with the service, as far as reading them shows."""
+"""The dashboard, the rules and the runbook agree with each other and with the service, as far as their text shows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import subprocess
 
 import yaml
 
-from docker.monitoring import dashboard, panels
+from docker.monitoring import dashboard
 from service.metrics import LONG, PER_TOKEN, Metrics
 from service.settings import Settings
-from tests.monitoring.prometheus import FOLDER, RULES, alerts, groups, needs_prometheus, records
+from tests.monitoring.prometheus import FOLDER, JOB, RULES, alerts, groups, needs_prometheus, panel_queries, records
 from tests.service.server import Server
 from tests.service.test_ops import METRICS
 
-EXPRESSIONS = {f"{panel.title}: {legend}": expr for panel in panels.read() for legend, expr in panel.queries}
+EXPRESSIONS = [expr for _, expr in panel_queries()]
 RUNBOOK = (FOLDER / "RUNBOOK.md").read_text()
 
 
@@ -47,13 +47,13 @@ def test_every_panel_says_what_it_shows_in_which_unit() -> None:
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
     ids = [panel["id"] for panel in made["panels"]]
     assert len(set(ids)) == len(ids)
-    places = [(x, y) for x, y, _, _ in (panel.grid for panel in panels.read())]
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in shown]
     assert len(set(places)) == len(places), "no panel lies on another"
     assert [variable["name"] for variable in made["templating"]["list"]] == ["datasource", "model", "instance"]
 
 
 def test_the_dashboard_shows_every_metric_of_the_service() -> None:
-    used = names_in(" ".join(EXPRESSIONS.values()))
+    used = names_in(" ".join(EXPRESSIONS))
     assert used <= exported()
     unused = {name for name in METRICS if not any(one.startswith(name) for one in used)}
     assert unused == set()
@@ -117,10 +117,10 @@ def test_configuration_files_agree_on_names_and_pace() -> None:
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
     assert source["url"] == "http://prometheus:9090"
     assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
-    service = next(job for job in config["scrape_configs"] if job["job_name"] == panels.JOB)
+    service = next(job for job in config["scrape_configs"] if job["job_name"] == JOB)
     assert service["static_configs"] == [{"targets": [f"flashserve:{Settings.model_fields['port'].default}"]}]
-    jobs = set(re.findall(r'job="(\w+)"', " ".join([*EXPRESSIONS.values(), *(rule["expr"] for rule in alerts())])))
-    assert jobs == {panels.JOB}
+    jobs = set(re.findall(r'job="(\w+)"', " ".join([*EXPRESSIONS, *(rule["expr"] for rule in alerts())])))
+    assert jobs == {JOB}
 
 
 @needs_prometheus

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,26 +14,32 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 
-from docker.monitoring import dashboard, panels
+from docker.monitoring import dashboard
 from loadtest import media
 from loadtest.asking import Answer, Question, Way
 from tests.e2e.server import EngineServer
 from tests.e2e.test_bundled_model import CLIP, SCENE
-from tests.monitoring.prometheus import RunningPrometheus, alerts, needs_prometheus, records
-from tests.service.server import ROOT, Server, chat_body
+from tests.monitoring.prometheus import (
+    ProjectPrometheus,
+    alerts,
+    fill_in,
+    needs_prometheus,
+    panel_queries,
+    records,
+)
+from tests.service.server import Server, chat_body
 
 pytestmark = [needs_prometheus, pytest.mark.slow]
 
-Asked = tuple[RunningPrometheus, list[Answer], float, float]
+Asked = tuple[ProjectPrometheus, list[Answer], float, float]
 
 
 @pytest.fixture(scope="module")
 def asked(demo_server: EngineServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
     """The bundled model was asked for captions of images and videos while Prometheus looked, from idle to idle."""
     target = demo_server.url.removeprefix("http://")
-    prometheus = RunningPrometheus(tmp_path_factory.mktemp("prometheus"), target)
+    prometheus = ProjectPrometheus(tmp_path_factory.mktemp("prometheus"), target)
     try:
         time.sleep(3)
         start = time.time()
@@ -53,29 +57,24 @@ def asked(demo_server: EngineServer, tmp_path_factory: pytest.TempPathFactory) -
         prometheus.close()
 
 
-def known(points: list[tuple[float, float]]) -> list[float]:
-    return [value for _, value in points if not math.isnan(value)]
+def has_data(prometheus: ProjectPrometheus, expr: str, start: float, end: float) -> bool:
+    """Whether the expression ever has a value; 0 / 0 is none."""
+    return any(not math.isnan(value) for values in prometheus.over_time(expr, start, end, 1) for value in values)
 
 
 def test_every_panel_has_data(asked: Asked) -> None:
     prometheus, _, start, end = asked
-    empty = []
-    for panel in panels.read():
-        for template, expr in panel.queries:
-            found = prometheus.over_time(panels.fill_in(expr, rate_interval=6), start, end, 1)
-            if not any(known(points) for _, points in found):
-                empty.append(f"{panel.row} / {panel.title} / {template}: {expr}")
-    assert empty == []
+    queries = {name: fill_in(expr, rate_interval=6) for name, expr in panel_queries()}
+    assert [name for name, expr in queries.items() if not has_data(prometheus, expr, start, end)] == []
 
 
 def test_a_panel_shows_nothing_of_models_and_instances_that_were_not_chosen(asked: Asked) -> None:
     prometheus, _, start, end = asked
-    for panel in panels.read():
-        for _, expr in panel.queries:
-            if "$model" in expr:
-                for choice in ({"model": "another"}, {"instance": "another"}):
-                    filled = panels.fill_in(expr, rate_interval=6, **choice)
-                    assert not list(prometheus.over_time(filled, start, end, 5)), filled
+    for _, expr in panel_queries():
+        if "$model" in expr:
+            for choice in ({"model": "another"}, {"instance": "another"}):
+                filled = fill_in(expr, rate_interval=6, **choice)
+                assert not prometheus.over_time(filled, start, end, 5), filled
 
 
 def test_every_recording_rule_has_data(asked: Asked) -> None:
@@ -94,7 +93,7 @@ def test_what_alerts_compare_has_data(asked: Asked) -> None:
             continue
         compared = re.sub(r"(==|>|<)", r"\1 bool", re.sub(r"#.*", "", expr))
         assert compared.count("bool"), rule["alert"]
-        if not any(known(points) for _, points in prometheus.over_time(compared, start, end, 1)):
+        if not has_data(prometheus, compared, start, end):
             empty.append(f"{rule['alert']}: {compared}")
     assert empty == []
 
@@ -108,27 +107,12 @@ def test_the_acceptance_length_on_the_dashboard_is_what_clients_were_told(asked:
     told = [answer.done["speculation"] for answer in answers]
     usages = [answer.usage["completion_tokens_details"] for answer in answers]
     expected = 1 + sum(one["accepted_tokens"] for one in told) / sum(one["drafts"] for one in told)
-    (found,) = prometheus.value(panels.fill_in(dashboard.ACCEPTANCE_LENGTH, rate_interval=end - start + 2), at=end)
+    (found,) = prometheus.value(fill_in(dashboard.ACCEPTANCE_LENGTH, rate_interval=end - start + 2), at=end)
     accepted = sum(usage["accepted_prediction_tokens"] for usage in usages)
     (counted,) = prometheus.value("sum (flash_spec_accepted_tokens_total)", at=end)
     assert counted[1] == accepted
     print(f"\nacceptance length: dashboard {found[1]:.4f}, told {expected:.4f}")
     assert found[1] == pytest.approx(expected, abs=0.005)
-
-
-def test_the_picture_is_drawn_from_it(asked: Asked, tmp_path: Path) -> None:
-    prometheus, _, start, end = asked
-    command = [sys.executable, "-m", "docker.monitoring.draw", "--prometheus", str(prometheus._http.base_url)]
-    picture = tmp_path / "dashboard.png"
-    told = ["--minutes", f"{(end - start) / 60:.2f}", "--until", f"{end}", "--output", str(picture)]
-    subprocess.run([*command, *told], cwd=ROOT, check=True)
-    with Image.open(picture) as drawn:
-        assert drawn.width > 1000
-        assert drawn.height > 2000
-    vectors = tmp_path / "dashboard.svg"
-    told[-1] = str(vectors)
-    subprocess.run([*command, *told], cwd=ROOT, check=True)
-    assert "<svg" in vectors.read_text()[:1000]
 
 
 def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
@@ -138,7 +122,7 @@ def test_alerts_fire_on_a_service_that_is_ill(tmp_path: Path) -> None:
         folder.mkdir()
     settings = {"max_num_seqs": 8, "max_waiting": 24}
     server = Server(folders[0], {"delay": 1.0, "load_delay": 3.0}, settings)
-    prometheus = RunningPrometheus(folders[1], server.url.removeprefix("http://"), at_once=True)
+    prometheus = ProjectPrometheus(folders[1], server.url.removeprefix("http://"), at_once=True)
     seen: set[tuple[str, str]] = set()
     notes: dict[str, dict[str, str]] = {}
 
