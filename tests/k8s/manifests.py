@@ -1,4 +1,4 @@
-"""What kustomize makes of k8s/: rendered objects, and small ways to find things in them."""
+"""Render k8s/ with kustomize, and find things in the rendered objects."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def of_kind(objects: list[Object], *kinds: str) -> list[Object]:
 
 
 def one(objects: list[Object], kind: str, name: str = "flashserve") -> Object:
-    """The one of this kind and name; generated ones have a hash behind it."""
+    """Return the only object of this kind and name; a hash follows the name of a generated one."""
     pattern = re.compile(rf"{name}(-[2-9bcdfghkmt]{{10}})?")
     (only,) = [each for each in of_kind(objects, kind) if pattern.fullmatch(each["metadata"]["name"])]
     return only
@@ -84,3 +84,36 @@ def pod_spec(workload: Object) -> Object:
 def containers(spec: Object) -> Iterator[Object]:
     yield from spec.get("initContainers", [])
     yield from spec["containers"]
+
+
+def main_container(objects: list[Object]) -> Object:
+    """Return the service's container."""
+    (container,) = pod_spec(one(objects, "Deployment"))["containers"]
+    return dict(container)
+
+
+def queries(objects: list[Object]) -> dict[str, str]:
+    """Return the PromQL of every KEDA trigger, by the trigger's name."""
+    return {
+        trigger["name"]: trigger["metadata"]["query"]
+        for scaled in of_kind(objects, "ScaledObject")
+        for trigger in scaled["spec"]["triggers"]
+    }
+
+
+def picker_specs(objects: list[Object]) -> dict[str, str]:
+    """Return the series that the endpoint picker reads, by its own names for them; empty without a gateway."""
+    for config in of_kind(objects, "ConfigMap"):
+        if text := config["data"].get("picker-config.yaml"):
+            plugins = {plugin["type"]: plugin for plugin in yaml.safe_load(text)["plugins"]}
+            (engine,) = plugins["core-metrics-extractor"]["parameters"]["engineConfigs"]
+            return {key: value for key, value in engine.items() if key.endswith("Spec") and value}
+    return {}
+
+
+def change(thing: Any, path: str, value: Any) -> None:
+    """Set the field that a path such as `spec/ports/0/name` names."""
+    *parents, key = path.split("/")
+    for part in parents:
+        thing = thing[int(part)] if isinstance(thing, list) else thing[part]
+    thing[key] = value

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,18 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.k8s.agreement import picker_specs, queries
-from tests.k8s.manifests import K8S, needs_kubectl, of_kind, one, render
+from tests.k8s.manifests import K8S, needs_kubectl, of_kind, one, picker_specs, queries, render
+from tests.monitoring.prometheus import Prometheus, free_port, needs_prometheus
 from tests.service.server import Server
 
-needs_prometheus = pytest.mark.skipif(
-    not shutil.which("prometheus"), reason="prometheus is not installed (Debian: apt-get install prometheus)"
-)
 pytestmark = [needs_kubectl, pytest.mark.slow]
 
 POD = "flashserve-0"
@@ -38,8 +31,8 @@ class PatientServer(Server):
         return super()._await(condition, max(seconds, PATIENCE))
 
 
-class Prometheus:
-    """Scrapes one server every second, with the labels that the operator would give a pod of the PodMonitor."""
+class PodPrometheus(Prometheus):
+    """Scrape one server every second, with the labels that the operator would give a pod of the PodMonitor."""
 
     def __init__(self, folder: Path, target: str) -> None:
         monitor = one(render("cpu", "monitoring"), "PodMonitor")
@@ -52,40 +45,12 @@ class Prometheus:
             "static_configs": [{"targets": [target], "labels": labels}],
         }
         config = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": [scrape]}
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        with (folder / "prometheus.log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    *("prometheus", f"--config.file={folder / 'prometheus.yml'}"),
-                    *(f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"),
-                ],
-                stdout=log,
-                stderr=log,
-            )
-        self.http = httpx.Client(base_url=f"http://{address}", timeout=30)
+        super().__init__(folder, yaml.safe_dump(config), free_port())
 
-    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        answer = self.http.get("/api/v1/query", params={"query": expression}).raise_for_status().json()
-        return [(each["metric"], float(each["value"][1])) for each in answer["data"]["result"]]
-
-    def value(self, expression: str) -> float:
-        """As KEDA reads it: one element and no more."""
-        ((_, value),) = self.query(expression)
+    def single(self, expression: str) -> float:
+        """Return the one value of an expression, as KEDA reads it."""
+        ((_, value),) = self.value(expression)
         return value
-
-    def is_up(self) -> bool:
-        try:
-            return self.query("up == 1") != []
-        except httpx.HTTPError:  # not yet listening, or not yet serving
-            return False
-
-    def close(self) -> None:
-        self.http.close()
-        self.process.terminate()
-        self.process.wait(30)
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -103,13 +68,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), server.url.removeprefix("http://"))
-    try:
-        wait_for(prometheus.is_up)
-        yield prometheus
-    finally:
-        prometheus.close()
+def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PodPrometheus]:
+    prometheus = PodPrometheus(tmp_path_factory.mktemp("prometheus"), server.url.removeprefix("http://"))
+    yield prometheus
+    prometheus.close()
 
 
 @contextmanager
@@ -129,10 +91,6 @@ def load(server: Server) -> Iterator[None]:
             over.set()
     for each in clients:
         each.result()
-
-
-def keda() -> dict[str, str]:
-    return {where.removeprefix("trigger "): query for where, query in queries(render("cpu", "autoscaling-keda"))}
 
 
 def adapter_queries() -> dict[str, str]:
@@ -163,44 +121,47 @@ def as_the_picker_reads(server: Server, spec: str) -> float:
 
 
 @needs_prometheus
-def test_an_idle_service_has_a_value_for_every_trigger(prometheus: Prometheus) -> None:
+def test_an_idle_service_has_a_value_for_every_trigger(prometheus: PodPrometheus) -> None:
     """Not an empty answer, nor a NaN: KEDA would take either for an error."""
-    for trigger, query in keda().items():
-        value = prometheus.value(query)
+    for trigger, query in queries(render("cpu", "autoscaling-keda")).items():
+        value = prometheus.single(query)
         assert not math.isnan(value), trigger
         assert value < 1, trigger
 
 
 @needs_prometheus
-def test_every_trigger_rises_under_load(server: Server, prometheus: Prometheus) -> None:
-    triggers = keda()
+def test_every_trigger_rises_under_load(server: Server, prometheus: PodPrometheus) -> None:
+    triggers = queries(render("cpu", "autoscaling-keda"))
     with load(server):
-        wait_for(lambda: prometheus.value(triggers["waiting"]) == CLIENTS - BATCH)
-        wait_for(lambda: prometheus.value(triggers["in-flight"]) == CLIENTS)
-        wait_for(lambda: prometheus.value(triggers["time-to-first-token"]) > 0)
-    wait_for(lambda: prometheus.value(triggers["in-flight"]) == 0)
+        wait_for(lambda: prometheus.single(triggers["waiting"]) == CLIENTS - BATCH)
+        wait_for(lambda: prometheus.single(triggers["in-flight"]) == CLIENTS)
+        wait_for(lambda: prometheus.single(triggers["time-to-first-token"]) > 0)
+    wait_for(lambda: prometheus.single(triggers["in-flight"]) == 0)
 
 
 @needs_prometheus
-def test_the_hpa_finds_its_metrics_by_pod(server: Server, prometheus: Prometheus) -> None:
+def test_the_hpa_finds_its_metrics_by_pod(server: Server, prometheus: PodPrometheus) -> None:
     waiting, running = (adapter_queries()[f"flash_requests_{state}"] for state in ("waiting", "running"))
     with load(server):
-        wait_for(lambda: prometheus.query(waiting) == [({"pod": POD}, CLIENTS - BATCH)])
-        wait_for(lambda: prometheus.query(running) == [({"pod": POD}, BATCH)])
+        wait_for(lambda: prometheus.value(waiting) == [({"pod": POD}, CLIENTS - BATCH)])
+        wait_for(lambda: prometheus.value(running) == [({"pod": POD}, BATCH)])
 
 
 @needs_prometheus
-def test_the_adapters_rule_finds_these_metrics_and_no_others(prometheus: Prometheus) -> None:
+def test_the_adapters_rule_finds_these_metrics_and_no_others(prometheus: PodPrometheus) -> None:
     (rule,) = yaml.safe_load((K8S / "components/autoscaling-hpa/adapter-rules.yaml").read_text())["rules"]["custom"]
-    series = prometheus.http.get("/api/v1/series", params={"match[]": rule["seriesQuery"]}).json()["data"]
+    series = prometheus.get("series", **{"match[]": rule["seriesQuery"]})
     assert {each["__name__"] for each in series} == adapter_queries().keys()
 
 
 @needs_prometheus
-def test_what_cannot_be_seen_is_no_zero(prometheus: Prometheus) -> None:
+def test_what_cannot_be_seen_is_no_zero(prometheus: PodPrometheus) -> None:
     """No answer keeps replicas; a zero would take them away while Prometheus has lost its targets."""
     for trigger in ("waiting", "in-flight"):
-        assert prometheus.query(keda()[trigger].replace('"flashserve"', '"elsewhere"')) == []
+        assert (
+            prometheus.value(queries(render("cpu", "autoscaling-keda"))[trigger].replace('"flashserve"', '"elsewhere"'))
+            == []
+        )
 
 
 def test_the_picker_reads_all_three_of_its_metrics(server: Server) -> None:
