@@ -1,4 +1,4 @@
-"""Claims about the Dockerfile that would otherwise show only where it is built. The whole proof is docker/prove.py."""
+"""Check the Dockerfile against the code without building it; docker/README.md says how to check a built image."""
 
 from __future__ import annotations
 
