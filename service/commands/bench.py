@@ -1,5 +1,4 @@
-"""`flashserve bench`: options and work are `model.bench`'s; here the service decodes a user's own files, and is itself
-measured with `--service`."""
+"""`flashserve bench`: options and work are `model.bench`'s; here the service decodes a user's own files."""
 
 from __future__ import annotations
 
@@ -46,25 +45,9 @@ def _bench(argv: list[str]) -> None:
         action="store_true",
         help="instead: check that every way of decoding gives the same tokens; has options of its own: add --help",
     )
-    parser.add_argument(
-        "--service",
-        action="store_true",
-        help="instead: start the server, and compare tokens/s of streams over HTTP and of the engine in process; "
-        "--batches streams at a time (default: 8), bundled images only",
-    )
-    args = parser.parse_args(argv)
-    if args.service and (args.dataset or args.image):
-        parser.error("--service sends the bundled scenes: leave out --dataset and --image")
-    if args.service and args.batches == parser.get_default("batches"):
-        args.batches = "8"
-    if args.service and args.tasks is None:
-        args.tasks = "image caption,image question"
-    chosen, command = options.read_options(parser, args), shlex.join([*PROG.split(), *argv])
-    if args.service:
-        from service.commands import overhead
-
-        overhead.run(chosen, command)
-    elif chosen.profile:
+    chosen = options.read_options(parser, parser.parse_args(argv))
+    command = shlex.join([*PROG.split(), *argv])
+    if chosen.profile:
         from model.bench.profile import profile
 
         profile(chosen, command, decoding_for)

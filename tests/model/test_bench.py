@@ -383,18 +383,3 @@ def test_generate_has_the_limits_of_the_service(
     assert "pixels" in complaint()
     monkeypatch.setenv("FLASH_PORT", "abc")
     assert "--port (FLASH_PORT): Input should be a valid integer" in complaint()
-
-
-@pytest.mark.slow
-def test_over_http_the_same_tokens_come_as_in_process(tiny_checkpoint: Path, tiny_draft: Path) -> None:
-    options = ["bench", "--service", *models(tiny_checkpoint, tiny_draft), "--tasks", "image-question"]
-    options += ["--batches", "2", "--prompts", "4", "--repeats", "1", "--max-tokens", "8"]
-    done = CliRunner().invoke(app, options)
-    assert done.exit_code == 0, done.stderr
-    engine, files, service = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert (engine["through"], files["through"], service["through"]) == ("engine", "engine, files", "service")
-    assert service["same_tokens"] == 1.0
-    for other, name in ((engine, "share_of_engine"), (files, "share_of_engine_with_files")):
-        expected = service["tokens_per_second"] / other["tokens_per_second"]
-        assert service[name] == pytest.approx(expected, rel=0.01)
-    assert files["tokens_per_second"] < engine["tokens_per_second"]
