@@ -1,11 +1,10 @@
-"""How quickly /livez answers while large images and videos are decoded and described.
+"""Measure how quickly /livez answers while large images and videos are decoded and described.
 
     python -m loadtest.livez [--url http://...] [--requests 64] [--max-p99-ms 100]
 
-Keeps 16 requests in progress (12-megapixel images and 1080p videos, by data URI and as files, streamed and not), from
-a process of its own, so that what the clients cost does not show in what is measured. Without --url it starts
-`flashserve serve` itself. The last line of standard output is one JSON object; the exit code is 1 where the 99th
-percentile is over the limit.
+A second process keeps 16 requests in progress (12-megapixel images and 1080p videos, by data URI and as files, streamed
+and not); being a process of its own, it does not slow the measurement. Without --url the command starts `flashserve
+serve`. The last line of standard output is one JSON object; the exit code is 1 if the 99th percentile is too high.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from typing import Literal
 import httpx
 
 from loadtest import media
-from loadtest.asking import Question, Way, ask
-from loadtest.service import Ending, service
+from loadtest.client import Question, Variant, ask
+from loadtest.service import Exit, service
 
 FRAMES = {"num_frames": 4}
-PAUSE = 0.005  # between two questions to /livez
+PAUSE = 0.005  # seconds between two requests to /livez
 
 
 def large_files() -> list[media.File]:
@@ -42,7 +41,7 @@ def large_files() -> list[media.File]:
 
 
 def load(url: str, num_requests: int, concurrency: int, begun: Event) -> None:
-    """The crowd; runs in its own process, and fails where any request does."""
+    """Send the large requests; runs in its own process and raises if a request fails."""
     files = large_files()
 
     async def crowd() -> None:
@@ -55,7 +54,7 @@ def load(url: str, num_requests: int, concurrency: int, begun: Event) -> None:
                     file = files[i % len(files)]
                     sampling = {"max_tokens": 48, "ignore_eos": True}
                     question = Question("Describe it.", (file,), sampling | ({} if file.kind == "image" else FRAMES))
-                    answer = await ask(client, question, Way(route, stream=i % 3 == 0))
+                    answer = await ask(client, question, Variant(route, stream=i % 3 == 0))
                     if answer.status != 200 or answer.error:
                         raise RuntimeError(f"request {i}: {answer}")
 
@@ -66,7 +65,7 @@ def load(url: str, num_requests: int, concurrency: int, begun: Event) -> None:
 
 
 def measure(url: str, num_requests: int, concurrency: int) -> list[float]:
-    """Seconds that each /livez took while the crowd was there."""
+    """Return the seconds that each /livez took while the large requests were in progress, sorted."""
     spawn = multiprocessing.get_context("spawn")
     begun = spawn.Event()
     crowd = spawn.Process(target=load, args=(url, num_requests, concurrency, begun))
@@ -90,11 +89,11 @@ def measure(url: str, num_requests: int, concurrency: int) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.livez", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--url", help="a service that runs already; without it, one is started")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--max-p99-ms", type=float, default=100.0)
+    parser.add_argument("--requests", type=int, default=64, help="large requests to send (default 64)")
+    parser.add_argument("--concurrency", type=int, default=16, help="large requests in progress (default 16)")
+    parser.add_argument("--max-p99-ms", type=float, default=100.0, help="limit of the 99th percentile (default 100)")
     options = parser.parse_args()
-    with service(options.url, Ending()) as url:
+    with service(options.url, Exit()) as url:
         times = measure(url, options.requests, options.concurrency)
     p50, p99, longest = (round(1e3 * times[int(q * (len(times) - 1))], 2) for q in (0.5, 0.99, 1.0))
     print(f"/livez asked {len(times)} times: p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {longest:.1f} ms")

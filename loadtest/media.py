@@ -1,4 +1,4 @@
-"""Files to send: images and videos of many sizes, drawn from a seed, so that every run sends the same ones."""
+"""Make images and videos of many sizes from a seed, so that every run sends the same files."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class File:
     data: bytes
 
     def cut(self, share: float) -> File:
-        """What is left where an upload or a disk ended early."""
+        """Return the first part of the file, as after an upload that ended early."""
         return File(self.kind, self.mime, self.data[: int(len(self.data) * share)])
 
 
 def pixels(seed: int, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8: a plain ground with a few plain rectangles on it; few colours, and no two alike."""
+    """Draw a few rectangles on a plain background; another seed draws another picture. (height, width, 3) uint8."""
     rng = np.random.default_rng(seed)
     picture = np.empty((height, width, 3), np.uint8)
     picture[:] = rng.integers(0, 256, 3)
@@ -48,7 +48,7 @@ def image(seed: int, width: int = 64, height: int = 48, format: str = "PNG") -> 
 
 
 def noise(seed: int, width: int, height: int) -> File:
-    """An image that no compression makes small."""
+    """Make an image that does not compress."""
     file = io.BytesIO()
     rng = np.random.default_rng(seed)
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG", compress_level=0)
@@ -58,14 +58,14 @@ def noise(seed: int, width: int, height: int) -> File:
 def video(
     seed: int, width: int = 64, height: int = 48, format: str = "mp4", *, num_frames: int = 24, rate: int = 12
 ) -> File:
-    """The picture of that seed, moving to the right."""
+    """Make a video of the seed's picture moving to the right."""
     picture = pixels(seed, width, height)
     moved = [np.roll(picture, index * width // num_frames, axis=1) for index in range(num_frames)]
     return film(moved, format, rate=rate)
 
 
 def film(frames: Iterable[np.ndarray], format: str = "mp4", *, rate: int = 12) -> File:
-    """Frames of (height, width, 3) uint8, as a file."""
+    """Encode frames of (height, width, 3) uint8 as a video file."""
     codec, pixel_format = CODECS[format]
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
@@ -81,7 +81,7 @@ def film(frames: Iterable[np.ndarray], format: str = "mp4", *, rate: int = 12) -
 
 
 def scene_image(scene: scenes.Scene, side: int = SIDE) -> File:
-    """What the bundled model describes: drawn shapes, as a PNG."""
+    """Draw a scene as the bundled model knows them, as a PNG."""
     file = io.BytesIO()
     Image.fromarray(scenes.render(scene, side)).save(file, "PNG", compress_level=1)
     return File("image", "image/png", file.getvalue())

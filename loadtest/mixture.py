@@ -1,7 +1,7 @@
-"""What a soak sends, drawn from one seed: questions of every kind and size, in every way, some wrong, some dropped.
+"""Draw the requests of a soak from a seed: of every kind, size and variant, some invalid, some dropped by the client.
 
-Questions come from a limited stock, so that each is asked several times, in other ways and other company: the answers
-must be the same. Knows nothing of how requests are sent.
+There are fewer questions than requests, so that each is sent several times, in other variants and beside other
+requests: its answers must be the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loadtest import media
-from loadtest.asking import Leave, Question, Way
+from loadtest.client import Disconnect, Question, Variant
 from loadtest.media import File
 
 SIDES = (24, 64, 160, 320, 640, 1280)
@@ -20,24 +20,24 @@ PROMPTS = (
     "Describe the image.",
     "What is there?",
     "How many objects are there, and where is the largest one?",
-    "What do you see in the video? Tell me of everything that moves, and of what it meets on its way.",
+    "What do you see in the video? Tell me of everything that moves, and of what it meets on its variant.",
     "The quick brown fox jumps over the lazy dog. " * 3,
     "<image> is what I typed, and <|end|> too.",
 )
 INVALID_SHARE = 0.06
-# What is sent how often.
+# Relative frequency of each kind of question.
 KINDS = {"text": 2, "image": 4, "images": 2, "video": 2}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One request, what becomes of it, and what must come back."""
+class Planned:
+    """One request of the soak, and the HTTP statuses that it may get."""
 
     kind: str
     question: Question
-    way: Way
+    variant: Variant
     statuses: frozenset[int] = frozenset({200})
-    leave: Leave | None = None
+    disconnect: Disconnect | None = None
 
     @property
     def valid(self) -> bool:
@@ -53,35 +53,37 @@ class Mixture:
         kinds = rng.choices(tuple(KINDS), tuple(KINDS.values()), k=num_questions)
         self._questions = [(kind, self._question(kind)) for kind in kinds]
 
-    def plans(self, number: int, *, abort_share: float) -> list[Plan]:
-        """That many requests, of which exactly that share is dropped by the client."""
+    def plans(self, number: int, *, abort_share: float) -> list[Planned]:
+        """Draw `number` requests, of which the client drops exactly this share."""
         dropped = set(self._rng.sample(range(number), round(number * abort_share)))
         return [self._plan(index in dropped) for index in range(number)]
 
-    def _plan(self, dropped: bool) -> Plan:
+    def _plan(self, dropped: bool) -> Planned:
         rng = self._rng
         if not dropped and rng.random() < INVALID_SHARE:
             return self._invalid()
         kind, question = rng.choice(self._questions)
         if not dropped:
-            return Plan(kind, question, self._way(stream=rng.random() < 0.5))
-        # Long ones: whoever leaves must do so before the end.
+            return Planned(kind, question, self._variant(stream=rng.random() < 0.5))
+        # Long answers, so that the client leaves before their end.
         longest = {"max_tokens": self._max_tokens, "ignore_eos": True, "stop": []}
-        leave = self._leave()
-        way = self._way(stream=leave.at == "stream" or rng.random() < 0.5)
-        return Plan(kind, Question(question.prompt, question.files, question.sampling | longest), way, leave=leave)
+        disconnect = self._disconnect()
+        variant = self._variant(stream=disconnect.at == "stream" or rng.random() < 0.5)
+        return Planned(
+            kind, Question(question.prompt, question.files, question.sampling | longest), variant, disconnect=disconnect
+        )
 
-    def _way(self, *, stream: bool) -> Way:
+    def _variant(self, *, stream: bool) -> Variant:
         rng = self._rng
         route: Literal["chat", "generate"] = rng.choice(("chat", "generate"))
         n = rng.choice((1, 1, 1, 2, 3)) if route == "chat" else 1
-        return Way(route, stream, rng.choice(("auto", "auto", "off")), n)
+        return Variant(route, stream, rng.choice(("auto", "auto", "off")), n)
 
-    def _leave(self) -> Leave:
-        """The amount of a wait is in units of what answers usually take: the soak scales it."""
+    def _disconnect(self) -> Disconnect:
+        """Draw when to disconnect. The soak multiplies the amount of a wait by the usual time of an answer."""
         at: Literal["upload", "wait", "stream"] = self._rng.choice(("upload", "wait", "wait", "stream"))
         amount = {"upload": self._rng.random(), "wait": self._rng.random(), "stream": self._rng.randrange(4)}[at]
-        return Leave(at, amount)
+        return Disconnect(at, amount)
 
     def _question(self, kind: str) -> Question:
         rng = self._rng
@@ -111,7 +113,7 @@ class Mixture:
         format = self._rng.choice(("mp4", "webm", "avi"))
         return media.video(seed, width, height, format, num_frames=self._rng.randint(8, 40))
 
-    def _invalid(self) -> Plan:
+    def _invalid(self) -> Planned:
         rng, prompt = self._rng, "Describe the image."
         image, video = rng.choice(self._images), rng.choice(self._videos)
         short = {"max_tokens": 4}
@@ -129,4 +131,4 @@ class Mixture:
         )
         question, statuses = rng.choice(wrong)()
         route: Literal["chat", "generate"] = rng.choice(("chat", "generate"))
-        return Plan("invalid", question, Way(route, rng.random() < 0.5), frozenset(statuses))
+        return Planned("invalid", question, Variant(route, rng.random() < 0.5), frozenset(statuses))

@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from loadtest import media
-from loadtest.asking import Question
+from loadtest.client import Question
 from model.demo import captions, scenes
 
 FIRST_SCENE = 300_000  # earlier held-out scenes belong to training's evaluation and to the benchmark

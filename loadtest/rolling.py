@@ -1,13 +1,13 @@
-"""Instances behind nginx are restarted one after the other under load, as Kubernetes would: does a request fail?
+"""Restart instances behind nginx in turn under load, as Kubernetes does, and check that no request fails.
 
     python -m loadtest.rolling [--instances 2] [--users 8] [--manifest k8s/base/deployment.yaml] [--pre-stop 5] ...
 
-Each instance's end follows the order of a pod's: it leaves the load balancer's list (nginx is reloaded, --lag seconds
-late, as endpoints are) while preStop's sleep runs and it serves on; then SIGTERM, and it drains; where it is still
-there at the end of the grace period, SIGKILL, which counts as a failure. Its successor joins the list when /readyz
-says so. Timings come from the manifest where there is one, and from options before that. Needs nginx. The last line
-of standard output is one JSON object; the exit code is 1 where a request failed, a process was killed or did not end
-with code 0, or no load was there during a restart.
+Each instance ends as a pod does. While preStop sleeps the instance still serves, and nginx is reloaded without it
+--lag seconds later, as endpoints are. Then comes SIGTERM, and the instance drains. If it still runs at the end of the
+grace period it gets SIGKILL, which counts as a failure. Its successor joins nginx's list when /readyz answers 200.
+Timings are those of the options, or else of the manifest. Needs nginx. The last line of standard output is one JSON
+object; the exit code is 1 if a request failed, a process was killed or exited with another code than 0, or no request
+was answered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import httpx
 import jinja2
 import yaml
 
-from loadtest.asking import Question, Way, ask
+from loadtest.client import Question, Variant, ask
 from loadtest.prompts import draw
 from loadtest.service import ROOT, START_SECONDS
 
@@ -51,7 +51,7 @@ THINK = 1.0  # seconds at most from an answer to the next request: so answers do
 
 @dataclass(frozen=True)
 class Timings:
-    """Of a pod's end, in seconds. The defaults are for a place without manifests."""
+    """Timings of a pod's end, in seconds. The defaults apply without a manifest."""
 
     pre_stop: float = 5.0
     drain: float = 30.0
@@ -64,7 +64,7 @@ class Timings:
 
 
 def timings_of(manifest: Path, settings: Path) -> Timings:
-    """What a Deployment and the settings beside it say."""
+    """Read the timings from a Deployment and the settings beside it."""
     pod = yaml.safe_load(manifest.read_text())["spec"]["template"]["spec"]
     (container,) = (one for one in pod["containers"] if "lifecycle" in one)
     hook = container["lifecycle"]["preStop"]
@@ -81,7 +81,7 @@ def timings_of(manifest: Path, settings: Path) -> Timings:
 
 
 class Instance:
-    """`flashserve serve` on a free port."""
+    """Run `flashserve serve` on a free port."""
 
     def __init__(self, folder: Path, name: str, drain: float) -> None:
         self.log = folder / f"{name}.log"
@@ -107,7 +107,7 @@ class Instance:
 
 
 class Nginx:
-    """Debian's nginx, unprivileged, on a free port, with its configuration in a folder of ours."""
+    """Run nginx on a free port, unprivileged, with its configuration in `folder`."""
 
     def __init__(self, folder: Path, instances: list[Instance]) -> None:
         self.folder, self.port = folder, free_port()
@@ -132,7 +132,7 @@ class Nginx:
         )
 
     def reload(self, instances: list[Instance]) -> None:
-        """New connections go to these; the old worker ends with its last stream."""
+        """Send new connections to these instances; connections in progress are not cut."""
         self.write(instances)
         self.process.send_signal(signal.SIGHUP)
 
@@ -141,8 +141,8 @@ class Nginx:
 
 
 def terminate(process: subprocess.Popen[bytes]) -> None:
-    """With SIGTERM, or after 10 s with SIGKILL."""
-    process.send_signal(signal.SIGTERM)  # which one that has ended does not get
+    """Stop a process with SIGTERM, or after 10 s with SIGKILL."""
+    process.send_signal(signal.SIGTERM)
     try:
         process.wait(10)
     except subprocess.TimeoutExpired:
@@ -197,7 +197,7 @@ class Tally:
 async def send(client: httpx.AsyncClient, question: Question, tally: Tally) -> None:
     """Send one streamed request and count what became of it. Nothing is sent twice: a retry would hide a failure."""
     try:
-        answer = await ask(client, question, Way(stream=True))
+        answer = await ask(client, question, Variant(stream=True))
     except httpx.TimeoutException as error:
         tally.fail("timeout", repr(error))
     except httpx.TransportError as error:
@@ -243,7 +243,7 @@ def loaded(url: str, options: argparse.Namespace) -> Iterator[Tally]:
 
 
 def end(instance: Instance, nginx: Nginx, others: list[Instance], timings: Timings, lag: float) -> dict[str, Any]:
-    """A pod's termination: preStop and the load balancer's list at once, then SIGTERM, then SIGKILL."""
+    """End an instance as Kubernetes ends a pod; return how long it took and how it ended."""
     began = time.monotonic()
     leaves = threading.Timer(lag, nginx.reload, (others,))
     leaves.start()
@@ -302,9 +302,11 @@ def roll(options: argparse.Namespace, timings: Timings) -> tuple[list[dict[str, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.rolling", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--instances", type=int, default=2, choices=range(2, 9))
-    parser.add_argument("--users", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument(
+        "--instances", type=int, default=2, choices=range(2, 9), help="instances behind nginx (default 2)"
+    )
+    parser.add_argument("--users", type=int, default=8, help="requests in progress (default 8)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of each answer (default 128)")
     parser.add_argument("--manifest", type=Path, default=MANIFEST, help="a Deployment; its timings are taken")
     parser.add_argument("--settings", type=Path, default=SETTINGS, help="its FLASH_* settings, one to a line")
     parser.add_argument("--pre-stop", type=float, help="seconds of preStop; by default the manifest's, or 5")
@@ -316,8 +318,8 @@ def main() -> int:
     parser.add_argument("--max-seconds", type=float, default=1800.0, help="of load, at most")
     options = parser.parse_args()
     timings = timings_of(options.manifest, options.settings) if options.manifest.exists() else Timings()
-    given = {name: value for name in asdict(timings) if (value := getattr(options, name)) is not None}
-    timings = Timings(**(asdict(timings) | given)).check()
+    overrides = {name: value for name in asdict(timings) if (value := getattr(options, name)) is not None}
+    timings = Timings(**(asdict(timings) | overrides)).check()
     binary()
     ends, tally = roll(options, timings)
     well = all(one["exit_code"] == 0 and not one["killed"] for one in ends)

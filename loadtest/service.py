@@ -1,4 +1,4 @@
-"""A service to load: one of our own, started and stopped here, or any other by its URL; and what can be read off it."""
+"""Start and stop a service to load, or use one that runs; read its processes and its metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ START_SECONDS = 300
 
 
 @dataclass
-class Ending:
-    """How a service of our own ended; filled in when it has."""
+class Exit:
+    """How a service that was started here ended; filled in when it has ended."""
 
     exit_code: int | None = None
     log: str = ""
@@ -32,8 +32,8 @@ class Ending:
 
 
 @contextmanager
-def own_service(ending: Ending) -> Iterator[str]:
-    """`flashserve serve` on a free port, with the FLASH_* variables that are set; its base URL."""
+def own_service(exited: Exit) -> Iterator[str]:
+    """Run `flashserve serve` on a free port, with the FLASH_* variables that are set; yield its base URL."""
     with tempfile.TemporaryFile("w+") as log:
         env = {**os.environ, "FLASH_HOST": "127.0.0.1", "FLASH_PORT": "0", "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen([sys.executable, "-m", "service.cli", "serve"], env=env, stdout=log, stderr=log)
@@ -51,18 +51,18 @@ def own_service(ending: Ending) -> Iterator[str]:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-            ending.exit_code = process.wait()
+            exited.exit_code = process.wait()
             _, left = psutil.wait_procs(children, timeout=5)
-            ending.children_left, ending.log = len(left), text()
+            exited.children_left, exited.log = len(left), text()
 
 
 @contextmanager
-def service(url: str | None, ending: Ending) -> Iterator[str]:
-    """The service at that URL, or one of our own."""
+def service(url: str | None, exited: Exit) -> Iterator[str]:
+    """Yield the URL of the service that runs at `url`, or of one that is started and stopped here."""
     if url is not None:
         yield url
         return
-    with own_service(ending) as own:
+    with own_service(exited) as own:
         yield own
 
 
@@ -81,7 +81,7 @@ def _await_ready(process: subprocess.Popen[bytes], text: Any) -> str:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Resident bytes by kind of process, how many there are, and the files that the API process holds open."""
+    """Resident bytes by kind of process, the number of processes, and the open files of the API process."""
 
     api: int
     workers: int
@@ -95,7 +95,7 @@ class Footprint:
 
 
 def footprint(client: httpx.Client) -> Footprint | None:
-    """None where the service runs on another machine."""
+    """Measure the service's processes; None if it runs on another machine."""
     if (found := _processes(client)) is None:
         return None
     try:
@@ -138,7 +138,7 @@ def _resident(processes: list[psutil.Process]) -> int:
 
 
 def metric(text: str, name: str, **labels: str) -> float:
-    """The sum of the series of that name which carry these labels."""
+    """Add up the series of this name that have these labels, in the text of /metrics."""
     total = 0.0
     for found in re.finditer(rf"^{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE):
         if all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):

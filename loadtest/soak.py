@@ -1,13 +1,12 @@
-"""Thousands of requests in random order, sizes and parameters, a fifth of them dropped by their clients: what is left?
+"""Send thousands of requests of random kinds, sizes and parameters, drop a fifth of them, and check that nothing leaks.
 
     python -m loadtest.soak [--requests 2000] [--url http://...]
 
-Without --url it starts `flashserve serve` itself, with whatever FLASH_* variables are set, and stops it at the end.
-It checks that every request which was not dropped got its answer, or the error it deserved; that a question asked
-several times (by either route, streamed or not, with or without speculation) got the same answer each time; that
-afterwards no request, slot, child process, open file or KV block is left; and that the second half of the requests
-left the memory as the first had left it. The last line of standard output is one JSON object; the exit code is 1
-where a check failed.
+Without --url it starts `flashserve serve` with the FLASH_* variables that are set, and stops it at the end. It checks
+that every request that was not dropped got its answer or the expected error; that a question sent several times (by
+either route, streamed or not, with or without speculation) got the same answer each time; that afterwards no request,
+slot, child process, open file or KV block is left; and that the second half of the requests did not increase memory.
+The last line of standard output is one JSON object; the exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-from loadtest.asking import Answer, Left, Question, ask
-from loadtest.mixture import Mixture, Plan
-from loadtest.service import Ending, Footprint, footprint, metric, service
+from loadtest.client import Answer, Disconnected, Question, ask
+from loadtest.mixture import Mixture, Planned
+from loadtest.service import Exit, Footprint, footprint, metric, service
 
 MIB = 1024 * 1024
-QUIET_SECONDS = 60.0  # for the last dropped request to be gone
-SAMPLES = 8  # of memory, a quarter of a second apart; their median counts
-MORE_FILES = 4  # open files that may come and go
+QUIET_SECONDS = 60.0  # at most until the last dropped request is gone
+SAMPLES = 8  # measurements of memory, a quarter of a second apart; the median is used
+MORE_FILES = 4  # allowed difference of open files between the halves
 
 
 @dataclass
 class Record:
-    """What happened, request by request."""
+    """Outcomes, times and answers of all requests."""
 
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, outcome)
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of answers, by kind
@@ -51,7 +50,7 @@ class Record:
         return statistics.median(times) if (times := [t for each in self.seconds.values() for t in each]) else 0.5
 
 
-async def send_all(url: str, plans: list[Plan], concurrency: int, record: Record, progress: Any) -> None:
+async def send_all(url: str, plans: list[Planned], concurrency: int, record: Record, progress: Any) -> None:
     left = iter(plans)
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
@@ -64,24 +63,24 @@ async def send_all(url: str, plans: list[Plan], concurrency: int, record: Record
         await asyncio.gather(*(one_client() for _ in range(concurrency)))
 
 
-async def send(client: httpx.AsyncClient, plan: Plan, record: Record) -> None:
-    leave, begun = plan.leave, time.monotonic()
-    if leave is not None and leave.at == "wait":
-        leave = replace(leave, amount=leave.amount * record.usual_seconds())
+async def send(client: httpx.AsyncClient, plan: Planned, record: Record) -> None:
+    disconnect, begun = plan.disconnect, time.monotonic()
+    if disconnect is not None and disconnect.at == "wait":
+        disconnect = replace(disconnect, amount=disconnect.amount * record.usual_seconds())
     try:
-        answer = await ask(client, plan.question, plan.way, leave)
-    except Left:
+        answer = await ask(client, plan.question, plan.variant, disconnect)
+    except Disconnected:
         record.rows[plan.kind, "dropped"] += 1
         return
     except Exception as error:
-        # Whatever it is, it is a finding: a broken connection, a stream cut short, an answer that is no JSON.
+        # Every exception is a failure to report: a broken connection, a stream cut short, an answer that is not JSON.
         record.rows[plan.kind, "failed"] += 1
-        record.failures.append(f"{plan.kind} by {plan.way}: {error!r}")
+        record.failures.append(f"{plan.kind} by {plan.variant}: {error!r}")
         return
     complaint = wrong_with(plan, answer)
     if complaint is not None:
         record.rows[plan.kind, "failed"] += 1
-        record.failures.append(f"{plan.kind} by {plan.way}: {complaint}")
+        record.failures.append(f"{plan.kind} by {plan.variant}: {complaint}")
     elif not plan.valid:
         record.rows[plan.kind, "refused"] += 1
     else:
@@ -91,21 +90,21 @@ async def send(client: httpx.AsyncClient, plan: Plan, record: Record) -> None:
         record.num_tokens += answer.usage["completion_tokens"]
 
 
-def wrong_with(plan: Plan, answer: Answer) -> str | None:
+def wrong_with(plan: Planned, answer: Answer) -> str | None:
     if answer.status not in plan.statuses:
         return f"status {answer.status}, expected {sorted(plan.statuses)}: {answer.error or answer.texts}"
     if answer.status != 200:
         return None if answer.error.get("message") and answer.error.get("code") else "the refusal has no envelope"
     if answer.error:
         return f"an error in the stream: {answer.error}"
-    if len(answer.texts) != plan.way.n or not all(reason in ("stop", "length") for reason in answer.finish_reasons):
+    if len(answer.texts) != plan.variant.n or not all(reason in ("stop", "length") for reason in answer.finish_reasons):
         return f"{len(answer.texts)} choices, ended by {answer.finish_reasons}"
-    tokens, most = answer.usage["completion_tokens"], plan.way.n * plan.question.sampling["max_tokens"]
+    tokens, most = answer.usage["completion_tokens"], plan.variant.n * plan.question.sampling["max_tokens"]
     return None if 0 < tokens <= most else f"{tokens} tokens where at most {most} were asked for"
 
 
 def remains(client: httpx.Client) -> dict[str, float]:
-    """What a service at rest has none of."""
+    """Read the figures that are all 0 in an idle service."""
     health, text = client.get("/health").json(), client.get("/metrics").text
     return {
         "requests": health["requests"],
@@ -117,8 +116,8 @@ def remains(client: httpx.Client) -> dict[str, float]:
     }
 
 
-def at_rest(client: httpx.Client, num_processes: int | None) -> tuple[dict[str, float], list[Footprint]]:
-    """Wait until nothing is left, or for QUIET_SECONDS; then what is left, and a few samples of the memory."""
+def when_idle(client: httpx.Client, num_processes: int | None) -> tuple[dict[str, float], list[Footprint]]:
+    """Wait until the service is idle, at most QUIET_SECONDS; return what remains, and a few samples of its memory."""
     deadline = time.monotonic() + QUIET_SECONDS
     while time.monotonic() < deadline:
         found = footprint(client)
@@ -135,25 +134,31 @@ def at_rest(client: httpx.Client, num_processes: int | None) -> tuple[dict[str, 
 
 
 @dataclass(frozen=True)
-class Rest:
-    """The service at rest: before, after the first half, after the second."""
+class Snapshot:
+    """The idle service before the soak, after the first half of the requests, or after the second."""
 
     left: dict[str, float]
     samples: list[Footprint]
 
     @property
     def mib(self) -> dict[str, float]:
-        """The median of each part, and of the whole."""
+        """Median resident MiB of each part and of the total."""
         parts = {name: [getattr(sample, name) for sample in self.samples] for name in ("api", "workers", "media")}
         parts["total"] = [sample.total for sample in self.samples]
         return {name: round(statistics.median(values) / MIB, 1) for name, values in parts.items() if values}
 
 
 def checks(
-    record: Record, rests: list[Rest], outcomes: dict[str, float], *, exact: bool, growth: float, num_to_drop: int
+    record: Record,
+    snapshots: list[Snapshot],
+    outcomes: dict[str, float],
+    *,
+    exact: bool,
+    growth: float,
+    num_to_drop: int,
 ) -> dict[str, str]:
-    """What went wrong, by check; an empty string where nothing did. `exact`: rounding excuses no other answer."""
-    before, first, second = rests
+    """Return a complaint for each check, empty if it passed. `exact`: equal questions must have equal answers."""
+    before, first, second = snapshots
     differing = [texts for texts in record.texts.values() if len(texts) > 1]
     dropped = sum(number for (_, outcome), number in record.rows.items() if outcome == "dropped")
     found = {
@@ -173,7 +178,7 @@ def checks(
     return found
 
 
-def print_tables(record: Record, rests: list[Rest]) -> None:
+def print_tables(record: Record, snapshots: list[Snapshot]) -> None:
     outcomes = ("answered", "refused", "dropped", "failed")
     print(f"{'kind':10}" + "".join(f"{name:>10}" for name in outcomes) + f"{'p50 s':>10}{'p99 s':>10}")
     kinds = sorted({kind for kind, _ in record.rows})
@@ -182,17 +187,17 @@ def print_tables(record: Record, rests: list[Rest]) -> None:
         times = sorted(t for k, each in record.seconds.items() for t in each if kind in (k, "all"))
         quantiles = [f"{times[int(q * (len(times) - 1))]:10.2f}" for q in (0.5, 0.99)] if times else ["", ""]
         print(f"{kind:10}" + "".join(f"{count:10}" for count in counts) + "".join(quantiles))
-    if rests[0].samples:
+    if snapshots[0].samples:
         columns = ("api", "workers", "media", "total", "processes", "api files")
         print(f"\n{'memory, MiB':16}" + "".join(f"{name:>11}" for name in columns))
-        for name, rest in zip(("at the start", "after half", "at the end"), rests, strict=True):
-            parts, last = rest.mib, rest.samples[-1]
+        for name, snapshot in zip(("at the start", "after half", "at the end"), snapshots, strict=True):
+            parts, last = snapshot.mib, snapshot.samples[-1]
             row = "".join(f"{parts[part]:11.1f}" for part in ("api", "workers", "media", "total"))
             print(f"{name:16}{row}{last.num_processes:11}{last.num_files:11}")
 
 
 def soak(url: str, options: argparse.Namespace) -> dict[str, Any]:
-    record, rests = Record(), []
+    record, snapshots = Record(), []
     with httpx.Client(base_url=url, timeout=60) as client:
         health = client.get("/health").json()
         engine = health["engine"]
@@ -203,19 +208,19 @@ def soak(url: str, options: argparse.Namespace) -> dict[str, Any]:
             max_tokens=options.max_tokens,
         )
         plans = mixture.plans(options.requests, abort_share=options.abort_share)
-        before = Rest(*at_rest(client, None))
-        rests.append(before)
+        before = Snapshot(*when_idle(client, None))
+        snapshots.append(before)
         num_processes = before.samples[-1].num_processes if before.samples else None
         begun = time.monotonic()
         with tqdm(total=len(plans), unit="requests", file=sys.stderr) as progress:
             for half in (plans[: len(plans) // 2], plans[len(plans) // 2 :]):
                 asyncio.run(send_all(url, half, options.concurrency, record, progress))
-                rests.append(Rest(*at_rest(client, num_processes)))
+                snapshots.append(Snapshot(*when_idle(client, num_processes)))
         seconds = time.monotonic() - begun
         text = client.get("/metrics").text
     outcomes = {name: metric(text, "flash_requests_total", outcome=name) for name in ("error", "timeout")}
     outcomes["worker restarts"] = metric(text, "flash_worker_restarts_total")
-    print_tables(record, rests)
+    print_tables(record, snapshots)
     return {
         "requests": len(plans),
         "concurrency": options.concurrency,
@@ -227,15 +232,17 @@ def soak(url: str, options: argparse.Namespace) -> dict[str, Any]:
             o: sum(n for (_, one), n in record.rows.items() if one == o)
             for o in ("answered", "refused", "dropped", "failed")
         },
-        "memory_mib": [rest.mib for rest in rests],
-        "samples": [[asdict(sample) for sample in rest.samples] for rest in rests] if options.samples else None,
+        "memory_mib": [snapshot.mib for snapshot in snapshots],
+        "samples": [[asdict(sample) for sample in snapshot.samples] for snapshot in snapshots]
+        if options.samples
+        else None,
         "checks": checks(
             record,
-            rests,
+            snapshots,
             outcomes,
             exact=engine["dtype"] == "float32",
             growth=options.max_growth,
-            num_to_drop=sum(plan.leave is not None for plan in plans),
+            num_to_drop=sum(plan.disconnect is not None for plan in plans),
         ),
     }
 
@@ -243,23 +250,32 @@ def soak(url: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.soak", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--url", help="a service that runs already; without it, one is started")
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-tokens", type=int, default=64, help="of an answer; each asks for 1 to this many")
-    parser.add_argument("--abort-share", type=float, default=0.2)
-    parser.add_argument("--max-growth", type=float, default=0.02, help="of memory between the halves, as a share")
-    parser.add_argument("--samples", action="store_true", help="put every sample of the memory into the JSON")
+    parser.add_argument("--requests", type=int, default=2000, help="requests to send (default 2000)")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests in progress (default 16)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other requests (default 0)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="each request asks for 1 to this many tokens (default 64)"
+    )
+    parser.add_argument(
+        "--abort-share", type=float, default=0.2, help="share of requests that the client drops (default 0.2)"
+    )
+    parser.add_argument(
+        "--max-growth",
+        type=float,
+        default=0.02,
+        help="allowed growth of memory between the halves, as a share (default 0.02)",
+    )
+    parser.add_argument("--samples", action="store_true", help="put every measurement of memory into the JSON")
     options = parser.parse_args()
-    ending = Ending()
-    with service(options.url, ending) as url:
+    exited = Exit()
+    with service(options.url, exited) as url:
         result = soak(url, options)
     if options.url is None:
         result["checks"] |= {
-            "it stopped well": "" if ending.exit_code == 0 else f"exit code {ending.exit_code}",
-            "no process outlived it": f"{ending.children_left} did" if ending.children_left else "",
-            "its log has no traceback": ending.log[ending.log.find("Traceback") :][:2000]
-            if "Traceback" in ending.log
+            "it stopped well": "" if exited.exit_code == 0 else f"exit code {exited.exit_code}",
+            "no process outlived it": f"{exited.children_left} did" if exited.children_left else "",
+            "its log has no traceback": exited.log[exited.log.find("Traceback") :][:2000]
+            if "Traceback" in exited.log
             else "",
         }
     print()

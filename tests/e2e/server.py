@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from loadtest.asking import Answer, Question, Way, ask
+from loadtest.client import Answer, Question, Variant, ask
 from tests.service.server import Server
 
 CLIENT_SECONDS = 120
@@ -28,17 +28,17 @@ class EngineServer(Server):
         """torch and transformers take their time to load, above all on a machine that has other work."""
         return super()._await(condition, seconds)
 
-    def ask(self, question: Question, way: Way | None = None) -> Answer:
-        (answer,) = self.ask_all([(question, way or Way())])
+    def ask(self, question: Question, way: Variant | None = None) -> Answer:
+        (answer,) = self.ask_all([(question, way or Variant())])
         return answer
 
-    def text(self, question: Question, way: Way | None = None) -> str:
+    def text(self, question: Question, way: Variant | None = None) -> str:
         answer = self.ask(question, way)
         assert answer.status == 200, answer.error
         assert not answer.error
         return answer.texts[0]
 
-    def ask_all(self, questions: Sequence[tuple[Question, Way]]) -> list[Answer]:
+    def ask_all(self, questions: Sequence[tuple[Question, Variant]]) -> list[Answer]:
         """All at once; the answers in the order of the questions."""
 
         async def crowd() -> list[Answer]:

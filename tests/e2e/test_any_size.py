@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loadtest import media
-from loadtest.asking import Question, Way
+from loadtest.client import Question, Variant
 from loadtest.media import File
 from model.engine.engine import Engine
 from model.request import Medium
@@ -54,7 +54,7 @@ def in_process(qwen_server: EngineServer) -> dict[str, tuple[str, int]]:
 def test_it_says_over_http_what_the_engine_says(
     qwen_server: EngineServer, in_process: dict[str, tuple[str, int]], route: str
 ) -> None:
-    way = Way("chat" if route == "chat" else "generate", stream=True)
+    way = Variant("chat" if route == "chat" else "generate", stream=True)
     asked = [Question("Describe it.", files, {"max_tokens": 24, "ignore_eos": True}) for files in SHOWN.values()]
     answers = qwen_server.ask_all([(question, way) for question in asked])
     for name, answer in zip(SHOWN, answers, strict=True):

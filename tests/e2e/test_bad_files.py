@@ -7,7 +7,7 @@ import random
 import pytest
 
 from loadtest import media
-from loadtest.asking import Answer, Question, Way
+from loadtest.client import Answer, Question, Variant
 from loadtest.media import File
 from tests.e2e.server import EngineServer
 from tests.media.samples import audio_only_mp4, encoded, picture, png_header
@@ -42,11 +42,14 @@ def bad_files() -> dict[str, tuple[File, set[int]]]:
 BAD = bad_files()
 
 
-def good_questions() -> list[tuple[Question, Way]]:
+def good_questions() -> list[tuple[Question, Variant]]:
     sampled = {"temperature": 0.8, "seed": 4}
     shown: list[tuple[File, ...]] = [(), (IMAGES["PNG"],), (IMAGES["JPEG"], VIDEOS["mp4"]), (VIDEOS["avi"],)]
     return [
-        (Question("Describe it.", files, {"max_tokens": 60, "ignore_eos": True} | extra), Way("chat", stream=stream))
+        (
+            Question("Describe it.", files, {"max_tokens": 60, "ignore_eos": True} | extra),
+            Variant("chat", stream=stream),
+        )
         for files in shown
         for extra, stream in (({}, True), (sampled, False))
     ]
@@ -64,7 +67,7 @@ def check_refused(name: str, answer: Answer) -> None:
 def test_bad_files_are_refused_and_the_requests_beside_them_finish_untouched(server: EngineServer, route: str) -> None:
     good = good_questions()
     undisturbed = [server.text(*one) for one in good]
-    way = Way("chat") if route == "chat" else Way("generate", stream=True)
+    way = Variant("chat") if route == "chat" else Variant("generate", stream=True)
     names = [name for name in BAD if route == "chat" or " as a" not in name]  # a file's kind is not said there
     bad = [(Question("Describe it.", (media.image(1), BAD[name][0]), {"max_tokens": 4}), way) for name in names]
     mixed = [(index, one) for index, one in enumerate([*good, *bad])]

@@ -7,7 +7,7 @@ from typing import Any
 
 import openai
 
-from loadtest.asking import Question, Way, parts
+from loadtest.client import Question, Variant, parts
 from loadtest.media import File
 from tests.e2e.server import EngineServer
 
@@ -31,10 +31,10 @@ def test_drafts_are_accepted_on_images_and_videos(demo_server: EngineServer) -> 
         question = Question(prompt, (file,))
         # Where tests before this one wanted a word each, answers are expected to be too short to draft for, at first.
         for _ in range(20):
-            on = demo_server.ask(question, Way("generate", stream=True))
+            on = demo_server.ask(question, Variant("generate", stream=True))
             if on.done["speculation"]["drafts"]:
                 break
-        off = demo_server.ask(question, Way("generate", speculation="off"))
+        off = demo_server.ask(question, Variant("generate", speculation="off"))
         assert on.texts == off.texts
         assert on.finish_reasons == ("stop",)
         assert on.done["speculation"]["acceptance_length"] > 2.5, on.done["speculation"]

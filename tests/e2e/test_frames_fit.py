@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from loadtest import media
-from loadtest.asking import Question, Way
+from loadtest.client import Question, Variant
 from tests.e2e.conftest import FEW_SLOTS, StartServer, running
 from tests.e2e.server import EngineServer
 
@@ -26,13 +26,13 @@ def about(*files: media.File, **sampling: object) -> Question:
 
 
 def tokens(server: EngineServer, *files: media.File, **sampling: object) -> int:
-    answer = server.ask(about(*files, **sampling), Way("generate"))
+    answer = server.ask(about(*files, **sampling), Variant("generate"))
     assert answer.status == 200, answer.error
     return int(answer.usage["prompt_tokens"])
 
 
-@pytest.mark.parametrize("way", [Way("generate"), Way("chat")], ids=["generate", "chat"])
-def test_more_frames_than_fit_are_refused_with_the_number_that_does(demo_server: EngineServer, way: Way) -> None:
+@pytest.mark.parametrize("way", [Variant("generate"), Variant("chat")], ids=["generate", "chat"])
+def test_more_frames_than_fit_are_refused_with_the_number_that_does(demo_server: EngineServer, way: Variant) -> None:
     most = demo_server.health()["engine"]["max_frames"]
     assert most == 25
     assert demo_server.ask(about(SHORT, num_frames=most), way).status == 200
@@ -65,27 +65,27 @@ def test_several_videos_are_told_what_would_fit(
     request: pytest.FixtureRequest, which: str, files: int, sampling: dict[str, object]
 ) -> None:
     server: EngineServer = request.getfixturevalue(which)
-    refused = server.ask(about(*[SHORT] * files, **sampling, max_tokens=600), Way("generate"))
+    refused = server.ask(about(*[SHORT] * files, **sampling, max_tokens=600), Variant("generate"))
     assert (refused.status, refused.error["code"]) == (400, "context_length_exceeded")
     hint = re.search(r"with num_frames (\d+) it would fit", refused.error["message"])
     assert hint is not None, refused.error
     fitting = int(hint[1])
     assert tokens(server, *[SHORT] * files, num_frames=fitting, max_tokens=600) <= 4096 - 600
-    again = server.ask(about(*[SHORT] * files, num_frames=fitting + 2, max_tokens=600), Way("generate"))
+    again = server.ask(about(*[SHORT] * files, num_frames=fitting + 2, max_tokens=600), Variant("generate"))
     assert again.status == 400, "and with more it does not"
 
 
 def test_where_sizes_differ_the_option_bounds_and_the_context_says_the_rest(demo_qwen_server: EngineServer) -> None:
     assert demo_qwen_server.health()["engine"]["max_frames"] == 114, "of the smallest size"
     assert tokens(demo_qwen_server, CLIP, fps=12) == tokens(demo_qwen_server, CLIP, num_frames=32)
-    refused = demo_qwen_server.ask(about(CLIP, num_frames=33), Way("chat"))
+    refused = demo_qwen_server.ask(about(CLIP, num_frames=33), Variant("chat"))
     assert (refused.status, refused.error["message"]) == (400, "num_frames must be at most 32")
 
 
 def test_an_option_above_what_fits_is_lowered_with_a_line_in_the_log(start_server: StartServer) -> None:
     server = start_server(max_frames=64, max_model_len=128)
     assert "--max-frames 64 is more than the 6 that fit the model's context of 128 tokens" in server.log_text()
-    refused = server.ask(about(CLIP, num_frames=7), Way("generate"))
+    refused = server.ask(about(CLIP, num_frames=7), Variant("generate"))
     assert "at most 6 frames fit this model's context of 128 tokens" in refused.error["message"]
     assert tokens(server, CLIP, fps=12) == tokens(server, CLIP, num_frames=6)
     assert tokens(server, CLIP) == tokens(server, CLIP, num_frames=6), "what the model takes by default is six"
@@ -95,4 +95,4 @@ def test_what_a_model_takes_by_default_fits_too(start_server: StartServer) -> No
     server = start_server(max_model_len=64)
     assert "is more than the" not in server.log_text(), "nobody set the option"
     assert tokens(server, CLIP) == tokens(server, CLIP, num_frames=3)
-    assert server.ask(about(CLIP, num_frames=4), Way("generate")).error["param"] == "num_frames"
+    assert server.ask(about(CLIP, num_frames=4), Variant("generate")).error["param"] == "num_frames"

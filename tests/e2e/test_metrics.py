@@ -7,7 +7,7 @@ import re
 import pytest
 
 from loadtest import media
-from loadtest.asking import Question, Way
+from loadtest.client import Question, Variant
 from tests.e2e.server import EngineServer
 from tests.service.test_ops import METRICS
 
@@ -42,8 +42,8 @@ def test_metrics_have_their_types_and_labels_and_agree_with_usage(which: str, re
 
     files: list[tuple[media.File, ...]] = [(), (media.image(40),), (media.image(40),), (media.video(41),)]
     asked = [Question("Describe it.", shown, {"max_tokens": 40, "ignore_eos": True}) for shown in files]
-    answers = [server.ask(question, Way("generate", stream=i % 2 == 0)) for i, question in enumerate(asked)]
-    answers += server.ask_all([(question, Way("generate")) for question in asked])
+    answers = [server.ask(question, Variant("generate", stream=i % 2 == 0)) for i, question in enumerate(asked)]
+    answers += server.ask_all([(question, Variant("generate")) for question in asked])
     server.wait_idle()
     tokens = sum(answer.usage["completion_tokens"] for answer in answers)
     server.wait(

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from loadtest import media
-from loadtest.asking import Question, data_uri, parts
+from loadtest.client import Question, data_uri, parts
 from tests.e2e.conftest import StartServer
 from tests.e2e.server import EngineServer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from loadtest.asking import Question, Way
+from loadtest.client import Question, Variant
 from loadtest.media import File
 from tests.e2e.server import EngineServer
 from tests.media.parts import RGB, chunk, heic, orientation, png, tiff, with_chunks
@@ -39,7 +39,7 @@ def same_pictures() -> dict[str, bytes]:
 def test_the_same_picture_in_any_file_has_the_same_answer_by_both_routes(server: EngineServer) -> None:
     files = same_pictures()
     questions = [Question("Describe it.", (File("image", "image/png", data),)) for data in files.values()]
-    for way in (Way("chat"), Way("generate")):
+    for way in (Variant("chat"), Variant("generate")):
         texts = [server.text(question, way) for question in questions]
         assert dict(zip(files, texts, strict=True)) == dict.fromkeys(files, texts[0])
     other = Question("Describe it.", (File("image", "image/png", encoded(picture(96, 64, seed=1), "PNG")),))
@@ -49,4 +49,4 @@ def test_the_same_picture_in_any_file_has_the_same_answer_by_both_routes(server:
 def test_avif_and_heic_are_read_by_both_routes(server: EngineServer) -> None:
     for data in (encoded(IMAGE, "AVIF"), heic(IMAGE), heic(IMAGE, turns=1), heic(IMAGE, brands=(b"mif1", b"heic"))):
         question = Question("Describe it.", (File("image", "application/octet-stream", data),))
-        assert server.text(question, Way("chat")) == server.text(question, Way("generate"))
+        assert server.text(question, Variant("chat")) == server.text(question, Variant("generate"))

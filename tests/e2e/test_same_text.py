@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loadtest import media
-from loadtest.asking import Question, Way
+from loadtest.client import Question, Variant
 from tests.e2e.conftest import StartServer
 from tests.e2e.server import EngineServer
 
@@ -44,14 +44,14 @@ def questions(num_tokens: int = 40) -> list[Question]:
 
 def test_speculation_off_and_on_alone_and_in_a_crowd_say_the_same(any_server: EngineServer) -> None:
     server, asked = any_server, questions()
-    alone = [server.text(question, Way(speculation="off")) for question in asked]
+    alone = [server.text(question, Variant(speculation="off")) for question in asked]
     assert len(set(alone)) > len(asked) // 2, "answers that are all alike would be the same without meaning anything"
     for speculation in ("auto", "off"):
         for route in ("chat", "generate"):
-            way = Way("chat" if route == "chat" else "generate", True, "auto" if speculation == "auto" else "off")
+            way = Variant("chat" if route == "chat" else "generate", True, "auto" if speculation == "auto" else "off")
             answers = server.ask_all([(question, way) for question in asked])
             assert [answer.texts[0] for answer in answers] == alone, way
-    ways = [Way(stream=bool(i & 1), speculation="auto" if i & 2 else "off") for i in range(CROWD)]
+    ways = [Variant(stream=bool(i & 1), speculation="auto" if i & 2 else "off") for i in range(CROWD)]
     random.Random(0).shuffle(ways)
     mixed = server.ask_all(list(zip(asked, ways, strict=True)))
     assert [answer.texts[0] for answer in mixed] == alone, "some with, some without, in one batch"
@@ -65,7 +65,7 @@ def test_on_two_workers_it_is_the_same_and_both_work(start_server: StartServer, 
     alone = [server.text(question) for question in asked]
     two = start_server(workers=2)
     two.wait(lambda: two.metric("flash_worker_up") == 2)
-    answers = two.ask_all([(question, Way(stream=True)) for question in asked])
+    answers = two.ask_all([(question, Variant(stream=True)) for question in asked])
     assert [answer.texts[0] for answer in answers] == alone
     two.wait_idle()
     counted = [two.metric("flash_generation_tokens_total", worker=str(worker)) for worker in range(2)]

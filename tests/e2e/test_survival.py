@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loadtest import media
-from loadtest.asking import Question, parts
+from loadtest.client import Question, parts
 from tests.e2e.conftest import StartServer
 from tests.e2e.server import EngineServer
 from tests.model import tiny

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.asking import Question
+from loadtest.client import Question
 from loadtest.rolling import MANIFEST, SETTINGS, Tally, Timings, send, timings_of
 
 ROOT = Path(__file__).parents[2]

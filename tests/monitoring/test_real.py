@@ -17,7 +17,7 @@ import pytest
 
 from docker.monitoring import dashboard
 from loadtest import media
-from loadtest.asking import Answer, Question, Way
+from loadtest.client import Answer, Question, Variant
 from tests.e2e.server import EngineServer
 from tests.e2e.test_bundled_model import CLIP, SCENE
 from tests.monitoring.prometheus import (
@@ -45,7 +45,7 @@ def asked(demo_server: EngineServer, tmp_path_factory: pytest.TempPathFactory) -
         start = time.time()
         images = (SCENE, *(media.image(seed, 192, 192) for seed in range(6)))
         shown = [Question("Describe the image.", (image,)) for image in images] + [Question("Describe it.", (CLIP,))]
-        ways = [Way("generate", stream=True), Way("generate"), Way("generate", speculation="off")]
+        ways = [Variant("generate", stream=True), Variant("generate"), Variant("generate", speculation="off")]
         answers: list[Answer] = []
         while time.time() < start + 12:
             answers += demo_server.ask_all([(question, way) for question in shown for way in ways])

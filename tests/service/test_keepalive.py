@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from loadtest.asking import Answer, Question, Way, ask
+from loadtest.client import Answer, Question, Variant, ask
 from tests.service.conftest import StartServer
 from tests.service.server import Server, chat_body
 from tests.service.streams import kill_worker, streaming, text_of
@@ -99,7 +99,7 @@ def test_the_load_generators_parser_passes_over_comments(quiet_server: Server, r
     async def asked() -> list[Answer]:
         async with httpx.AsyncClient(base_url=quiet_server.url, timeout=30) as client:
             question = Question("go on", (), {"max_tokens": 9})
-            return [await ask(client, question, Way(route, stream=stream)) for stream in (True, False)]
+            return [await ask(client, question, Variant(route, stream=stream)) for stream in (True, False)]
 
     streamed, whole = asyncio.run(asked())
     assert (streamed.status, streamed.error) == (200, {})

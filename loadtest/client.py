@@ -1,7 +1,7 @@
-"""Questions, and the ways to ask them: what decides an answer apart from what must not change it.
+"""Send a question by either route, and read its whole answer.
 
-A question asked by either route, streamed or not, with speculation or without, alone or in a crowd, has one answer.
-Knows the HTTP routes and nothing of what is behind them.
+A question (prompt, files, sampling) decides the answer. The variant of the request (route, streamed or not, with
+speculation or without) must not change it, nor must other requests in progress.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     route: Literal["chat", "generate"] = "chat"
     stream: bool = False
     speculation: Literal["auto", "off"] = "auto"
@@ -36,8 +36,8 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Leave:
-    """When a client goes away: after a share of its upload, after some seconds, or after some events."""
+class Disconnect:
+    """When the client closes the connection: after a share of its upload, or some seconds, or some events."""
 
     at: Literal["upload", "wait", "stream"]
     amount: float
@@ -53,24 +53,29 @@ class Answer:
     done: dict[str, Any] = field(default_factory=dict)  # /v1/generate's whole object
 
 
-class Left(Exception):
-    """The client went away, as it was told to, before it had its answer."""
+class Disconnected(Exception):
+    """The client closed the connection before it had its answer, as `Disconnect` says."""
 
 
-async def ask(client: httpx.AsyncClient, question: Question, way: Way, leave: Leave | None = None) -> Answer:
-    """One request and its whole answer, refusals included. Raises Left, and ValueError where a stream breaks rules."""
-    request = _chat(client, question, way) if way.route == "chat" else _generate(client, question, way)
-    if leave is None:
-        return await _answer(client, request, way)
-    if leave.at == "upload":
-        return await _answer(client, _half_sent(client, request, leave.amount), way)
-    if leave.at == "stream":
-        return await _answer(client, request, way, max_events=int(leave.amount))
+async def ask(
+    client: httpx.AsyncClient, question: Question, variant: Variant, disconnect: Disconnect | None = None
+) -> Answer:
+    """Send one request and return its whole answer or refusal.
+
+    Raises Disconnected if the client closed the connection first, and ValueError if a stream is malformed.
+    """
+    request = _chat(client, question, variant) if variant.route == "chat" else _generate(client, question, variant)
+    if disconnect is None:
+        return await _answer(client, request, variant)
+    if disconnect.at == "upload":
+        return await _answer(client, _half_sent(client, request, disconnect.amount), variant)
+    if disconnect.at == "stream":
+        return await _answer(client, request, variant, max_events=int(disconnect.amount))
     try:
-        async with asyncio.timeout(leave.amount):
-            return await _answer(client, request, way)
+        async with asyncio.timeout(disconnect.amount):
+            return await _answer(client, request, variant)
     except TimeoutError:
-        raise Left from None
+        raise Disconnected from None
 
 
 def data_uri(file: File) -> str:
@@ -82,27 +87,27 @@ def parts(question: Question) -> list[dict[str, Any]]:
     return [*media, {"type": "text", "text": question.prompt}]
 
 
-def chat_body(question: Question, way: Way) -> dict[str, Any]:
+def chat_body(question: Question, variant: Variant) -> dict[str, Any]:
     message = {"role": "user", "content": parts(question)}
-    body: dict[str, Any] = {"messages": [message], "temperature": 0, "stream": way.stream}
-    if way.speculation != "auto":  # the one field that other servers do not know
-        body["speculation"] = way.speculation
-    if way.n != 1:
-        body["n"] = way.n
-    if way.stream:
+    body: dict[str, Any] = {"messages": [message], "temperature": 0, "stream": variant.stream}
+    if variant.speculation != "auto":  # the one field that other servers do not know
+        body["speculation"] = variant.speculation
+    if variant.n != 1:
+        body["n"] = variant.n
+    if variant.stream:
         body["stream_options"] = {"include_usage": True}
     return body | question.sampling
 
 
-def _chat(client: httpx.AsyncClient, question: Question, way: Way) -> httpx.Request:
-    return client.build_request("POST", "/v1/chat/completions", json=chat_body(question, way))
+def _chat(client: httpx.AsyncClient, question: Question, variant: Variant) -> httpx.Request:
+    return client.build_request("POST", "/v1/chat/completions", json=chat_body(question, variant))
 
 
-def _generate(client: httpx.AsyncClient, question: Question, way: Way) -> httpx.Request:
-    fields: dict[str, Any] = {"prompt": question.prompt, "stream": way.stream, "speculation": way.speculation}
+def _generate(client: httpx.AsyncClient, question: Question, variant: Variant) -> httpx.Request:
+    fields: dict[str, Any] = {"prompt": question.prompt, "stream": variant.stream, "speculation": variant.speculation}
     fields |= question.sampling
     form = {name: _as_text(value) for name, value in fields.items()}
-    # No field names a file's type: the service looks at the bytes.
+    # The service finds a file's type from its bytes.
     files = [("media", ("file", file.data, "application/octet-stream")) for file in question.files]
     return client.build_request("POST", "/v1/generate", data=form, files=files)
 
@@ -118,25 +123,25 @@ def _half_sent(client: httpx.AsyncClient, request: httpx.Request, share: float) 
         for start in range(0, int(len(body) * share), PIECE):
             yield body[start : start + PIECE]
             await asyncio.sleep(0)
-        raise Left
+        raise Disconnected
 
     headers = {"Content-Type": request.headers["Content-Type"], "Content-Length": str(len(body))}
     return client.build_request("POST", request.url, content=pieces(), headers=headers)
 
 
 async def _answer(
-    client: httpx.AsyncClient, request: httpx.Request, way: Way, *, max_events: int | None = None
+    client: httpx.AsyncClient, request: httpx.Request, variant: Variant, *, max_events: int | None = None
 ) -> Answer:
     response = await client.send(request, stream=True)
     try:
         if response.headers.get("content-type", "").startswith("text/event-stream"):
-            return await _streamed(response, way, max_events)
+            return await _streamed(response, variant, max_events)
         body = json.loads(await response.aread())
     finally:
         await response.aclose()
     if response.status_code != 200:
         return Answer(response.status_code, error=body["error"])
-    if way.route == "generate":
+    if variant.route == "generate":
         return _native(body)
     choices = sorted(body["choices"], key=lambda choice: int(choice["index"]))
     return Answer(
@@ -151,8 +156,8 @@ def _native(body: dict[str, Any]) -> Answer:
     return Answer(200, (body["text"],), (body["finish_reason"],), body["usage"], done=body)
 
 
-async def _streamed(response: httpx.Response, way: Way, max_events: int | None) -> Answer:
-    texts, reasons = [""] * way.n, [""] * way.n
+async def _streamed(response: httpx.Response, variant: Variant, max_events: int | None) -> Answer:
+    texts, reasons = [""] * variant.n, [""] * variant.n
     usage: dict[str, Any] = {}
     done: dict[str, Any] = {}
     closed, seen = False, 0
@@ -160,7 +165,7 @@ async def _streamed(response: httpx.Response, way: Way, max_events: int | None) 
         if not line or (line.startswith(":") and not closed):  # between events; comments keep connections open
             continue
         if closed or not line.startswith("data: "):
-            raise ValueError(f"a stream may not hold this line, or not there: {line[:80]!r}")
+            raise ValueError(f"a stream may not have this line here: {line[:80]!r}")
         if line == "data: [DONE]":
             closed = True
             continue
@@ -169,8 +174,8 @@ async def _streamed(response: httpx.Response, way: Way, max_events: int | None) 
             return Answer(response.status_code, tuple(texts), error=event["error"])
         seen += 1
         if max_events is not None and seen > max_events:
-            raise Left
-        if way.route == "generate":
+            raise Disconnected
+        if variant.route == "generate":
             if event["type"] == "done":
                 done, closed = event, True
             else:
@@ -182,7 +187,7 @@ async def _streamed(response: httpx.Response, way: Way, max_events: int | None) 
             reasons[choice["index"]] = choice["finish_reason"] or reasons[choice["index"]]
     if not closed:
         raise ValueError("the stream ended without its last event")
-    if way.route == "generate":
+    if variant.route == "generate":
         if done["text"] != texts[0]:
             raise ValueError("the streamed text is not the final text")
         return _native(done)
