@@ -165,7 +165,7 @@ class EngineConfig:
 
 
 def drafter_of(folder: Path) -> DrafterName:
-    """Read the drafter that the draft in `folder` was trained for. Raises ConfigError if it cannot be read."""
+    """Return the name of the drafter that the draft in `folder` is for. Raises ConfigError if it cannot be read."""
     try:
         named = json.loads((folder / "config.json").read_text())["drafter"]
     except FileNotFoundError as error:

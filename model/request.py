@@ -203,7 +203,7 @@ class Area:
     SLACK: ClassVar[float] = 1.05  # a frame may always have this many times `min_pixels`, regardless of `all_frames`
 
     def most(self, num_frames: int) -> int:
-        """Return the target number of pixels of one of `num_frames` frames."""
+        """Return how many pixels each of `num_frames` frames may have at most."""
         if self.all_frames is None:
             return self.max_pixels
         return max(min(self.max_pixels, self.all_frames // num_frames), int(self.min_pixels * self.SLACK))

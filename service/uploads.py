@@ -77,7 +77,10 @@ class Upload:
         self._uploads.count_bytes(num_bytes)
 
     def check_rate(self, period: float, rate: float) -> None:
-        """Update `seconds_behind`; called once a period."""
+        """Update by how many seconds the upload is behind the least rate. Call it once a period.
+
+        period: seconds since the last check; rate: bytes per second that an upload must keep up.
+        """
         if self.num_checks:  # the upload may have started at the very end of its first period
             fresh = self._num_bytes - self._num_checked
             self.seconds_behind = max(0.0, self.seconds_behind + period - fresh / rate)

@@ -213,7 +213,10 @@ class Replays:
         return filled
 
     def _prepared(self, shape: Shape, planes: int) -> _Recording:
-        """Allocate the buffers for this shape and record the pass, unless there are too many recordings."""
+        """Allocate the input buffers of a shape and record its pass as a graph.
+
+        Beyond MAX_RECORDINGS the pass is not recorded and runs as it is. planes: integers per row that the pass reads.
+        """
         device = self._cache.data.device
         # Recording runs the pass, so the buffers must already point at scratch.
         buffer = torch.from_numpy(self._idle(shape, planes)).to(device)

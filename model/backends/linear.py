@@ -21,7 +21,7 @@ class Packed(nn.Module):
 
 
 def pack(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` that the native library can compute."""
+    """Replace, in place, each linear layer inside `module` that the native library supports by its packed form."""
     for child in module.modules():
         for name, linear in list(child.named_children()):
             if type(linear) is nn.Linear and library.supports(linear.weight.dtype, linear.weight.device):

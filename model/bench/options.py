@@ -78,7 +78,7 @@ class Options:
         )
 
     def config_of(self, drafter: str) -> EngineConfig:
-        """The engine with this drafter, and with that --draft which is for it."""
+        """Return the engine's configuration for a drafter, with the one of the --draft folders that is for it."""
         draft = next((draft for draft in self.drafts if drafter_of(Path(draft)) == drafter), None)
         return replace(self.engine_config, draft=draft, drafter=cast("DrafterName", drafter))
 

@@ -44,7 +44,10 @@ class Phases:
     floor: float = 0.0
 
     def add(self, phases: Iterable[tuple[str, float]], whole: float, floor: float) -> None:
-        """Count what a step of `whole` seconds spent in each phase."""
+        """Add the seconds that a step spent in each phase, and the rest of its `whole` seconds as "other".
+
+        floor: the least seconds that memory and multiplication allow for the target's pass.
+        """
         self.floor += floor
         self.seconds["other"] += whole
         for phase, seconds in phases:

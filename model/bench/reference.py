@@ -43,7 +43,10 @@ class Reference:
 
     @torch.inference_mode()
     def generate(self, conversations: list[Conversation], params: SamplingParams) -> Generated:
-        """Call `generate` once for all conversations, with max_tokens, temperature, seed and ignore_eos of `params`."""
+        """Answer all conversations as one batch by transformers' `generate`.
+
+        Of `params` it uses max_tokens, temperature, seed and ignore_eos.
+        """
         inputs = self.inputs(conversations)
         sampled = params.temperature > 0.0
         # Nothing of the checkpoint's own defaults (top-k, penalties), which the engine does not apply.

@@ -183,9 +183,10 @@ def best_first(
 def candidates(
     newest: Tensor, logits: Tensor, head: Along | None, ends: Tensor, *, width: int, offered: Tensor | None = None
 ) -> Tensor:
-    """Return the nodes that `levels` finds in one draft pass over all depths.
+    """Return candidate tree nodes from one draft pass, whose logits (batch, block, vocab) cover all depths.
 
-    logits: (batch, block, vocab); head: adds a sequential head's bias, None for independent positions.
+    `levels` chooses `width` of them at each depth. head: adds a sequential head's bias, None for independent positions;
+    ends: (num,) tokens that have no children; offered: (vocab,) target tokens that the logits are for, None for all.
     """
     states: Tensor | None = None
 

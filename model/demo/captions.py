@@ -181,7 +181,7 @@ def _ask_attribute(scene: Scene, rng: random.Random) -> Turn | None:
 
 
 def _ask_cell(scene: Scene, rng: random.Random) -> Turn:
-    """Ask for the content of a cell, in three of four cases one with an object."""
+    """Return a question about the content of a random cell, and its answer. Three of four cells hold an object."""
     if rng.random() < 0.75:
         t = rng.choice(scene.things)
         row, column = t.row, t.column

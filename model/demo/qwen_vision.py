@@ -81,7 +81,7 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 @cache
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Compile a function once, with a static graph for each shape; training has few shapes."""
+    """Wrap a function in torch.compile with static shapes: each new shape is compiled again, and training has few."""
     return torch.compile(function, dynamic=False)
 
 

@@ -38,9 +38,9 @@ class Anchors:
 
     @classmethod
     def of(cls, seen: list[Seen], block: int, count: int, rng: random.Random) -> Anchors:
-        """Draw `count` random places in each answer.
+        """Draw `count` random positions in each answer at which a draft of `block` tokens is trained.
 
-        The newest token of a draft may be any answer token except the last. Answers need two tokens or more.
+        A position is that of the newest known token: any answer token except the last. Answers need two or more.
         """
         places, newest, labels, taught = [], [], [], []
         for each in seen:

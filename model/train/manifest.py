@@ -183,7 +183,10 @@ def _item(row: Any, where: str, folder: Path) -> Item:
 
 
 def _turns(row: dict[str, Any], folder: Path) -> tuple[Turn, ...]:
-    """Convert the fields of a line to turns. Raises ValueError unless the last remaining message is the user's."""
+    """Convert one line's fields to turns, without the assistant's last answers. Paths are relative to `folder`.
+
+    Raises ValueError where a field is wrong, or where the user did not speak last.
+    """
     if "messages" in row:
         if not isinstance(row["messages"], list):
             raise ValueError("messages: must be a list")
@@ -290,7 +293,7 @@ class FilePrompts:
         )
 
     def kind(self, number: int) -> str:
-        """Return the kind of one item."""
+        """Return the group, such as "image" or a task, in which an item's figures are reported."""
         return self._data.items[number].kind
 
     def messages(self, number: int) -> tuple[Message, ...]:

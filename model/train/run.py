@@ -115,7 +115,7 @@ def run(
         network.offered.copy_(torch.tensor(chosen))
 
     def evaluate(_: int) -> dict[str, Any] | None:
-        """Measure acceptance on a few held-out prompts; None if it was stopped."""
+        """Return the acceptance length and its parts on a few held-out prompts; None if the training was stopped."""
         engine = served(settings, target, network, settings.run / "draft")
         numbers = spread(prompts.held_out, settings.evaluate_prompts)
         limit = {"max_tokens": settings.max_tokens, "seconds": settings.evaluate_seconds}

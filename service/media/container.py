@@ -25,7 +25,11 @@ class PartCounter:
     """Counts the parts of a file and raises a Refusal beyond the limit."""
 
     def __init__(self, refusal: str, **limit: int) -> None:
-        """refusal: its name in refusal.py; limit: the one number of its message, as name=value."""
+        """Start counting.
+
+        refusal: name, in refusal.py, of the Refusal to raise; limit: name=value, the most parts, under the name that
+        the Refusal's message has for them.
+        """
         self._refusal, self._limit = refusal, limit
         self._remaining = next(iter(limit.values()))
 
@@ -36,9 +40,10 @@ class PartCounter:
 
 
 def riff_chunks(data: bytes, at: int, end: int, counter: PartCounter) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, start and end of content) of the RIFF chunks from `at`: name, length, content, padding to even.
+    """Yield (name, start of content, end of content) for each RIFF chunk in data[at:end].
 
-    The last one may end beyond `end`: it is truncated.
+    A chunk is its name, its length and its content, padded to an even length. The end of a last chunk that is cut off
+    lies beyond `end`. counter: counts the chunks.
     """
     while at + 8 <= end:
         counter.add()
@@ -48,9 +53,10 @@ def riff_chunks(data: bytes, at: int, end: int, counter: PartCounter) -> Iterato
 
 
 def iso_boxes(data: bytes, at: int, end: int, counter: PartCounter) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, start and end of content) of the ISO media boxes from `at`: length, name, content.
+    """Yield (name, start of content, end of content) for each ISO media box in data[at:end].
 
-    The last one may end beyond `end`: it is truncated. Stops at a length that is less than the box's own header.
+    A box is its length, its name and its content. The end of a last box that is cut off lies beyond `end`. Stops at a
+    length that is less than the box's own header. counter: counts the boxes.
     """
     while at + 8 <= end:
         counter.add()

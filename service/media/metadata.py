@@ -232,7 +232,7 @@ def _inflate_profile(content: bytes, max_bytes: int) -> bytes:
 
 
 def _split_webp(data: bytes, limits: MediaLimits) -> Picture:
-    """Keep one picture: its colours and its transparency."""
+    """Return a WebP without its metadata: the chunks with one picture's colours and transparency."""
     counter = _part_counter(limits)
 
     def contents(data: bytes, at: int) -> list[tuple[bytes, memoryview]]:

@@ -86,7 +86,7 @@ class DraftStep:
 
     @property
     def num_bytes(self) -> int:
-        """Of the table of what tokens put into it, which it alone holds."""
+        """Return the bytes of the table of token inputs, which this object owns alone."""
         return 0 if self._token_table is None else self._token_table.nbytes
 
     def propose(

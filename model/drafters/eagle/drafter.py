@@ -119,7 +119,7 @@ class EagleDrafter:
         self.cache.write(0, rows.plan.locations, keys, values)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
-        """Add one context row per kept node, from the feature of the position before it and its token."""
+        """Add a row to the draft's context for each kept node, from its token and the fused states before it."""
         index = indexed(paths, max(map(len, paths)))
         starts = np.array(self.cache.lengths[: len(paths)], np.int32)
         counts = np.array([len(path) for path in paths], np.int32)

@@ -206,7 +206,10 @@ class FlashDrafter:
         take_last(self.tails[: rows.batch], context, inputs[:, -1])
 
     def _observe(self, plan: AttentionTensors, _: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
-        """Fuse kept rows and write their keys and values, as a pass that can be recorded."""
+        """Fuse the target's hidden states of kept rows, and write their keys and values to the draft's cache.
+
+        Reads tensors alone, so that it can be recorded (see graphs.py).
+        """
         assert kept is not None
         context = self.network.fuse(kept)
         self._hold(plan, context)
