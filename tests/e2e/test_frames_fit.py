@@ -84,7 +84,7 @@ def test_where_sizes_differ_the_option_bounds_and_the_context_says_the_rest(demo
 
 def test_an_option_above_what_fits_is_lowered_with_a_line_in_the_log(start_server: StartServer) -> None:
     server = start_server(max_frames=64, max_model_len=128)
-    assert "--max-frames 64 is more than the 6 that fit the model's context of 128 tokens" in server.log_text()
+    assert "--max-frames is reduced from 64 to 6, which fit the model's context of 128 tokens" in server.log_text()
     refused = server.ask(about(CLIP, num_frames=7), Variant("generate"))
     assert "at most 6 frames fit this model's context of 128 tokens" in refused.error["message"]
     assert tokens(server, CLIP, fps=12) == tokens(server, CLIP, num_frames=6)
@@ -93,6 +93,6 @@ def test_an_option_above_what_fits_is_lowered_with_a_line_in_the_log(start_serve
 
 def test_what_a_model_takes_by_default_fits_too(start_server: StartServer) -> None:
     server = start_server(max_model_len=64)
-    assert "is more than the" not in server.log_text(), "nobody set the option"
+    assert "is reduced" not in server.log_text(), "nobody set the option"
     assert tokens(server, CLIP) == tokens(server, CLIP, num_frames=3)
     assert server.ask(about(CLIP, num_frames=4), Variant("generate")).error["param"] == "num_frames"
