@@ -330,7 +330,7 @@ def test_generate_prints_the_answer_of_the_engine(
         (["--temperature", "5"], "temperature: Expected `float` <= 2.0"),
         (["--min-tokens", "9", "--max-tokens", "8"], "min_tokens must be at most max_tokens"),
         (["--speculation", "maybe"], "speculation: Invalid enum value"),
-        (["--num-frames", "33", "--fps", "1"], "give num_frames or fps, not both"),
+        (["--num-frames", "33", "--fps", "1"], "send num_frames or fps, not both"),
         (["--drafter", "eagle"], "one for --drafter flash"),
         (["--model", "/nowhere"], "model '/nowhere' cannot be loaded: there is no such folder"),
         (["--model", "./nowhere"], "there is no such folder"),
