@@ -76,7 +76,7 @@ def test_the_last_line_is_the_json_of_the_contract(
             other = next(r for r in rows if (r["task"], r["batch"], r["drafter"]) == (row["task"], row["batch"], base))
             name = f"speedup_over_{'plain' if base == 'off' else base}"
             expected = row["tokens_per_second"] / other["tokens_per_second"]
-            assert row[name] == pytest.approx(expected, rel=0.01)
+            assert row[name] == pytest.approx(expected, rel=0.01, abs=1e-3)  # it is rounded
             assert row[f"{name}_range"] == [row[name]] * 2
 
 

@@ -139,14 +139,18 @@ def test_a_line_that_cannot_be_used_is_named_with_its_field(folder: Path, row: d
 @pytest.mark.parametrize(
     ("row", "more", "complaint"),
     [
-        ({"image": "notes.txt", "prompt": "What?"}, (), "data.jsonl:2: {folder}/notes.txt: the medium is of no type"),
+        (
+            {"image": "notes.txt", "prompt": "What?"},
+            (),
+            "data.jsonl:2: {folder}/notes.txt: the medium's format is not known",
+        ),
         ({"image": "clip.mp4", "prompt": "What?"}, (), "data.jsonl:2: {folder}/clip.mp4: the medium was sent as image"),
         ({"prompt": "word " * 900, "task": "image"}, (), "data.jsonl:2: the prompt is too long"),
         ({"prompt": "What?"}, ("--tasks", "clips,text"), "--tasks: no prompt is of 'clips'; there are image, text"),
         (
             {"image": "notes.txt", "prompt": "What?"},
             ("--equality",),
-            "data.jsonl:2: {folder}/notes.txt: the medium is of no",
+            "data.jsonl:2: {folder}/notes.txt: the medium's format is not known",
         ),
     ],
 )
