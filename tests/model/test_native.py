@@ -262,7 +262,9 @@ def two_cores_shared_with_four() -> Iterator[None]:
     cores = sorted(os.sched_getaffinity(0))[:2]
     for thread in threads:
         os.sched_setaffinity(thread, cores)
-    greedy = [subprocess.Popen([sys.executable, "-SEc", "while True: pass"]) for _ in range(4)]
+    # With the ordinary policy, whatever this process has: under a real-time one they would never give a core back.
+    busy = "import os; os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))\nwhile True: pass"
+    greedy = [subprocess.Popen([sys.executable, "-SEc", busy]) for _ in range(4)]
     try:
         yield
     finally:
