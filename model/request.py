@@ -9,8 +9,9 @@ from __future__ import annotations
 import builtins
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -85,30 +86,71 @@ class SamplingParams:
                 raise RequestError(f"{name} is out of range: {getattr(self, name)!r}", param=name)
 
 
+@dataclass(frozen=True)
+class VideoMetadata:
+    """Describes the video from which frames are sampled, as its container was measured.
+
+    fps: mean frames per second, None if unknown; duration: seconds, None if unknown; width and height: as shown, before
+    any resizing.
+    """
+
+    total_frames: int
+    fps: float | None
+    duration: float | None
+    width: int
+    height: int
+
+
+OptionValue = bool | int | float | str | tuple[tuple[str, int], ...]  # the last one: a size such as {"height": 448}
+
+
 @dataclass(frozen=True, eq=False)
 class Medium:
     """One image (one frame) or one video (its sampled frames), decoded.
 
     frames: (num_frames, height, width, 3) uint8 RGB; seconds_per_frame: mean seconds between the frames of a video,
-    None if unknown (a target that uses it then assumes half a second). Raises RequestError if seconds_per_frame is out
-    of range.
+    None if unknown (a target that uses it then assumes half a second); frame_times: seconds from the start of the video
+    at which each frame appears, None if unknown; source: the video that the frames were sampled from, None for images
+    and where nothing is known of it; options: the client's options for the model's processor, by name. Raises
+    RequestError if a time is out of range.
     """
 
     kind: Literal["image", "video"]
     frames: np.ndarray
     seconds_per_frame: float | None = None
+    frame_times: tuple[float, ...] | None = None
+    source: VideoMetadata | None = None
+    options: tuple[tuple[str, OptionValue], ...] = ()
 
     def __post_init__(self) -> None:
         if self.seconds_per_frame is not None and not 0.0 < self.seconds_per_frame < math.inf:
             raise RequestError(f"seconds_per_frame is out of range: {self.seconds_per_frame!r}", param="messages")
+        times = self.frame_times
+        if times is None:
+            return
+        if len(times) != len(self.frames):
+            raise RequestError(f"there are {len(times)} frame_times for {len(self.frames)} frames", param="messages")
+        if not all(0.0 <= time < math.inf for time in times) or any(a > b for a, b in pairwise(times)):
+            raise RequestError("frame_times must ascend from 0 or later", param="messages")
+
+    def frames_between(self, first: int, end: int) -> Medium:
+        """Return the medium with its frames first..end alone."""
+        times = self.frame_times and self.frame_times[first:end]
+        return replace(self, frames=self.frames[first:end], frame_times=times)
 
     @cached_property
     def digest(self) -> bytes:
-        """Compute the SHA-256 of kind, shape and pixels, which features depend on. It is cached: for a video it takes
-        milliseconds."""
-        digest = hashlib.sha256(f"{self.kind}|{self.frames.shape}|{self.frames.dtype}|".encode())
+        """Compute the SHA-256 of kind, shape, pixels and options, which features depend on. It is cached: for a video
+        it takes milliseconds."""
+        digest = hashlib.sha256(f"{self.kind}|{self.frames.shape}|{self.frames.dtype}|{self.options}|".encode())
         digest.update(np.ascontiguousarray(self.frames).data)
         return digest.digest()
+
+    @cached_property
+    def prompt_digest(self) -> bytes:
+        """Compute the SHA-256 of all that the medium's part of a prompt depends on: features, positions, timestamps."""
+        times = f"{self.seconds_per_frame}|{self.frame_times}|{self.source}"
+        return hashlib.sha256(self.digest + times.encode()).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,20 +282,25 @@ class Area:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Describes how the target's image processor resizes a frame, so that the media decoder can do it early.
+    """Describes what the target wants of the media decoder: sizes, and who chooses the frames of a video.
+
+    A size is that of the target's image processor, so that the media decoder can resize early. Where none is set,
+    pictures keep their own size, and the target's processor resizes them.
 
     The steps are those of transformers' CLIP-style processors: resize (with PIL's `resample` filter), then centre-crop.
     `exact` resizes to (height, width); otherwise the shortest edge becomes `shortest_edge`. For resizing by area,
     `image` and `video` are set and the first three are None.
     """
 
-    exact: tuple[int, int] | None  # (height, width)
-    shortest_edge: int | None
-    crop: tuple[int, int] | None  # (height, width)
-    resample: int  # PIL.Image.Resampling value
-    default_num_frames: int
+    exact: tuple[int, int] | None = None  # (height, width)
+    shortest_edge: int | None = None
+    crop: tuple[int, int] | None = None  # (height, width)
+    resample: int = 3  # PIL.Image.Resampling value
+    default_num_frames: int = 8  # of a video, where neither the client nor the target chooses
     image: Area | None = None
     video: Area | None = None  # set together with `image`; applies to each frame of a video
+    samples_frames: bool = False  # the target chooses the frames of a video (`sample_frames`), given its metadata
+    options: tuple[str, ...] = ()  # names of the options that a Medium may carry for the target's processor
 
     def area(self, kind: Literal["image", "video"]) -> Area | None:
         """Return the bounds for resizing by area; None if this geometry does not resize by area."""

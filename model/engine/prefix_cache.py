@@ -6,7 +6,6 @@ is still running can be shared from too. Knows slots, tokens and media; no tenso
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -35,7 +34,7 @@ class Contents:
         """Build the contents of a prompt."""
         keys, media = np.array(prompt.ids, np.int64), []
         for medium, (first, end) in zip(prompt.media, prompt.spans, strict=True):
-            digest = hashlib.sha256(medium.digest + repr(medium.seconds_per_frame).encode()).digest()
+            digest = medium.prompt_digest
             keys[first:end] = -1 - (int.from_bytes(digest[:8], "little") >> 1)
             media.append((first, end, digest))
         return cls(keys, tuple(media), salt)

@@ -63,11 +63,12 @@ def _blank(target: Target, video: Medium, num_frames: int, *, scale: int) -> Med
     height, width = video.frames.shape[1:3]
     if (area := target.geometry.video) is not None:
         height, width = area.fitted(scale * height, scale * width, num_frames)
-    seconds = video.seconds_per_frame
-    return Medium(
-        "video",
-        np.broadcast_to(np.uint8(0), (num_frames, height, width, 3)),
-        seconds and seconds * len(video.frames) / num_frames,
+    seconds, times = video.seconds_per_frame, video.frame_times
+    return replace(
+        video,
+        frames=np.broadcast_to(np.uint8(0), (num_frames, height, width, 3)),
+        seconds_per_frame=seconds and seconds * len(video.frames) / num_frames,
+        frame_times=times and tuple(np.linspace(times[0], times[-1], num_frames).tolist()),
     )
 
 

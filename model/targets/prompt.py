@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -135,7 +135,7 @@ def widened(
         ends = [start + place.width for start, place in zip(starts, each, strict=True)]
         cuts = [0, *(i for i in range(1, len(each)) if ends[i - 1] != starts[i]), len(each)]
         spans += [(starts[i], ends[j - 1]) for i, j in pairwise(cuts)]
-        parts += [medium] if len(cuts) == 2 else [replace(medium, frames=medium.frames[i:j]) for i, j in pairwise(cuts)]
+        parts += [medium] if len(cuts) == 2 else [medium.frames_between(i, j) for i, j in pairwise(cuts)]
     return TokenizedPrompt(wide, tuple(parts), tuple(spans))
 
 

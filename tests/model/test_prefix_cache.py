@@ -11,9 +11,10 @@ import pytest
 
 from model.backends.native import library
 from model.config import TRAINED
+from model.engine.encoder_cache import EncoderCache
 from model.engine.engine import Engine
 from model.engine.prefix_cache import LEAST, Contents, PrefixCache
-from model.request import Medium, Message, Request, SamplingParams
+from model.request import Medium, Message, Request, RequestError, SamplingParams, VideoMetadata
 from model.targets.prompt import TokenizedPrompt
 from tests.model import tiny, tiny_qwen
 from tests.model.guided import guided
@@ -39,6 +40,15 @@ def contents(*parts: str | Medium, salt: str = "") -> Contents:
 
 
 RED, BLUE = tiny.image(1), tiny.image(2)
+SOURCE = VideoMetadata(total_frames=20, fps=10.0, duration=2.0, width=64, height=48)
+CLIP = Medium(
+    "video",
+    np.concatenate((RED.frames, BLUE.frames)),
+    seconds_per_frame=0.5,
+    frame_times=(0.0, 0.5),
+    source=SOURCE,
+    options=(("max_pixels", 4096),),
+)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +71,49 @@ def test_text_is_shared_to_the_first_other_token_and_media_as_a_whole(
 ) -> None:
     assert contents(*one).shared_with(contents(*other), 99) == shared
     assert contents(*other).shared_with(contents(*one), 99) == shared
+
+
+@pytest.mark.parametrize(
+    ("change", "features_too"),
+    [
+        ({}, True),
+        ({"seconds_per_frame": 0.25}, True),
+        ({"frame_times": (0.0, 0.6)}, True),
+        ({"frame_times": None}, True),
+        ({"source": replace(SOURCE, fps=20.0)}, True),
+        ({"source": replace(SOURCE, duration=2.5)}, True),
+        ({"source": None}, True),
+        ({"options": (("max_pixels", 4097),)}, False),
+        ({"options": (("min_pixels", 4096),)}, False),
+        ({"options": (("max_pixels", 4096.0),)}, False),
+        ({"options": ()}, False),
+        ({"kind": "image"}, False),
+        ({"frames": CLIP.frames[::-1]}, False),
+    ],
+    ids=str,
+)
+def test_times_and_options_of_a_medium_are_part_of_what_it_is(change: dict[str, object], features_too: bool) -> None:
+    """Families write times into the prompt, which the features do not depend on; options change both."""
+    other = replace(CLIP, **change)  # type: ignore[arg-type]
+    assert contents(CLIP).shared_with(contents(other), 99) == (0 if change else 4)
+    assert contents(replace(CLIP)).shared_with(contents(CLIP), 99) == 4
+    cache = EncoderCache(1000, "v")
+    assert (cache.key(CLIP) == cache.key(other)) == features_too
+
+
+def test_parts_of_a_video_keep_their_times() -> None:
+    second = CLIP.frames_between(1, 2)
+    assert (second.frame_times, second.source, second.options) == ((0.5,), CLIP.source, CLIP.options)
+    assert np.array_equal(second.frames, BLUE.frames)
+    assert RED.frames_between(0, 1).frame_times is None
+
+
+@pytest.mark.parametrize(
+    "times", [(0.0,), (0.0, 0.5, 1.0), (0.5, 0.0), (-1.0, 0.0), (0.0, float("inf")), (0.0, float("nan"))]
+)
+def test_times_that_cannot_be_are_refused(times: tuple[float, ...]) -> None:
+    with pytest.raises(RequestError, match="frame_times"):
+        replace(CLIP, frame_times=times)
 
 
 def test_no_medium_is_cut_and_no_limit_exceeded() -> None:

@@ -16,7 +16,16 @@ import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from model.request import EngineStats, Medium, Message, RequestOutput, RequestStats, SamplingParams, Token
+from model.request import (
+    EngineStats,
+    Medium,
+    Message,
+    RequestOutput,
+    RequestStats,
+    SamplingParams,
+    Token,
+    VideoMetadata,
+)
 from service.admission import Admission
 from service.cli import with_settings_options
 from service.errors import ClientLimit, EngineFailure, NoCapacity, ServiceError
@@ -307,7 +316,10 @@ def test_media_reach_the_worker_unchanged(shared: bool) -> None:
         assert piece is not None
         piece[:] = frames.reshape(-1)
         frames = piece.reshape(frames.shape)
-    parts = ("before", Medium("video", frames, 0.4), Medium("image", frames[:1, ::-1]), "after")
+    source = VideoMetadata(total_frames=90, fps=30.0, duration=3.0, width=71, height=51)
+    options = (("max_pixels", 4096), ("do_image_splitting", False), ("size", (("height", 448), ("width", 448))))
+    video = Medium("video", frames, 0.4, (0.0, 0.4, 0.8), source, options)
+    parts = ("before", video, Medium("image", frames[:1, ::-1]), "after")
     submit = m.Submit("r", (Message("user", parts),), SamplingParams(stop=("x",), seed=2**63 - 1), False)
     sent = m.frame(submit, m.encoder(arena))
     assert len(sent) < (2 if shared else 5) * 50 * 70 * 3, "one medium of the two, reversed, is none of the arena's"
@@ -319,7 +331,9 @@ def test_media_reach_the_worker_unchanged(shared: bool) -> None:
     assert (before, after, medium.kind, reversed_.kind) == ("before", "after", "video", "image")
     assert np.array_equal(medium.frames, frames)
     assert np.array_equal(reversed_.frames, frames[:1, ::-1])
-    assert medium.seconds_per_frame == 0.4
+    for name in ("seconds_per_frame", "frame_times", "source", "options"):
+        assert getattr(medium, name) == getattr(video, name)
+    assert medium.prompt_digest == video.prompt_digest, "a cache finds it by this"
     assert (received.params, received.speculation) == (SamplingParams(stop=("x",), seed=2**63 - 1), False)
     frames[:] = 0
     assert medium.frames.any(), "what a worker has is its own"
