@@ -6,6 +6,7 @@ model runs through transformers' own layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,20 @@ from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
 from model.targets.support import rope_is_fixed, windows
 
-LLAMA_LIKE = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen2_5_VLDecoderLayer")
+# Language models of transformers and their layers, whose forwards are Llama's: two RMS norms a layer, a gated MLP, rope
+# that turns halves of a head. Attention may also normalise each head's queries and keys.
+LLAMA_LIKE = {
+    "LlamaModel": "LlamaDecoderLayer",
+    "MistralModel": "MistralDecoderLayer",
+    "PaddleOCRTextModel": "PaddleOCRDecoderLayer",
+    "Qwen2Model": "Qwen2DecoderLayer",
+    "Qwen2VLTextModel": "Qwen2VLDecoderLayer",
+    "Qwen2_5_VLTextModel": "Qwen2_5_VLDecoderLayer",
+    "Qwen3Model": "Qwen3DecoderLayer",
+    "Qwen3VLTextModel": "Qwen3VLTextDecoderLayer",
+}
 NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
+AT_ONCE = 1 << 15  # positions of which rotations are computed at once
 
 
 def joined(*parts: Tensor | None) -> Tensor | None:
@@ -33,40 +46,88 @@ def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context
     num_positions: position ids are below this; context: tokens of the longest sequence; aux_layers: layers whose output
     is returned too.
     """
-    config, first = model.config, model.layers[0]
-    shape = Shape(
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=first.self_attn.head_dim,
-        intermediate=config.intermediate_size,
-        eps=config.rms_norm_eps,
-    )
-    weight = first.mlp.gate_proj.weight
-    rope_parameters = getattr(config, "rope_parameters", None) or {}
-    fits = (
-        all(type(layer).__name__ in LLAMA_LIKE for layer in model.layers)
-        and config.hidden_act == "silu"
-        and rope_is_fixed(config)
-        and all(size >= context for size in windows(config).values())
-    )
-    if not (fits and shape.runs_natively(weight)):
+    shape = _shape(model, context)
+    if shape is None:
         return None
-    places = torch.arange(num_positions, device=weight.device)[None]
-    cos, sin = model.rotary_emb(weight.new_zeros(1), position_ids=places)
-    first_half, second_half = sin[0].chunk(2, -1)
-    stack = Stack(
+    weight = model.layers[0].mlp.gate_proj.weight
+    rotary = _rotary(model.rotary_emb, weight, num_positions, shape.head_dim)
+    if rotary is None:
+        return None
+    return Stack(
         shape,
         _released(model.layers),
-        rotary=Rotary(
-            cos[0],
-            torch.cat((-first_half, second_half), -1),
-            _axes(rope_parameters.get("mrope_section"), shape.head_dim),
-        ),
+        rotary=rotary,
         final_norm=Norm(model.norm.weight),
         aux_layers=aux_layers,
     )
-    return stack
+
+
+def _shape(model: Any, context: int) -> Shape | None:
+    """Return the shape of a decoder's layers; None if the native stack does not compute what they do."""
+    if not _is_known(model):
+        return None
+    config, layers = model.config, model.layers
+    attention, mlp = layers[0].self_attn, layers[0].mlp
+    head_dim, hidden = attention.head_dim, config.hidden_size
+    shape = Shape(
+        hidden=hidden,
+        heads=attention.q_proj.out_features // head_dim,
+        kv_heads=attention.k_proj.out_features // head_dim,
+        head_dim=head_dim,
+        intermediate=mlp.gate_proj.out_features,
+        eps=model.norm.variance_epsilon,
+    )
+    fits = (
+        config.hidden_act == "silu"
+        and rope_is_fixed(config)
+        and tuple(model.norm.weight.shape) == (hidden,)
+        and all(_fits(layer, shape) for layer in layers)
+        and all(size >= context for size in windows(config).values())
+    )
+    return shape if fits and shape.runs_natively(mlp.gate_proj.weight) else None
+
+
+def _is_known(model: Any) -> bool:
+    """Return whether transformers' own code of a language model is known to be Llama's, over plain matrices."""
+    name = type(model).__name__
+    if name not in LLAMA_LIKE or not len(getattr(model, "layers", ())):
+        return False
+    kinds = {(part.__module__.startswith("transformers.models."), part.__name__) for part in map(type, model.layers)}
+    return (
+        kinds == {(True, LLAMA_LIKE[name])}
+        and type(model).__module__.startswith("transformers.models.")
+        and all(type(part) is nn.Linear for layer in model.layers for part in _matrices(layer))
+    )
+
+
+def _matrices(layer: Any) -> tuple[Any, ...]:
+    """Return the linear layers of a layer: queries, keys, values, output, gate, up and down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    heads = attention.q_proj, attention.k_proj, attention.v_proj
+    return *heads, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _norms(layer: Any) -> list[Any]:
+    """Return the norms of a layer: before attention, before the MLP, and those of queries and keys if it has them."""
+    own = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
+    return [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in own if norm is not None)]
+
+
+def _fits(layer: Any, shape: Shape) -> bool:
+    """Return whether a layer's parts have the shape and the settings that all layers of a stack have."""
+    hidden, inner, head_dim = shape.hidden, shape.intermediate, shape.head_dim
+    queries, keys = shape.heads * head_dim, shape.kv_heads * head_dim
+    sizes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (inner, hidden), (inner, hidden)]
+    matrices, norms = _matrices(layer), _norms(layer)
+    biased = [part.bias is not None for part in matrices]
+    return (
+        [tuple(part.weight.shape) for part in matrices] == [*sizes, (hidden, inner)]
+        and len(set(biased[:3])) == len(set(biased[4:6])) == 1
+        and len({part.weight.dtype for part in matrices}) == 1
+        and math.isclose(layer.self_attn.scaling, head_dim**-0.5)
+        and [tuple(norm.weight.shape) for norm in norms] in ([(hidden,)] * 2, [(hidden,)] * 2 + [(head_dim,)] * 2)
+        and all(norm.variance_epsilon == shape.eps for norm in norms)
+    )
 
 
 def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
@@ -76,16 +137,28 @@ def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
         yield _llama_layer(layers.pop(0))
 
 
-def _axes(sections: list[int] | None, head_dim: int) -> np.ndarray:
-    """Return the axis of the position ids that rotates each place of a head: (head_dim,).
+@torch.no_grad()
+def _rotary(embedding: Any, like: Tensor, num_positions: int, head_dim: int) -> Rotary | None:
+    """Tabulate a rotary embedding of the first positions, in the dtype of `like`; None if it is not as expected.
 
-    sections: sizes within half a head, which take the axes in turn; None: there is one axis.
+    Which axis of the position ids turns a place of a head is seen by turning one axis at a time.
     """
-    if sections is None:
-        return np.zeros(head_dim, np.int32)
-    half = np.concatenate([np.full(size, i % NUM_AXES, np.int32) for i, size in enumerate(sections)])
-    assert 2 * len(half) == head_dim
-    return np.tile(half, 2)
+    x = like.new_zeros(1)
+    parts = [
+        embedding(x, position_ids=part[None]) for part in torch.arange(num_positions, device=like.device).split(AT_ONCE)
+    ]
+    cos, sin = (torch.cat([part[i][0] for part in parts]) for i in range(2))
+    if cos.shape != (num_positions, head_dim) or not torch.equal(*cos[-1].chunk(2)):
+        return None
+    axes = np.zeros(head_dim, np.int32)
+    alone = embedding(x, position_ids=torch.eye(NUM_AXES, dtype=torch.long, device=like.device)[:, None])[1]
+    if alone.ndim == 3:  # one table for all axes
+        turned = alone[0] != 0
+        if not torch.equal(turned.sum(0), torch.ones_like(turned[0], dtype=torch.long)):
+            return None
+        axes = turned.int().argmax(0).numpy().astype(np.int32)
+    first_half, second_half = sin.chunk(2, -1)
+    return Rotary(cos, torch.cat((-first_half, second_half), -1), axes, NUM_AXES if alone.ndim == 3 else 1)
 
 
 def _llama_layer(layer: Any) -> LayerWeights:
@@ -96,17 +169,20 @@ def _llama_layer(layer: Any) -> LayerWeights:
     up = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
     assert qkv is not None
     assert up is not None
+    before, behind, *of_heads = (norm.weight for norm in _norms(layer))
     return LayerWeights(
-        norm1=Norm(layer.input_layernorm.weight),
+        norm1=Norm(before),
         qkv=qkv,
         qkv_bias=joined(*(part.bias for part in heads)),
         out=attention.o_proj.weight,
         out_bias=attention.o_proj.bias,
-        norm2=Norm(layer.post_attention_layernorm.weight),
+        norm2=Norm(behind),
         up=up,
         up_bias=joined(mlp.gate_proj.bias, mlp.up_proj.bias),
         down=mlp.down_proj.weight,
         down_bias=mlp.down_proj.bias,
+        q_norm=of_heads[0] if of_heads else None,
+        k_norm=of_heads[1] if of_heads else None,
     )
 
 

@@ -142,7 +142,7 @@ def _rotary(embedding: Any, head_dim: int, longest: int) -> Rotary:
     first_half, second_half = sin.chunk(2, -1)
     quarter = head_dim // 4
     axes = np.tile(np.repeat(np.arange(2, dtype=np.int32), quarter), 2)
-    return Rotary(cos, torch.cat((-first_half, second_half), -1), axes)
+    return Rotary(cos, torch.cat((-first_half, second_half), -1), axes, num_axes=2)
 
 
 def _linear(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -81,12 +81,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos, sin: (positions, head_dim), sin's first half negated; axes: (head_dim,) int32, which axis of the position
-    ids turns each place."""
+    """cos, sin: (positions, head_dim), sin's first half negated; axes: (head_dim,) int32, which of num_axes of the
+    position ids turns each place."""
 
     cos: Tensor
     sin: Tensor
     axes: np.ndarray
+    num_axes: int = 1
 
 
 class Stack:
@@ -105,6 +106,7 @@ class Stack:
         aux_layers: tuple[int, ...] = (),
     ) -> None:
         self.shape, self.num_aux = shape, len(aux_layers)
+        self.num_axes = rotary.num_axes if rotary else 1
         self._kept: list[object] = []  # whatever the library holds pointers to
         packed = []
         for layer in layers:  # one after the other: whoever makes them as they are asked for holds one at a time
@@ -192,11 +194,17 @@ class Stack:
         return torch.stack([p.unflatten(0, (-1, constant("LANES"))) for p in filled], 1).flatten(0, 2)
 
     def described(self, rows: AttentionMetadata, positions: np.ndarray | None) -> structures.Rows:
-        """Describe rows for the library; positions: (axes, batch, rows) int32, or None for those in their slots."""
+        """Describe rows for the library; positions: (axes, batch, rows) int32, or None for those in their slots.
+
+        Of more axes than the stack has, the last count; a single one serves for all.
+        """
         assert rows.mask_kind is not MaskKind.TREE or rows.num <= 1 + constant("MAX_NODES")
         parts = [rows.starts, rows.counts]
         if positions is not None:
-            parts.append(positions.ravel())
+            assert positions.shape[1:] == (rows.batch, rows.num)
+            assert len(positions) == 1 or len(positions) >= self.num_axes
+            parts += [axis.ravel() for axis in positions[-self.num_axes :]]
+            parts += parts[-1:] * (self.num_axes - len(positions))
         if rows.parents is not None:
             parts.append(rows.parents.ravel())
         together = np.concatenate(parts)  # one address instead of four: each takes longer than this

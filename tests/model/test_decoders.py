@@ -1,0 +1,277 @@
+"""Test that the native stack computes what transformers' own language models compute, family by family.
+
+A tiny model with random weights runs a prompt in chunks, beside others and then a tree, and each row is compared with
+transformers' forward over all that the row sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereModel,
+    Gemma2Config,
+    Gemma2Model,
+    GraniteConfig,
+    GraniteModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+)
+from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRTextConfig
+from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRTextModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+from model.backends.attention import AttentionMetadata, MaskKind
+from model.backends.kv_cache import KVCache
+from model.backends.native import library
+from model.backends.native.stack import Stack, scratch
+from model.targets import packed
+from tests.model.test_native import dtype, normal, some_tree  # noqa: F401
+
+HIDDEN, CONTEXT = 64, 96
+SMALL = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A language model of transformers, with what is special in its config."""
+
+    model: type[PreTrainedModel]
+    config: type[Any]
+    special: dict[str, Any] = field(default_factory=dict)
+    num_axes: int = 1
+
+    def build(self) -> Any:
+        """Create a model with weights of about unit gain."""
+        config = self.config(**{**SMALL, **self.special})
+        torch.manual_seed(3)
+        model = self.model(config).eval().requires_grad_(False)
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.copy_(normal(*weight.shape, seed=len(name), scale=1.5 * weight.shape[1] ** -0.5))
+            else:
+                weight.add_(normal(*weight.shape, seed=len(name), scale=0.2))
+        return model
+
+
+SECTIONS = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [6, 5, 5]}
+FAMILIES = {
+    "llama": Family(LlamaModel, LlamaConfig, {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
+    "mistral": Family(MistralModel, MistralConfig, {"head_dim": 32, "sliding_window": None}),
+    "paddleocr": Family(
+        PaddleOCRTextModel, PaddleOCRTextConfig, {"head_dim": 32, "rope_parameters": SECTIONS}, num_axes=3
+    ),
+    "qwen2": Family(Qwen2Model, Qwen2Config),
+    "qwen2-vl": Family(
+        Qwen2VLTextModel, Qwen2VLTextConfig, {"rope_parameters": {**SECTIONS, "mrope_section": [2, 3, 3]}}, num_axes=3
+    ),
+    "qwen3": Family(Qwen3Model, Qwen3Config, {"head_dim": 32}),
+    "qwen3-bias": Family(Qwen3Model, Qwen3Config, {"head_dim": 64, "attention_bias": True, "num_key_value_heads": 4}),
+    "qwen3-vl": Family(Qwen3VLTextModel, Qwen3VLTextConfig, {"head_dim": 32, "rope_parameters": SECTIONS}, num_axes=3),
+}
+
+
+def reference(model: Any, embeds: Tensor, positions: np.ndarray) -> tuple[Tensor, list[Tensor]]:
+    """Run rows (rows, hidden) at positions (axes, rows) through transformers: final hidden states, and each layer's."""
+    outputs = list[Tensor]()
+    hooks = [layer.register_forward_hook(lambda _m, _i, output: outputs.append(output[0])) for layer in model.layers]
+    ids = torch.from_numpy(positions).long()[:, None]
+    ids = ids if len(ids) > 1 else ids[0]
+    hidden = model(inputs_embeds=embeds[None], position_ids=ids, use_cache=False).last_hidden_state[0]
+    for hook in hooks:
+        hook.remove()
+    return hidden, outputs
+
+
+def paths(parents: np.ndarray) -> list[list[int]]:
+    """Return the way from the root to each node, the node included."""
+    found: list[list[int]] = []
+    for row, parent in enumerate(parents):
+        found.append([*(found[parent] if parent >= 0 else []), row])
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_row_is_what_transformers_computes(dtype: torch.dtype, name: str) -> None:  # noqa: F811
+    """Run prompts in chunks, one beside another of another length, and a tree behind each; compare every row.
+
+    In bfloat16 both round: the native stack must be no farther from float64 than transformers' own layers are.
+    """
+    family = FAMILIES[name]
+    exact, rounded = family.build().double(), family.build().to(dtype)
+    stack = packed.decoder(family.build().to(dtype), (0, 2), 128, CONTEXT)
+    assert stack is not None
+    assert stack.num_axes == family.num_axes
+    rng = np.random.default_rng(5)
+    cache = KVCache(
+        num_layers=3, num_slots=3, num_heads=stack.shape.kv_heads, head_dim=stack.shape.head_dim, capacity=CONTEXT,
+        margin=16, dtype=dtype, device=torch.device("cpu"),
+    )  # fmt: skip
+    lengths, nodes = (45, 71), 9
+    prompts = [normal(length, HIDDEN, seed=length).to(dtype) for length in lengths]
+    # Of one axis, other positions than these would be several sequences to transformers.
+    places = [
+        rng.integers(0, 80, (3, length)).astype(np.int32)
+        if family.num_axes > 1
+        else np.arange(length, dtype=np.int32)[None]
+        for length in lengths
+    ]
+    got: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    chunks = ((0, 0, 33), (1, 0, 1), (1, 1, 40), (0, 33, 45), (1, 40, 71))
+    for b, first, end in chunks:
+        start, count = np.array([first], np.int32), np.array([end - first], np.int32)
+        rows = AttentionMetadata(cache, 1 + b, end - first, start, count, MaskKind.CAUSAL)
+        got[b].append(run(stack, prompts[b][None, first:end], places[b][:, None, first:end], rows, 0))
+    parents = some_tree(nodes, 2, seed=8)
+    ways = [paths(parents[b]) for b in range(2)]
+    depths = np.array([[len(way) - 1 for way in ways[b]] for b in range(2)], np.int32)
+    tree = normal(2, nodes, HIDDEN, seed=6).to(dtype)
+    at = np.broadcast_to(np.array(lengths, np.int32)[:, None] + depths, (family.num_axes, 2, nodes)).astype(np.int32)
+    counts = np.array([nodes, nodes - 2], np.int32)
+    rows = AttentionMetadata(cache, 1, nodes, np.array(lengths, np.int32), counts, MaskKind.TREE, parents)
+    for b in range(2):
+        got[b].append(run(stack, tree, at, rows, b))
+
+    ours, theirs = list[Tensor](), list[Tensor]()
+    for b in range(2):
+        expected = [list[Tensor](), list[Tensor]()]
+        for each, model in zip(expected, (exact, rounded), strict=True):
+            each.append(by_transformers(model, prompts[b], places[b]))
+            for way in ways[b][: counts[b]]:
+                whole = torch.cat((prompts[b], tree[b, way]))
+                each.append(by_transformers(model, whole, np.concatenate((places[b], at[:, b, way]), 1))[-1:])
+        hidden, aux = (torch.cat([part[i] for part in got[b]])[: lengths[b] + counts[b]] for i in range(2))
+        fine, coarse = (torch.cat(each).double() for each in expected)
+        ours.append(torch.cat((hidden, aux), -1).double() - fine)
+        theirs.append(coarse - fine)
+    off, usual = (torch.cat(each).abs() for each in (ours, theirs))
+    assert off.mean() < 1.1 * usual.mean() + 1e-6
+    assert off.max() < 2 * usual.max() + 1e-5
+
+
+def run(stack: Stack, x: Tensor, at: np.ndarray, rows: AttentionMetadata, b: int) -> tuple[Tensor, Tensor]:
+    hidden, aux = stack.forward(x, np.ascontiguousarray(at), rows)
+    return hidden[b], aux[b]
+
+
+def by_transformers(model: Any, embeds: Tensor, positions: np.ndarray) -> Tensor:
+    """Return final hidden states and the outputs of layers 0 and 2, side by side."""
+    hidden, outputs = reference(model, embeds.to(model.dtype), positions)
+    return torch.cat((hidden, outputs[0], outputs[2]), -1)
+
+
+def other_scale(model: Any) -> None:
+    model.layers[1].self_attn.scaling = 0.5
+
+
+def other_eps(model: Any) -> None:
+    model.layers[2].self_attn.k_norm.variance_epsilon = 1e-3
+
+
+def half_a_bias(model: Any) -> None:
+    model.layers[1].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(128))
+
+
+def other_matrix(model: Any) -> None:
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model.layers[2].mlp.down_proj = Quantised(80, HIDDEN, bias=False)
+
+
+def other_width(model: Any) -> None:
+    model.layers[1].mlp.gate_proj = torch.nn.Linear(HIDDEN, 112, bias=False)
+
+
+def other_layer(model: Any) -> None:
+    model.layers[1].__class__ = type("Gated", (type(model.layers[1]),), {})
+
+
+def of_its_own_code(model: Any) -> None:
+    model.__class__ = type(type(model).__name__, (type(model),), {"__module__": "transformers_modules.remote"})
+
+
+def no_layers(model: Any) -> None:
+    del model.layers[:]
+
+
+def other_activation(model: Any) -> None:
+    model.config.hidden_act = "relu"
+
+
+def changing_rope(model: Any) -> None:
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_scale, other_eps, half_a_bias, other_matrix, other_width, other_layer, of_its_own_code, no_layers,
+        other_activation, changing_rope,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-vl"])
+def test_a_model_that_differs_in_one_thing_keeps_its_layers(change: Callable[[Any], None], name: str) -> None:
+    """Nothing is packed, and nothing raised: such a model runs through transformers."""
+    if not library.supports(torch.float32, torch.device("cpu")):
+        pytest.skip("no native library here")
+    model = FAMILIES[name].build()
+    change(model)
+    layers = len(model.layers)
+    assert packed.decoder(model, (0,), 128, CONTEXT) is None
+    assert len(model.layers) == layers
+
+
+def test_a_family_that_is_not_known_keeps_its_layers() -> None:
+    """Among them are some that differ from Llama in factors alone, which no shape shows."""
+    others = (GraniteModel, GraniteConfig), (CohereModel, CohereConfig), (Gemma2Model, Gemma2Config)
+    for kind, config in others:
+        model = Family(kind, config).build()
+        assert packed.decoder(model, (0,), 128, CONTEXT) is None
+        assert len(model.layers) == 3
+
+
+def test_more_axes_than_the_stack_has_and_one_for_all(dtype: torch.dtype) -> None:  # noqa: F811
+    """Position ids may have a row of text positions in front, or be those of text alone."""
+    stack = packed.decoder(FAMILIES["qwen3-vl"].build().to(dtype), (), 128, CONTEXT)
+    assert stack is not None
+    x = normal(1, 5, HIDDEN, seed=1).to(dtype)
+    at = np.array([[[3, 4, 5, 6, 7]], [[3, 9, 9, 1, 7]], [[0, 1, 2, 8, 7]]], np.int32)
+
+    def hidden(positions: np.ndarray) -> Tensor:
+        cache = scratch(stack.shape, 1, 64, dtype)
+        count = np.array([5], np.int32)
+        rows = AttentionMetadata(cache, 0, 5, np.zeros(1, np.int32), count, MaskKind.CAUSAL)
+        return stack.forward(x, positions, rows)[0]
+
+    assert torch.equal(hidden(np.concatenate((99 - at[:1], at))), hidden(at))
+    assert torch.equal(hidden(at[:1]), hidden(at[[0, 0, 0]]))
+    assert not torch.equal(hidden(at[:1]), hidden(at))
