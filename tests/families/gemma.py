@@ -108,7 +108,7 @@ def gemma4_config(words: Any, **fields: Any) -> Any:
         sliding_window=WINDOW,
         global_head_dim=32,
         num_global_key_value_heads=1,
-        final_logit_softcapping=0.5,
+        final_logit_softcapping=0.3,
         tie_word_embeddings=True,
         **fields,
     )

@@ -208,11 +208,12 @@ def randomise(model: Any, seed: int, silent: Sequence[int]) -> None:
     head = model.get_output_embeddings()
     tied = id(head.weight) in embeddings
     scale = float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0))  # Gemma multiplies by it
+    last_norm = ("language_model.norm.weight", "text_model.norm.weight", "embedding_norm.weight")
     with torch.no_grad():
         for name, weight in model.named_parameters():
             last = name.rsplit(".", 1)[-1]
             if weight is head.weight and tied:
-                weight.normal_(std=0.1 if scale == 1.0 else 0.15 / scale)  # else every token would predict itself
+                weight.normal_(std=0.1 if scale == 1.0 else 0.15 / scale)
             elif id(weight) in embeddings:
                 weight.normal_(std=0.3)
             elif last == "A_log":  # a state forgets slowly enough for a picture to matter behind twenty tokens
@@ -229,6 +230,12 @@ def randomise(model: Any, seed: int, silent: Sequence[int]) -> None:
                 weight.add_(torch.randn_like(weight) * (0.5 if last == "sinks" else 0.1))
         if not tied:
             head.weight.mul_(2.0)
+        else:  # or every token would predict itself
+            for name, weight in model.named_parameters():
+                if name.endswith(last_norm):
+                    plain = float(weight.mean() > 0.5)  # Gemma's norms multiply by 1 + weight
+                    signs = torch.randint(0, 2, weight.shape) * 2.0 - 1.0
+                    weight.copy_((weight + 1.0 - plain) * signs - 1.0 + plain)
         head.weight[list(silent)] = 0.0
 
 
