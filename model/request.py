@@ -88,10 +88,10 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class VideoMetadata:
-    """Describes the video from which frames are sampled, as its container was measured.
+    """Describes the video from which frames are sampled.
 
-    fps: mean frames per second, None if unknown; duration: seconds, None if unknown; width and height: as shown, before
-    any resizing.
+    fps: frames per second, the mean where they vary; None if unknown; duration: seconds, None if unknown; width and
+    height: pixels, as the file stores them.
     """
 
     total_frames: int
@@ -301,6 +301,11 @@ class Geometry:
     video: Area | None = None  # set together with `image`; applies to each frame of a video
     samples_frames: bool = False  # the target chooses the frames of a video (`sample_frames`), given its metadata
     options: tuple[str, ...] = ()  # names of the options that a Medium may carry for the target's processor
+
+    @property
+    def depends_on_file(self) -> bool:
+        """Return whether only the file's own size bounds that of a picture."""
+        return self.crop is None and self.exact is None and self.image is None
 
     def area(self, kind: Literal["image", "video"]) -> Area | None:
         """Return the bounds for resizing by area; None if this geometry does not resize by area."""

@@ -206,6 +206,13 @@ class Settings(BaseSettings):
     max_media_bytes: int = option("Limits", 32 * MIB, "Maximum size of one encoded image or video, bytes.", ge=1)
     max_pixels: int = option("Limits", 50_000_000, "Maximum pixels of one image, as sent.", ge=1)
     max_video_pixels: int = option("Limits", 4096 * 2304, "Maximum pixels of one video frame, as sent.", ge=1)
+    max_clip_pixels: int = option(
+        "Limits",
+        64_000_000,
+        "Maximum pixels of all frames sampled from one video, where the model takes frames of any size; larger frames "
+        "are scaled down.",
+        ge=1,
+    )
     max_video_seconds: float = option("Limits", 600.0, "Maximum duration of a video, seconds.", gt=0)
     max_frames: int = option(
         "Limits", 32, "Maximum frames sampled from one video; fewer if the model's context holds fewer.", ge=1

@@ -171,6 +171,7 @@ class Service:
             self._arena,
             video_workers=self.settings.video_workers,
             spares=self.settings.spare_media_workers,
+            sample_frames=self.pool.sample_frames,
         )
         try:
             await decoder.start()
@@ -241,6 +242,7 @@ def media_limits(settings: Settings) -> MediaLimits:
         max_bytes=settings.max_media_bytes,
         max_pixels=settings.max_pixels,
         max_video_pixels=settings.max_video_pixels,
+        max_clip_pixels=settings.max_clip_pixels,
         max_video_seconds=settings.max_video_seconds,
         max_frames=settings.max_frames,
         decode_seconds=settings.media_timeout,

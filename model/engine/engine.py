@@ -48,6 +48,7 @@ from model.request import (
     RequestOutput,
     Token,
     TokenLogprobs,
+    VideoMetadata,
 )
 from model.targets.base import Target
 from model.targets.frames import most_frames
@@ -177,6 +178,11 @@ class Engine:
         """Build a request's sequence and leave the engine unchanged. Any thread may call it, one at a time. Raises
         RequestError."""
         return intake.prepare(request, self.target, self.vocabulary, self.max_model_len)
+
+    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
+        """Return the indices of the frames that the target wants of a video; None if it leaves the choice to the
+        caller. Any thread may call it, one at a time. Raises RequestError."""
+        return self.target.sample_frames(source, num_frames, fps)
 
     def add(self, request: Request | Sequence) -> None:
         """Add a request, prepared or not, to the waiting ones. Raises RequestError if it cannot be served."""

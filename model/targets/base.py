@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.native.step import Verifier
 from model.errors import ConfigError
-from model.request import Geometry, Medium, Message
+from model.request import Geometry, Medium, Message, VideoMetadata
 from model.targets.head import Head
 from model.targets.parallel import Group
 from model.targets.prompt import TokenizedPrompt
@@ -55,6 +55,11 @@ class Target(Protocol):
     def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
         """Apply the chat template and tokenise. User text never becomes special tokens. Raises RequestError if the
         messages do not fit the template or the model."""
+        ...
+
+    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
+        """Return the indices of the frames of a video that the target's own processor takes; None if it leaves the
+        choice to the caller. Raises RequestError."""
         ...
 
     def pieces(self, medium: Medium) -> int:

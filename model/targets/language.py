@@ -17,6 +17,7 @@ from model.backends import attention
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.native.step import Verifier
 from model.config import EngineConfig
+from model.request import VideoMetadata
 from model.targets import packed, support
 from model.targets.base import tapped
 from model.targets.head import Head
@@ -97,6 +98,15 @@ class LanguageModel:
         in_torch = sum(local(parameter).nbytes for parameter in self.model.parameters())
         packed = sum(part.num_bytes for part in (self.decoder, tower) if part is not None)
         return int(in_torch + packed + self.head.packed_bytes)
+
+    def sample_frames(
+        self,
+        source: VideoMetadata,  # noqa: ARG002
+        num_frames: int | None,  # noqa: ARG002
+        fps: float | None,  # noqa: ARG002
+    ) -> list[int] | None:
+        """Leave the choice to the caller (see `Target`)."""
+        return None
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._language.embed_tokens(ids)

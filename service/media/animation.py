@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from service.media.clip import Deadline, Timeline
+from service.media.clip import Deadline
 from service.media.container import PartCounter, riff_chunks, webp_size
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
+from service.media.sampling import Timeline
 
 MIN_SECONDS, SECONDS_INSTEAD = 0.011, 0.1  # browsers show a frame of a shorter duration for a tenth of a second
 ALPHA = 0x10  # of the flags in VP8X
@@ -23,7 +24,7 @@ class Animation:
     def __init__(self, data: bytes, limits: MediaLimits, deadline: Deadline) -> None:
         """Read the frames' headers without decoding. Raises Refusal for too many or too long ones."""
         self._data, self._limits, self._deadline = data, limits, deadline
-        self.size = webp_size(data) or (0, 0)
+        self.size, self.rate = webp_size(data) or (0, 0), None
         seconds = np.array(list(self._durations()))
         if not len(seconds):
             raise Refusal("no_frames")

@@ -18,14 +18,17 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
+from model.request import VideoMetadata
 from service.media import wire
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal, errors_as_refusals
+from service.media.sampling import Choose
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # <linux/prctl.h>
 BUFFER_BYTES = 1024 * 1024
@@ -84,11 +87,17 @@ def silence() -> int:
 def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
     """Decode jobs until the parent closes the socket."""
 
-    def send(reply: wire.Reply, pixels: np.ndarray | None = None) -> None:
-        payload = b"" if pixels is None else np.ascontiguousarray(pixels).data
-        sink.write(wire.pack(reply, len(payload) if pixels is None else pixels.nbytes))
-        sink.write(payload)
+    def send(reply: wire.Reply, frames: Sequence[np.ndarray] = ()) -> None:
+        sink.write(wire.pack(reply, sum(frame.nbytes for frame in frames)))
+        for frame in frames:
+            sink.write(np.ascontiguousarray(frame).data)
         sink.flush()
+
+    def choose(video: VideoMetadata) -> Sequence[int] | None:
+        """Ask the parent which frames of a video are wanted."""
+        send(wire.Choose(video))
+        num_message, _ = wire.unpack_prefix(source.read(wire.PREFIX.size), max_payload=0)
+        return wire.unpack_chosen(source.read(num_message)).indices
 
     send(wire.Started())
     while prefix := source.read(wire.PREFIX.size):
@@ -96,7 +105,7 @@ def serve(setup: wire.Setup, source: BinaryIO, sink: BinaryIO) -> None:
         job, data = wire.unpack_job(source.read(num_message)), source.read(num_payload)
         started = time.process_time()
         limit_cpu(job.cpu_seconds)
-        send(*decode(setup, job, data))
+        send(*decode(setup, job, data, choose))
         limit_cpu(0)
         del data
         if time.process_time() - started > QUICK_SECONDS:
@@ -115,25 +124,29 @@ def release_memory() -> None:
         trim(0)
 
 
-def decode(setup: wire.Setup, job: wire.Job, data: bytes) -> tuple[wire.Reply, np.ndarray | None]:
-    """Decode one job: the reply, and pixels (frames, height, width, 3) uint8 where it succeeds."""
+def decode(setup: wire.Setup, job: wire.Job, data: bytes, choose: Choose) -> tuple[wire.Reply, Sequence[np.ndarray]]:
+    """Decode one job: the reply, and the frames, each (height, width, 3) uint8, where it succeeds."""
     from service.media.image import decode_image
     from service.media.stills import decode_frame_list
     from service.media.video import decode_video
 
-    seconds: float | None = None
+    limits, geometry = setup.limits, setup.geometry
     try:
         with errors_as_refusals(job.kind):
             if job.kind == "image":
-                pixels = decode_image(data, job.format, limits=setup.limits, geometry=setup.geometry)
-            elif job.format == "FRAME LIST":
-                pixels, seconds = decode_frame_list(data, job, limits=setup.limits, geometry=setup.geometry)
+                pixels = decode_image(data, job.format, limits=limits, geometry=geometry)
+                num_frames, height, width, channels = pixels.shape
+                return wire.Decoded((num_frames, height, width, channels)), [pixels]
+            if job.format == "FRAME LIST":
+                video = decode_frame_list(data, job, limits=limits, geometry=geometry)
             else:
-                pixels, seconds = decode_video(data, job, limits=setup.limits, geometry=setup.geometry)
+                choice = choose if job.choose else None
+                video = decode_video(data, job, limits=limits, geometry=geometry, choose=choice)
     except Refusal as refusal:
-        return wire.Failed(refusal.name, refusal.numbers), None
-    num_frames, height, width, channels = pixels.shape
-    return wire.Decoded((num_frames, height, width, channels), seconds), pixels
+        return wire.Failed(refusal.name, refusal.numbers), ()
+    height, width, channels = video.pixels[0].shape
+    shape = len(video.pixels), height, width, channels
+    return wire.Decoded(shape, video.seconds_per_frame, video.frame_times, video.source), video.pixels
 
 
 if __name__ == "__main__":

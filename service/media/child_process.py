@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -19,10 +20,13 @@ import msgspec
 import numpy as np
 
 import service
+from model.request import VideoMetadata
 from service.media import wire
 
+MAX_QUESTIONS = 4  # of one job: about the frames that the packets announce, and about those that are there
 ONE_WRITE = 256 * 1024  # bytes; a file up to this size is sent in one write with its message
 Buffer = TypeVar("Buffer", bytearray, memoryview)
+Choose = Callable[[VideoMetadata], Awaitable[tuple[int, ...] | None]]
 PACKAGE_ROOT = Path(service.__file__).resolve().parents[1]
 
 
@@ -98,16 +102,23 @@ class Child:
         except (OSError, EOFError, wire.WireError) as error:
             raise ChildGone(by_itself=True) from error
 
-    async def run(self, job: wire.Job, data: bytes, *, max_reply: int) -> tuple[wire.Reply, np.ndarray]:
+    async def run(self, job: wire.Job, data: bytes, *, max_reply: int, choose: Choose) -> tuple[wire.Reply, np.ndarray]:
         """Send one job and wait for its reply: the message, and the payload as (bytes,) uint8.
 
-        Raises ChildGone, and TimeoutError where the processor time is used up. After any exception, cancellation
-        included, the child must be killed.
+        choose: answers the child's question which frames of a video are wanted. Raises what `choose` raises, ChildGone,
+        and TimeoutError where the processor time is used up. After any exception, cancellation included, the child must
+        be killed.
         """
         self.num_jobs += 1
         try:
             await self._send(job, data)
-            return await self._receive(max_reply)
+            reply, payload = await self._receive(max_reply)
+            for _ in range(MAX_QUESTIONS):
+                if not isinstance(reply, wire.Choose):
+                    break
+                await self._send(wire.Chosen(await choose(reply.source)), b"")
+                reply, payload = await self._receive(max_reply)
+            return reply, payload
         except wire.WireError as error:
             raise ChildGone(by_itself=True) from error
         except (OSError, EOFError) as error:
@@ -127,8 +138,8 @@ class Child:
         self._sock.close()
         await self._process.wait()
 
-    async def _send(self, job: wire.Job, data: bytes) -> None:
-        head = wire.pack(job, len(data))
+    async def _send(self, message: wire.Job | wire.Chosen, data: bytes) -> None:
+        head = wire.pack(message, len(data))
         if len(data) <= ONE_WRITE:
             await self._loop.sock_sendall(self._sock, head + data)
         else:

@@ -32,6 +32,7 @@ from av.video.stream import VideoStream
 
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
+from service.media.sampling import Timeline
 from service.media.sniff import Format
 
 DEMUXERS: dict[Format, str] = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi", "GIF": "gif", "PNG": "apng"}
@@ -43,14 +44,6 @@ MAX_FALSE_KEYFRAMES = 8  # in one clip; after that it is decoded in order
 SEEK_SAVING = 2  # seek where that decodes at most one packet in so many
 
 Tick = int | None  # a timestamp in units of the track
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """starts: (frames,) seconds at which each appears, strictly ascending from 0; end: of the last, in seconds."""
-
-    starts: np.ndarray
-    end: float
 
 
 class Deadline:
@@ -88,6 +81,7 @@ class Clip:
             track = main_track(container)
             self._track = track.index
             self.size = track.codec_context.width, track.codec_context.height  # as the container claims
+            self.rate = float(track.average_rate) if track.average_rate else None  # likewise; frames per second
             self._unit = track.time_base or Fraction(1)
             self._packets = self._read_packets(container, track)
 

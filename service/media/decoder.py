@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from model.request import Geometry, Medium
+from model.request import Geometry, Medium, RequestError
 from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media import wire
 from service.media.child_pool import ChildPool, shutting_down
 from service.media.child_process import ChildGone, PixelAllocator
 from service.media.decode_queue import DecodeQueue, lanes
 from service.media.limits import MediaLimits
+from service.media.question import Question, SampleFrames, plausible
 from service.media.refusal import HARMFUL, Refusal, client_error
 from service.media.size_estimate import size_share
 from service.media.sniff import KIND_OF, Format, Kind, may_be, sniff, unsupported_format
@@ -57,13 +58,16 @@ class MediaDecoder:
         *,
         video_workers: int = 0,
         spares: int = 0,
+        sample_frames: SampleFrames | None = None,
     ) -> None:
         """workers: images decoded at once; video_workers: videos at once, in lanes of their own (0: in the images'
-        lanes); spares: further children; allocator: memory for pixels, used while it has room."""
+        lanes); spares: further children; allocator: memory for pixels, used while it has room; sample_frames: asks the
+        target which frames it wants, where the geometry says that it chooses."""
         if workers < 1:
             raise ValueError("workers must be at least 1")
         self.limits = limits
         self.geometry = geometry
+        self._sample_frames = sample_frames if geometry.samples_frames else None
         self._queue = DecodeQueue(
             lanes(workers, video_workers), patience=limits.queue_seconds, max_waiting=limits.max_queued
         )
@@ -99,8 +103,8 @@ class MediaDecoder:
         """Decode one file to a Medium: frames (1 or number of frames, height, width, 3) uint8 at the target's geometry.
 
         kind: what the client says it is; None: detect it (a GIF is then an image). num_frames, fps (frames per second):
-        sampling of videos, see video.py; images ignore them. client: identifies the sender; files of a client with many
-        wait behind those of clients with few.
+        sampling of videos, see sampling.py; images ignore them. client: identifies the sender; files of a client with
+        many wait behind those of clients with few.
 
         Raises BadRequest (empty, broken, too small, too slow, unusable `num_frames` / `fps`), TooLarge,
         UnsupportedMedia, and NoCapacity where no child can be started or too many files wait.
@@ -108,11 +112,12 @@ class MediaDecoder:
         format = self._check_file(data, kind)
         kind = kind or KIND_OF[format]
         if kind == "video":
-            num_frames, fps = self._check_sampling(format, num_frames, fps)
+            num_frames, fps = self._check_sampling(num_frames, fps)
         if not self._open:
             raise shutting_down()
         share = size_share(data, kind, format, self.limits)
-        job = wire.Job(kind, format, num_frames, fps, self._cpu_seconds(kind, share))
+        choose = kind == "video" and format != "FRAME LIST" and self._sample_frames is not None
+        job = wire.Job(kind, format, num_frames, fps, self._cpu_seconds(kind, share), choose)
         async with self._queue.lane(kind, share, client):
             return await self._run(job, data)
 
@@ -139,20 +144,16 @@ class MediaDecoder:
             raise UnsupportedMedia(f"the medium was sent as {kind} but is a {format} {KIND_OF[format]}")
         return format
 
-    def _check_sampling(
-        self, format: Format, num_frames: int | None, fps: float | None
-    ) -> tuple[int | None, float | None]:
-        """Return (num_frames, fps), one of them set and within its limits; neither for all frames of a list."""
+    def _check_sampling(self, num_frames: int | None, fps: float | None) -> tuple[int | None, float | None]:
+        """Return (num_frames, fps), at most one of them set, and within its limits."""
         if num_frames is not None and fps is not None:
             raise BadRequest("send num_frames or fps, not both", param="fps")
         if fps is not None:
             if not (math.isfinite(fps) and fps > 0):
                 raise BadRequest("fps must be a positive number", param="fps")
             return None, float(fps)
-        if num_frames is None and format == "FRAME LIST":
-            return None, None
         if num_frames is None:
-            return min(self.geometry.default_num_frames, self.limits.max_frames), None
+            return None, None
         if not 1 <= num_frames <= self.limits.max_frames:
             raise BadRequest(f"num_frames must be from 1 to {self.limits.max_frames}", param="num_frames")
         return num_frames, None
@@ -181,8 +182,12 @@ class MediaDecoder:
         child = await self._children.borrow()
         keep = False
         try:
-            async with asyncio.timeout(self.limits.decode_seconds):
-                reply, payload = await child.run(job, data, max_reply=self._max_reply(job))
+            async with asyncio.timeout(self.limits.decode_seconds) as limit:
+                question = Question(self._sample_frames, job, limit, self.limits)
+                reply, payload = await child.run(job, data, max_reply=self._max_reply(job), choose=question.answer)
+            if question.error is not None:
+                keep = isinstance(reply, wire.Failed)
+                raise question.error
             medium = self._medium(job.kind, reply, payload)
             keep = True
             return medium
@@ -195,10 +200,16 @@ class MediaDecoder:
             # No await here: this also runs when the client left, and must not be cancelled half-way.
             self._children.release(child, keep=keep and child.num_jobs < self.limits.decodes_per_child)
 
+    def _max_pixels(self, kind: Kind, num_frames: int) -> int:
+        """Return how many pixels a correct child may send, all frames together."""
+        if (largest := self.geometry.largest(kind, num_frames)) is not None:
+            return num_frames * largest
+        return self.limits.max_pixels if kind == "image" else max(num_frames, self.limits.max_clip_pixels)
+
     def _max_reply(self, job: wire.Job) -> int:
         """Return the largest number of bytes that a correct child may send."""
-        num_frames = 1 if job.kind == "image" else job.num_frames or self.limits.max_frames
-        return 3 * num_frames * (self.geometry.largest(job.kind, num_frames) or self.limits.max_pixels)
+        num_frames = self.limits.max_frames if job.choose or job.num_frames is None else job.num_frames
+        return 3 * self._max_pixels(job.kind, 1 if job.kind == "image" else num_frames)
 
     def _medium(self, kind: Kind, reply: wire.Reply, payload: np.ndarray) -> Medium:
         """Check a child's reply and turn it into a Medium. Raises Refusal, and ChildGone for an inconsistent reply."""
@@ -208,9 +219,18 @@ class MediaDecoder:
             raise ChildGone(by_itself=True)
         num_frames, height, width, channels = reply.shape
         shape_ok = min(reply.shape) > 0 and channels == 3 and math.prod(reply.shape) == payload.size
-        seconds = reply.seconds_per_frame
-        time_ok = seconds is None or (kind == "video" and 0.0 < seconds <= self.limits.max_video_seconds)
-        count_ok = kind == "video" or num_frames == 1
-        if not (shape_ok and time_ok and count_ok and self.geometry.fits(kind, num_frames, height, width)):
+        size_ok = payload.size <= 3 * self._max_pixels(kind, num_frames)
+        count_ok = num_frames <= self.limits.max_frames if kind == "video" else num_frames == 1
+        seconds, times, source = reply.seconds_per_frame, reply.frame_times, reply.source
+        times_ok = max(seconds or 0.0, *(times or (0.0,))) <= self.limits.max_video_seconds
+        if kind == "image":
+            times_ok = seconds is None and times is None and source is None
+        elif source is not None:
+            times_ok = times_ok and plausible(source, self.limits)
+        if not (shape_ok and size_ok and count_ok and times_ok and self.geometry.fits(kind, num_frames, height, width)):
             raise ChildGone(by_itself=True)
-        return Medium(kind, payload.reshape(reply.shape), seconds)
+        pixels = payload.reshape(reply.shape)
+        try:
+            return Medium(kind, pixels, seconds, times, source)
+        except RequestError:  # times that cannot be
+            raise ChildGone(by_itself=True) from None

@@ -24,6 +24,7 @@ class MediaLimits:
     max_profile_bytes: int = 4 * 1024 * 1024  # of an ICC profile; larger ones are ignored
 
     max_frames: int = 64  # sampled from one video
+    max_clip_pixels: int = 64_000_000  # of all sampled frames together, where the target takes frames of any size
     max_source_frames: int = 36_000  # of a video file
     max_video_seconds: float = 600.0
     max_elements: int = 200_000  # boxes or elements of a video's container, as far as they are read

@@ -63,6 +63,7 @@ _MESSAGES: dict[str, tuple[type[ServiceError], str]] = {
         TooLarge,
         "the video lasts {seconds} seconds; at most {max_video_seconds} are allowed",
     ),
+    "not_sampled": (BadRequest, "the model could not say which frames of the video it takes"),
     "not_an_image": (BadRequest, "the picture format is not supported; send JPEG"),
     "no_frame_times": (
         BadRequest,

@@ -1,11 +1,12 @@
 """Resize and crop a decoded picture to the target's geometry, with the same pixels as transformers' PIL processors.
 
-Same steps and rounding as theirs. Knows nothing of files.
+Same steps and rounding as theirs. Where the target takes pictures of any size, they keep their own; only the frames of
+a video are scaled down where all of them together have too many pixels. Knows nothing of files.
 """
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, sqrt
 
 import numpy as np
 from PIL import Image
@@ -60,6 +61,57 @@ def resize_to_geometry(image: Image.Image, geometry: Geometry, kind: Kind = "ima
         image = image.resize(size, resample=Image.Resampling(geometry.resample))
     pixels = np.asarray(image)
     return pixels if geometry.crop is None else _centre_crop(pixels, *geometry.crop)
+
+
+class FrameSize:
+    """Resizes the frames of one video to one size: what the geometry makes of the first frame that is converted."""
+
+    def __init__(self, limits: MediaLimits, geometry: Geometry) -> None:
+        self._limits, self._geometry = limits, geometry
+        self._first: tuple[int, int] | None = None  # (width, height) of the first frame
+
+    def check(self, width: int, height: int) -> None:
+        """Raise Refusal for a frame whose size is not allowed; to be called before its pixels are decoded."""
+        limits = self._limits
+        check_size(
+            width, height, max_pixels=limits.max_video_pixels, limits=limits, geometry=self._geometry, kind="video"
+        )
+
+    def resize(self, frame: Image.Image, num_frames: int) -> np.ndarray:
+        """Resize an RGB frame, one of `num_frames`; return (height, width, 3) uint8.
+
+        Where only the file bounds the size, all frames together have at most `max_clip_pixels`.
+        """
+        self._first = self._first or frame.size
+        if frame.size != self._first:
+            frame = frame.resize(self._first, Image.Resampling.BICUBIC)
+        if self._geometry.depends_on_file:
+            size = resized(*frame.size, self._geometry, "video", num_frames)
+            if (fitted := within(*size, self._limits.max_clip_pixels // num_frames)) != size:
+                return np.asarray(frame.resize(fitted, Image.Resampling(self._geometry.resample)))
+        return resize_to_geometry(frame, self._geometry, "video", num_frames)
+
+    def conform(self, frames: list[np.ndarray]) -> list[np.ndarray]:
+        """Return all frames at one size. They differ where the clip turned out, while it was decoded, to have more or
+        fewer wanted frames than its packets announced."""
+        size = min((frame.shape[:2] for frame in frames), key=lambda shape: shape[0] * shape[1])
+        return [
+            frame
+            if frame.shape[:2] == size
+            else np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling(self._geometry.resample)))
+            for frame in frames
+        ]
+
+
+def within(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Return (width, height) scaled down to at most `max_pixels`, as little as needed; the aspect ratio stays about the
+    same."""
+    if width * height <= max_pixels:
+        return width, height
+    scale = sqrt(max_pixels / (width * height))
+    new_width, new_height = max(1, int(width * scale)), max(1, int(height * scale))
+    # A side of one pixel may have been rounded up.
+    return min(new_width, max(1, max_pixels // new_height)), min(new_height, max(1, max_pixels // new_width))
 
 
 def _centre_crop(pixels: np.ndarray, crop_height: int, crop_width: int) -> np.ndarray:

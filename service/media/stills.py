@@ -11,21 +11,20 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from model.request import Geometry
+from model.request import Geometry, VideoMetadata
 from service.media import frame_list
 from service.media.image import decode_image
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal, errors_as_refusals
-from service.media.resize import check_size, resize_to_geometry
+from service.media.resize import FrameSize
+from service.media.sampling import at_rate, spread
 from service.media.sniff import KIND_OF, sniff
-from service.media.video import at_rate, spread
+from service.media.video import Frames
 from service.media.wire import Job
 
 
-def decode_frame_list(
-    data: bytes, job: Job, *, limits: MediaLimits, geometry: Geometry
-) -> tuple[np.ndarray, float | None]:
-    """Decode to (frames, height, width, 3) uint8 RGB, and the mean seconds between frames where the rate is known.
+def decode_frame_list(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geometry) -> Frames:
+    """Decode to the sampled frames, all of one size, with their times where the rate is known.
 
     Raises Refusal; where one frame is at fault, with its number from 1.
     """
@@ -35,31 +34,30 @@ def decode_frame_list(
     if rate is not None and len(files) / rate > limits.max_video_seconds:
         raise Refusal("too_long", seconds=int(len(files) / rate), max_video_seconds=int(limits.max_video_seconds))
 
-    indices = _sample(len(files), rate, job, limits)
-    unresized = replace(geometry, exact=None, shortest_edge=None, crop=None, image=None, video=None)
+    indices = _sample(len(files), rate, job, limits).tolist()
     frame_limits = replace(limits, max_pixels=limits.max_video_pixels)
+    sizes, size = FrameSize(limits, geometry), (0, 0)
     frames: list[np.ndarray] = []
-    size: tuple[int, int] | None = None
     last_index = -1
     for index in indices:
         if index != last_index:
             try:
-                picture = _decode_frame(bytes(files[index]), frame_limits, unresized)
-                if size is None:
+                picture = _decode_frame(bytes(files[index]), frame_limits)
+                if not frames:
                     size = picture.size
-                    check_size(
-                        *size, max_pixels=frame_limits.max_pixels, limits=limits, geometry=geometry, kind="video"
-                    )
+                    sizes.check(*size)
             except Refusal as refusal:
-                refusal.numbers["frame"] = int(index) + 1
+                refusal.numbers["frame"] = index + 1
                 raise
-            if picture.size != size:
-                picture = picture.resize(size, Image.Resampling.BICUBIC)
-            frame = resize_to_geometry(picture, geometry, "video", len(indices))
+            frame = sizes.resize(picture, len(indices))
         frames.append(frame)
         last_index = index
-    span = 0.0 if rate is None else float(indices[-1] - indices[0]) / rate
-    return np.stack(frames), span / (len(frames) - 1) if span > 0 else None
+    source = VideoMetadata(len(files), rate, rate and len(files) / rate, *size)
+    if rate is None:
+        return Frames(frames, None, None, source)
+    span = (indices[-1] - indices[0]) / rate
+    times = tuple(index / rate for index in indices)
+    return Frames(frames, span / (len(frames) - 1) if span > 0 else None, times, source)
 
 
 def _sample(num_frames: int, rate: float | None, job: Job, limits: MediaLimits) -> np.ndarray:
@@ -71,10 +69,10 @@ def _sample(num_frames: int, rate: float | None, job: Job, limits: MediaLimits) 
     return spread(num_frames, job.num_frames or min(num_frames, limits.max_frames))
 
 
-def _decode_frame(file: bytes, limits: MediaLimits, geometry: Geometry) -> Image.Image:
+def _decode_frame(file: bytes, limits: MediaLimits) -> Image.Image:
     """Decode one picture at its own size."""
     format = sniff(file)
     if format is None or KIND_OF[format] != "image":
         raise Refusal("not_an_image")
     with errors_as_refusals("image"):
-        return Image.fromarray(decode_image(file, format, limits=limits, geometry=geometry)[0])
+        return Image.fromarray(decode_image(file, format, limits=limits, geometry=Geometry())[0])

@@ -10,6 +10,8 @@ Pixels lie in memory that both share (arena.py), or in the message where that me
      |<--------------- Outputs   |   any number of times; the one with a finish_reason is the last
      |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
      |<--------------- Stats     |   ten times a second while the engine works, and when it becomes idle
+     |-- Sample ---------------->|   which frames of a video does the target want?
+     |<-- Sampled | NotSampled
      |-- ReadDraft ------------->|   load another draft without using it
      |<-- DraftReady | DraftRefused
      |-- UseDraft | DropDraft -->|   use it from the next step on; or forget it
@@ -37,6 +39,7 @@ from model.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    VideoMetadata,
 )
 from service.pool.arena import Arena, ArenaReader
 
@@ -71,6 +74,15 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
+
+
+class Sample(msgspec.Struct, frozen=True, tag="sample"):
+    """Asks for the frames of a video; the client may have sent num_frames or fps."""
+
+    number: int  # identifies this question
+    source: VideoMetadata
+    num_frames: int | None
+    fps: float | None
 
 
 class ReadDraft(msgspec.Struct, frozen=True, tag="read_draft"):
@@ -116,6 +128,16 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     stats: EngineStats
 
 
+class Sampled(msgspec.Struct, frozen=True, tag="sampled"):
+    number: int
+    indices: tuple[int, ...] | None  # None: the target has no opinion
+
+
+class NotSampled(msgspec.Struct, frozen=True, tag="not_sampled"):
+    number: int
+    reason: str | None  # for the client; None: the engine failed
+
+
 class DraftReady(msgspec.Struct, frozen=True, tag="draft_ready"):
     number: int
 
@@ -130,9 +152,10 @@ class DraftUsed(msgspec.Struct, frozen=True, tag="draft_used"):
     info: EngineInfo
 
 
+SampleReply = Sampled | NotSampled
 DraftReply = DraftReady | DraftRefused | DraftUsed
-ToWorker = Load | Submit | Abort | ReadDraft | UseDraft | DropDraft | Stop
-FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | DraftReply
+ToWorker = Load | Submit | Abort | Sample | ReadDraft | UseDraft | DropDraft | Stop
+FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | SampleReply | DraftReply
 
 from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from model.request import EngineInfo, EngineStats
+from model.request import EngineInfo, EngineStats, VideoMetadata
 from service.errors import EngineFailure, NoCapacity
 from service.pool import messages as m
 from service.pool.drafts import Drafts
+from service.pool.frame_sampling import FrameSampling
 from service.pool.generation import Event, Generation
 from service.pool.supervisor import STOP_GRACE, Death, Worker, WorkerConfig
 
@@ -50,6 +51,7 @@ class Pool:
         self.drafts = drafts or Drafts()
         self.worker_changed = asyncio.Event()  # set when a worker became ready or died
         self._max_attempts = 1 + max_request_retries
+        self._frame_sampling = FrameSampling(max_attempts=self._max_attempts)
         self._deaths_of_a_suspect = min(DEATHS_OF_A_SUSPECT, max(1, max_request_retries))
         self._observer = observer
         self._generations: dict[Worker, dict[str, Generation]] = {worker: {} for worker in self.workers}
@@ -113,6 +115,12 @@ class Pool:
         self._dispatch(generation)
         return generation
 
+    async def sample_frames(
+        self, source: VideoMetadata, num_frames: int | None, fps: float | None
+    ) -> Sequence[int] | None:
+        """Return the indices of the frames that the target wants of a video, or None. See `FrameSampling.sample`."""
+        return await self._frame_sampling.sample(source, num_frames, fps, self._worker_for_sampling)
+
     def abort(self, generation: Generation) -> None:
         """Stop decoding a request whose consumer has left; deliver nothing more."""
         generation.finished = True
@@ -125,6 +133,7 @@ class Pool:
 
     def fail_all(self, error: NoCapacity) -> None:
         """End every request with an error and abort it in its engine."""
+        self._frame_sampling.fail_all(error)
         self._fail_parked(error)
         for worker, generations in self._generations.items():
             for generation in list(generations.values()):
@@ -159,6 +168,9 @@ class Pool:
                         self._forget(worker, generation, engine_done=output.finish_reason is not None)
         elif isinstance(message, m.Stats):
             self._observer.engine_stats(worker.index, message.stats)
+        elif isinstance(message, m.SampleReply):
+            self._frame_sampling.on_reply(message)
+            self._dispatch_parked()  # a suspect may have waited for this worker
         elif isinstance(message, m.DraftReply):
             self.drafts.on_reply(worker, message)
         elif isinstance(message, m.Refused) and message.request_id in generations:
@@ -168,6 +180,7 @@ class Pool:
     def on_death(self, worker: Worker, death: Death) -> None:
         """Move a dead worker's requests to others; fail those without attempts left."""
         self.drafts.on_death(worker)
+        self._frame_sampling.on_death(worker)
         self._observer.worker_up(worker.index, False)
         orphans, self._generations[worker] = list(self._generations[worker].values()), {}
         for generation in orphans:
@@ -187,11 +200,12 @@ class Pool:
 
     def on_failed(self, worker: Worker) -> None:  # noqa: ARG002
         self.worker_changed.set()
+        self._frame_sampling.on_change()
         if self.unrecoverable:
             self._fail_parked(NoCapacity("no worker is left", code="no_worker"))
 
     def is_busy(self, worker: Worker) -> bool:
-        return bool(self._generations[worker])
+        return bool(self._generations[worker]) or self._frame_sampling.waits_for(worker)
 
     # Internal
 
@@ -211,15 +225,28 @@ class Pool:
 
     def _worker_for(self, generation: Generation) -> Worker | None:
         """Return the least loaded worker that may take a request; None where it has to wait."""
-        suspect, ready = self._is_suspect(generation), self.ready_workers
-        quarantined = [worker for worker in ready if any(map(self._is_suspect, self._generations[worker].values()))]
-        if suspect:
-            candidates = [worker for worker in ready if not self._generations[worker]]
+        ready, quarantined = self.ready_workers, self._quarantined
+        if self._is_suspect(generation):
+            candidates = [worker for worker in ready if not self.is_busy(worker)]
         elif any(map(self._is_suspect, self._parked)) and not quarantined and not self._any_restarting:
             candidates = []  # otherwise every worker would stay busy, and the parked suspect would wait for ever
         else:
             candidates = [worker for worker in ready if worker not in quarantined]
         return min(candidates, key=self.num_running_on, default=None)
+
+    def _worker_for_sampling(self) -> Worker | None:
+        """Return the least loaded worker; None while none is free of suspects. Raises NoCapacity where none is left."""
+        if self.unrecoverable:
+            raise NoCapacity("no worker is left", code="no_worker")
+        candidates = [worker for worker in self.ready_workers if worker not in self._quarantined]
+        return min(candidates, key=self.num_running_on, default=None)
+
+    @property
+    def _quarantined(self) -> list[Worker]:
+        """The workers that decode a suspect."""
+        return [
+            worker for worker in self.ready_workers if any(map(self._is_suspect, self._generations[worker].values()))
+        ]
 
     def _is_suspect(self, generation: Generation) -> bool:
         return len(generation.deaths) >= self._deaths_of_a_suspect
@@ -240,6 +267,7 @@ class Pool:
 
     def _dispatch_parked(self) -> None:
         """Dispatch everything parked, suspects first; what still finds no worker is parked again."""
+        self._frame_sampling.on_change()
         parked, self._parked = self._parked, []
         suspects = [generation for generation in parked if self._is_suspect(generation)]
         suspects.sort(key=lambda generation: len(generation.text))

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model.errors import ConfigError
-from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams
+from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams, VideoMetadata
 from service import cores
 from service.pool import messages as m
 from service.pool.arena import ArenaReader
@@ -51,7 +51,7 @@ class PreparedRequest:
 
 
 Rejection = m.Refused | m.Outputs  # ends a request that could not be prepared
-Event = m.ToWorker | PreparedRequest | Rejection | DraftRead
+Event = m.ToWorker | PreparedRequest | Rejection | m.SampleReply | DraftRead
 
 
 class EngineProtocol(SwappableEngine, Protocol):
@@ -60,6 +60,7 @@ class EngineProtocol(SwappableEngine, Protocol):
     @property
     def has_work(self) -> bool: ...
     def prepare(self, request: Request) -> Any: ...
+    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None: ...
     def add(self, request: Any) -> None: ...
     def abort(self, request_id: str) -> RequestOutput | None: ...
     def step(self) -> list[RequestOutput]: ...
@@ -76,7 +77,8 @@ def load_engine(options: dict[str, Any]) -> EngineProtocol:
 
 
 class Link:
-    """The worker's end of the socket. A thread receives messages and prepares requests while the engine computes."""
+    """The worker's end of the socket. A thread receives messages, prepares requests and samples frames while the
+    engine computes."""
 
     def __init__(self, sock: socket.socket, arena: ArenaReader | None = None) -> None:
         """arena: holds the pixels that messages refer to."""
@@ -128,7 +130,12 @@ class Link:
             while (payload := m.receive_frame(self._sock)) is not None:
                 message = self._decoder.decode(payload)
                 self._stopping |= isinstance(message, m.Stop)
-                self._inbox.put(self._prepare(message) if isinstance(message, m.Submit) else message)
+                if isinstance(message, m.Submit):
+                    self._inbox.put(self._prepare(message))
+                elif isinstance(message, m.Sample):
+                    self._inbox.put(self._sample(message))
+                else:
+                    self._inbox.put(message)
         except OSError:
             pass
         except Exception:  # a worker that receives nothing more is worse than a dead one
@@ -149,6 +156,19 @@ class Link:
             log.exception("request %s could not be prepared", submit.request_id)
             return m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),))
 
+    def _sample(self, question: m.Sample) -> m.SampleReply:
+        """Ask the target which frames of a video it wants."""
+        try:
+            if self.engine is None:
+                raise RuntimeError("the engine is not loaded yet")
+            indices = self.engine.sample_frames(question.source, question.num_frames, question.fps)
+            return m.Sampled(question.number, None if indices is None else tuple(map(int, indices)))
+        except RequestError as error:
+            return m.NotSampled(question.number, error.message)
+        except Exception:  # a processor reads a client's numbers here: an exception fails this request only
+            log.exception("the frames of %s could not be chosen", question.source)
+            return m.NotSampled(question.number, None)
+
 
 def serve(engine: EngineProtocol, link: Link) -> None:
     """Handle messages and step the engine until the API sends Stop."""
@@ -161,7 +181,7 @@ def serve(engine: EngineProtocol, link: Link) -> None:
             if isinstance(message, PreparedRequest):
                 engine.add(message.sequence)
                 live.add(message.request_id)
-            elif isinstance(message, m.Refused | m.Outputs):
+            elif isinstance(message, m.Refused | m.Outputs | m.Sampled | m.NotSampled):
                 link.send(message)
             elif isinstance(message, m.Abort) and message.request_id in live:
                 last = engine.abort(message.request_id) or RequestOutput(message.request_id, "", (), "abort")

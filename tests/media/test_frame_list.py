@@ -46,7 +46,9 @@ def decode(
     limits: MediaLimits = LIMITS,
     geometry: Geometry = AS_IS,
 ) -> tuple[np.ndarray, float | None]:
-    return decode_frame_list(data, Job("video", "FRAME LIST", num_frames, fps), limits=limits, geometry=geometry)
+    job = Job("video", "FRAME LIST", num_frames, fps)
+    video = decode_frame_list(data, job, limits=limits, geometry=geometry)
+    return np.stack(video.pixels), video.seconds_per_frame
 
 
 def shown(frames: np.ndarray) -> list[int]:

@@ -17,13 +17,14 @@ from PIL import Image
 from model.request import Geometry
 from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media import MediaDecoder
-from service.media.clip import Clip, PacketInfo, Timeline
+from service.media.clip import Clip, PacketInfo
 from service.media.container import Truncated, check_complete
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal
 from service.media.resize import resize_to_geometry
+from service.media.sampling import Timeline, at_rate, spread
 from service.media.sniff import Format
-from service.media.video import at_rate, decode_video, spread
+from service.media.video import decode_video
 from service.media.wire import Job
 from tests.media.samples import (
     SQUARE,

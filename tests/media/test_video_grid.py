@@ -261,7 +261,7 @@ def check(data: bytes, odd: str = "plain", samplings: list[tuple[int | None, flo
         wanted = expected(frames, num_frames, fps)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(clip, "SEEK_SAVING", saving)  # 0: by keyframes wherever the packets allow it
-            pixels, _ = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT)
+            pixels = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT).pixels
         where = (num_frames, fps, saving)
         assert [number_of(as_encoded(frame, odd)) for frame in pixels] == [numbers[index] for index in wanted], where
         assert all((frame == frames[index][2]).all() for frame, index in zip(pixels, wanted, strict=True)), where
@@ -311,7 +311,7 @@ async def test_a_confined_child_reads_them_too(child, encoding, container, odd):
     assert format is not None
     for num_frames, fps in ((6, None), (None, 2.0)):
         medium = await child.decode(data, kind="video", num_frames=num_frames, fps=fps)
-        pixels, _ = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT)
+        pixels = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT).pixels
         assert np.array_equal(medium.frames, pixels)
 
 
@@ -369,7 +369,7 @@ def test_few_frames_are_looked_up_without_decoding_the_rest(encoding, cut, monke
     data = cut_at_a_keyframe(encoding) if cut else encoded(encoding)
     frames = shown(data)
     monkeypatch.setattr(clip.Clip, "_take_in_order", in_order)
-    pixels, _ = decode_video(data, Job("video", "WEBM", 3), limits=LIMITS, geometry=AS_SENT)
+    pixels = decode_video(data, Job("video", "WEBM", 3), limits=LIMITS, geometry=AS_SENT).pixels
     wanted = expected(frames, 3, None)
     assert [number_of(frame) for frame in pixels] == [number_of(frames[index][2]) for index in wanted]
 

@@ -4,7 +4,9 @@ Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th tok
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
 taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
 text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting or
-the model, or once: of the first process alone), FAKE_BROKEN (every step raises), FAKE_CRASH_DIR.
+the model, or once: of the first process alone), FAKE_BROKEN (every step raises), FAKE_CRASH_DIR, FAKE_ANY_SIZE
+(pictures keep their size, media are written to FAKE_CRASH_DIR as they arrive, and it samples frames: every second one,
+or as many as num_frames says from the first on; an fps of the table below makes it misbehave).
 
 A draft's config.json may say {"refused": "why"}, {"refused_by_one": true} or {"load": seconds}. Files loaded-PID and
 used-PID beside the crash markers tell which draft a process has.
@@ -22,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model.errors import ConfigError
 from model.request import (
     EngineInfo,
@@ -34,9 +38,16 @@ from model.request import (
     RequestOutput,
     RequestStats,
     Token,
+    VideoMetadata,
 )
 
 MAX_PROMPT_TOKENS = 2000
+SAMPLING_DIES, SAMPLING_DIES_ONCE, SAMPLING_HANGS, SAMPLING_REFUSES, SAMPLING_FAILS = 901.0, 902.0, 903.0, 904.0, 905.0
+SAMPLING_HAS_NO_OPINION, SAMPLING_IS_WRONG, SAMPLING_IS_EMPTY, SAMPLING_IS_SLOW = 906.0, 907.0, 908.0, 909.0
+SLOW_SECONDS = 1.5
+ANY_SIZE = Geometry(
+    default_num_frames=3, samples_frames=True, options=("max_pixels", "min_pixels", "size", "do_image_splitting")
+)
 BLOCK = 4  # tokens of a step with speculation: three from the draft, one from the target
 
 
@@ -108,7 +119,9 @@ class FakeEngine:
             max_model_len=4096,
             max_num_seqs=int(options["max_num_seqs"]),
             tokens_per_image=16,
-            geometry=Geometry(exact=None, shortest_edge=64, crop=(64, 64), resample=3, default_num_frames=4),
+            geometry=ANY_SIZE
+            if os.environ.get("FAKE_ANY_SIZE")
+            else Geometry(exact=None, shortest_edge=64, crop=(64, 64), resample=3, default_num_frames=4),
             max_frames=200,
         )
         self.sequences: dict[str, Sequence] = {}
@@ -143,7 +156,30 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.sequences)
 
+    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
+        with (self.crash_dir / "sampled").open("a") as file:
+            file.write(f"{os.getpid()} {source} {num_frames} {fps}\n")
+        if fps == SAMPLING_DIES or (fps == SAMPLING_DIES_ONCE and _first("sampling")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fps in (SAMPLING_HANGS, SAMPLING_IS_SLOW):
+            time.sleep(SLOW_SECONDS if fps == SAMPLING_IS_SLOW else 3600)
+        if fps == SAMPLING_REFUSES:
+            raise RequestError("the model's processor takes no such rate")
+        if fps == SAMPLING_FAILS:
+            raise KeyError("secret details of a processor")
+        if fps == SAMPLING_HAS_NO_OPINION:
+            return None
+        if fps in (SAMPLING_IS_WRONG, SAMPLING_IS_EMPTY):
+            return [0, source.total_frames] if fps == SAMPLING_IS_WRONG else []
+        return list(range(0, source.total_frames, 2) if num_frames is None else range(num_frames))
+
     def prepare(self, request: Request) -> Sequence:
+        if os.environ.get("FAKE_ANY_SIZE"):
+            media = [part for m in request.messages for part in m.content if isinstance(part, Medium)]
+            for index, medium in enumerate(media):
+                np.save(self.crash_dir / f"medium-{index}.npy", medium.frames)
+                note = [medium.kind, medium.seconds_per_frame, medium.frame_times, medium.source, medium.options]
+                (self.crash_dir / f"medium-{index}.txt").write_text(repr(note))
         text = " ".join(part for m in request.messages for part in m.content if isinstance(part, str))
         if len(text.split()) > MAX_PROMPT_TOKENS:
             raise RequestError("the prompt is too long for the model", param="messages", code="context_length_exceeded")
