@@ -12,7 +12,8 @@ TORCH_INDEX   ?= https://download.pytorch.org/whl/cpu
 ifeq ($(filter $(TORCH),cpu cuda),)
 $(error TORCH is cpu or cuda, not '$(TORCH)')
 endif
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+# torchvision's transforms are all that is used of it, and they run over any build of torch (model/vision_ops.py).
+TORCH_PINS    := $(shell grep -E '^(torch|torchvision)==' constraints.txt)
 
 # Which builds of the native library are compiled (model/backends/native/builds.py): auto (the best that this machine runs), all,
 # none, or names separated by commas. What was chosen last stays.
@@ -99,26 +100,33 @@ $(BUILT): $(STAMP) setup.py $(wildcard model/backends/native/*.cpp model/backend
 	@rm -f $(VENV)/.builds-*
 	@touch $@
 
-# torch goes in first and without its dependencies: so nothing but torch is ever asked of the extra index, and the
-# step after finds it there. The index is asked once, briefly; a torch of the right version is left as it is. Where pip
-# knows another place that has it (find-links), the index need not answer: so pip first asks once and without a word.
-TORCH_FOUND = $$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)
+# torch and torchvision go in first and without their dependencies: so nothing but these two is ever asked of the extra
+# index, and the step after finds them there. The index is asked once each, briefly; what is there at the right version is
+# left as it is. Where pip knows another place (find-links), the index need not answer: so pip first asks once and without
+# a word.
+FOUND = $(BIN)/python -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' 2>/dev/null
 
 define INSTALL_TORCH_cpu
-case "$(TORCH_FOUND)" in $(TORCH_VERSION)|$(TORCH_VERSION)+*) exit 0;; esac; \
-if $(BIN)/python -m pip index versions torch --index-url $(TORCH_INDEX) --timeout 5 --retries 0 2>/dev/null | grep -qF '$(TORCH_VERSION)'; then \
-  echo "torch $(TORCH_VERSION): the CPU build"; \
-  $(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) --retries 0 2>/dev/null || \
-  $(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION); \
-else \
-  echo "torch $(TORCH_VERSION): $(TORCH_INDEX) does not answer; taking the registry's own build (public PyPI's for Linux: gigabytes)"; \
-  $(INSTALL) --no-deps torch==$(TORCH_VERSION); \
-fi
+set -e; for pin in $(TORCH_PINS); do \
+  name=$${pin%%==*}; version=$${pin##*==}; \
+  case "$$($(FOUND) $$name)" in $$version|$$version+*) continue;; esac; \
+  if $(BIN)/python -m pip index versions $$name --index-url $(TORCH_INDEX) --timeout 5 --retries 0 2>/dev/null | grep -qF "$$version"; then \
+    echo "$$name $$version: the CPU build"; \
+    $(INSTALL) --no-deps --index-url $(TORCH_INDEX) --retries 0 $$pin 2>/dev/null || \
+    $(INSTALL) --no-deps --index-url $(TORCH_INDEX) $$pin; \
+  else \
+    echo "$$name $$version: not found on $(TORCH_INDEX); taking the registry's own build (torch from public PyPI for Linux: gigabytes)"; \
+    $(INSTALL) --no-deps $$pin; \
+  fi; \
+done
 endef
 
 define INSTALL_TORCH_cuda
-case "$(TORCH_FOUND)" in *+cpu) $(PIP) uninstall --yes torch;; esac; \
-$(INSTALL) --no-deps torch==$(TORCH_VERSION)
+set -e; for pin in $(TORCH_PINS); do \
+  name=$${pin%%==*}; \
+  case "$$($(FOUND) $$name)" in *+cpu) $(PIP) uninstall --yes $$name;; esac; \
+  $(INSTALL) --no-deps $$pin; \
+done
 endef
 
 # From pip's report to pins. Local parts (+cpu) and what only a CUDA build needs are left out: they depend on the machine.

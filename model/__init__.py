@@ -3,4 +3,8 @@
 A folder may import those before it: decoding, backends, targets, drafters, engine, train, demo, bench.
 """
 
+from model import vision_ops
+
 __version__ = "0.1.0"
+
+vision_ops.install()

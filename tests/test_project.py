@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # build and measure may import where they use it.
 MODEL_MAY_IMPORT = {"model", "torch", "transformers", "tokenizers", "safetensors", "PIL", "numpy", "jinja2", "tqdm"}
 MODEL_MAY_IMPORT_LAZILY = {"av", "matplotlib", "psutil", "accelerate"}
-TENSOR_LIBRARIES = {"torch", "transformers", "tokenizers", "safetensors", "accelerate"}
+TENSOR_LIBRARIES = {"torch", "torchvision", "transformers", "tokenizers", "safetensors", "accelerate"}
 
 MAX_WEIGHTS_BYTES = 45_000_000
 
@@ -112,13 +112,21 @@ def test_each_verb_of_the_contract_sets_up_and_then_does_its_work(verb: str, rec
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
-def test_an_extra_index_is_asked_for_nothing_but_torch() -> None:
-    """An index beside the registry could replace any dependency by a higher version of its own."""
-    recipe = run("make", "--dry-run", "setup", "VENV=/nonexistent/fresh")
+@pytest.mark.parametrize("build", ["cpu", "cuda"])
+def test_an_extra_index_is_asked_for_nothing_but_torch_and_torchvision(build: str) -> None:
+    """An index beside the registry could replace any dependency by a higher version of its own; and a torchvision with
+    its dependencies could replace the CPU build of torch."""
+    recipe = run("make", "--dry-run", "setup", "VENV=/nonexistent/fresh", f"TORCH={build}")
     assert "--extra-index-url" not in recipe
-    installs = re.findall(r"install [^;]*--index-url[^;]*", recipe)
-    assert installs
-    assert all("--no-deps" in install and install.split()[-1].startswith("torch==") for install in installs)
+    installs = re.findall(r"install [^;|]*\$pin", recipe)
+    assert len(installs) == (3 if build == "cpu" else 1)
+    assert all("--no-deps" in install for install in installs)
+    assert len(re.findall("--index-url", "".join(installs))) == (2 if build == "cpu" else 0)
+    (pins,) = re.findall(r"for pin in ([^;]*);", recipe)
+    versions = dict(pin.split("==") for pin in pins.split())
+    assert set(versions) == {"torch", "torchvision"}
+    dependencies = PROJECT["dependencies"]
+    assert all(f"{name}=={version}" in dependencies for name, version in versions.items())
 
 
 @pytest.mark.parametrize("fails", ["", "check", "test", "check test"])

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("model", "service", "loadtest")
 # What lives in `model`, in the order in which it may import each other: a name only those before it.
 MODEL_ORDER = (
-    "errors", "request", "transfer", "decoding", "backends", "config",
+    "vision_ops", "errors", "request", "transfer", "decoding", "backends", "config",
     "targets", "drafters", "engine", "train", "demo", "bench",
 )  # fmt: skip
 MOST_LINES = 500

@@ -20,10 +20,10 @@ Conversation = tuple[Message, ...]
 
 
 class ByProcessor:
-    """Uses transformers' own processor. A video is a marker followed by its frames."""
+    """Uses transformers' own processor, as `LlavaTarget` does. A video is a marker followed by its frames."""
 
     def __init__(self, model: str) -> None:
-        self.processor = AutoProcessor.from_pretrained(model)
+        self.processor = AutoProcessor.from_pretrained(model, backend="pil")
         self.tokenizer: PreTrainedTokenizerBase = pad_left(self.processor.tokenizer)
 
     def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ class ByProcessor:
 
 
 class Qwen25VL:
-    """Qwen2.5-VL, whose processor needs torchvision for videos: their patches are made here, at the size they have.
+    """Qwen2.5-VL, whose video processor resizes frames itself: their patches are made here, at the size they have.
     Images are resized and made into patches by transformers."""
 
     SECONDS_PER_FRAME = 0.5  # of a video that does not say

@@ -40,7 +40,7 @@ def _answers(folder: Path, clips: list[np.ndarray], question: str, *, video: boo
         def inputs(group: list[np.ndarray]) -> Mapping[str, torch.Tensor]:
             return qwen.inputs(tokenizer, group, question, video=video)
     else:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
         processor.tokenizer.padding_side = "left"
 
         def inputs(group: list[np.ndarray]) -> Mapping[str, torch.Tensor]:

@@ -41,7 +41,7 @@ class LlavaTarget(LanguageModel):
 
         aux_layers: see `model.targets.registry.load_target`. Raises ConfigError if the checkpoint cannot be served.
         """
-        self.processor = processor or AutoProcessor.from_pretrained(config.model)
+        self.processor = processor or AutoProcessor.from_pretrained(config.model, backend="pil")
         self.geometry = self._geometry(config.model)
         model = model or LlavaForConditionalGeneration.from_pretrained(
             config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)

@@ -1,7 +1,7 @@
 """Implements Qwen2.5-VL: a tower for pictures of any size, video frames in pairs, a Qwen2 language model, positions on
 three axes (time, height, width).
 
-transformers' video processor needs torchvision, so pixels are computed here, by its rules.
+Pixels are computed here, by the rules of transformers' processors: sizes are chosen while media are decoded.
 """
 
 from __future__ import annotations

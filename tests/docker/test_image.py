@@ -92,10 +92,21 @@ def test_torch_is_split_from_the_rest_and_nothing_is_lost(tmp_path):
     here = re.sub(r"(?<=[\s'])/(?=\w+\.(?:txt|toml))", f"{tmp_path}/", command)
     here = here.replace("python -c", f"{sys.executable} -c")
     subprocess.run(["sh", "-ec", here], check=True)
-    torch, libraries = ((tmp_path / name).read_text().splitlines() for name in ("torch.txt", "libraries.txt"))
-    assert [line.partition("==")[0] for line in torch] == ["torch"]
-    assert {*torch, *libraries} == set(PROJECT["project"]["dependencies"])
-    assert torch[0] in (ROOT / "constraints.txt").read_text().splitlines()
+    torch, torchvision, libraries = (
+        (tmp_path / f"{name}.txt").read_text().splitlines() for name in ("torch", "torchvision", "libraries")
+    )
+    assert [line.partition("==")[0] for line in (*torch, *torchvision)] == ["torch", "torchvision"]
+    assert {*torch, *torchvision, *libraries} == set(PROJECT["project"]["dependencies"])
+    assert {*torch, *torchvision} <= set((ROOT / "constraints.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_torchvision_brings_no_other_torch(target):
+    """The registry's torchvision must not replace the CPU build of torch by gigabytes of CUDA."""
+    (command,) = [rest for instruction, rest in stages()[f"torch-{target}"].steps if instruction == "RUN"]
+    installs = [line for line in re.findall(r"pip --python[^;&|]*", command) if "-r /torchvision.txt" in line]
+    assert len(installs) == 2
+    assert all("--no-deps" in line for line in installs)
 
 
 def test_every_installation_is_pinned():
