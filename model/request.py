@@ -101,7 +101,16 @@ class VideoMetadata:
     height: int
 
 
-OptionValue = bool | int | float | str | tuple[tuple[str, int], ...]  # the last one: a size such as {"height": 448}
+OptionValue = bool | int | float | tuple[tuple[str, int], ...]  # the last one: a size such as {"height": 448}
+# The options of processors that a request may set, as transformers names them. A target takes those that its own
+# processors know. What chooses frames (num_frames, fps) is no option here: it is done when they have arrived.
+MEDIA_OPTIONS = (
+    *("min_pixels", "max_pixels", "size"),
+    *("do_image_splitting", "crop_to_patches", "min_patches", "max_patches"),
+    *("do_pan_and_scan", "pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops"),
+    "pan_and_scan_min_ratio_to_activate",
+    *("max_soft_tokens", "min_image_tokens", "max_image_tokens", "max_num_patches"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,12 +309,19 @@ class Geometry:
     image: Area | None = None
     video: Area | None = None  # set together with `image`; applies to each frame of a video
     samples_frames: bool = False  # the target chooses the frames of a video (`sample_frames`), given its metadata
-    options: tuple[str, ...] = ()  # names of the options that a Medium may carry for the target's processor
+    image_options: tuple[str, ...] = ()  # of MEDIA_OPTIONS, what the target's image processor takes
+    video_options: tuple[str, ...] = ()  # the same of its video processor
+    size_is_area: bool = False  # the edges of the option `size` are numbers of pixels, as in Qwen's processors
+    max_ratio: int = 200  # of the longer side to the shorter, for pictures that keep their size
 
     @property
     def depends_on_file(self) -> bool:
         """Return whether only the file's own size bounds that of a picture."""
         return self.crop is None and self.exact is None and self.image is None
+
+    def options(self, kind: Literal["image", "video"]) -> tuple[str, ...]:
+        """Return the names of the options that a Medium of this kind may carry."""
+        return self.image_options if kind == "image" else self.video_options
 
     def area(self, kind: Literal["image", "video"]) -> Area | None:
         """Return the bounds for resizing by area; None if this geometry does not resize by area."""

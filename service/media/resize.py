@@ -22,7 +22,8 @@ def check_size(
 ) -> None:
     """Raise Refusal for a picture whose size is not allowed; to be called before its pixels are decoded.
 
-    The aspect ratio is limited as well: with a fixed shortest edge, an 8x16384 strip would grow two-hundredfold.
+    The aspect ratio is limited as well: with a fixed shortest edge, here or in the target's processor, an 8x16384 strip
+    would grow two-hundredfold.
     """
     if min(width, height) < limits.min_side:
         raise Refusal("too_small", width=width, height=height, min_side=limits.min_side)
@@ -35,7 +36,7 @@ def check_size(
     elif geometry.shortest_edge is not None:
         max_ratio = max(1, limits.max_pixels // geometry.shortest_edge**2)
     else:
-        return
+        max_ratio = geometry.max_ratio
     if max(width, height) > max_ratio * min(width, height):
         raise Refusal("too_narrow", width=width, height=height, max_ratio=max_ratio)
 

@@ -6,6 +6,7 @@ By default all frames are used, or `max_frames` of them spread evenly. `num_fram
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from service.media.sampling import at_rate, spread
 from service.media.sniff import KIND_OF, sniff
 from service.media.video import Frames
 from service.media.wire import Job
+
+UNRESIZED = Geometry(max_ratio=sys.maxsize)
 
 
 def decode_frame_list(data: bytes, job: Job, *, limits: MediaLimits, geometry: Geometry) -> Frames:
@@ -75,4 +78,4 @@ def _decode_frame(file: bytes, limits: MediaLimits) -> Image.Image:
     if format is None or KIND_OF[format] != "image":
         raise Refusal("not_an_image")
     with errors_as_refusals("image"):
-        return Image.fromarray(decode_image(file, format, limits=limits, geometry=Geometry())[0])
+        return Image.fromarray(decode_image(file, format, limits=limits, geometry=UNRESIZED)[0])

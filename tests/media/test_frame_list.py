@@ -22,7 +22,7 @@ from tests.media.samples import SQUARE, encoded, picture, video_bytes
 
 pytestmark = pytest.mark.anyio
 
-AS_IS = Geometry(exact=None, shortest_edge=None, crop=None, resample=3, default_num_frames=4)
+AS_IS = Geometry(default_num_frames=4, max_ratio=10_000)
 LIMITS = MediaLimits(max_frames=8, max_source_frames=60)
 
 

@@ -35,7 +35,7 @@ from tests.media.parts import (
 )
 from tests.media.samples import IMAGE_FORMATS, encoded, picture
 
-AS_IS = Geometry(exact=None, shortest_edge=None, crop=None, resample=3, default_num_frames=4)
+AS_IS = Geometry(default_num_frames=4, max_ratio=10_000)
 
 
 def decode(data: bytes, format) -> np.ndarray:

@@ -32,7 +32,7 @@ from tests.media.parts import (
 )
 from tests.media.samples import encoded, picture
 
-AS_IS = Geometry(exact=None, shortest_edge=None, crop=None, resample=3, default_num_frames=4)
+AS_IS = Geometry(default_num_frames=4, max_ratio=10_000)
 IMAGE = picture(24, 16)
 JPEG, PNG = encoded(IMAGE, "JPEG"), encoded(IMAGE, "PNG")
 WEBP = encoded(IMAGE, "WEBP", lossless=True)

@@ -46,7 +46,10 @@ SAMPLING_DIES, SAMPLING_DIES_ONCE, SAMPLING_HANGS, SAMPLING_REFUSES, SAMPLING_FA
 SAMPLING_HAS_NO_OPINION, SAMPLING_IS_WRONG, SAMPLING_IS_EMPTY, SAMPLING_IS_SLOW = 906.0, 907.0, 908.0, 909.0
 SLOW_SECONDS = 1.5
 ANY_SIZE = Geometry(
-    default_num_frames=3, samples_frames=True, options=("max_pixels", "min_pixels", "size", "do_image_splitting")
+    default_num_frames=3,
+    samples_frames=True,
+    image_options=("max_pixels", "min_pixels", "size", "do_image_splitting"),
+    video_options=("max_pixels", "min_pixels", "size"),
 )
 BLOCK = 4  # tokens of a step with speculation: three from the draft, one from the target
 

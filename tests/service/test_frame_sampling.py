@@ -72,7 +72,7 @@ def ok(response: httpx.Response) -> None:
     assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (37, 61), (640, 3), (1001, 777)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (37, 61), (600, 3), (1001, 777)], ids=str)
 def test_a_picture_keeps_its_size_and_pixels(server: Server, size: tuple[int, int]) -> None:
     image = picture(*size)
     ok(ask(server, part(encoded(image, "PNG"), "image"), part(image_bytes("BMP", (8, 5)), "image")))
@@ -126,6 +126,13 @@ def test_lists_of_frames_are_nobodys_choice(server: Server) -> None:
         assert np.array_equal(pixels[:3], np.stack([np.asarray(one) for one in pictures[:3]]))
         assert (got, source) == (times, VideoMetadata(4, fps, fps and 4 / fps, 31, 17))
     assert questions(server) == before
+
+
+@pytest.mark.parametrize("size", [(1, 201), (603, 3)], ids=str)
+def test_a_picture_that_is_too_narrow_for_any_processor_is_refused(server: Server, size: tuple[int, int]) -> None:
+    """A processor that fixes the shortest edge would make gigabytes of it, and the worker has no child's limits."""
+    error = ask(server, part(encoded(picture(*size), "PNG"), "image")).json()["error"]
+    assert (error["code"], error["param"]) == ("too_narrow", "messages[0].content[0]")
 
 
 def test_limits_are_settings_and_without_shared_memory_media_arrive_too(start_server: StartServer) -> None:
