@@ -3,7 +3,8 @@ Nemotron-H).
 
 Such a layer is found by what its forward does: it stores a state in transformers' cache. The functions that it computes
 the state with are replaced by those of model/backends/recurrences.py; all else is the family's own code. A state exists
-only where it was saved: while a prompt is read, at the lengths in `save_at`, and where `save` is called.
+only where it was saved: while a prompt is read, at the lengths in `save_at`, and where `save` is called. Saved states
+stay with a slot until its next sequence computes, as keys and values do.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class _Slot:
     length: int = 0  # positions that its states stand for
     save_at: tuple[int, ...] = ()
     saved: list[_Saved] = field(default_factory=list)  # the oldest first
+    left: list[_Saved] = field(default_factory=list)  # by the sequence before, until the present one computes
 
     def save(self, length: int, states: list[Tensor]) -> None:
         """Add a saved state; the oldest gives way."""
@@ -63,7 +65,7 @@ class States:
         """Take over layers that have been called once."""
         self._layers = layers
         self._device = layers[0].states.device
-        self.num_bytes_per_slot = (1 + SAVED) * sum(layer.states[0].nbytes for layer in layers)
+        self._bytes = sum(layer.states[0].nbytes for layer in layers)  # of one slot
         self._rows: Rows | None = None  # of the latest pass, until its rows are kept
         self._starts: list[int] = []
         self.allocate(0)
@@ -88,8 +90,13 @@ class States:
         states.allocate(num_slots)
         return states
 
-    def allocate(self, num_slots: int) -> None:
-        """Allocate the states of so many slots, all empty."""
+    def bytes_per_slot(self, *, saving: bool) -> int:
+        """Return the bytes of one slot. saving: with those that may be saved."""
+        return self._bytes * (1 + SAVED * saving)
+
+    def allocate(self, num_slots: int, *, saving: bool = True) -> None:
+        """Allocate the states of so many slots, all empty. saving: whether any state is ever saved."""
+        self._saving = saving
         for layer in self._layers:
             layer.allocate(num_slots)
         self._slots = [_Slot() for _ in range(num_slots)]
@@ -124,7 +131,8 @@ class States:
             for layer in self._layers:
                 layer.keep(rows, which)
             for number, path in kept:
-                self._slots[rows.first_slot + number].length = self._starts[number] + len(path)
+                slot = self._slots[rows.first_slot + number]
+                slot.length, slot.left = self._starts[number] + len(path), []
         self._drop()
 
     def _save_marks(self, rows: Rows, number: int, count: int) -> None:
@@ -143,22 +151,29 @@ class States:
 
     # --- slots
 
-    def start(self, slot: int, source: int = -1, length: int = 0, save_at: Sequence[int] = ()) -> None:
-        """Begin a sequence with what slot `source`, which may be the same, has saved at `length`; 0: with nothing.
+    def start(self, slot: int, save_at: Sequence[int] = ()) -> None:
+        """Begin a sequence with empty states; `share` can restore one that was saved.
 
-        save_at: lengths at which the state is saved while the prompt is read.
+        save_at: lengths at which its state is saved while its prompt is read.
         """
-        shared = [saved for saved in self._slots[source].saved if saved.length <= length] if length else []
-        states = next((saved.states for saved in shared if saved.length == length), None)
-        assert states is not None or not length, f"slot {source} has no state saved at {length}"
-        for number, layer in enumerate(self._layers):
-            layer.states[slot] = states[number][0] if states else 0
-        self._slots[slot] = _Slot(length, tuple(save_at), shared)
+        for layer in self._layers:
+            layer.states[slot] = 0
+        self._slots[slot] = _Slot(save_at=tuple(save_at) if self._saving else (), left=self._slots[slot].saved)
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Continue an empty slot from what slot `source`, which may be the same, has saved at `length`."""
+        own, other = self._slots[slot], self._slots[source]
+        own.saved = [saved for saved in (own.left if own is other else other.saved) if saved.length <= length]
+        own.left, own.length = [], length
+        states = next(saved.states for saved in own.saved if saved.length == length)
+        for layer, state in zip(self._layers, states, strict=True):
+            layer.states[slot] = state[0]
 
     def save(self, slot: int) -> None:
         """Save a slot's state as it is now."""
-        states = [layer.states[slot : slot + 1].clone() for layer in self._layers]
-        self._slots[slot].save(self._slots[slot].length, states)
+        if self._saving:
+            states = [layer.states[slot : slot + 1].clone() for layer in self._layers]
+            self._slots[slot].save(self._slots[slot].length, states)
 
     def shareable(self, slot: int, most: int) -> int:
         """Return the largest length, at most `most`, at which a slot's state is saved; 0 if there is none."""

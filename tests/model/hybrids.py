@@ -108,9 +108,10 @@ class Hybrid:
     def start(self, slot: int, source: int = -1, length: int = 0, save_at: Sequence[int] = ()) -> None:
         """Begin a sequence in a free slot, with the first `length` positions of slot `source`."""
         self.cache.take(slot)
+        self.states.start(slot, save_at)
         if length:
             self.cache.share(source, slot, length)
-        self.states.start(slot, source, length, save_at)
+            self.states.share(source, slot, length)
         self.kept[slot] = self.kept[source][:length] if length else torch.zeros(0, HIDDEN)
 
     def finish(self, slot: int) -> None:

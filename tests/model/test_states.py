@@ -176,7 +176,17 @@ def test_saved_states_are_bounded_and_counted(hybrid: Hybrid) -> None:
     assert [saved.length for saved in states._slots[0].saved] == [17, 18, 19][-SAVED:]
     own = sum(layer.states[0].nbytes for layer in states._layers)
     copies = sum(state.nbytes for saved in states._slots[0].saved for state in saved.states)
-    assert states.num_bytes_per_slot == own + copies
+    assert states.bytes_per_slot(saving=True) == own + copies
+    assert states.bytes_per_slot(saving=False) == own
+
+
+def test_nothing_is_saved_where_nobody_asks(hybrid: Hybrid) -> None:
+    states = hybrid.states
+    states.allocate(4, saving=False)
+    hybrid.start(0, save_at=(3, 9))
+    hybrid.read(0, some(9, seed=1))
+    hybrid.finish(0)
+    assert states.shareable(0, 500) == 0
 
 
 def test_without_a_pass_the_layers_are_the_family_s(hybrid: Hybrid) -> None:
@@ -193,7 +203,7 @@ def test_sizes_are_known_without_weights(hybrid: Hybrid) -> None:
         model = type(hybrid.model)(hybrid.model.config)
     states = States.of(model)
     assert states is not None
-    assert states.num_bytes_per_slot == hybrid.states.num_bytes_per_slot
+    assert states.bytes_per_slot(saving=True) == hybrid.states.bytes_per_slot(saving=True)
 
 
 @pytest.mark.parametrize(
