@@ -93,29 +93,29 @@ class Kept:
 
 
 class State(ABC):
-    """The state of one layer in all slots: states (slots, ...).
+    """What one layer computes its state with.
 
-    An object is called in place of a function of transformers, with its arguments, while `rows` is set. Afterwards
-    `keep` moves the states on; without it nothing has changed.
+    It is called in place of a function of transformers, with its arguments. While `rows` is None it computes what the
+    function does. Else it computes these rows from `states`, and `keep` moves those on; without it nothing has changed.
     """
 
+    like: Tensor  # the empty state of one slot, known after the first call
+
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Start with no slots. function: the one that is replaced."""
+        """Prepare to be called. function: the one that is replaced."""
         self.function = function
         self.rows: Rows | None = None
+        self.states: Tensor | None = None  # (slots, ...), of the cache whose pass it is
         self.calls = 0  # in this pass
-        self.states = torch.empty(0)
-
-    def allocate(self, num_slots: int) -> None:
-        """Allocate empty states. The layer must have been called once, which says their shape."""
-        self.states = self.states.new_zeros(num_slots, *self.states.shape[1:])
 
     def before(self, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the states of the slots of the pass, as a view. The first call allocates one slot of this shape."""
+        """Return the states of the slots of the pass, as a view. shape, dtype: of one slot's state, for the first
+        call."""
         assert self.rows is not None
         self.calls += 1
-        if not len(self.states):
-            self.states = torch.zeros(1, *shape, dtype=dtype, device=like.device)
+        if self.states is None:
+            self.like = like.new_zeros(shape, dtype=dtype)
+            self.states = self.like[None]
         return self.states[self.rows.slots]
 
     @abstractmethod
@@ -155,6 +155,7 @@ class Convolution(State):
 
     def keep(self, rows: Rows, kept: Kept) -> None:
         assert self._inputs is not None
+        assert self.states is not None
         inputs, windows = self._inputs[kept.at], rows.windows(self._past + 1)[kept.at]
         places = windows[torch.arange(len(windows), device=windows.device), kept.last, 1:]
         self.states[rows.slots][kept.at] = inputs.gather(2, places[:, None].expand(-1, inputs.shape[1], -1))
@@ -242,6 +243,7 @@ class Recurrence(State):
         them."""
 
     def keep(self, rows: Rows, kept: Kept) -> None:
+        assert self.states is not None
         states = self.states[rows.slots]
         if self._ends is not None:
             for number, end in zip(kept.numbers, kept.ends, strict=True):
@@ -256,6 +258,7 @@ class Recurrence(State):
         if self._ends is not None:
             return self._ends[number][count]
         assert self._change is not None
+        assert self.states is not None
         which, last = torch.tensor([[number], [count - 1]], device=self.states.device)
         return self._change.apply(self.states[rows.slots][which], which, last)
 

@@ -89,9 +89,9 @@ class Hybrid:
         attention.register()
         self.model = tiny(kind)
         self.reference = copy.deepcopy(self.model)
-        states = States.of(self.model, num_slots)
-        assert states is not None
-        self.states = states
+        layers = States.of(self.model)
+        assert layers is not None
+        self.states = layers.allocate(num_slots, saving=True)
         self.model.set_attn_implementation(attention.NAME)
         self.cache = KVCache(
             num_layers=self.model.config.num_hidden_layers,

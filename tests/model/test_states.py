@@ -6,6 +6,7 @@ Most run on each kind of state: the gated delta rule (Qwen3.5, with experts too)
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv, causal_conv1d_
 
 from model.backends import recurrences
 from model.backends.attention import prompt_rows
+from model.backends.kv_cache import KVCache
 from model.backends.recurrences import Rows
+from model.backends.slot_states import SAVED, SlotStates
 from model.errors import ConfigError
-from model.targets.states import SAVED, States
+from model.targets.states import States
 from tests.model.hybrids import CONFIGS, Hybrid, close, some, tiny
 
 PATHS = {  # a tree's parents: its root-to-leaf paths
@@ -65,7 +68,7 @@ def test_slots_of_a_batch_do_not_touch_each_other_and_idle_ones_stay(hybrid: Hyb
     for slot, length in enumerate((3, 17, 9, 40)):
         hybrid.start(slot)
         hybrid.read(slot, some(length, seed=slot))
-    idle = [layer.states[2].clone() for layer in hybrid.states._layers]
+    idle = [states[2].clone() for states in hybrid.states._states]
     embeds = some(4, 8, seed=5)
     trees = [CHAIN, (-1,), (), BUSHY]
     out = hybrid.verify(embeds, [list(tree) for tree in trees])
@@ -73,7 +76,7 @@ def test_slots_of_a_batch_do_not_touch_each_other_and_idle_ones_stay(hybrid: Hyb
         hybrid.check(out[slot], slot, embeds[slot], PATHS.get(tree, []))
     hybrid.keep(range(4), [[0, 1, 2], [0], [], [0, 2, 5]], embeds)
     hybrid.check_next([0, 1, 3])
-    assert all(torch.equal(layer.states[2], was) for layer, was in zip(hybrid.states._layers, idle, strict=True))
+    assert all(torch.equal(states[2], was) for states, was in zip(hybrid.states._states, idle, strict=True))
     hybrid.check_next([2])
 
 
@@ -174,19 +177,42 @@ def test_saved_states_are_bounded_and_counted(hybrid: Hybrid) -> None:
     hybrid.start(0, save_at=range(1, 20))
     hybrid.read(0, some(20, seed=1))
     assert [saved.length for saved in states._slots[0].saved] == [17, 18, 19][-SAVED:]
-    own = sum(layer.states[0].nbytes for layer in states._layers)
-    copies = sum(state.nbytes for saved in states._slots[0].saved for state in saved.states)
-    assert states.bytes_per_slot(saving=True) == own + copies
-    assert states.bytes_per_slot(saving=False) == own
+    own = sum(state.nbytes for state in states._states)
+    copies = 4 * sum(state.nbytes for saved in states._slots[0].saved for state in saved.states)
+    assert states.nbytes == own + copies
+    assert SlotStates(states._layers, 4, saving=False).nbytes == own
 
 
-def test_nothing_is_saved_where_nobody_asks(hybrid: Hybrid) -> None:
-    states = hybrid.states
-    states.allocate(4, saving=False)
+def test_nothing_is_saved_where_no_prefix_is_cached() -> None:
+    hybrid = Hybrid("lfm2")
+    hybrid.states = SlotStates(hybrid.states._layers, 4, saving=False)
     hybrid.start(0, save_at=(3, 9))
     hybrid.read(0, some(9, seed=1))
     hybrid.finish(0)
-    assert states.shareable(0, 500) == 0
+    assert hybrid.states.shareable(0, 500) == 0
+
+
+def test_caches_of_one_model_do_not_touch_each_other(hybrid: Hybrid) -> None:
+    other = copy.copy(hybrid)
+    other.kept, other.states = list(hybrid.kept), SlotStates(hybrid.states._layers, 2, saving=True)
+    other.cache = KVCache(
+        num_layers=4,
+        num_slots=2,
+        num_heads=2,
+        head_dim=16,
+        capacity=64,
+        margin=8,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    for number, each in enumerate((hybrid, other)):
+        each.start(0)
+        each.read(0, some(8 + number, seed=number))
+    for each in (hybrid, other, hybrid):
+        each.check_next([0])
+        embeds = some(1, 3, seed=9)
+        each.verify(embeds, [[-1, 0, 1]])
+        each.keep([0], [[0, 1]], embeds)
 
 
 def test_without_a_pass_the_layers_are_the_family_s(hybrid: Hybrid) -> None:
@@ -203,7 +229,7 @@ def test_sizes_are_known_without_weights(hybrid: Hybrid) -> None:
         model = type(hybrid.model)(hybrid.model.config)
     states = States.of(model)
     assert states is not None
-    assert states.bytes_per_slot(saving=True) == hybrid.states.bytes_per_slot(saving=True)
+    assert 4 * states.bytes_per_slot(saving=True) == hybrid.states.nbytes
 
 
 @pytest.mark.parametrize(
