@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,6 +31,9 @@ class EngineConfig:
     """All options of an engine. Raises ConfigError, which names the option, if a value is out of range."""
 
     model: str = DEMO  # "demo", "demo-qwen", a folder, or a hub id
+    revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
+    hf_token: str | None = field(default=None, repr=False)  # for private models; None: HF_TOKEN, or the saved login
+    trust_remote_code: bool = False  # run Python code that the checkpoint brings
     draft: str | None = None  # folder of a trained draft; None: the bundled one for a bundled model, else none
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"

@@ -28,7 +28,17 @@ from service import cores
 MIB = 1024 * 1024
 # Fields that are passed to the engine unchanged; None means the engine's default.
 ENGINE_OPTIONS = (
-    *("model", "draft", "dtype", "drafter", "max_num_seqs", "max_model_len", "kv_cache_bytes"),
+    *(
+        "model",
+        "revision",
+        "trust_remote_code",
+        "draft",
+        "dtype",
+        "drafter",
+        "max_num_seqs",
+        "max_model_len",
+        "kv_cache_bytes",
+    ),
     *(
         "prefill_chunk",
         "max_decode_slowdown",
@@ -69,6 +79,15 @@ class Settings(BaseSettings):
     # Model
     model: str = option(
         "Model", "demo", "Target model: a path, a hub id, or the bundled demo or demo-qwen.", min_length=1
+    )
+    revision: str | None = option(
+        "Model", None, "Branch, tag or commit of a --model on the hub. Default: its main branch.", min_length=1
+    )
+    hf_token: SecretStr | None = option(
+        "Model", None, "Token for private or gated models on the hub. Default: HF_TOKEN, or the saved login."
+    )
+    trust_remote_code: bool = option(
+        "Model", False, "Run Python code that the checkpoint brings: only if you trust its author."
     )
     draft: str | None = option("Model", None, "Folder of a trained draft. Default: the bundled model's own, else none.")
     drafter: DrafterName = option(
@@ -320,7 +339,7 @@ class Settings(BaseSettings):
     def split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("api_key", "admin_key")
+    @field_validator("api_key", "admin_key", "hf_token")
     @classmethod
     def keys_can_be_sent(cls, value: Any) -> Any:
         """Refuse keys that are not printable ASCII: clients encode others differently in a header."""
@@ -374,6 +393,7 @@ class Settings(BaseSettings):
         shared = {name: getattr(self, name) for name in ENGINE_OPTIONS}
         # Read once, here: a worker that starts again must not take what the others hold for its own lack.
         shared |= {"free_host_memory": free_memory.of_machine()}
+        shared |= {"hf_token": self.hf_token.get_secret_value() if self.hf_token else None}
         options = [
             {
                 **shared,
@@ -388,7 +408,8 @@ class Settings(BaseSettings):
 
 def holds_keys(variable: str) -> bool:
     """Return whether an environment variable is a setting that holds keys, which only the API process needs."""
-    field = Settings.model_fields.get(variable.lower().removeprefix("flash_"))
+    prefix, _, name = variable.lower().partition("_")
+    field = Settings.model_fields.get(name) if prefix == "flash" else None
     return field is not None and "SecretStr" in str(field.annotation)
 
 

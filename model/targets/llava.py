@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from model.backends.native import library
 from model.config import EngineConfig
 from model.errors import ConfigError
 from model.request import Geometry, Medium, Message
 from model.targets import packed, pixels
+from model.targets.checkpoint import load_model, load_processor
 from model.targets.language import LanguageModel
 from model.targets.parallel import Group, loading
 from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
@@ -41,11 +42,9 @@ class LlavaTarget(LanguageModel):
 
         aux_layers: see `model.targets.registry.load_target`. Raises ConfigError if the checkpoint cannot be served.
         """
-        self.processor = processor or AutoProcessor.from_pretrained(config.model, backend="pil")
+        self.processor = processor or load_processor(config, backend="pil")
         self.geometry = self._geometry(config.model)
-        model = model or LlavaForConditionalGeneration.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
-        )
+        model = model or load_model(config, LlavaForConditionalGeneration, **loading(config))
         super().__init__(config, model, self.processor.tokenizer, aux_layers, num_axes=1, group=group)
         self.tower = packed.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None

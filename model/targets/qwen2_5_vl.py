@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -23,6 +23,7 @@ from model.backends.native import library
 from model.config import EngineConfig
 from model.request import Area, Geometry, Medium, Message, RequestError
 from model.targets import pixels, windows
+from model.targets.checkpoint import hub_options, load_model, load_processor
 from model.targets.language import LanguageModel
 from model.targets.parallel import Group, loading
 from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
@@ -46,18 +47,16 @@ class Qwen25VLTarget(LanguageModel):
         self, config: EngineConfig, aux_layers: tuple[int, ...] | None = None, group: Group | None = None
     ) -> None:
         """Load the checkpoint that a resolved config names. aux_layers: see `model.targets.registry.load_target`."""
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **loading(config)
-        )
-        super().__init__(
-            config, model, AutoTokenizer.from_pretrained(config.model), aux_layers, num_axes=3, group=group
-        )
+        processor = load_processor(config)
+        model = load_model(config, Qwen2_5_VLForConditionalGeneration, **loading(config))
+        super().__init__(config, model, processor.tokenizer, aux_layers, num_axes=3, group=group)
         vision = self.model.config.vision_config
         self.patch, self.merge, self.together = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self._time_scale = np.float32(vision.tokens_per_second)
         self._placeholders = {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
-        images = Qwen2VLImageProcessorPil.from_pretrained(config.model)
-        videos: dict[str, Any] = VIDEO_DEFAULTS | BaseVideoProcessor.get_video_processor_dict(config.model)[0]
+        hub = hub_options(config)
+        images = Qwen2VLImageProcessorPil.from_pretrained(config.model, **hub)
+        videos: dict[str, Any] = VIDEO_DEFAULTS | BaseVideoProcessor.get_video_processor_dict(config.model, **hub)[0]
         self._shades = pixels.shades(images)
         self._areas = self._sizes(images, videos, config.context(self.max_positions))
         self.geometry = Geometry(
@@ -73,10 +72,7 @@ class Qwen25VLTarget(LanguageModel):
         longest = max(area.longest for area in self._areas.values())
         self.tower = windows.tower(self.model.model.visual, longest // self.patch)
         self.native = self.decoder is not None and self.tower is not None
-        template = Qwen2_5_VLProcessor.get_processor_dict(config.model)[0].get("chat_template")
-        render = partial(
-            self.tokenizer.apply_chat_template, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        render = partial(processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
         self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
 
     @property

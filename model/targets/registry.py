@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from model.config import EngineConfig
 from model.errors import ConfigError
+from model.targets import checkpoint as checkpoints
 from model.targets import support
 from model.targets.base import Target
 from model.targets.llava import LlavaTarget
@@ -25,14 +25,12 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
 
     Raises ConfigError if there is none, or if the checkpoint needs an unsupported feature.
     """
-    try:
-        checkpoint = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {config.model!r} cannot be loaded: {error}") from error
+    checkpoint = checkpoints.read_config(config)
     kind = checkpoint.model_type
     if kind not in FAMILIES:
         raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(FAMILIES)}")
-    weights = stored_weights(config.model, getattr(torch, config.dtype), checkpoint.dtype)
+    dtype = getattr(torch, config.dtype)
+    weights = stored_weights(config.model, dtype, checkpoint.dtype, checkpoints.hub_options(config))
     support.check(config, checkpoint, weights.names if weights else ())
     return checkpoint, weights
 
@@ -49,7 +47,9 @@ def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None)
     aux_layers: the layers that its draft reads, where -1 is the last; None: some, evenly spaced. Raises ConfigError if
     it cannot be served.
     """
-    named = target_class(config)
+    checkpoint, _ = read_checkpoint(config)
+    checkpoints.build_skeleton(config, checkpoint)  # checks the files before weights are read
+    named = FAMILIES[checkpoint.model_type]
     group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
     target: Target = named(config, aux_layers=aux_layers, group=group)
     return target

@@ -67,6 +67,12 @@ def generate(
         float | None, typer.Option(help="Or: frames sampled per second of video.", rich_help_panel=VIDEO)
     ] = None,
     model: Annotated[str, typer.Option(help="Path or id of the target model.", rich_help_panel=ENGINE)] = "demo",
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=ENGINE)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.", rich_help_panel=ENGINE)
+    ] = False,
     draft: Annotated[str | None, typer.Option(help="Folder of a trained draft.", rich_help_panel=ENGINE)] = None,
     drafter: Annotated[str, typer.Option(help=f"{', '.join(DRAFTERS)}.", rich_help_panel=ENGINE)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.", rich_help_panel=ENGINE)] = "auto",
@@ -86,7 +92,14 @@ def generate(
         **{"repetition_penalty": repetition_penalty, "speculation": speculation},
         **{"num_frames": num_frames, "fps": fps},
     }
-    options = {"model": model, "draft": draft, "drafter": drafter, "device": device, "dtype": dtype}
+    options = {
+        "model": model,
+        "revision": revision,
+        "draft": draft,
+        "drafter": drafter,
+        "device": device,
+        "dtype": dtype,
+    }
     from model.engine.engine import Engine
     from service.body import Form
     from service.chat_input import check_sampling_used
@@ -95,7 +108,7 @@ def generate(
     from service.state import media_limits
 
     try:
-        settings = Settings(**options)  # type: ignore[arg-type]
+        settings = Settings(**options, **({"trust_remote_code": True} if trust_remote_code else {}))  # type: ignore[arg-type]
         # Validate like POST /v1/generate: build the form that its client would send.
         texts = [(name, str(value)) for name, value in values.items() if value is not None]
         texts += [("stop", text) for text in stop or ()]

@@ -23,6 +23,10 @@ def train(
     data: Annotated[Path, typer.Option(help="A folder of images and videos, or a JSONL manifest.")],
     output: Annotated[Path, typer.Option(help="Folder of the draft, for serve --draft; a stopped run resumes in it.")],
     target: Annotated[str, typer.Option(help="Path or id of the target model, as --model of serve.")] = "demo",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a target on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the target's checkpoint brings.")
+    ] = False,
     drafter: Annotated[str, typer.Option(help=f"Drafting method: {', '.join(TRAINED)}.")] = "flash",
     prompt: Annotated[
         list[str] | None,
@@ -187,6 +191,8 @@ def train(
         hide_progress_bars()
         config = EngineConfig(
             model=target,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             drafter="off",
             device=team.device or device,
             dtype=dtype,
