@@ -9,15 +9,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from model.request import Medium, Message
-from service.errors import BadRequest, NoCapacity, ServiceError
+from model.request import Geometry, Medium, Message
+from service.errors import NoCapacity, ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits, fetch
-from service.schemas.generate import GenerateRequest
-from service.schemas.openai import ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
-from service.schemas.sampling import SamplingFields
+from service.schemas import media_options
+from service.schemas.media_options import MediaOptions
+from service.schemas.openai import ChatMediaOptions, ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
 from service.uploads import Upload
 
 
@@ -37,30 +37,53 @@ class MediaLoader:
     allowed_domains: tuple[str, ...]
     on_loaded: Callable[[str, float], None]  # called with the kind of each medium and the seconds that it took
 
-    async def from_url(self, url: str, kind: Kind, fields: SamplingFields, upload: Upload) -> Medium:
+    async def from_url(self, url: str, kind: Kind, options: MediaOptions, upload: Upload) -> Medium:
         """Load a medium from a data: or http(s) URL; its fetched bytes count as part of the upload."""
         started = time.monotonic()
         data = await fetch.resolve(
             url, limits=self.limits, allowed_domains=self.allowed_domains, count=upload.count_bytes
         )
-        return await self._decode(data, kind, fields, upload.client, started)
+        return await self._decode(data, kind, options, upload.client, started)
 
-    async def from_file(self, data: bytes, fields: SamplingFields, client: str) -> Medium:
+    async def from_file(self, data: bytes, options: MediaOptions, client: str) -> Medium:
         """Load an uploaded file; its bytes say whether it is an image or a video."""
-        return await self._decode(data, None, fields, client, time.monotonic())
+        return await self._decode(data, None, options, client, time.monotonic())
+
+    def check_used(self, options: MediaOptions, media: Sequence[Medium]) -> None:
+        """Raise BadRequest for an option of a request that none of its media is for."""
+        geometry = Geometry() if self.decoder is None else self.decoder.geometry
+        media_options.check_used(options, geometry, [medium.kind for medium in media])
 
     async def _decode(
-        self, data: bytes, kind: Kind | None, fields: SamplingFields, client: str, started: float
+        self, data: bytes, kind: Kind | None, options: MediaOptions, client: str, started: float
     ) -> Medium:
         """Decode a file and report how long the medium took since `started`."""
         if self.decoder is None:
             raise NoCapacity("media cannot be decoded at the moment")
-        medium = await self.decoder.decode(data, kind=kind, num_frames=fields.num_frames, fps=fields.fps, client=client)
+        medium = await decode_with_options(self.decoder, data, kind, options, client)
         self.on_loaded(medium.kind, time.monotonic() - started)
         return medium
 
 
-async def from_chat(request: ChatRequest, upload: Upload, loader: MediaLoader) -> ChatInput:
+async def decode_with_options(
+    decoder: MediaDecoder, data: bytes, kind: Kind | None, options: MediaOptions, client: str = ""
+) -> Medium:
+    """Decode a file to a medium that carries the client's options for the model's processor.
+
+    Raises what `MediaDecoder.decode` raises, and BadRequest for options that would make too much of this medium.
+    """
+    geometry, limits = decoder.geometry, decoder.limits
+    medium = await decoder.decode(data, kind=kind, num_frames=options.num_frames, fps=options.fps, client=client)
+    own = options.known_to(geometry, medium.kind)
+    if own:
+        num_frames, height, width, _ = medium.frames.shape
+        most = limits.max_pixels if medium.kind == "image" else limits.max_clip_pixels
+        media_options.check_pixels(replace(options, values=dict(own)), geometry, (num_frames, height, width), most)
+        medium = replace(medium, options=own)
+    return medium
+
+
+async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upload, loader: MediaLoader) -> ChatInput:
     """Load all media of a chat completion at once. An error's `param` names the content part at fault."""
     started = time.monotonic()
     loads: list[Awaitable[Medium]] = []
@@ -74,41 +97,37 @@ async def from_chat(request: ChatRequest, upload: Upload, loader: MediaLoader) -
             else:
                 contents[index].append("")  # replaced by the medium
                 positions.append((index, number))
-                loads.append(_load_part(loader, part, request, upload, f"messages[{index}].content[{number}]"))
+                own, param = options.parts[len(loads)], f"messages[{index}].content[{number}]"
+                loads.append(_load_part(loader, part, own, upload, param))
     media = await _gather(loads)
     for (index, number), medium in zip(positions, media, strict=True):
         contents[index][number] = medium
-    check_sampling_used(request, media)
+    loader.check_used(options.request, media)
     messages = (Message(_role(m), tuple(parts)) for m, parts in zip(request.messages, contents, strict=True))
     return ChatInput(tuple(messages), len(media), time.monotonic() - started)
 
 
-async def from_form(request: GenerateRequest, files: Sequence[bytes], client: str, loader: MediaLoader) -> ChatInput:
+async def from_form(
+    prompt: str, files: Sequence[bytes], options: MediaOptions, client: str, loader: MediaLoader
+) -> ChatInput:
     """Load all files of a form; they come before its prompt in one user message."""
     started = time.monotonic()
-    media = await _gather([_load_file(loader, file, request, client) for file in files])
-    check_sampling_used(request, media)
-    text = (request.prompt,) if request.prompt else ()
+    media = await _gather([_load_file(loader, file, options, client) for file in files])
+    loader.check_used(options, media)
+    text = (prompt,) if prompt else ()
     return ChatInput((Message("user", (*media, *text)),), len(media), time.monotonic() - started)
 
 
-def check_sampling_used(fields: SamplingFields, media: Sequence[Medium]) -> None:
-    """Raise BadRequest for num_frames or fps without a video."""
-    for name in ("num_frames", "fps"):
-        if getattr(fields, name) is not None and all(medium.kind != "video" for medium in media):
-            raise BadRequest(f"{name} is for videos, and there is none", param=name)
-
-
 async def _load_part(
-    loader: MediaLoader, part: ImagePart | VideoPart, request: ChatRequest, upload: Upload, param: str
+    loader: MediaLoader, part: ImagePart | VideoPart, options: MediaOptions, upload: Upload, param: str
 ) -> Medium:
     with _naming(param):
-        return await loader.from_url(part.url, "image" if isinstance(part, ImagePart) else "video", request, upload)
+        return await loader.from_url(part.url, part.kind, options, upload)
 
 
-async def _load_file(loader: MediaLoader, file: bytes, request: GenerateRequest, client: str) -> Medium:
+async def _load_file(loader: MediaLoader, file: bytes, options: MediaOptions, client: str) -> Medium:
     with _naming("media"):
-        return await loader.from_file(file, request, client)
+        return await loader.from_file(file, options, client)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from model.bench.reference import Conversation
 from model.demo import prompts
 from model.engine.engine import Engine
 from model.errors import ConfigError
-from model.request import EngineInfo, Medium, Request, RequestError, SamplingParams
+from model.request import Medium, Request, RequestError, SamplingParams
 from model.train import manifest
 from model.train.data import Unusable
 from model.train.manifest import Decode, File, Item, Turn
@@ -25,7 +25,7 @@ WARM_UP = 50_000  # the first number of the scenes that are never measured
 WARM_UP_TOKENS = 32
 OWN_IMAGE = "own image"  # the task of --image
 # Opens what turns files into media as an engine wants them.
-Decoding = Callable[[EngineInfo], AbstractContextManager[Decode]]
+Decoding = Callable[[Engine], AbstractContextManager[Decode]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def read_dataset(path: Path) -> tuple[Item, ...]:
 def decode_items(items: list[Item], engine: Engine, decoding: Decoding, max_tokens: int) -> list[Sample]:
     """Decode the media, and check that the engine can serve each prompt. Raises ConfigError, which names the line."""
     samples = []
-    with decoding(engine.info) as decode:
+    with decoding(engine) as decode:
         for item in items:
             try:
                 sample = Sample(item.messages(decode), item.kind, item.max_tokens or max_tokens)
@@ -120,7 +120,7 @@ def decode_items(items: list[Item], engine: Engine, decoding: Decoding, max_toke
 
 
 @contextmanager
-def pillow(_: EngineInfo) -> Iterator[Decode]:
+def pillow(_: Engine) -> Iterator[Decode]:
     """Decode images where only model/ is installed. Videos need the service: `flashserve bench`."""
 
     def decode(path: Path, kind: Literal["image", "video"] | None) -> Medium:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from model.decoding.detokenize import Detokenizer, StopStrings, Vocabulary
 from model.engine.sequence import Sequence
-from model.request import Request, RequestError
+from model.request import Medium, Request, RequestError
 from model.targets.base import Target
 from model.targets.frames import fitting_frames
 
@@ -16,6 +16,11 @@ def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_
 
     max_model_len: limit of prompt and answer together, tokens. Raises RequestError if the request cannot be served.
     """
+    for medium in (part for message in request.messages for part in message.content if isinstance(part, Medium)):
+        if unknown_names := {name for name, _ in medium.options} - {*target.geometry.options(medium.kind)}:
+            raise RequestError(
+                f"this model's {medium.kind} processor does not take {min(unknown_names)}", code="unknown_option"
+            )
     prompt = target.prompt(request.messages)
     length, max_tokens = len(prompt.ids), request.params.max_tokens
     if request.clamp_max_tokens and 0 < (room := max_model_len - length) < max_tokens:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from service.settings import error_messages
 
 if TYPE_CHECKING:
-    from model.request import EngineInfo
+    from model.engine.engine import Engine
     from model.train.manifest import Decode
 
 PROG = "flashserve bench"
@@ -57,10 +57,12 @@ def _bench(argv: list[str]) -> None:
         run(chosen, command, decoding_for)
 
 
-def decoding_for(info: EngineInfo) -> AbstractContextManager[Decode]:
-    """Decoding as the service would do it for this engine: at its size, with as many frames as it has room for."""
+def decoding_for(engine: Engine) -> AbstractContextManager[Decode]:
+    """Decoding as the service would do it for this engine: at its size, with the frames that it chooses and has
+    room for."""
     from service.commands.decoding import decode_files
     from service.media import MediaLimits
 
     limits = MediaLimits()
-    return decode_files(replace(limits, max_frames=min(limits.max_frames, info.max_frames)), info.geometry)
+    limits = replace(limits, max_frames=min(limits.max_frames, engine.info.max_frames))
+    return decode_files(limits, engine.info.geometry, sample=engine.sample_frames)

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from model.config import DRAFTERS, EngineConfig
 from model.errors import ConfigError
-from model.request import Geometry, Medium, Message, Request, RequestError, RequestOutput, RequestStats
+from model.request import Medium, Message, Request, RequestError, RequestOutput, RequestStats
+from service.commands.decoding import answer_at_once
 from service.errors import ServiceError
 from service.media import Kind, MediaDecoder, MediaLimits
 from service.settings import Settings, error_messages
@@ -24,9 +25,9 @@ from service.usage import speculation, timings, usage
 
 if TYPE_CHECKING:
     from model.engine.engine import Engine
-    from service.schemas.sampling import SamplingFields
+    from service.schemas.media_options import MediaOptions
 
-ENGINE, SAMPLING, VIDEO = "Model", "Sampling", "Video"
+ENGINE, SAMPLING, VIDEO, MEDIA = "Model", "Sampling", "Video", "Images and videos"
 
 
 def generate(
@@ -66,6 +67,15 @@ def generate(
     fps: Annotated[
         float | None, typer.Option(help="Or: frames sampled per second of video.", rich_help_panel=VIDEO)
     ] = None,
+    min_pixels: Annotated[
+        int | None, typer.Option(help="Enlarge smaller images and frames, where the model can.", rich_help_panel=MEDIA)
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="Reduce larger images and frames, where the model can.", rich_help_panel=MEDIA)
+    ] = None,
+    mm_processor_kwargs: Annotated[
+        str | None, typer.Option(help="Options of the model's processor, as a JSON object.", rich_help_panel=MEDIA)
+    ] = None,
     model: Annotated[str, typer.Option(help="Path or id of the target model.", rich_help_panel=ENGINE)] = "demo",
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=ENGINE)
@@ -90,7 +100,8 @@ def generate(
         **{"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
         **{"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty},
         **{"repetition_penalty": repetition_penalty, "speculation": speculation},
-        **{"num_frames": num_frames, "fps": fps},
+        **{"num_frames": num_frames, "fps": fps, "min_pixels": min_pixels, "max_pixels": max_pixels},
+        "mm_processor_kwargs": mm_processor_kwargs,
     }
     options = {
         "model": model,
@@ -102,9 +113,9 @@ def generate(
     }
     from model.engine.engine import Engine
     from service.body import Form
-    from service.chat_input import check_sampling_used
     from service.schemas import generate as schema
-    from service.schemas.sampling import check_num_frames, max_frames, sampling_params
+    from service.schemas.media_options import check_used
+    from service.schemas.sampling import check_media_options, max_frames, sampling_params
     from service.state import media_limits
 
     try:
@@ -119,10 +130,10 @@ def generate(
         engine = Engine(EngineConfig(**{**settings.engine_options()[0], "max_num_seqs": 1}))
         started = time.perf_counter()
         kinds = [kind for _, kind in files]
-        check_num_frames(fields, settings, engine.info)
+        media_options = check_media_options(fields, settings, engine.info)
         limits = replace(media_limits(settings), max_frames=max_frames(settings, engine.info))
-        media = asyncio.run(decode_all(contents, kinds, fields, limits, engine.info.geometry))
-        check_sampling_used(fields, media)
+        media = asyncio.run(decode_all(contents, kinds, media_options, limits, engine))
+        check_used(media_options, engine.info.geometry, [medium.kind for medium in media])
         media_seconds = time.perf_counter() - started
         message = Message("user", (*media, prompt) if prompt else tuple(media))
         clamp_max_tokens, speculates = fields.requested_max_tokens() is None, fields.speculation != "off"
@@ -154,17 +165,19 @@ def hide_progress_bars() -> None:
 
 
 async def decode_all(
-    contents: list[bytes], kinds: list[Kind], fields: SamplingFields, limits: MediaLimits, geometry: Geometry
+    contents: list[bytes], kinds: list[Kind], options: MediaOptions, limits: MediaLimits, engine: Engine
 ) -> list[Medium]:
     """Decode files in a confined child, as those that come over HTTP."""
+    from service.chat_input import decode_with_options
+
     if not contents:
         return []
-    decoder = MediaDecoder(limits, geometry, workers=1)
+    sample_frames = answer_at_once(engine.sample_frames)
+    decoder = MediaDecoder(limits, engine.info.geometry, workers=1, sample_frames=sample_frames)
     await decoder.start()
     try:
         return [
-            await decoder.decode(data, kind=kind, num_frames=fields.num_frames, fps=fields.fps)
-            for data, kind in zip(contents, kinds, strict=True)
+            await decode_with_options(decoder, data, kind, options) for data, kind in zip(contents, kinds, strict=True)
         ]
     finally:
         await decoder.close()

@@ -203,7 +203,11 @@ def train(
         limits = MediaLimits()
         fitting = most_frames(opened_target, config.context(opened_target.max_positions))
         limits = replace(limits, max_frames=min(limits.max_frames, fitting))
-        with decode_files(limits, opened_target.geometry, num_frames, fps) as decode, interrupt.on_signals() as stop:
+        sample = opened_target.sample_frames
+        with (
+            decode_files(limits, opened_target.geometry, num_frames, fps, sample=sample) as decode,
+            interrupt.on_signals() as stop,
+        ):
             prompts = manifest.FilePrompts(read, decode, evaluation_share)
             each = batch * accumulate * team.size
             if epochs is not None:

@@ -22,7 +22,7 @@ from service.deps import service_of, with_request_id
 from service.errors import ServiceError
 from service.request_context import RequestContext
 from service.schemas import generate as schema
-from service.schemas.sampling import check_num_frames, sampling_params
+from service.schemas.sampling import check_media_options, sampling_params
 from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
 from service.usage import speculation, timings, usage
 
@@ -42,10 +42,10 @@ async def generate(request: Request) -> Response:
         params = sampling_params(fields, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         context.reserve(1)
         resources.enter_context(cancel_on_disconnect(request.receive))
-        check_num_frames(fields, service.settings, service.pool.info)
+        options = check_media_options(fields, service.settings, service.pool.info)
         async with context.time_limit():
             with upload:
-                chat = await chat_input.from_form(fields, files, upload.client, service.media_loader)
+                chat = await chat_input.from_form(fields.prompt, files, options, upload.client, service.media_loader)
         del form, files  # frees their media
         clamp_max_tokens = fields.requested_max_tokens() is None
         await context.submit(chat, params, n=1, speculation=fields.speculation, clamp_max_tokens=clamp_max_tokens)

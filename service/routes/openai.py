@@ -24,7 +24,7 @@ from service.deps import service_of, with_request_id
 from service.errors import BadRequest, ServiceError
 from service.request_context import RequestContext
 from service.schemas import openai
-from service.schemas.sampling import check_num_frames, sampling_params, unknown_model
+from service.schemas.sampling import sampling_params, unknown_model
 from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
 from service.usage import usage
 
@@ -46,13 +46,13 @@ async def chat_completions(request: Request) -> Response:
             raise BadRequest(f"n must be at most {service.max_choices}", param="n")
         context.reserve(n)
         resources.enter_context(cancel_on_disconnect(request.receive))
-        check_num_frames(body, service.settings, service.pool.info)
+        options = openai.media_options(body, service.settings, service.pool.info)
         async with context.time_limit():
             with upload:
-                chat = await chat_input.from_chat(body, upload, service.media_loader)
-        options = body.stream_options or openai.StreamOptions()
-        with_usage = bool(options.include_usage)
-        running_stats = with_usage and bool(options.continuous_usage_stats)
+                chat = await chat_input.from_chat(body, options, upload, service.media_loader)
+        stream_options = body.stream_options or openai.StreamOptions()
+        with_usage = bool(stream_options.include_usage)
+        running_stats = with_usage and bool(stream_options.continuous_usage_stats)
         clamp_max_tokens = body.requested_max_tokens() is None
         stream, speculation = body.stream, body.speculation
         del body  # frees its media

@@ -36,8 +36,9 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
         if name != "media":
             raise _misplaced(name, "a file")
     try:
-        if bias := fields.get("logit_bias"):
-            fields["logit_bias"] = _object("logit_bias", str(bias))
+        for name in ("logit_bias", "mm_processor_kwargs"):
+            if text := fields.get(name):
+                fields[name] = _object(name, str(text))
         request = msgspec.convert(fields, GenerateRequest, strict=False)
     except msgspec.ValidationError as error:
         raise as_bad_request(error) from None
@@ -59,7 +60,6 @@ def _misplaced(name: str, kind: str) -> BadRequest:
 
 def _check(request: GenerateRequest, media: list[bytes], settings: Settings) -> None:
     sampling.check_model(request.model, settings)
-    sampling.check_video_sampling(request)
     if (request.n or 1) != 1:
         raise BadRequest("n is for /v1/chat/completions; here it is always 1", param="n")
     if not request.prompt and not media:

@@ -6,12 +6,15 @@ Unknown fields are refused with 400.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
+from model.request import EngineInfo
 from service.errors import BadRequest
 from service.schemas import sampling
+from service.schemas.media_options import ImageFields, MediaFields, MediaOptions
 from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 
@@ -49,26 +52,27 @@ class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     detail: str | None = None  # without effect: the target has one image size
 
 
-class Hints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Fields that any part may have, without effect."""
-
-    prompt_cache_breakpoint: Any = None
-
-
-class TextPart(Hints, frozen=True, tag="text"):
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
     text: str
+    prompt_cache_breakpoint: Any = None  # without effect, here and below
 
 
-class ImagePart(Hints, frozen=True, tag="image_url"):
+class ImagePart(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"):
+    kind: ClassVar[Literal["image"]] = "image"
+
     image_url: Url | str  # clients of Ollama and vLLM may send the URL alone
+    prompt_cache_breakpoint: Any = None
 
     @property
     def url(self) -> str:
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-class VideoPart(Hints, frozen=True, tag="video_url"):
+class VideoPart(MediaFields, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="video_url"):
+    kind: ClassVar[Literal["video"]] = "video"
+
     video_url: Url | str
+    prompt_cache_breakpoint: Any = None
 
     @property
     def url(self) -> str:
@@ -141,7 +145,6 @@ def check(request: ChatRequest, settings: Settings) -> None:
     """Raise BadRequest for whatever is invalid before media are decoded and the prompt is tokenized."""
     sampling.check_model(request.model, settings)
     _refuse_not_built(request, NOT_BUILT)
-    sampling.check_video_sampling(request)
     if request.max_completion_tokens is not None:
         if request.max_completion_tokens < 1:
             raise BadRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
@@ -171,6 +174,28 @@ def check(request: ChatRequest, settings: Settings) -> None:
             param="messages",
             code="too_many_media",
         )
+
+
+@dataclass(frozen=True)
+class ChatMediaOptions:
+    """request: for all media; parts: for each medium in its turn, the request's included."""
+
+    request: MediaOptions
+    parts: tuple[MediaOptions, ...]
+
+
+def media_options(request: ChatRequest, settings: Settings, info: EngineInfo | None) -> ChatMediaOptions:
+    """Return what is wanted of the media. info: None before it is known. Raises BadRequest."""
+    general = sampling.check_media_options(request, settings, info)
+    parts: list[MediaOptions] = []
+    for index, message in enumerate(request.messages):
+        for number, part in enumerate(message.parts()):
+            if isinstance(part, TextPart):
+                continue
+            path = f"messages[{index}].content[{number}]."
+            own = sampling.check_media_options(part, settings, info, kind=part.kind, path=path)
+            parts.append(own.over(general))
+    return ChatMediaOptions(general, tuple(parts))
 
 
 def _refuse_not_built(struct: ChatRequest | ChatMessage, fields: dict[str, tuple[Any, ...]], prefix: str = "") -> None:

@@ -11,6 +11,9 @@ import msgspec
 
 from model.request import EngineInfo, RequestError, SamplingParams
 from service.errors import BadRequest, UnknownModel
+from service.media.sniff import Kind
+from service.schemas import media_options
+from service.schemas.media_options import ImageFields, MediaFields, MediaOptions
 from service.settings import Settings
 
 SEED_MASK = 2**63 - 1  # maps seeds to non-negative signed 64-bit integers
@@ -21,7 +24,7 @@ MAX_NAMED = 8  # invalid keys that an error lists
 TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
 
 
-class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class SamplingFields(MediaFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Fields of a request body; None means the default."""
 
     model: str | None = None
@@ -43,8 +46,6 @@ class SamplingFields(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool | None = None
     speculation: Literal["auto", "off"] | None = None  # None: auto
-    num_frames: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    fps: Annotated[float, msgspec.Meta(gt=0.0, le=1000.0)] | None = None
 
     def requested_max_tokens(self) -> int | None:
         """The maximum number of tokens that the client set, if any."""
@@ -73,26 +74,31 @@ def check_prompt_chars(number: int, settings: Settings, *, param: str) -> None:
         )
 
 
-def check_video_sampling(fields: SamplingFields) -> None:
-    """Raise BadRequest for both num_frames and fps."""
-    if fields.num_frames is not None and fields.fps is not None:
-        raise BadRequest("send num_frames or fps, not both", param="fps")
-
-
 def max_frames(settings: Settings, info: EngineInfo) -> int:
     """Return the frames of one video that the settings allow and the model's context has room for."""
     return min(settings.max_frames, info.max_frames)
 
 
-def check_num_frames(fields: SamplingFields, settings: Settings, info: EngineInfo | None) -> None:
-    """Raise BadRequest for more frames than are allowed or fit the model's context. info: None before it is known."""
-    if info is None or fields.num_frames is None or fields.num_frames <= max_frames(settings, info):
-        return
+def check_media_options(
+    fields: ImageFields, settings: Settings, info: EngineInfo | None, *, kind: Kind | None = None, path: str = ""
+) -> MediaOptions:
+    """Return the options for media that a request or part sets. info: None before it is known; path: of the part.
+
+    Raises BadRequest for options that the model's processors do not take, for this kind of medium or for any (None),
+    and for more frames than are allowed or fit the model's context.
+    """
+    options = media_options.read(fields, path)
+    if info is None:
+        return options
+    media_options.check_known(options, info.geometry, ("image", "video") if kind is None else (kind,))
+    if options.num_frames is None or options.num_frames <= max_frames(settings, info):
+        return options
+    param = options.param("num_frames")
     if settings.max_frames <= info.max_frames:
-        raise BadRequest(f"num_frames must be at most {settings.max_frames}", param="num_frames")
+        raise BadRequest(f"num_frames must be at most {settings.max_frames}", param=param)
     raise BadRequest(
         f"num_frames: at most {info.max_frames} frames fit this model's context of {info.max_model_len} tokens",
-        param="num_frames",
+        param=param,
     )
 
 

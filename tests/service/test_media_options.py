@@ -1,0 +1,240 @@
+"""Options of the model's processors: what a client sends reaches the engine as it is, or is refused by its name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.request import MEDIA_OPTIONS, Geometry
+from service.errors import BadRequest
+from service.schemas import media_options
+from service.schemas.media_options import MediaFields, MediaOptions
+from tests.media.samples import encoded, picture, video_bytes
+from tests.service.server import Server
+from tests.service.test_frame_sampling import ANY_SIZE, arrived, ask, ok, part, questions
+
+PNG, MP4 = encoded(picture(40, 30), "PNG"), video_bytes("mp4", (40, 30), num_frames=4)
+BOTH = ("min_pixels", "max_pixels")
+TAKES_ALL = Geometry(image_options=MEDIA_OPTIONS, video_options=MEDIA_OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), ANY_SIZE, {"max_pixels": 10_000_000, "max_clip_pixels": 100_000})
+        yield server
+        assert server.close() == 0, server.log_text()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Iterator[Server]:
+    """A target whose processors take no options, as the bundled ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder), {}, {})
+        yield server
+        assert server.close() == 0, server.log_text()
+
+
+def options_of(server: Server, index: int = 0) -> dict[str, Any]:
+    return dict(arrived(server, index)[1][-1])
+
+
+def read(path: str = "", **fields: Any) -> MediaOptions:
+    return media_options.read(MediaFields(**fields), path)
+
+
+def test_options_of_a_request_reach_each_medium_that_they_are_for(server: Server) -> None:
+    kwargs = {"min_pixels": 64, "do_image_splitting": False, "size": {"width": 8, "height": 16}}
+    ok(ask(server, part(PNG, "image"), part(MP4), max_pixels=4096, mm_processor_kwargs=kwargs))
+    size = (("height", 16), ("width", 8))
+    assert options_of(server) == {"min_pixels": 64, "max_pixels": 4096, "do_image_splitting": False, "size": size}
+    assert options_of(server, 1) == {"min_pixels": 64, "max_pixels": 4096, "size": size}, "no option of videos"
+
+
+def test_options_of_a_part_come_before_those_of_the_request(server: Server) -> None:
+    ok(
+        ask(
+            server,
+            part(PNG, "image") | {"max_pixels": 2048},
+            part(PNG, "image") | {"mm_processor_kwargs": {"min_pixels": 99}},
+            part(PNG, "image"),
+            part(MP4) | {"fps": 2.0, "mm_processor_kwargs": {"max_pixels": 512}},
+            max_pixels=4096,
+            num_frames=3,
+        )
+    )
+    assert [options_of(server, index) for index in range(4)] == [
+        {"max_pixels": 2048},
+        {"max_pixels": 4096, "min_pixels": 99},
+        {"max_pixels": 4096},
+        {"max_pixels": 512},
+    ]
+    assert questions(server)[-1].endswith("None 2.0"), "a part's fps is instead of the request's num_frames"
+
+
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({"mm_processor_kwargs": {"num_frames": 2}}, "2 None"),
+        ({"mm_processor_kwargs": {"fps": 4}}, "None 4.0"),
+        ({"mm_processor_kwargs": {"num_frames": 2}, "num_frames": 2}, "2 None"),
+    ],
+)
+def test_sampling_may_stand_among_the_options(server: Server, fields: dict[str, Any], end: str) -> None:
+    ok(ask(server, part(MP4), **fields))
+    assert questions(server)[-1].endswith(end)
+    assert options_of(server) == {}
+    ok(ask(server, part(MP4) | fields))
+    assert questions(server)[-1].endswith(end)
+
+
+def test_a_form_takes_them_too(server: Server) -> None:
+    data = {"prompt": "?", "max_tokens": "2", "min_pixels": "65", "mm_processor_kwargs": '{"max_pixels": 4097}'}
+    ok(server.http.post("/v1/generate", files=[("media", PNG), ("media", MP4)], data=data))
+    for index in (0, 1):
+        assert options_of(server, index) == {"min_pixels": 65, "max_pixels": 4097}
+    for text in ("[]", "{", '"x"'):
+        response = server.http.post("/v1/generate", files=[("media", PNG)], data={"mm_processor_kwargs": text})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "mm_processor_kwargs")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        (
+            {"mm_processor_kwargs": {"pixels": 1}},
+            "mm_processor_kwargs.pixels",
+            "known are min_pixels, max_pixels, size",
+        ),
+        ({"mm_processor_kwargs": {"do_resize": False}}, "mm_processor_kwargs.do_resize", "not a known option"),
+        ({"mm_processor_kwargs": {"max_soft_tokens": 9}}, "mm_processor_kwargs.max_soft_tokens", "does not take"),
+        ({"mm_processor_kwargs": {"max_pixels": "9"}}, "mm_processor_kwargs.max_pixels", "Expected `int`, got `str`"),
+        ({"mm_processor_kwargs": {"max_pixels": True}}, "mm_processor_kwargs.max_pixels", "got `bool`"),
+        ({"mm_processor_kwargs": {"do_image_splitting": 1}}, "mm_processor_kwargs.do_image_splitting", "`bool`"),
+        ({"mm_processor_kwargs": {"fps": 0}}, "mm_processor_kwargs.fps", "> 0"),
+        ({"mm_processor_kwargs": {"num_frames": 999}}, "mm_processor_kwargs.num_frames", "at most 32"),
+        ({"mm_processor_kwargs": {"num_frames": 2, "fps": 1}}, "mm_processor_kwargs.fps", "not both"),
+        ({"mm_processor_kwargs": {"num_frames": 2}, "num_frames": 3}, "mm_processor_kwargs.num_frames", "differ"),
+        ({"mm_processor_kwargs": {"min_pixels": 2}, "min_pixels": 3}, "mm_processor_kwargs.min_pixels", "differ"),
+        ({"mm_processor_kwargs": {"size": {"height": 9}}}, "mm_processor_kwargs.size", "sets of keys"),
+        ({"mm_processor_kwargs": {"size": {}}}, "mm_processor_kwargs.size", "sets of keys"),
+        ({"mm_processor_kwargs": {"size": {"shortest_edge": 9}}}, "mm_processor_kwargs.size", "sets of keys"),
+        (
+            {"mm_processor_kwargs": {"size": {"shortest_edge": 9, "longest_edge": 8}}},
+            "mm_processor_kwargs.size",
+            "must not be above",
+        ),
+        ({"mm_processor_kwargs": {"size": {"height": 0, "width": 1}}}, "mm_processor_kwargs.size", ">= 1"),
+        ({"mm_processor_kwargs": {"size": 9}}, "mm_processor_kwargs.size", "Expected `object`"),
+        ({"min_pixels": 10, "max_pixels": 9}, "min_pixels", "must not be above max_pixels"),
+        ({"min_pixels": 10, "mm_processor_kwargs": {"max_pixels": 9}}, "min_pixels", "must not be above"),
+        ({"min_pixels": 0}, "min_pixels", ">= 1"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_refused_by_its_name(server: Server, fields: dict[str, Any], param: str, says: str) -> None:
+    for response, prefix in (
+        (ask(server, part(MP4), **fields), ""),
+        (ask(server, part(MP4) | fields), "messages[0].content[0]."),
+    ):
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, prefix + param)
+        assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields", "param", "says"),
+    [
+        ([part(PNG, "image")], {"num_frames": 3}, "num_frames", "is for videos, and there is none"),
+        ([part(MP4)], {"mm_processor_kwargs": {"do_image_splitting": True}}, "", "is for images, and there is none"),
+        ([], {"max_pixels": 9}, "max_pixels", "is for images and videos, and there is none"),
+        ([part(PNG, "image") | {"fps": 1.0}], {}, "messages[0].content[0].fps", "not a known field"),
+        (
+            [part(MP4) | {"mm_processor_kwargs": {"do_image_splitting": True}}],
+            {},
+            "messages[0].content[0].mm_processor_kwargs.do_image_splitting",
+            "this model's video processor does not take do_image_splitting; it takes max_pixels, min_pixels, size",
+        ),
+    ],
+)
+def test_what_is_for_no_medium_is_refused(
+    server: Server, parts: list[dict[str, Any]], fields: dict[str, Any], param: str, says: str
+) -> None:
+    response = ask(server, *parts, **fields)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param or "mm_processor_kwargs.do_image_splitting")
+    assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"min_pixels": 9}, {"max_pixels": 9}, {"mm_processor_kwargs": {"size": {"height": 9, "width": 9}}}],
+    ids=str,
+)
+def test_a_target_that_takes_none_says_so(bundled: Server, fields: dict[str, Any]) -> None:
+    for response in (ask(bundled, part(PNG, "image"), **fields), ask(bundled, part(PNG, "image") | fields)):
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "unknown_option")
+        assert error["message"].endswith("it takes no options")
+    ok(ask(bundled, part(PNG, "image"), mm_processor_kwargs={}))
+
+
+def test_a_medium_may_not_be_enlarged_beyond_what_may_be_sent(server: Server) -> None:
+    """The processor works in the worker, without a child's limits."""
+    ok(ask(server, part(PNG, "image"), min_pixels=10_000_000))
+    ok(ask(server, part(MP4), min_pixels=50_000))  # two frames
+    for parts, fields, param in (
+        ([part(PNG, "image")], {"min_pixels": 10_000_001}, "min_pixels"),
+        ([part(MP4)], {"min_pixels": 50_001}, "min_pixels"),
+        ([part(PNG, "image") | {"min_pixels": 2**31}], {}, "messages[0].content[0].min_pixels"),
+        ([part(MP4)], {"mm_processor_kwargs": {"size": {"height": 251, "width": 200}}}, "mm_processor_kwargs.size"),
+    ):
+        error = ask(server, *parts, **fields).json()["error"]
+        assert error["param"] == param
+        assert "enlarge" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "pixels"),
+    [
+        ({"height": 10, "width": 20}, (1, 5, 7), 200),
+        ({"height": 10, "width": 20}, (3, 5, 7), 600),
+        ({"longest_edge": 100}, (1, 30, 60), 5000),
+        ({"longest_edge": 100}, (2, 60, 60), 20000),
+        ({"shortest_edge": 10, "longest_edge": 400}, (1, 30, 60), 200),
+        ({"shortest_edge": 10, "longest_edge": 12}, (1, 10, 100), 14.4),
+    ],
+)
+def test_enlarging_is_computed_as_processors_do_it(
+    size: dict[str, int], shape: tuple[int, int, int], pixels: float
+) -> None:
+    options = read(mm_processor_kwargs={"size": size})
+    media_options.check_pixels(options, TAKES_ALL, shape, int(pixels + 1))
+    with pytest.raises(BadRequest, match="enlarge"):
+        media_options.check_pixels(options, TAKES_ALL, shape, int(pixels - 1))
+
+
+def test_edges_that_are_areas_count_as_areas() -> None:
+    """Qwen's processors call the least number of pixels `shortest_edge`."""
+    options = read(mm_processor_kwargs={"size": {"shortest_edge": 5000, "longest_edge": 10**9}})
+    area = Geometry(video_options=("size",), size_is_area=True)
+    media_options.check_pixels(options, area, (2, 30, 60), 10_000)
+    with pytest.raises(BadRequest, match="enlarge"):
+        media_options.check_pixels(options, area, (2, 30, 60), 9_999)
+    with pytest.raises(BadRequest, match="enlarge"):
+        media_options.check_pixels(options, TAKES_ALL, (2, 30, 60), 10_000)
+
+
+def test_every_option_has_a_type_and_an_order() -> None:
+    assert (*media_options.TYPES,) == MEDIA_OPTIONS
+    values = {"max_pixels": 9, "min_pixels": 8, "size": {"width": 3, "height": 2}, "max_soft_tokens": 70}
+    orders = [dict(order) for order in itertools.permutations(values.items())]
+    known = {read(mm_processor_kwargs=order).known_to(TAKES_ALL, "image") for order in orders}
+    assert len(known) == 1, "caches must find a medium, however a client orders its options"
+    assert len(json.dumps(list(known))) > 80
