@@ -36,6 +36,7 @@ class MediaLoader:
     limits: MediaLimits
     allowed_domains: tuple[str, ...]
     on_loaded: Callable[[str, float], None]  # called with the kind of each medium and the seconds that it took
+    count_decoded: Callable[[int], None]  # called with the bytes of each medium
 
     async def from_url(self, url: str, kind: Kind, options: MediaOptions, upload: Upload) -> Medium:
         """Load a medium from a data: or http(s) URL; its fetched bytes count as part of the upload."""
@@ -62,6 +63,7 @@ class MediaLoader:
             raise NoCapacity("media cannot be decoded at the moment")
         medium = await decode_with_options(self.decoder, data, kind, options, client)
         self.on_loaded(medium.kind, time.monotonic() - started)
+        self.count_decoded(medium.frames.nbytes)
         return medium
 
 

@@ -87,6 +87,8 @@ class RequestContext:
         self._service = service
         self._arrived = time.monotonic()
         self._reservation = service.admission.enter(key)
+        self._decoded = service.decoded_media.open()
+        self._num_reserved = 0
         self._salt = hashlib.sha256(key.encode()).hexdigest() if key else ""
         self._outputs: deque[tuple[int, RequestOutput]] = deque()  # (choice, output), not yet read
         self._waiter: asyncio.Future[None] | None = None  # set while a reader waits for outputs
@@ -111,6 +113,11 @@ class RequestContext:
     def reserve(self, number: int) -> None:
         """Reserve capacity for so many choices, before any media is loaded. Raises NoCapacity or ClientLimit."""
         self._reservation.add(number)
+        self._num_reserved += number
+
+    def count_decoded(self, num_bytes: int) -> None:
+        """Count a decoded medium, which every choice has its own copy of. Raises TooLarge and NoCapacity."""
+        self._decoded.add(num_bytes * self._num_reserved)
 
     @asynccontextmanager
     async def time_limit(self) -> AsyncIterator[None]:
@@ -216,6 +223,7 @@ class RequestContext:
         for choice in self.choices:
             if choice.finish_reason is None:
                 self._service.pool.abort(choice.generation)
+        self._decoded.close()
         self._reservation.leave()
         self._record(_outcome(self._error or error))
         # As in cancel_on_disconnect: undo the cancellation, unless somebody else requested one too.

@@ -272,6 +272,13 @@ class Settings(BaseSettings):
         "Maximum bytes of all bodies and fetched media until they are decoded; beyond: 503.",
         ge=1024,
     )
+    max_decoded_bytes: int = option(
+        "Limits",
+        1024 * MIB,
+        "Maximum bytes of the decoded images and videos of all requests, each choice counted, until they end; beyond: "
+        "503. A worker holds as much again for its requests.",
+        ge=1,
+    )
     request_timeout: float = option("Limits", 300.0, "Seconds for a whole request; then 504.", gt=0)
 
     # Processes

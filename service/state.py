@@ -15,6 +15,7 @@ from model.request import EngineInfo
 from service import cores
 from service.admission import Admission
 from service.chat_input import MediaLoader
+from service.decoded_media import DecodedMedia
 from service.draft_watcher import DraftWatcher
 from service.errors import NoCapacity, ServiceError
 from service.log import fields
@@ -61,6 +62,7 @@ class Service:
         )
         self.admission = Admission(self._capacity, self.unavailable_reason, settings.max_requests_per_key)
         self.uploads = Uploads(settings)
+        self.decoded_media = DecodedMedia(settings.max_decoded_bytes)
         self.metrics.watch_unassigned(self._num_unassigned)
         self._on_fatal = on_fatal
         self._lifecycle_task: asyncio.Task[None] | None = None
@@ -101,11 +103,11 @@ class Service:
         """Return how many admitted engine requests no worker has yet."""
         return max(0, self.admission.in_use - self.pool.num_generations + self.pool.num_parked)
 
-    @property
-    def media_loader(self) -> MediaLoader:
-        """Loads the media of requests under the present limits."""
+    def media_loader(self, count_decoded: Callable[[int], None]) -> MediaLoader:
+        """Return what loads the media of a request under the present limits. count_decoded: called with the bytes of
+        each medium; it may raise."""
         domains = self.settings.allowed_media_domains
-        return MediaLoader(self.decoder, self.media_limits, domains, self.metrics.media_done)
+        return MediaLoader(self.decoder, self.media_limits, domains, self.metrics.media_done, count_decoded)
 
     async def change_draft(self, folder: str) -> int:
         """Change the draft of all workers, and return their number. Raises ServiceError and changes none where it is

@@ -45,7 +45,8 @@ async def generate(request: Request) -> Response:
         options = check_media_options(fields, service.settings, service.pool.info)
         async with context.time_limit():
             with upload:
-                chat = await chat_input.from_form(fields.prompt, files, options, upload.client, service.media_loader)
+                loader = service.media_loader(context.count_decoded)
+                chat = await chat_input.from_form(fields.prompt, files, options, upload.client, loader)
         del form, files  # frees their media
         clamp_max_tokens = fields.requested_max_tokens() is None
         await context.submit(chat, params, n=1, speculation=fields.speculation, clamp_max_tokens=clamp_max_tokens)

@@ -49,7 +49,7 @@ async def chat_completions(request: Request) -> Response:
         options = openai.media_options(body, service.settings, service.pool.info)
         async with context.time_limit():
             with upload:
-                chat = await chat_input.from_chat(body, options, upload, service.media_loader)
+                chat = await chat_input.from_chat(body, options, upload, service.media_loader(context.count_decoded))
         stream_options = body.stream_options or openai.StreamOptions()
         with_usage = bool(stream_options.include_usage)
         running_stats = with_usage and bool(stream_options.continuous_usage_stats)

@@ -84,7 +84,7 @@ class MediaOptions:
 
     def known_to(self, geometry: Geometry, kind: Kind) -> tuple[tuple[str, OptionValue], ...]:
         """Return the options that the processor for this kind of medium takes, in a fixed order."""
-        return tuple(sorted((name, self.values[name]) for name in geometry.options(kind) if name in self.values))
+        return tuple((name, self.values[name]) for name in geometry.options(kind) if name in self.values)
 
 
 def read(fields: ImageFields, path: str = "") -> MediaOptions:

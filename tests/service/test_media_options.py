@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from service.errors import BadRequest
 from service.schemas import media_options
 from service.schemas.media_options import MediaFields, MediaOptions
 from tests.media.samples import encoded, picture, video_bytes
+from tests.service.conftest import StartServer
 from tests.service.server import Server
 from tests.service.test_frame_sampling import ANY_SIZE, arrived, ask, ok, part, questions
 
@@ -233,8 +234,28 @@ def test_edges_that_are_areas_count_as_areas() -> None:
 
 def test_every_option_has_a_type_and_an_order() -> None:
     assert (*media_options.TYPES,) == MEDIA_OPTIONS
-    values = {"max_pixels": 9, "min_pixels": 8, "size": {"width": 3, "height": 2}, "max_soft_tokens": 70}
-    orders = [dict(order) for order in itertools.permutations(values.items())]
+    values = {"max_pixels": 9, "min_pixels": 8, "max_soft_tokens": 70}
+    sizes = ({"width": 3, "height": 2}, {"height": 2, "width": 3})
+    orders = [dict(order) for size in sizes for order in itertools.permutations((values | {"size": size}).items())]
     known = {read(mm_processor_kwargs=order).known_to(TAKES_ALL, "image") for order in orders}
     assert len(known) == 1, "caches must find a medium, however a client orders its options"
-    assert len(json.dumps(list(known))) > 80
+
+
+def test_decoded_media_are_bounded_for_one_request_and_for_all(start_server: StartServer) -> None:
+    """One of 40 x 30 pixels takes 3600 bytes, once for each choice, until its request ends."""
+    server = start_server(ANY_SIZE | {"delay": 0.05}, max_decoded_bytes=4 * 3600)
+    image = part(PNG, "image")
+    ok(ask(server, *[image] * 4))
+    ok(ask(server, image, n=4))
+    for parts, fields in (([image] * 5, {}), ([image], {"n": 5}), ([image, image], {"n": 3}), ([part(MP4)] * 3, {})):
+        response = ask(server, *parts, **fields)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "too_many_decoded_bytes")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, server, image, image, max_tokens=60, ignore_eos=True, speculation="off")
+        server.wait(lambda: server.metric("flash_requests_running") == 1)
+        ok(ask(server, image, image))
+        response = ask(server, image, n=3)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "media_full")
+        assert response.headers["retry-after"]
+        ok(running.result())
+    ok(ask(server, image, n=4))
