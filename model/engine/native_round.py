@@ -97,6 +97,7 @@ class NativeRound:
         self._struct = structures.Round(
             target=ctypes.pointer(stack.struct),
             embeddings=pointer(like),
+            embedding_scale=verifier.embedding_scale,
             head=described_linear(verifier.head),
             num_tokens=len(like),
             target_cache=described_cache(cache),

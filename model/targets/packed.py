@@ -6,9 +6,9 @@ model runs through transformers' own layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,22 +17,53 @@ from torch import Tensor, nn
 from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
-from model.targets.support import rope_is_fixed, windows
+from model.targets.support import rope_is_fixed
 
-# Language models of transformers and their layers, whose forwards are Llama's: two RMS norms a layer, a gated MLP, rope
-# that turns halves of a head. Attention may also normalise each head's queries and keys.
-LLAMA_LIKE = {
-    "LlamaModel": "LlamaDecoderLayer",
-    "MistralModel": "MistralDecoderLayer",
-    "PaddleOCRTextModel": "PaddleOCRDecoderLayer",
-    "Qwen2Model": "Qwen2DecoderLayer",
-    "Qwen2VLTextModel": "Qwen2VLDecoderLayer",
-    "Qwen2_5_VLTextModel": "Qwen2_5_VLDecoderLayer",
-    "Qwen3Model": "Qwen3DecoderLayer",
-    "Qwen3VLTextModel": "Qwen3VLTextDecoderLayer",
-}
 NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 AT_ONCE = 1 << 15  # positions of which rotations are computed at once
+GATES = ("silu", "gelu", "gelu_pytorch_tanh")  # activations of a gated MLP
+SCALED_EMBEDDINGS = ("Gemma3TextScaledWordEmbedding",)  # embeddings times `embed_scale`
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the layers of one of transformers' language models compute, beside what their weights say.
+
+    norms: the names of those before attention and before the MLP, and of those of what both add to a row; rope turns
+    neighbours of a head, or the halves of its first places.
+    """
+
+    layer: str
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norm: Literal["rms", "rms_plus_one"] = "rms"
+    neighbours: bool = False
+
+
+KINDS = {
+    "Gemma3TextModel": Kind(
+        "Gemma3DecoderLayer",
+        norms=(
+            "input_layernorm",
+            "pre_feedforward_layernorm",
+            "post_attention_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        norm="rms_plus_one",
+    ),
+    "Glm4vTextModel": Kind(
+        "Glm4vTextDecoderLayer",
+        norms=("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
+        neighbours=True,
+    ),
+    "LlamaModel": Kind("LlamaDecoderLayer"),
+    "MistralModel": Kind("MistralDecoderLayer"),
+    "PaddleOCRTextModel": Kind("PaddleOCRDecoderLayer"),
+    "Qwen2Model": Kind("Qwen2DecoderLayer"),
+    "Qwen2VLTextModel": Kind("Qwen2VLDecoderLayer"),
+    "Qwen2_5_VLTextModel": Kind("Qwen2_5_VLDecoderLayer"),
+    "Qwen3Model": Kind("Qwen3DecoderLayer"),
+    "Qwen3VLTextModel": Kind("Qwen3VLTextDecoderLayer"),
+}
 
 
 def joined(*parts: Tensor | None) -> Tensor | None:
@@ -41,148 +72,227 @@ def joined(*parts: Tensor | None) -> Tensor | None:
 
 
 def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context: int) -> Stack | None:
-    """Pack a Llama-like language model and release its own layers; None if the native stack does not support it.
+    """Pack a language model and release its own layers; None if the native stack does not support it.
 
     num_positions: position ids are below this; context: tokens of the longest sequence; aux_layers: layers whose output
     is returned too.
     """
-    shape = _shape(model, context)
+    kind = _kind(model)
+    if kind is None:
+        return None
+    shape = _shape(model, kind)
     if shape is None:
         return None
-    weight = model.layers[0].mlp.gate_proj.weight
-    rotary = _rotary(model.rotary_emb, weight, num_positions, shape.head_dim)
-    if rotary is None:
+    like = model.layers[0].self_attn.q_proj.weight
+    turned = _rotary(model.rotary_emb, like, num_positions, shape.head_dim, kind)
+    if turned is None:
         return None
-    return Stack(
-        shape,
-        _released(model.layers),
-        rotary=rotary,
-        final_norm=Norm(model.norm.weight),
-        aux_layers=aux_layers,
-    )
+    rotary, order = turned
+    tables = _tables(model.rotary_emb)
+
+    def released() -> Iterator[LayerWeights]:
+        """Yield the weights of the layers and drop each layer from the model. So no layer is in memory twice, which for
+        a large model would take most of a machine's memory."""
+        while len(model.layers):
+            layer = model.layers.pop(0)
+            window = _window(layer, model.config)
+            yield _weights(
+                layer,
+                kind,
+                order,
+                window=window if window is not None and window < context else None,
+                table=tables.index(layer.self_attn.layer_type) if tables else 0,
+            )
+
+    return Stack(shape, released(), rotary=rotary, final_norm=Norm(model.norm.weight), aux_layers=aux_layers)
 
 
-def _shape(model: Any, context: int) -> Shape | None:
+def embedding_scale(model: Any) -> float | None:
+    """Return what a language model multiplies its token embeddings by; None if they are not a table's rows."""
+    table = model.embed_tokens
+    if type(table) is nn.Embedding and table.max_norm is None:
+        return 1.0
+    if type(table).__name__ in SCALED_EMBEDDINGS and type(table).__module__.startswith("transformers.models."):
+        return float(table.embed_scale.to(table.weight.dtype))
+    return None
+
+
+def _kind(model: Any) -> Kind | None:
+    """Return the kind of a language model; None if it is not transformers' own code over plain matrices."""
+    kind = KINDS.get(type(model).__name__)
+    if kind is None or not len(getattr(model, "layers", ())):
+        return None
+    own = all(type(part).__module__.startswith("transformers.models.") for part in (model, *model.layers))
+    if not own or any(type(layer).__name__ != kind.layer for layer in model.layers):
+        return None
+    plain = all(type(part) is nn.Linear for layer in model.layers for part in _matrices(layer).values())
+    return kind if plain else None
+
+
+def _shape(model: Any, kind: Kind) -> Shape | None:
     """Return the shape of a decoder's layers; None if the native stack does not compute what they do."""
-    if not _is_known(model):
+    config, attention = model.config, model.layers[0].self_attn
+    matrices, head_dim = _matrices(model.layers[0]), attention.head_dim
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if activation not in GATES:
         return None
-    config, layers = model.config, model.layers
-    attention, mlp = layers[0].self_attn, layers[0].mlp
-    head_dim, hidden = attention.head_dim, config.hidden_size
     shape = Shape(
-        hidden=hidden,
-        heads=attention.q_proj.out_features // head_dim,
-        kv_heads=attention.k_proj.out_features // head_dim,
+        hidden=config.hidden_size,
+        heads=matrices["q"].out_features // head_dim,
+        kv_heads=matrices["k"].out_features // head_dim,
         head_dim=head_dim,
-        intermediate=mlp.gate_proj.out_features,
-        eps=model.norm.variance_epsilon,
+        intermediate=matrices["down"].in_features,
+        eps=_eps(model.norm),
+        norm=kind.norm,
+        activation=activation,
+        scale=attention.scaling,
     )
     fits = (
-        config.hidden_act == "silu"
-        and rope_is_fixed(config)
-        and tuple(model.norm.weight.shape) == (hidden,)
-        and all(_fits(layer, shape) for layer in layers)
-        and all(size >= context for size in windows(config).values())
+        rope_is_fixed(config)
+        and {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "attn_logit_softcapping", None)
+        and not getattr(config, "use_bidirectional_attention", None)
+        and tuple(model.norm.weight.shape) == (shape.hidden,)
+        and all(_fits(layer, shape, kind) for layer in model.layers)
     )
-    return shape if fits and shape.runs_natively(mlp.gate_proj.weight) else None
+    return shape if fits and shape.runs_natively(matrices["q"].weight) else None
 
 
-def _is_known(model: Any) -> bool:
-    """Return whether transformers' own code of a language model is known to be Llama's, over plain matrices."""
-    name = type(model).__name__
-    if name not in LLAMA_LIKE or not len(getattr(model, "layers", ())):
-        return False
-    kinds = {(part.__module__.startswith("transformers.models."), part.__name__) for part in map(type, model.layers)}
-    return (
-        kinds == {(True, LLAMA_LIKE[name])}
-        and type(model).__module__.startswith("transformers.models.")
-        and all(type(part) is nn.Linear for layer in model.layers for part in _matrices(layer))
-    )
-
-
-def _matrices(layer: Any) -> tuple[Any, ...]:
-    """Return the linear layers of a layer: queries, keys, values, output, gate, up and down."""
+def _matrices(layer: Any) -> dict[str, Any]:
+    """Return the linear layers of a decoder layer by role. Gate and up may be one."""
     attention, mlp = layer.self_attn, layer.mlp
-    heads = attention.q_proj, attention.k_proj, attention.v_proj
-    return *heads, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    heads = {name: getattr(attention, f"{name}_proj") for name in "qkvo"}
+    inner = ("gate_up",) if hasattr(mlp, "gate_up_proj") else ("gate", "up")
+    return heads | {name: getattr(mlp, f"{name}_proj") for name in (*inner, "down")}
 
 
-def _norms(layer: Any) -> list[Any]:
-    """Return the norms of a layer: before attention, before the MLP, and those of queries and keys if it has them."""
-    own = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
-    return [layer.input_layernorm, layer.post_attention_layernorm, *(norm for norm in own if norm is not None)]
+def _norms(layer: Any, kind: Kind) -> tuple[list[Any], list[Any]]:
+    """Return the norms of a layer's rows, and those of its queries and keys, if it has them."""
+    own = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    return [getattr(layer, name) for name in kind.norms], [norm for norm in own if norm is not None]
 
 
-def _fits(layer: Any, shape: Shape) -> bool:
+def _eps(norm: Any) -> float:
+    """Return what a norm adds to the mean square."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def _window(layer: Any, config: Any) -> int | None:
+    """Return how many positions a row of a layer sees; None for all. Mistral has one window for all layers."""
+    attention = layer.self_attn
+    if type(layer).__name__ == "MistralDecoderLayer":
+        window: int | None = config.sliding_window
+        return window
+    return getattr(attention, "sliding_window", None)
+
+
+def _fits(layer: Any, shape: Shape, kind: Kind) -> bool:
     """Return whether a layer's parts have the shape and the settings that all layers of a stack have."""
     hidden, inner, head_dim = shape.hidden, shape.intermediate, shape.head_dim
     queries, keys = shape.heads * head_dim, shape.kv_heads * head_dim
-    sizes = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries), (inner, hidden), (inner, hidden)]
-    matrices, norms = _matrices(layer), _norms(layer)
-    biased = [part.bias is not None for part in matrices]
+    sizes = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+    sizes |= {"gate": (inner, hidden), "up": (inner, hidden), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    matrices, (norms, of_heads) = _matrices(layer), _norms(layer, kind)
+    biased = {name: part.bias is not None for name, part in matrices.items()}
     return (
-        [tuple(part.weight.shape) for part in matrices] == [*sizes, (hidden, inner)]
-        and len(set(biased[:3])) == len(set(biased[4:6])) == 1
-        and len({part.weight.dtype for part in matrices}) == 1
-        and math.isclose(layer.self_attn.scaling, head_dim**-0.5)
-        and [tuple(norm.weight.shape) for norm in norms] in ([(hidden,)] * 2, [(hidden,)] * 2 + [(head_dim,)] * 2)
-        and all(norm.variance_epsilon == shape.eps for norm in norms)
+        all(tuple(part.weight.shape) == sizes[name] for name, part in matrices.items())
+        and biased["q"] == biased["k"] == biased["v"]
+        and biased.get("gate") == biased.get("up")
+        and len({part.weight.dtype for part in matrices.values()}) == 1
+        and layer.self_attn.scaling == shape.scale
+        and len(of_heads) in (0, 2)
+        and all(tuple(norm.weight.shape) == (hidden,) for norm in norms)
+        and all(tuple(norm.weight.shape) == (head_dim,) for norm in of_heads)
+        and all(_eps(norm) == shape.eps for norm in (*norms, *of_heads))
     )
 
 
-def _released(layers: nn.ModuleList) -> Iterator[LayerWeights]:
-    """Yield the weights of the layers and drop each layer from the model. So no layer is in memory twice, which for a
-    large model would take most of a machine's memory."""
-    while len(layers):
-        yield _llama_layer(layers.pop(0))
+def _tables(embedding: Any) -> list[str]:
+    """Return the types of layers for which a rotary embedding has tables of their own."""
+    return list(getattr(embedding, "layer_types", ()))
 
 
 @torch.no_grad()
-def _rotary(embedding: Any, like: Tensor, num_positions: int, head_dim: int) -> Rotary | None:
+def _rotary(
+    embedding: Any, like: Tensor, num_positions: int, head_dim: int, kind: Kind
+) -> tuple[Rotary, Tensor | None] | None:
     """Tabulate a rotary embedding of the first positions, in the dtype of `like`; None if it is not as expected.
 
-    Which axis of the position ids turns a place of a head is seen by turning one axis at a time.
+    Which axis of the position ids turns a place of a head is seen by turning one axis at a time. Also returns in which
+    order the places of a head must be so that the two that turn together are half a head apart, and those that do not
+    turn are turned by nothing; None if they are in order.
     """
-    x = like.new_zeros(1)
-    parts = [
-        embedding(x, position_ids=part[None]) for part in torch.arange(num_positions, device=like.device).split(AT_ONCE)
-    ]
-    cos, sin = (torch.cat([part[i][0] for part in parts]) for i in range(2))
-    if cos.shape != (num_positions, head_dim) or not torch.equal(*cos[-1].chunk(2)):
+    half, x = head_dim // 2, like.new_zeros(1)
+
+    def angles(ids: Tensor, **of_layers: str) -> tuple[Tensor, ...]:
+        """Compute cos and sin of the pairs of places that turn together: (..., pairs)."""
+        found: tuple[Tensor, ...] = embedding(x, position_ids=ids, **of_layers)
+        pairs = found[0].shape[-1] // 2
+        repeated = torch.equal(found[1][..., 0::2], found[1][..., 1::2])  # as neighbours, not as halves
+        return tuple(table[..., 0::2] if repeated else table[..., :pairs] for table in found)
+
+    types = [{"layer_type": name} for name in _tables(embedding)] or [{}]
+    ids = torch.arange(num_positions, device=like.device).split(AT_ONCE)
+    parts = [[angles(part[None], **of_layers) for part in ids] for of_layers in types]
+    cos, sin = (torch.stack([torch.cat([part[i][0] for part in table]) for table in parts]) for i in range(2))
+    pairs = cos.shape[-1]
+    if cos.shape[:2] != (len(types), num_positions) or pairs > half or (pairs < half and not kind.neighbours):
         return None
-    axes = np.zeros(head_dim, np.int32)
-    alone = embedding(x, position_ids=torch.eye(NUM_AXES, dtype=torch.long, device=like.device)[:, None])[1]
-    if alone.ndim == 3:  # one table for all axes
+    alone = angles(torch.eye(NUM_AXES, dtype=torch.long, device=like.device)[:, None], **types[0])[1]
+    several = alone.ndim == 3  # one table for all axes
+    axes = np.zeros(half, np.int32)
+    if several:
         turned = alone[0] != 0
-        if not torch.equal(turned.sum(0), torch.ones_like(turned[0], dtype=torch.long)):
+        if not torch.equal(turned.sum(0), torch.ones(pairs, dtype=torch.long, device=like.device)):
             return None
-        axes = turned.int().argmax(0).numpy().astype(np.int32)
-    first_half, second_half = sin.chunk(2, -1)
-    return Rotary(cos, torch.cat((-first_half, second_half), -1), axes, NUM_AXES if alone.ndim == 3 else 1)
+        axes[:pairs] = turned.int().argmax(0).numpy()
+    cos, sin = (
+        torch.cat((table, table.new_full((*table.shape[:2], half - pairs), still)), -1)
+        for table, still in ((cos, 1.0), (sin, 0.0))
+    )
+    order = None
+    if kind.neighbours:
+        rest = torch.arange(2 * pairs, head_dim).chunk(2)
+        even = torch.arange(0, 2 * pairs, 2)
+        order = torch.cat((even, rest[0], even + 1, rest[1])) if pairs < half else torch.cat((even, even + 1))
+    return Rotary(cos, sin, axes, NUM_AXES if several else 1), order
 
 
-def _llama_layer(layer: Any) -> LayerWeights:
-    """Collect the weights of a Llama-like decoder layer."""
-    attention, mlp = layer.self_attn, layer.mlp
-    heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv = joined(*(part.weight for part in heads))
-    up = joined(mlp.gate_proj.weight, mlp.up_proj.weight)
+def _ordered(weights: Tensor | None, order: Tensor | None) -> Tensor | None:
+    """Put the places of each head of a projection's weights (heads * head_dim, ...) in order."""
+    if weights is None or order is None:
+        return weights
+    return weights.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
+def _weights(layer: Any, kind: Kind, order: Tensor | None, *, window: int | None, table: int) -> LayerWeights:
+    """Collect the weights of a decoder layer. order: of the places of its queries and keys."""
+    matrices, (norms, of_heads) = _matrices(layer), _norms(layer, kind)
+    q, k, v, out, down = (matrices[name] for name in ("q", "k", "v", "o", "down"))
+    inner = [matrices[name] for name in ("gate_up", "gate", "up") if name in matrices]
+    qkv = joined(_ordered(q.weight, order), _ordered(k.weight, order), v.weight)
+    up = joined(*(part.weight for part in inner))
     assert qkv is not None
     assert up is not None
-    before, behind, *of_heads = (norm.weight for norm in _norms(layer))
+    q_norm, k_norm = (_ordered(norm.weight, order) for norm in of_heads) if of_heads else (None, None)
+    before, middle, *post = (Norm(norm.weight) for norm in norms)
     return LayerWeights(
-        norm1=Norm(before),
+        norm1=before,
         qkv=qkv,
-        qkv_bias=joined(*(part.bias for part in heads)),
-        out=attention.o_proj.weight,
-        out_bias=attention.o_proj.bias,
-        norm2=Norm(behind),
+        qkv_bias=joined(_ordered(q.bias, order), _ordered(k.bias, order), v.bias),
+        out=out.weight,
+        out_bias=out.bias,
+        norm2=middle,
         up=up,
-        up_bias=joined(mlp.gate_proj.bias, mlp.up_proj.bias),
-        down=mlp.down_proj.weight,
-        down_bias=mlp.down_proj.bias,
-        q_norm=of_heads[0] if of_heads else None,
-        k_norm=of_heads[1] if of_heads else None,
+        up_bias=joined(*(part.bias for part in inner)),
+        down=down.weight,
+        down_bias=down.bias,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        post1=post[0] if post else None,
+        post2=post[1] if post else None,
+        window=window,
+        table=table,
     )
 
 
@@ -239,6 +349,7 @@ def tower(model: Any, config: Any) -> Tower | None:
         eps=settings.layer_norm_eps,
         norm="layer",
         activation=settings.hidden_act,
+        gated=False,
     )
     known = settings.hidden_act in ("quick_gelu", "gelu", "gelu_pytorch_tanh") and settings.num_channels == 3
     if not (known and shape.runs_natively(weight)):

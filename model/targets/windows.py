@@ -139,10 +139,9 @@ def _rotary(embedding: Any, head_dim: int, longest: int) -> Rotary:
     """Build the rotary table. In each half of a head the first places rotate by rows, the others by columns."""
     along = torch.arange(longest, device=embedding.inv_freq.device)
     cos, sin = embedding(along, torch.stack((along, along), -1))
-    first_half, second_half = sin.chunk(2, -1)
-    quarter = head_dim // 4
-    axes = np.tile(np.repeat(np.arange(2, dtype=np.int32), quarter), 2)
-    return Rotary(cos, torch.cat((-first_half, second_half), -1), axes, num_axes=2)
+    half = head_dim // 2
+    axes = np.repeat(np.arange(2, dtype=np.int32), half // 2)
+    return Rotary(cos[None, :, :half], sin[None, :, :half], axes, num_axes=2)
 
 
 def _linear(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,8 @@ from transformers import (
     CohereModel,
     Gemma2Config,
     Gemma2Model,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     GraniteConfig,
     GraniteModel,
     LlamaConfig,
@@ -33,6 +35,8 @@ from transformers import (
     Qwen3VLTextConfig,
     Qwen3VLTextModel,
 )
+from transformers.models.glm4v.configuration_glm4v import Glm4vTextConfig
+from transformers.models.glm4v.modeling_glm4v import Glm4vTextModel
 from transformers.models.paddleocr_vl.configuration_paddleocr_vl import PaddleOCRTextConfig
 from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRTextModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
@@ -82,13 +86,47 @@ class Family:
 
 
 SECTIONS = {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [6, 5, 5]}
+GEMMA = {
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 40,
+    "query_pre_attn_scalar": 50,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+    },
+    "use_bidirectional_attention": False,
+}
 FAMILIES = {
+    "gemma3": Family(Gemma3TextModel, Gemma3TextConfig, GEMMA),
+    "gemma3-narrow": Family(Gemma3TextModel, Gemma3TextConfig, {**GEMMA, "sliding_window": 5}),
+    "glm4v": Family(
+        Glm4vTextModel,
+        Glm4vTextConfig,
+        {
+            "num_attention_heads": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 3, 3],
+            },
+        },
+        num_axes=3,
+    ),
     "llama": Family(LlamaModel, LlamaConfig, {"head_dim": 32, "attention_bias": True, "mlp_bias": True}),
     "mistral": Family(MistralModel, MistralConfig, {"head_dim": 32, "sliding_window": None}),
     "paddleocr": Family(
         PaddleOCRTextModel, PaddleOCRTextConfig, {"head_dim": 32, "rope_parameters": SECTIONS}, num_axes=3
     ),
+    "mistral-window": Family(MistralModel, MistralConfig, {"head_dim": 32, "sliding_window": 33}),
     "qwen2": Family(Qwen2Model, Qwen2Config),
+    "qwen2-window": Family(
+        Qwen2Model,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 1, "head_dim": 16},
+    ),
     "qwen2-vl": Family(
         Qwen2VLTextModel, Qwen2VLTextConfig, {"rope_parameters": {**SECTIONS, "mrope_section": [2, 3, 3]}}, num_axes=3
     ),
@@ -275,3 +313,45 @@ def test_more_axes_than_the_stack_has_and_one_for_all(dtype: torch.dtype) -> Non
     assert torch.equal(hidden(np.concatenate((99 - at[:1], at))), hidden(at))
     assert torch.equal(hidden(at[:1]), hidden(at[[0, 0, 0]]))
     assert not torch.equal(hidden(at[:1]), hidden(at))
+
+
+@torch.no_grad()
+def test_rows_are_added_behind_the_first_layers(dtype: torch.dtype) -> None:  # noqa: F811
+    """Qwen3-VL adds features of deeper layers of its tower to the hidden states, where a row is visual."""
+    family = FAMILIES["qwen3-vl"]
+    exact, rounded = family.build().double(), family.build().to(dtype)
+    stack = packed.decoder(family.build().to(dtype), (1, 2), 128, CONTEXT)
+    assert stack is not None
+    x, at = normal(2, 30, HIDDEN, seed=1).to(dtype), np.arange(60, dtype=np.int32).reshape(1, 2, 30)
+    visual = torch.zeros(2, 30, dtype=torch.bool)
+    visual[0, 3:9] = visual[0, 12:25] = visual[1, 29] = True
+    deep = normal(2, int(visual.sum()), HIDDEN, seed=2, scale=3.0).to(dtype)
+    added = torch.zeros(2, 2, 30, HIDDEN, dtype=dtype)
+    added[:, visual] = deep
+    cache = scratch(stack.shape, 2, 64, dtype)
+    counts = np.array([30, 30], np.int32)
+    rows = AttentionMetadata(cache, 0, 30, np.zeros(2, np.int32), counts, MaskKind.CAUSAL)
+    hidden, aux = stack.forward(x, at, rows, added)
+    plain = stack.forward(x, at, rows)[0]
+    assert torch.equal(plain[1, :29], hidden[1, :29])
+    assert not torch.equal(plain[0, 3:], hidden[0, 3:])
+
+    def expected(model: Any) -> Tensor:
+        ids = torch.from_numpy(at).long().expand(3, -1, -1)
+        layers = list[Tensor]()
+        hooks = [layer.register_forward_hook(lambda _m, _i, output: layers.append(output)) for layer in model.layers]
+        final = model(
+            inputs_embeds=x.to(model.dtype),
+            position_ids=ids,
+            use_cache=False,
+            visual_pos_masks=visual,
+            deepstack_visual_embeds=list(deep.to(model.dtype)),
+        ).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return torch.cat((final, layers[1], layers[2]), -1).double()
+
+    fine = expected(exact)
+    off, usual = ((one - fine).abs() for one in (torch.cat((hidden, aux), -1), expected(rounded)))
+    assert off.mean() < 1.1 * usual.mean() + 1e-6
+    assert off.max() < 2 * usual.max() + 1e-5

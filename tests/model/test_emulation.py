@@ -166,7 +166,7 @@ def outputs(one: Library, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     library.use_threads(2)
     found = []
     for clip in (False, True):
-        settings = {"norm": "layer", "activation": "quick_gelu"} if clip else {}
+        settings = {"norm": "layer", "activation": "quick_gelu", "gated": False} if clip else {}
         shape = Shape(HIDDEN, 4, 2, 32, INNER, 1e-5, **settings)  # type: ignore[arg-type]
         weights = [cast(layer(i, 4, 2, 32, bias=clip, clip=clip), dtype) for i in (1, 20)]
         stack = Stack(shape, weights, rotary=None if clip else rotary(32, 300))

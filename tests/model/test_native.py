@@ -87,7 +87,7 @@ def rotary(head_dim: int, positions: int) -> Rotary:
     half = head_dim // 2
     angle = torch.arange(positions)[:, None] * 100.0 ** (-torch.arange(half) / half)
     cos, sin = angle.cos(), angle.sin()
-    return Rotary(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), np.zeros(head_dim, np.int32))
+    return Rotary(cos[None], sin[None], np.zeros(half, np.int32))
 
 
 def in_torch(
@@ -107,9 +107,9 @@ def in_torch(
     def turned(x: Tensor) -> Tensor:
         if turn is None:
             return x
-        cos, sin = (table.double()[places][:, None] for table in (turn.cos, turn.sin))
+        cos, sin = (table[0].double()[places][:, None] for table in (turn.cos, turn.sin))
         left, right = x.chunk(2, -1)
-        return x * cos + torch.cat((right, left), -1) * sin
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
 
     sizes = [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
     for i, weights in enumerate(layers):
@@ -151,7 +151,7 @@ def test_it_computes_what_torch_computes(
     dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, clip: bool, mask_kind: MaskKind
 ) -> None:
     """Compare every kind of layer, mask and length with float64; idle slots are not changed."""
-    settings = {"norm": "layer", "activation": "quick_gelu"} if clip else {}
+    settings = {"norm": "layer", "activation": "quick_gelu", "gated": False} if clip else {}
     shape = Shape(HIDDEN, heads, kv_heads, head_dim, INNER, 1e-5, **settings)  # type: ignore[arg-type]
     weights = [
         cast(layer(10 * i, heads, kv_heads, head_dim, bias=clip or kv_heads == 2, clip=clip), dtype) for i in (1, 2)

@@ -10,6 +10,15 @@ constexpr int MAX_QUERIES = 16;  // queries per call: the rows of an AMX tile
 constexpr int MAX_LISTED = (MAX_NODES + 1 + KEYS + LANES - 1) / LANES *
                            LANES;  // largest range of keys listed one by one: a tree's rows, and a rest of KEYS
 
+// Where the positions of one slot and head lie: see LayerCache.
+struct Places {
+  int ring, capacity;
+  long operator()(long position) const {
+    if (position < ring) return position;
+    return position < capacity ? position % ring : ring + (position - capacity);
+  }
+};
+
 // Keys and values of D numbers each, contiguous or at listed positions.
 template <class K, int D>
 struct Contiguous {
@@ -21,8 +30,9 @@ template <class K, int D>
 struct Listed {
   const K *keys, *values;
   const int32_t* at;
-  const K* key(int i) const { return keys + at[i] * (long)D; }
-  const K* value(int i) const { return values + at[i] * (long)D; }
+  Places places;
+  const K* key(int i) const { return keys + places(at[i]) * D; }
+  const K* value(int i) const { return values + places(at[i]) * D; }
 };
 
 // Multiply a query and a key elementwise, and add up to one register of partial sums. q: in the order of
@@ -92,6 +102,7 @@ struct Attention {
 #endif
 
   const T *keys, *values;  // of one slot and head, D apart
+  Places places;
   float scale;
   int num = 0;  // queries
   static constexpr bool REORDERS = sizeof(T) == 2 && REGISTERS_EACH > 1;
@@ -119,7 +130,8 @@ struct Attention {
   static constexpr int WIDENING_QUERIES = 4;
   alignas(64) float wide_keys[WIDENED<T> ? KEYS * D : 1], wide_values[WIDENED<T> ? KEYS * D : 1];
 
-  Attention(const T* keys, const T* values, float scale) : keys(keys), values(values), scale(scale) {}
+  Attention(const T* keys, const T* values, Places places, float scale)
+      : keys(keys), values(values), places(places), scale(scale) {}
 
   void add_query(const Kept<T>* query) {
     q[num] = query;
@@ -152,51 +164,65 @@ struct Attention {
     for (; d < D; d += LANES) keep<T>(out + d, in_order(load(mixed[n] + d) / weight_sum, (const T*)nullptr));
   }
 
-  // Attend to the next keys from `first` on, of which query n sees visible[n]: none, some of the first, or all KEYS.
-  void add_keys(long first, const int* visible) {
+  // Attend to the next keys from position `from` on, a multiple of KEYS, of which query n sees visible[n]: none, some
+  // of the first, or all KEYS; but not the first hidden[n], if there is such a list.
+  void add_keys(long from, const int* visible, const int* hidden = nullptr) {
+    const long first = places(from);
     int longest = 0;
     for (int n = 0; n < num; n++) longest = visible[n] > longest ? visible[n] : longest;
     if constexpr (WIDENED<T>)
-      if (num >= WIDENING_QUERIES) return add_keys_from(widened(first, longest), first, visible, longest);
-    add_keys_from(Contiguous<T, D>{keys + first * D, values + first * D}, first, visible, longest);
+      if (num >= WIDENING_QUERIES) return add_keys_from(widened(first, longest), first, visible, hidden, longest);
+    add_keys_from(Contiguous<T, D>{keys + first * D, values + first * D}, first, visible, hidden, longest);
   }
 
   template <class Source>
-  void add_keys_from(Source at, long first, const int* visible, int longest) {
+  void add_keys_from(Source at, long first, const int* visible, const int* hidden, int longest) {
     score_all(at, first, longest);
     alignas(64) float factors[MAX_QUERIES];
     const Vector before = load(most);
-    for (int n = 0; n < num; n++) most[n] = larger_of(scaled_scores(n, visible[n]), most[n]);
+    for (int n = 0; n < num; n++) most[n] = larger_of(scaled_scores(n, visible[n], hidden ? hidden[n] : 0), most[n]);
     store(factors, exponential(before - load(most)));
     for (int n = 0; n < num; n++) weigh(n, visible[n], factors[n]);
     mix(at, longest);
   }
 
-  // Attend to the last keys, different ones for every query: lists[n], of sizes[n], all of them from `first` to `end`.
-  void add_listed_keys(long first, long end, const int32_t* const* lists, const int32_t* sizes) {
+  // Attend to the last keys, different ones for every query: lists[n], of sizes[n], all of them from `first` to `end`;
+  // but not to the first hidden[n], if there is such a list.
+  void add_listed_keys(long first, long end, const int32_t* const* lists, const int32_t* sizes,
+                       const int32_t* hidden = nullptr) {
     alignas(64) float memory[KNOWS_LISTED ? MAX_LISTED * MAX_QUERIES : 1];
     CHECK(end - first <= MAX_LISTED);
     const float* known = score_range(first, end, memory);
     for (int n = 0; n < num; n++)
       for (int i = 0; i < sizes[n]; i += KEYS) {
-        const Listed<T, D> at{keys, values, lists[n] + i};
-        const int count = sizes[n] - i < KEYS ? sizes[n] - i : KEYS;
+        const Listed<T, D> at{keys, values, lists[n] + i, places};
+        const int count = sizes[n] - i < KEYS ? sizes[n] - i : KEYS, behind = hidden ? hidden[n] - i : 0;
+        if (behind >= count) continue;
         if (known)
           for (int j = 0; j < count; j++) scores[n][j] = known[(at.at[j] - first) * MAX_QUERIES + n];
         else
           score(n, at, count);
         const float before = most[n];
-        most[n] = larger_of(scaled_scores(n, count), before);
+        most[n] = larger_of(scaled_scores(n, count, behind), before);
         weigh(n, count, first_lane(exponential(broadcast_register(before - most[n]))));
         mix_alone(n, at, count);
       }
   }
 
  private:
-  // Scale the scores of a query's next `count` keys, and make them small where there is no key. Returns the largest.
-  float scaled_scores(int n, int count) {
-    const Vector low = first_lanes(load(scores[n]) * scale, count, -1e30f);
-    const Vector high = first_lanes(load(scores[n] + LANES) * scale, count - LANES, -1e30f);
+  // Scale the scores of a query's next `count` keys, and make them small where there is no key, and for the first
+  // `behind`. Returns the largest.
+  float scaled_scores(int n, int count, int behind) {
+    Vector low = first_lanes(load(scores[n]) * scale, count, -1e30f);
+    Vector high = first_lanes(load(scores[n] + LANES) * scale, count - LANES, -1e30f);
+    if (behind > 0) {
+      float lanes[KEYS];
+      store(lanes, low);
+      store(lanes + LANES, high);
+      for (int i = 0; i < behind && i < KEYS; i++) lanes[i] = -1e30f;
+      low = load(lanes);
+      high = load(lanes + LANES);
+    }
     store(scores[n], low);
     store(scores[n] + LANES, high);
     return largest(larger(low, high));
@@ -317,10 +343,10 @@ struct Attention {
 
 #if defined(__AMX_BF16__)
   // Multiply 16 keys (left, as they lie) by all queries (right): scores come out key by key.
-  void score_tile(long first, float* turned) const {
+  void score_tile(const T* keys, float* turned) const {
     _tile_zero(0);
     for (int d = 0; d < D; d += K_STEP) {
-      _tile_loadd(4, keys + first * D + d, D * 2);
+      _tile_loadd(4, keys + d, D * 2);
       _tile_loadd(6, columns + d * MAX_QUERIES, 64);
       _tile_dpbf16ps(0, 4, 6);
     }
@@ -333,7 +359,7 @@ struct Attention {
     } else {
       alignas(64) float turned[LANES * MAX_QUERIES];
       for (int g = 0; g < count; g += LANES) {
-        score_tile(first + g, turned);
+        score_tile(keys + (first + g) * D, turned);
         Register m[LANES];
         for (int i = 0; i < LANES; i++) m[i] = load(turned + i * MAX_QUERIES);
         transpose(m);
@@ -344,7 +370,15 @@ struct Attention {
 
   float* score_range(long first, long end, float* turned) const {
     if constexpr (sizeof(T) == 4) return nullptr;
-    for (long key = first; key < end; key += LANES) score_tile(key, turned + (key - first) * MAX_QUERIES);
+    for (long key = first; key < end; key += LANES) {
+      alignas(64) T together[LANES * D + K_STEP] = {};
+      const T* from = keys + places(key) * D;
+      if (places(key + LANES - 1) != places(key) + LANES - 1) {  // they do not lie side by side
+        for (int i = 0; i < LANES; i++) memcpy((void*)(together + i * D), keys + places(key + i) * D, D * sizeof(T));
+        from = together;
+      }
+      score_tile(from, turned + (key - first) * MAX_QUERIES);
+    }
     return turned;
   }
 

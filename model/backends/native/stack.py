@@ -17,9 +17,9 @@ from model.backends.native import library, structures
 from model.backends.native.library import PackedLinear, constant, functions, pointer, round_up
 
 # Names of structures.h for what models call theirs.
-NORMS = {"rms": "RMS", "layer": "LAYER"}
+NORMS = {"rms": "RMS", "rms_plus_one": "RMS_PLUS_ONE", "layer": "LAYER"}
 ACTIVATIONS = {
-    "silu": "SILU_GATED",
+    "silu": "SILU",
     "quick_gelu": "QUICK_GELU",
     "gelu": "GELU",
     "gelu_pytorch_tanh": "GELU_TANH",
@@ -34,8 +34,12 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer, as torch has it. qkv: (queries, keys and values, hidden); up: for a gated activation, gate and up one
-    below the other."""
+    """One layer, as torch has it.
+
+    qkv: (queries, keys and values, hidden); up: for a gated activation, gate and up one below the other; post1, post2:
+    norms of what attention and the MLP add to a row, of all layers or of none; window: positions that a row sees, its
+    own included, None for all; table: of the rotary tables.
+    """
 
     norm1: Norm
     qkv: Tensor
@@ -49,24 +53,32 @@ class LayerWeights:
     down_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    post1: Norm | None = None
+    post2: Norm | None = None
+    window: int | None = None
+    table: int = 0
 
 
 @dataclass(frozen=True)
 class Shape:
+    """The shape of all layers of a stack. scale: of attention's scores; None for one over the root of head_dim."""
+
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     intermediate: int
     eps: float
-    norm: Literal["rms", "layer"] = "rms"
+    norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     activation: Literal["silu", "quick_gelu", "gelu", "gelu_pytorch_tanh"] = "silu"
+    gated: bool = True
+    scale: float | None = None
 
     @property
     def weights(self) -> int:
         """Of a layer's matrices."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
-        return self.hidden * (attention + (3 if self.activation == "silu" else 2) * self.intermediate)
+        return self.hidden * (attention + (3 if self.gated else 2) * self.intermediate)
 
     def runs_natively(self, weight: Tensor) -> bool:
         """Whether the library runs such layers, with weights like this one."""
@@ -81,8 +93,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos, sin: (positions, head_dim), sin's first half negated; axes: (head_dim,) int32, which of num_axes of the
-    position ids turns each place."""
+    """The angles by which places i and head_dim / 2 + i of a head are turned.
+
+    cos, sin: (tables, positions, head_dim / 2); axes: (head_dim / 2,) int32, which of num_axes of the position ids
+    turns each pair of places.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -124,10 +139,12 @@ class Stack:
             intermediate=round_up(shape.intermediate, constant("K_STEP")),
             norm=constant(NORMS[shape.norm]),
             activation=constant(ACTIVATIONS[shape.activation]),
+            gated=shape.gated,
             num_aux=len(aux_layers),
-            num_positions=len(rotary.cos) if rotary else 0,
+            num_tables=len(rotary.cos) if rotary else 0,
+            num_positions=rotary.cos.shape[1] if rotary else 0,
             eps=shape.eps,
-            scale=shape.head_dim**-0.5,
+            scale=shape.head_dim**-0.5 if shape.scale is None else shape.scale,
             layers=described,
             cos=self._keep(rotary.cos if rotary else None),
             sin=self._keep(rotary.sin if rotary else None),
@@ -183,13 +200,17 @@ class Stack:
             up_bias=up_bias_at,
             down=down_at,
             down_bias=down_bias,
+            post1=self._keep(layer.post1.weight if layer.post1 else None),
+            post2=self._keep(layer.post2.weight if layer.post2 else None),
+            window=layer.window or 0,
+            table=layer.table,
         )
 
     def _inner(self, part: Tensor | None, width: int) -> Tensor | None:
         """Fill a part up to `width`; gate and up take turns panel by panel, so that they are computed side by side."""
         if part is None:
             return None
-        parts = part.detach().chunk(2) if self.shape.activation == "silu" else (part.detach(),)
+        parts = part.detach().chunk(2) if self.shape.gated else (part.detach(),)
         filled = [torch.cat((p, p.new_zeros(width - p.shape[0], *p.shape[1:]))) for p in parts]
         return torch.stack([p.unflatten(0, (-1, constant("LANES"))) for p in filled], 1).flatten(0, 2)
 
@@ -205,9 +226,13 @@ class Stack:
             assert len(positions) == 1 or len(positions) >= self.num_axes
             parts += [axis.ravel() for axis in positions[-self.num_axes :]]
             parts += parts[-1:] * (self.num_axes - len(positions))
-        if rows.parents is not None:
-            parts.append(rows.parents.ravel())
-        together = np.concatenate(parts)  # one address instead of four: each takes longer than this
+        ends = [sum(part.size for part in parts)]
+        blocks = getattr(rows, "blocks", None)
+        for part in (rows.parents, blocks):
+            if part is not None:
+                parts.append(part.ravel())
+            ends.append(ends[-1] + (0 if part is None else part.size))
+        together = np.concatenate(parts)  # one address instead of five: each takes longer than this
         at = pointer(together)
         assert at is not None
         size, batch, num = together.itemsize, rows.batch, rows.num
@@ -218,15 +243,20 @@ class Stack:
             constant(rows.mask_kind.name),
             at,
             at + size * batch,
-            None if rows.parents is None else at + size * (len(together) - rows.parents.size),
+            None if rows.parents is None else at + size * ends[0],
             None if positions is None else at + size * 2 * batch,
             described_cache(rows.cache),
+            None if blocks is None else at + size * ends[1],
         )
         described.kept = together
         return described
 
-    def forward(self, embeds: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embeds: Tensor, positions: np.ndarray | None, rows: AttentionMetadata, added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the layers over embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
+
+        added: (layers, batch, rows, hidden), to add to what the first layers return; auxiliary outputs lack it.
 
         Returns the final hidden states (batch, rows, hidden), and auxiliary layers' outputs side by side (batch, rows,
         num_aux * hidden). AttentionMetadata that are not real stay unset.
@@ -236,10 +266,17 @@ class Stack:
         embeds = embeds.contiguous()
         hidden = torch.empty_like(embeds)
         aux = embeds.new_empty(*embeds.shape[:2], self.num_aux * self.shape.hidden)
+        described = self.described(rows, positions)
+        if added is not None:
+            assert added.dtype is self.dtype
+            assert added.shape[1:] == embeds.shape
+            assert len(added) <= self.num_layers
+            added = added.contiguous()
+            described.added, described.num_added = added.data_ptr(), len(added)
         functions().flash_forward(
             self.dtype is torch.bfloat16,
             ctypes.byref(self.struct),
-            ctypes.byref(self.described(rows, positions)),
+            ctypes.byref(described),
             embeds.data_ptr(),
             hidden.data_ptr(),
             aux.data_ptr(),
@@ -262,7 +299,7 @@ class Stack:
 def described_cache(cache: KVCache) -> structures.Cache:
     """Describe a cache for the library; a round also reads, and writes, how many positions each slot holds."""
     lengths = cache.lengths.buffer_info()[0]
-    return structures.Cache(cache.address, *cache.strides, cache.num_slots, cache.stride, lengths)
+    return structures.Cache(cache.address, *cache.strides, None, cache.num_slots, cache.stride, lengths)
 
 
 def scratch(shape: Shape, batch: int, positions: int, dtype: torch.dtype) -> KVCache:

@@ -153,6 +153,8 @@ void normalise(const X* x, const void* weight, const void* bias, Norm kind, floa
     Vector part = (load(x + i) - mean) * factor;
     if (kind == LAYER)
       keep<T>(y + i, part * load(scale + i) + load((const T*)bias + i));
+    else if (kind == RMS_PLUS_ONE)
+      keep<T>(y + i, part * (1.0f + load(scale + i)));
     else
       keep<T>(y + i, rounded(part, scale) * load(scale + i));
   }

@@ -37,11 +37,17 @@ int64_t first_largest(const T* x, long count) {
   return i < count ? i : 0;
 }
 
+// Copy the embedding of a token, multiplied as its model does.
+template <class T, class Y>
+void embed(const T* from, float scale, long width, Y* to) {
+  for (long i = 0; i < width; i += LANES) keep<T>(to + i, load(from + i) * scale);
+}
+
 // Run the target over tokens (batch, rows) of a vocabulary of num_tokens -> aux (batch, rows, num_aux, hidden), logits
 // (batch, rows, vocab) and chosen (batch, rows).
 template <class T>
-void verify(const Stack& stack, const Rows& rows, const void* embeddings, const int64_t* tokens, const Linear& head,
-            [[maybe_unused]] int num_tokens, void* aux, void* logits, int64_t* chosen) {
+void verify(const Stack& stack, const Rows& rows, const void* embeddings, float embedding_scale, const int64_t* tokens,
+            const Linear& head, [[maybe_unused]] int num_tokens, void* aux, void* logits, int64_t* chosen) {
   const long width = stack.hidden, count = (long)rows.batch * rows.rows, vocab = head.outputs;
   scratch.reserve(Arena::bytes<T>(count * width));
   T* embeds = scratch.take<T>(count * width);
@@ -50,7 +56,7 @@ void verify(const Stack& stack, const Rows& rows, const void* embeddings, const 
     row_stage(member, pass.num, [&](int row) {
       const int64_t token = tokens[pass.where[row]];
       CHECK(0 <= token && token < num_tokens);
-      memcpy((void*)(embeds + pass.where[row] * width), (const T*)embeddings + token * width, width * sizeof(T));
+      embed((const T*)embeddings + token * width, embedding_scale, width, embeds + pass.where[row] * width);
     });
     pass.run(member, embeds, (T*)aux);
     const Kept<T>* normed = pass.final_norm(member);
@@ -106,7 +112,7 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* last_conte
     if (draft.token_table)
       memcpy((void*)(embedded + i * width), (const T*)draft.token_table + token * width, width * sizeof(T));
     else
-      copy(embeddings + i * width_in, (const T*)draft.embeddings + token * width_in, width_in);
+      embed((const T*)draft.embeddings + token * width_in, draft.embedding_scale, width_in, embeddings + i * width_in);
   }
   const pthread_t caller = pthread_self();
   team.run([&](Member& member) {
@@ -223,15 +229,19 @@ void move_rows(const Round& round) {
   if (!any) return;
   team.run([&](Member& member) {
     member.share(2 * stack.num_layers, [&](int task) {
-      T* part = (T*)cache.data + (task / 2) * cache.layer_stride + (task % 2) * cache.values_stride;
+      const LayerCache layer = cache_of<T>(cache, task / 2);
+      const Places places{layer.ring, layer.capacity};
+      T* part = (T*)layer.data + (task % 2) * layer.values_stride;
       for (int b = 0; b < round.batch; b++) {
         if (!moved(b)) continue;
+        const long start = cache.lengths[b];
         for (int i = 0; i < round.accepted[b]; i++) {
           const int from = round.paths[b * (long)round.rows + i];
           if (from == i) continue;
           for (int head = 0; head < stack.kv_heads; head++) {
-            T* rows = part + b * cache.slot_stride + head * cache.head_stride + (long)cache.lengths[b] * stack.head_dim;
-            memcpy((void*)(rows + (long)i * stack.head_dim), rows + (long)from * stack.head_dim, bytes);
+            T* rows = part + b * layer.slot_stride + head * layer.head_stride;
+            memcpy((void*)(rows + places(start + i) * stack.head_dim), rows + places(start + from) * stack.head_dim,
+                   bytes);
           }
         }
       }
@@ -241,7 +251,7 @@ void move_rows(const Round& round) {
 
 inline Rows rows_of(const Cache& cache, int batch, int rows, MaskKind mask, const int32_t* counts,
                     const int32_t* parents, const int32_t* positions) {
-  return Rows{batch, rows, 0, mask, cache.lengths, counts, parents, positions, cache};
+  return Rows{batch, rows, 0, mask, cache.lengths, counts, parents, positions, cache, nullptr, nullptr, 0};
 }
 
 // Draft trees for the slots with a budget, and run the target over all nodes.
@@ -277,8 +287,8 @@ void draft_and_verify(Round& round) {
         round.positions[axis * all_rows + at] = round.roots[b] + trees.depths[at];
   }
   const Rows verified = rows_of(round.target_cache, batch, rows, TREE, round.counts, trees.parents, round.positions);
-  verify<T>(*round.target, verified, round.embeddings, trees.tokens, round.head, round.num_tokens,
-            round.aux_hidden_states, round.logits, round.chosen);
+  verify<T>(*round.target, verified, round.embeddings, round.embedding_scale, trees.tokens, round.head,
+            round.num_tokens, round.aux_hidden_states, round.logits, round.chosen);
   round.seconds[PROPOSING] = drafted - begun - round.seconds[GROWING];
   round.seconds[VERIFYING] = now() - drafted;
 }

@@ -23,18 +23,23 @@ def described_linear(linear: PackedLinear) -> structures.Linear:
 
 
 class Verifier:
-    """What a round needs of a target. embeddings: (vocab, hidden); all but the layers stays the caller's."""
+    """What a round needs of a target. embeddings: (vocab, hidden), each multiplied by embedding_scale; all but the
+    layers stays the caller's."""
 
-    def __init__(self, stack: Stack, embeddings: Tensor, head: PackedLinear, num_axes: int = 1) -> None:
+    def __init__(
+        self, stack: Stack, embeddings: Tensor, head: PackedLinear, num_axes: int = 1, embedding_scale: float = 1.0
+    ) -> None:
         assert embeddings.dtype is head.dtype is stack.dtype
-        self.stack, self.head, self.num_axes = stack, head, num_axes
+        assert num_axes >= stack.num_axes
+        self.stack, self.head, self.num_axes, self.embedding_scale = stack, head, num_axes, embedding_scale
         self.embeddings = embeddings.detach().contiguous()
 
 
 class DraftStep:
     """The FLASH draft's pass from newest tokens to trees, and its reading of what the target kept.
 
-    embeddings: (vocab, target's hidden), the target's, which `embed` maps to the draft's width; token_table: (vocab,
+    embeddings: (vocab, target's hidden), the target's, which times embedding_scale `embed` maps to the draft's width;
+    token_table: (vocab,
     hidden), what `embed` would give, or None where that would be too large; masks: (block - 1, hidden); input_norm:
     (hidden,); aux_norms: (num_aux, target's hidden).
     """
@@ -45,6 +50,7 @@ class DraftStep:
         *,
         token_table: Tensor | None,
         embeddings: Tensor,
+        embedding_scale: float = 1.0,
         masks: Tensor,
         input_norm: Tensor,
         embed: PackedLinear,
@@ -76,6 +82,7 @@ class DraftStep:
             feature=described_linear(feature),
             context=structures.Linear() if candidates.head is None else described_linear(candidates.head.context),
             num_aux=len(aux_norms),
+            embedding_scale=embedding_scale,
             candidates=candidates.struct(block=self.block, vocab=head.outputs),
         )
         self._bfloat16 = stack.dtype is torch.bfloat16

@@ -16,8 +16,8 @@ constexpr int MAX_NODES = 1024;    // of a tree, without its root
 constexpr int BINS = 24;           // of nodes' scores; see model/engine/speculation.py
 constexpr float FINENESS = 12.0f;  // of those bins
 
-enum Norm : int32_t { RMS, LAYER };
-enum Activation : int32_t { SILU_GATED, QUICK_GELU, GELU, GELU_TANH };
+enum Norm : int32_t { RMS, RMS_PLUS_ONE, LAYER };  // RMS_PLUS_ONE: multiplied by 1 + weight, and then rounded once
+enum Activation : int32_t { SILU, QUICK_GELU, GELU, GELU_TANH };
 enum MaskKind : int32_t { CAUSAL, TREE, FULL };  // what rows of one sequence see of each other
 enum Budget { IDLE = -1, PLAIN = -2 };  // of a slot that has no part in a round, and of one that is not drafted for
 enum Part { PROPOSING, GROWING, VERIFYING, ACCEPTING, OBSERVING, NUM_PARTS };  // of a round
@@ -30,23 +30,36 @@ extern "C" {
 struct Layer {
   const void *norm1, *norm1_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias;
   const void *norm2, *norm2_bias, *up, *up_bias, *down, *down_bias;
+  const void *post1, *post2;  // norms of what attention and the MLP add to a row
+  int32_t window;             // positions that a row sees, its own included; 0: all
+  int32_t table;              // of the rotary embedding
 };
 
 struct Stack {
   int32_t num_layers, hidden, heads, kv_heads, head_dim, intermediate;
-  int32_t norm, activation, num_aux, num_positions;
+  int32_t norm, activation, gated, num_aux, num_tables, num_positions;
   float eps, scale;
   const Layer* layers;
-  const void *cos, *sin;      // (num_positions, head_dim), sin's first half negated; null: no rotary embedding
+  const void *cos, *sin;      // (num_tables, num_positions, head_dim / 2); null: no rotary embedding
   const int32_t* axes;        // (head_dim,) which axis of the position ids rotates each dimension
   const int32_t* aux_layers;  // (num_aux,) layers whose outputs are returned, ascending
   const void *final_norm, *final_bias;
 };
 
-// Where a stack's keys and values lie: [layer][keys, values][slot][head][position][head_dim]. Strides are in numbers.
+// Where a layer's keys and values lie: [keys, values][slot][head][place][head_dim]. Strides are in numbers. The place
+// of a position is the remainder of its division by `ring`, a multiple of 64; from `capacity` on, places lie behind the
+// ring.
+struct LayerCache {
+  void* data;
+  int64_t values_stride, slot_stride, head_stride;
+  int32_t ring, capacity;
+};
+
+// The same for all layers, one behind the other; or `layers`, where they differ.
 struct Cache {
   void* data;
   int64_t layer_stride, values_stride, slot_stride, head_stride;
+  const LayerCache* layers;
   int32_t num_slots, num_positions;
   int32_t* lengths;  // (slots,) positions that each slot holds; null where only a pass is described
 };
@@ -59,6 +72,10 @@ struct Rows {
   const int32_t* parents;    // (batch, rows), TREE only: -1 for a root; a parent comes before its children
   const int32_t* positions;  // (axes, batch, rows) for the rotary embedding; null: where a row lies in its slot
   Cache cache;
+  const int32_t*
+      blocks;         // (rows,), CAUSAL only: neighbours with the same number, 0 or more, see each other; null: none
+  const void* added;  // (num_added, batch, rows, hidden), added to what the first layers return
+  int32_t num_added;
 };
 
 // --- candidate trees (candidates.h)
@@ -111,6 +128,7 @@ struct DraftNetwork {
   // `out`, to the sequential head, packed null where there is none.
   Linear fuse, feature, context;
   int32_t num_aux;
+  float embedding_scale;  // that `embeddings` are multiplied by
   Draft candidates;
 };
 
@@ -119,6 +137,7 @@ struct DraftNetwork {
 struct Round {
   const Stack* target;
   const void* embeddings;
+  float embedding_scale;  // that they are multiplied by
   Linear head;
   const DraftNetwork* draft;  // null: none
   Cache target_cache, draft_cache;
@@ -170,6 +189,10 @@ const Fact FACTS[] = {
     FIELD(Layer, up_bias),
     FIELD(Layer, down),
     FIELD(Layer, down_bias),
+    FIELD(Layer, post1),
+    FIELD(Layer, post2),
+    FIELD(Layer, window),
+    FIELD(Layer, table),
     STRUCTURE(Stack),
     FIELD(Stack, num_layers),
     FIELD(Stack, hidden),
@@ -179,7 +202,9 @@ const Fact FACTS[] = {
     FIELD(Stack, intermediate),
     FIELD(Stack, norm),
     FIELD(Stack, activation),
+    FIELD(Stack, gated),
     FIELD(Stack, num_aux),
+    FIELD(Stack, num_tables),
     FIELD(Stack, num_positions),
     FIELD(Stack, eps),
     FIELD(Stack, scale),
@@ -190,12 +215,20 @@ const Fact FACTS[] = {
     FIELD(Stack, aux_layers),
     FIELD(Stack, final_norm),
     FIELD(Stack, final_bias),
+    STRUCTURE(LayerCache),
+    FIELD(LayerCache, data),
+    FIELD(LayerCache, values_stride),
+    FIELD(LayerCache, slot_stride),
+    FIELD(LayerCache, head_stride),
+    FIELD(LayerCache, ring),
+    FIELD(LayerCache, capacity),
     STRUCTURE(Cache),
     FIELD(Cache, data),
     FIELD(Cache, layer_stride),
     FIELD(Cache, values_stride),
     FIELD(Cache, slot_stride),
     FIELD(Cache, head_stride),
+    FIELD(Cache, layers),
     FIELD(Cache, num_slots),
     FIELD(Cache, num_positions),
     FIELD(Cache, lengths),
@@ -209,6 +242,9 @@ const Fact FACTS[] = {
     FIELD(Rows, parents),
     FIELD(Rows, positions),
     FIELD(Rows, cache),
+    FIELD(Rows, blocks),
+    FIELD(Rows, added),
+    FIELD(Rows, num_added),
     STRUCTURE(Draft),
     FIELD(Draft, block),
     FIELD(Draft, vocab),
@@ -259,10 +295,12 @@ const Fact FACTS[] = {
     FIELD(DraftNetwork, feature),
     FIELD(DraftNetwork, context),
     FIELD(DraftNetwork, num_aux),
+    FIELD(DraftNetwork, embedding_scale),
     FIELD(DraftNetwork, candidates),
     STRUCTURE(Round),
     FIELD(Round, target),
     FIELD(Round, embeddings),
+    FIELD(Round, embedding_scale),
     FIELD(Round, head),
     FIELD(Round, draft),
     FIELD(Round, target_cache),
@@ -300,8 +338,9 @@ const Fact FACTS[] = {
     CONSTANT(BINS),
     CONSTANT(FINENESS),
     CONSTANT(RMS),
+    CONSTANT(RMS_PLUS_ONE),
     CONSTANT(LAYER),
-    CONSTANT(SILU_GATED),
+    CONSTANT(SILU),
     CONSTANT(QUICK_GELU),
     CONSTANT(GELU),
     CONSTANT(GELU_TANH),

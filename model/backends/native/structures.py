@@ -27,19 +27,28 @@ class Structure(ctypes.Structure):
 
 
 class Layer(Structure):
-    _fields_ = _fields(
-        c_void_p,
-        "norm1 norm1_bias qkv qkv_bias q_norm k_norm out out_bias norm2 norm2_bias up up_bias down down_bias",
-    )
+    _fields_ = [
+        *_fields(c_void_p, "norm1 norm1_bias qkv qkv_bias q_norm k_norm out out_bias"),
+        *_fields(c_void_p, "norm2 norm2_bias up up_bias down down_bias post1 post2"),
+        *_fields(c_int32, "window table"),
+    ]
 
 
 class Stack(Structure):
     _fields_ = [
         *_fields(c_int32, "num_layers hidden heads kv_heads head_dim intermediate"),
-        *_fields(c_int32, "norm activation num_aux num_positions"),
+        *_fields(c_int32, "norm activation gated num_aux num_tables num_positions"),
         *_fields(c_float, "eps scale"),
         ("layers", POINTER(Layer)),
         *_fields(c_void_p, "cos sin axes aux_layers final_norm final_bias"),
+    ]
+
+
+class LayerCache(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        *_fields(c_int64, "values_stride slot_stride head_stride"),
+        *_fields(c_int32, "ring capacity"),
     ]
 
 
@@ -47,6 +56,7 @@ class Cache(Structure):
     _fields_ = [
         ("data", c_void_p),
         *_fields(c_int64, "layer_stride values_stride slot_stride head_stride"),
+        ("layers", POINTER(LayerCache)),
         *_fields(c_int32, "num_slots num_positions"),
         ("lengths", c_void_p),
     ]
@@ -57,6 +67,8 @@ class Rows(Structure):
         *_fields(c_int32, "batch rows first_slot mask"),
         *_fields(c_void_p, "starts counts parents positions"),
         ("cache", Cache),
+        *_fields(c_void_p, "blocks added"),
+        ("num_added", c_int32),
     ]
 
 
@@ -87,6 +99,7 @@ class DraftNetwork(Structure):
         *_fields(c_void_p, "aux_norms fuse_norm"),
         *_fields(Linear, "fuse feature context"),
         ("num_aux", c_int32),
+        ("embedding_scale", c_float),
         ("candidates", Draft),
     ]
 
@@ -95,6 +108,7 @@ class Round(Structure):
     _fields_ = [
         ("target", POINTER(Stack)),
         ("embeddings", c_void_p),
+        ("embedding_scale", c_float),
         ("head", Linear),
         ("draft", POINTER(DraftNetwork)),
         *_fields(Cache, "target_cache draft_cache"),

@@ -44,6 +44,7 @@ def native_step(
         stack,
         token_table=_token_table(target, network),
         embeddings=target.verifier.embeddings,
+        embedding_scale=target.verifier.embedding_scale,
         masks=network.masks,
         input_norm=network.embed_norm.weight,
         embed=_packed(network.embed),
@@ -88,7 +89,10 @@ def _stack(network: DraftNetwork, positions: int) -> Stack | None:
     if not shape.runs_natively(norm.weight):
         return None
     layers: list[Any] = list(network.layers)
-    cos, sin = rotary_table(config, torch.arange(positions)[None], norm.weight.dtype)
+    half = config.head_dim // 2
+    cos, sin = (
+        table[0, :, :, half:] for table in rotary_table(config, torch.arange(positions)[None], norm.weight.dtype)
+    )
     stack = Stack(
         shape,
         [
@@ -102,7 +106,7 @@ def _stack(network: DraftNetwork, positions: int) -> Stack | None:
             )
             for layer in layers
         ],
-        rotary=Rotary(cos[0, 0], sin[0, 0], np.zeros(config.head_dim, np.int32)),
+        rotary=Rotary(cos, sin, np.zeros(half, np.int32)),
         final_norm=Norm(norm.weight),
     )
     del network.layers[:]
