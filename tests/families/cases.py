@@ -1,4 +1,5 @@
-"""The conversations that every family answers: text, one image of odd size, several images, several turns, a video."""
+"""The conversations that every family answers: text, one image of odd size, several images, several turns, a video,
+an image after a video."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def image(seed: int, width: int = 61, height: int = 47) -> Medium:
 def video(seed: int, width: int = 61, height: int = 47, frames: int = 5) -> Medium:
     """Return a video of two frames a second, of which some frames are the same."""
     frames_ = picture(seed, width, height, frames)
-    frames_[3] = frames_[2]
+    frames_[2] = frames_[1]
     return Medium("video", frames_, 0.5)
 
 
@@ -35,6 +36,7 @@ def conversations(family: Family) -> dict[str, tuple[Message, ...]]:
         "text": (Message("user", (QUESTION,)),),
         "image": (Message("user", (image(1), "Describe the image. What do you see?")),),
         "turns": (
+            Message("system", ("Answer in few words.",)),
             Message("user", (image(4, 61, 47), "What is in the image?")),
             Message("assistant", ("A red circle to the left of a blue square.",)),
             Message("user", ("Which is larger? Say it in a few words, please.",)),
@@ -48,4 +50,8 @@ def conversations(family: Family) -> dict[str, tuple[Message, ...]]:
         )
     if family.video:
         found["video"] = (Message("user", (video(6), "What do you see in the video?")),)
+    if family.video and family.mixed:
+        found["mixed"] = (
+            Message("user", (video(7, 47, 61, frames=3), "Is this picture from the clip?", image(8, 61, 47), "Say.")),
+        )
     return found

@@ -34,7 +34,7 @@ from tests.families.zoo import POSITIONS, Family, families
 from tests.model import tiny
 
 NUM_TOKENS = 24
-LENGTHS = (NUM_TOKENS, 7, 17, 3, 12)  # of answers in a batch: they leave at different steps
+LENGTHS = (1.0, 0.3, 0.7, 0.15, 0.5)  # of answers in a batch, as shares: they leave at different steps
 TIE = 1e-4  # of the range of all logits, or of probability: closer than this is a tie
 ACCURACY = 0.7
 SAMPLING: tuple[dict[str, Any], ...] = (
@@ -76,8 +76,9 @@ class Result:
 class Subject:
     """A family's checkpoint with the reference's answers and the engines that answer."""
 
-    def __init__(self, family: Family, folder: Path, media: Iterable[str] = ()) -> None:
-        self.family, self.folder = family, folder
+    def __init__(self, family: Family, folder: Path, media: Iterable[str] = (), num_tokens: int = NUM_TOKENS) -> None:
+        """media: names of conversations, all if empty; num_tokens: of the longest answers."""
+        self.family, self.folder, self.num_tokens = family, folder, num_tokens
         wanted = set(media)
         self.conversations = {
             name: messages for name, messages in cases.conversations(family).items() if not wanted or name in wanted
@@ -88,7 +89,7 @@ class Subject:
     def answers(self) -> dict[str, Answer]:
         """Return the reference's answers by conversation."""
         reference = Reference(self.folder)
-        return {name: reference.answer(messages, NUM_TOKENS) for name, messages in self.conversations.items()}
+        return {name: reference.answer(messages, self.num_tokens) for name, messages in self.conversations.items()}
 
     @cached_property
     def exact(self) -> Reference:
@@ -116,19 +117,17 @@ class Subject:
         """Drop the engines: an error may have left them in any state."""
         self._engines.clear()
 
-    def requests(self, number: int | None = None, **params: Any) -> list[Request]:
-        """Build mixed requests; without `number`, one whole answer to each conversation."""
+    def requests(self, number: int | None = None, *, num_tokens: int | None = None, **params: Any) -> list[Request]:
+        """Build mixed requests with answers of different lengths; without `number`, one to each conversation, with
+        answers of `num_tokens` or as long as the reference's."""
         names = list(self.conversations)
-        return [
-            Request(
-                f"{names[i % len(names)]}/{i}",
-                self.conversations[names[i % len(names)]],
-                SamplingParams(
-                    max_tokens=NUM_TOKENS if number is None else LENGTHS[i % len(LENGTHS)], ignore_eos=True, **params
-                ),
-            )
-            for i in range(len(names) if number is None else number)
-        ]
+        found = []
+        for i in range(len(names) if number is None else number):
+            name, share = names[i % len(names)], 1.0 if number is None else LENGTHS[i % len(LENGTHS)]
+            most = max(1, int(share * (num_tokens or self.num_tokens)))
+            sampling = SamplingParams(max_tokens=most, ignore_eos=True, **params)
+            found.append(Request(f"{name}/{i}", self.conversations[name], sampling))
+        return found
 
     def sampled(self) -> list[Request]:
         """Build requests with seeded sampling."""
@@ -240,13 +239,13 @@ def chunks(size: int) -> Callable[[Trial], None]:
 def prefixes(trial: Trial) -> None:
     """The same prompts with a cold and a warm prefix cache, and a conversation that goes on from a cached one."""
     engine = trial.subject.engine(prefill_chunk=64)
-    first = trial.subject.requests()
+    first = trial.subject.requests(num_tokens=min(8, trial.subject.num_tokens))
     for request in (*first, *first):
         outputs = trial.greedy(engine, [request])
         stats = [each[-1].stats for each in outputs.values()]
         trial.result.cached += sum(one.cached_tokens for one in stats if one is not None)
     messages = trial.subject.conversations.get("turns", ())
-    beginnings = [Request(f"turns/{n}", messages[:n], first[0].params) for n in (1, 3) if n < len(messages)]
+    beginnings = [Request(f"turns/{n}", messages[:n], first[0].params) for n in (2, 4) if n < len(messages)]
     for request in beginnings:
         trial.run(engine, [request])
     trial.greedy(engine, [request for request in first if medium(request.request_id) == "turns"])
@@ -313,9 +312,15 @@ MODES: dict[str, Callable[[Trial], None]] = {
 }
 
 
-def conform(family: Family, folder: Path, modes: Iterable[str] = MODES, media: Iterable[str] = ()) -> Result:
+def conform(
+    family: Family,
+    folder: Path,
+    modes: Iterable[str] = MODES,
+    media: Iterable[str] = (),
+    num_tokens: int = NUM_TOKENS,
+) -> Result:
     """Run a family's checkpoint in these modes."""
-    subject, result, start = Subject(family, folder, media), Result(family.name), time.perf_counter()
+    subject, result, start = Subject(family, folder, media, num_tokens), Result(family.name), time.perf_counter()
     for mode in modes:
         trial = Trial(subject, result, mode)
         result.tried[mode] = set(subject.conversations)
@@ -333,7 +338,7 @@ def conform(family: Family, folder: Path, modes: Iterable[str] = MODES, media: I
 
 # -- report
 
-MEDIA = {"text": "T", "image": "I", "images": "M", "turns": "C", "video": "V"}
+MEDIA = {"text": "T", "image": "I", "images": "M", "turns": "C", "video": "V", "mixed": "X"}
 
 
 def cell(result: Result, mode: str) -> str:
@@ -350,7 +355,9 @@ def table(results: Iterable[Result], modes: Iterable[str]) -> str:
     names = list(modes)
     lines = [f"| family | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 1)]
     lines += [f"| {r.family} | {' | '.join(cell(r, mode) for mode in names)} |" for r in results]
-    legend = "T text, I one image, M several images, C several turns, V video; in brackets: not exact."
+    legend = (
+        "T text, I one image, M several images, C several turns, V video, X video and image; in brackets: not exact."
+    )
     return "\n".join([*lines, "", legend])
 
 

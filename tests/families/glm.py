@@ -73,7 +73,7 @@ def tokens(words: Any) -> dict[str, int]:
     return {name: words.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
 
 
-@family(video=True)
+@family(video=True, mixed=False)
 def glm4v() -> Checkpoint:
     processor = glm(Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor, "<|assistant|>\n<think>")
     words = processor.tokenizer
@@ -83,7 +83,7 @@ def glm4v() -> Checkpoint:
     return Checkpoint(config, processor)
 
 
-@family(video=True)
+@family(video=True, mixed=False)
 def glm4v_moe() -> Checkpoint:
     processor = glm(Glm4vProcessor, Glm4vImageProcessor, Glm4vVideoProcessor)
     words = processor.tokenizer
@@ -93,7 +93,7 @@ def glm4v_moe() -> Checkpoint:
     return Checkpoint(config, processor)
 
 
-@family(video=True)
+@family(video=True, mixed=False)
 def glm46v() -> Checkpoint:
     processor = glm(Glm46VProcessor, Glm46VImageProcessor, Glm46VVideoProcessor)
     words = processor.tokenizer

@@ -159,7 +159,7 @@ def idefics_chat(video: str = "") -> str:
 TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
 
 
-@family(video=True)
+@family(video=True, mixed=False)
 def smolvlm() -> Checkpoint:
     words = idefics_tokens()
     processor = SmolVLMProcessor(
@@ -312,7 +312,7 @@ def ovis2() -> Checkpoint:
     return Checkpoint(config, processor)
 
 
-@family()
+@family(attention=8.0)
 def lfm2_vl() -> Checkpoint:
     """Layers with short convolutions between those with attention."""
     places = [f"<|img_row_{row + 1}_col_{column + 1}|>" for row in range(4) for column in range(4)]
@@ -348,7 +348,7 @@ def lfm2_vl() -> Checkpoint:
         text_config=text(
             words,
             model_type="lfm2",
-            layer_types=["conv", "conv", FULL, "conv"],
+            layer_types=["conv", FULL, "conv", FULL],
             block_auto_adjust_ff_dim=False,
             block_ff_dim=96,
             tie_word_embeddings=True,
@@ -408,7 +408,7 @@ def deepseek_ocr2() -> Checkpoint:
     return Checkpoint(config, processor)
 
 
-@family(video=True)
+@family(video=True, mixed=False)
 def molmo2() -> Checkpoint:
     """Features are added to the placeholders' embeddings, and all pictures of a prompt look both ways."""
     marks = (

@@ -58,18 +58,22 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Family:
     """A family. video: whether it reads videos; several: whether one prompt may have several images;
-    unified: whether one file describes all its processors, as in checkpoints saved by transformers 5."""
+    mixed: whether one prompt may have an image and a video, or transformers itself fails;
+    unified: whether one file describes all its processors, as in checkpoints saved by transformers 5;
+    attention: how many times as much the decoder's attention adds, where other layers drown it."""
 
     name: str
     build: Callable[[], Checkpoint]
     video: bool = False
     several: bool = True
+    mixed: bool = True
     unified: bool = False
+    attention: float = 1.0
     seed: int = 0
 
     def save(self, folder: Path) -> Path:
         """Save the checkpoint to `folder`."""
-        save(self.build(), folder, self.seed)
+        save(self.build(), folder, self.seed, self.attention)
         if not self.unified:
             split(folder)
         return folder
@@ -239,13 +243,17 @@ def randomise(model: Any, seed: int, silent: Sequence[int]) -> None:
         head.weight[list(silent)] = 0.0
 
 
-def save(checkpoint: Checkpoint, folder: Path, seed: int = 0) -> None:
+def save(checkpoint: Checkpoint, folder: Path, seed: int = 0, attention: float = 1.0) -> None:
     """Save weights, configs, tokenizer, processors and chat template to `folder`."""
     processor, words = checkpoint.processor, checkpoint.processor.tokenizer
     model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32).eval()
     width = model.get_output_embeddings().weight.shape[0]
     silent = {*words.added_tokens_decoder, *range(len(words), width)} - {words.eos_token_id}
     randomise(model, seed, sorted(silent))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "language_model" in name and ".self_attn.o" in name:
+                weight.mul_(attention)
     model.generation_config = GenerationConfig(
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
     )
