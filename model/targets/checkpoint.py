@@ -7,11 +7,13 @@ meta device and "loaded" from the names and shapes in the headers of the files (
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.targets.stored import DTYPES, FLOATS, StoredTensor, stored_tensors
+from model.targets.stored import StoredTensor, stored_tensors
 
 log = logging.getLogger("flashserve.loading")
 
+COMPRESSED_TENSORS = "compressed-tensors"
+ORDINARY = ("F64", "F32", "F16", "BF16")  # dtypes of weights that are not quantised
+SCALES = ("_scale_inv", "_scale")  # endings of the names of float8 weights' scales
 LISTED = 3  # names in an error about many tensors
 INDEXER = "its attention picks positions by a learned indexer, which is not supported"
 REFUSED = {
@@ -150,7 +155,7 @@ def read_config(config: EngineConfig) -> Any:
         )
     if (problem := _invalid_json(config, GENERATION_CONFIG_NAME)) is not None:  # transformers would go on without it
         raise ConfigError(f"model {config.model!r} cannot be loaded: {problem}")
-    check_quantisation(config, checkpoint)
+    quantisation(config, checkpoint)
     return checkpoint
 
 
@@ -181,27 +186,45 @@ def _has_remote_class(checkpoint: Any) -> bool:
 # --- quantised weights
 
 
-def quantisation(checkpoint: Any) -> Any:
-    """Return a checkpoint's quantization_config, if its weights are quantised."""
-    found = getattr(checkpoint, "quantization_config", None)
-    return found or getattr(checkpoint.get_text_config(), "quantization_config", None)
+@dataclass(frozen=True)
+class Quantisation:
+    """How the weights of a checkpoint are quantised. dequantised: they are converted to the configured dtype when they
+    are loaded, since no kernel for them is here; otherwise they stay as they are stored."""
+
+    method: str
+    dequantised: bool
 
 
-def check_quantisation(config: EngineConfig, checkpoint: Any) -> None:
-    """Raise ConfigError if weights are quantised in a way that needs something which is not here."""
-    described = quantisation(checkpoint)
+def quantisation(config: EngineConfig, checkpoint: Any) -> Quantisation | None:
+    """Return how the weights of a checkpoint are quantised; None if they are not.
+
+    Raises ConfigError if that needs something which is not here.
+    """
+    described = getattr(checkpoint, "quantization_config", None)
     if described is None:
-        return
-    method = described.get("quant_method") if isinstance(described, dict) else described.quant_method
+        return None
+    method = str(described.get("quant_method") if isinstance(described, dict) else described.quant_method)
     try:
         quantizer = AutoHfQuantizer.from_config(described, pre_quantized=True)
         quantizer.validate_environment(device_map={"": config.device}, dtype=getattr(torch, config.dtype))
     except Exception as error:  # packages that are half installed raise any
         raise ConfigError(
-            f"model {config.model!r} has quantised weights (quantization_config.quant_method {str(method)!r}), and "
+            f"model {config.model!r} has quantised weights (quantization_config.quant_method {method!r}), and "
             f"something that they need is not here: {_first_lines(error)}; install it, or give a checkpoint whose "
             "weights are not quantised"
         ) from error
+    dequantised = method == COMPRESSED_TENSORS or getattr(quantizer.quantization_config, "dequantize", False)
+    return Quantisation(method, bool(dequantised))
+
+
+def _quantised_options(quantised: Quantisation | None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for quantised weights. compressed-tensors would only convert them in
+    the first pass of the whole model, which never runs here."""
+    if quantised is None or quantised.method != COMPRESSED_TENSORS:
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
 
 # --- processor
@@ -212,7 +235,7 @@ def load_processor(config: EngineConfig, **options: Any) -> Any:
 
     options: further arguments of `from_pretrained`. Raises ConfigError if a part of it is missing.
     """
-    with _as_config_error(config, "processor"), warnings.catch_warnings():
+    with _as_config_error(config, "processor"):
         processor = AutoProcessor.from_pretrained(config.model, **_loading_options(config), **options)
     if isinstance(processor, PreTrainedTokenizerBase) or not hasattr(processor, "image_processor"):
         raise ConfigError(
@@ -244,27 +267,40 @@ def build_skeleton(config: EngineConfig, checkpoint: Any) -> Any:
     """Build the model of a checkpoint on the meta device, as it will be loaded, and check that its files have every
     tensor in the right shape. Reads no weights; downloads files that are not here yet.
 
-    Returns None if that cannot be known before loading: weights are quantised or in no safetensors file, or the
-    checkpoint brings code of its own. Raises ConfigError, which names files or tensors.
+    Quantised weights are not checked, and the model is built as if they were not. Returns None if the checkpoint brings
+    code of its own. Raises ConfigError, which names files or tensors.
     """
     with _as_config_error(config, "weights"):
         tensors = stored_tensors(config.model, hub_options(config))
     model_class = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(checkpoint), None)
-    if tensors is None or model_class is None or quantisation(checkpoint) is not None:
+    if model_class is None:
         return None
-    _check_dtypes(config, tensors)
+    dtype = getattr(torch, config.dtype)
     with _as_config_error(config, "weights"), _quiet():
+        quantised = quantisation(config, checkpoint) is not None
+        _check_dtypes(config, tensors or {}, quantised=quantised)
+        if tensors is None or quantised:
+            with torch.device("meta"):
+                return model_class._from_config(without_quantisation(checkpoint), dtype=dtype)
         model, info = model_class.from_pretrained(
             None,
             config=checkpoint,
             state_dict={name: tensor.on_meta for name, tensor in tensors.items()},
             device_map="meta",
-            dtype=getattr(torch, config.dtype),
+            dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     _check_loaded(config, info)
     return model
+
+
+def without_quantisation(checkpoint: Any) -> Any:
+    """Return a copy of a config that says nothing about quantised weights."""
+    copied = copy.deepcopy(checkpoint)
+    if hasattr(copied, "quantization_config"):
+        del copied.quantization_config
+    return copied
 
 
 def load_model(config: EngineConfig, model_class: Any = AutoModelForImageTextToText, **options: Any) -> Any:
@@ -274,6 +310,7 @@ def load_model(config: EngineConfig, model_class: Any = AutoModelForImageTextToT
     the config says.
     """
     device = {} if config.device == "cpu" or "distributed_config" in options else {"device_map": {"": config.device}}
+    quantised = quantisation(config, read_config(config))
     with _as_config_error(config, "weights"), _quiet():
         model, info = model_class.from_pretrained(
             config.model,
@@ -282,31 +319,49 @@ def load_model(config: EngineConfig, model_class: Any = AutoModelForImageTextToT
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_loading_options(config),
+            **_quantised_options(quantised),
             **device,
             **options,
         )
     _check_loaded(config, info)
+    if quantised is not None:
+        if quantised.dequantised:
+            log.info("the weights are quantised (%s) and are converted to %s", quantised.method, config.dtype)
+        elif type(model.get_output_embeddings()) is not torch.nn.Linear:
+            raise ConfigError(
+                f"model {config.model!r} cannot be served: its lm_head is quantised too; give a checkpoint that leaves "
+                "lm_head as it is, as quantisers do by default"
+            )
     return model
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from printing a report about tensors: what is wrong becomes an error."""
+    """Keep transformers from reporting about tensors and quantisers: what is wrong becomes an error."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _check_dtypes(config: EngineConfig, tensors: dict[str, StoredTensor]) -> None:
-    """Raise ConfigError if matrices are stored as integers though nothing says that they are quantised."""
+def _check_dtypes(config: EngineConfig, tensors: dict[str, StoredTensor], *, quantised: bool) -> None:
+    """Raise ConfigError if numbers are stored in a way that nothing explains, or without their scales."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and (DTYPES[tensor.dtype] is None or name.endswith("weight")):
+        if not name.endswith("weight") or tensor.dtype in ORDINARY:
+            continue
+        if not quantised:
             raise ConfigError(
                 f"model {config.model!r} cannot be loaded: {name} is stored as {tensor.dtype}, and {CONFIG_NAME} "
                 "has no quantization_config that says what it means"
+            )
+        if tensor.dtype.startswith("F8") and not any(f"{name}{scale}" in tensors for scale in SCALES):
+            raise ConfigError(
+                f"model {config.model!r} cannot be loaded: {name} is stored as {tensor.dtype}, and its scale "
+                f"({name}{SCALES[0]}) is missing"
             )
 
 

@@ -333,10 +333,17 @@ class Tower:
         return projected
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return whether all matrices of a module are ordinary ones, not quantised or otherwise replaced."""
+    return all(type(part) is nn.Linear for part in module.modules() if isinstance(part, nn.Linear))
+
+
 def tower(model: Any, config: Any) -> Tower | None:
     """Pack the tower and projector of a LLaVA model and release their own layers; None if they are not CLIP's."""
     vision, projector = model.vision_tower, model.multi_modal_projector
     if type(vision).__name__ != "CLIPVisionModel" or not isinstance(config.vision_feature_layer, int):
+        return None
+    if not (is_plain(vision) and is_plain(projector)):
         return None
     weight = vision.embeddings.patch_embedding.weight
     settings = vision.config

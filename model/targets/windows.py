@@ -20,7 +20,7 @@ from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.native import library
 from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
-from model.targets.packed import joined
+from model.targets.packed import is_plain, joined
 
 
 class WindowTower:
@@ -129,6 +129,7 @@ def tower(visual: Any, longest: int) -> WindowTower | None:
         settings.hidden_act == "silu"
         and settings.in_channels == 3
         and shape.head_dim % 4 == 0
+        and is_plain(visual)
         and shape.runs_natively(weight)
         and settings.patch_size <= library.constant("MAX_PATCH")
     )

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ ONE_FILE: dict[str, tuple[Damage, str]] = {
             ("compressed-tensors", {"format": "pack-quantized"}, "compressed-tensors"),
             ("thermal", {}, "thermal"),
         )
+        if find_spec(package.replace("-", "_")) is None
     },
 }
 
