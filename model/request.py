@@ -18,6 +18,7 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TokenSource = Literal["draft", "target"]
+Kind = Literal["image", "video"]  # of a medium
 
 
 class RequestError(ValueError):
@@ -124,7 +125,7 @@ class Medium:
     RequestError if a time is out of range.
     """
 
-    kind: Literal["image", "video"]
+    kind: Kind
     frames: np.ndarray
     seconds_per_frame: float | None = None
     frame_times: tuple[float, ...] | None = None
@@ -319,22 +320,22 @@ class Geometry:
         """Return whether only the file's own size bounds that of a picture."""
         return self.crop is None and self.exact is None and self.image is None
 
-    def options(self, kind: Literal["image", "video"]) -> tuple[str, ...]:
+    def options(self, kind: Kind) -> tuple[str, ...]:
         """Return the names of the options that a Medium of this kind may carry."""
         return self.image_options if kind == "image" else self.video_options
 
-    def area(self, kind: Literal["image", "video"]) -> Area | None:
+    def area(self, kind: Kind) -> Area | None:
         """Return the bounds for resizing by area; None if this geometry does not resize by area."""
         return self.image if kind == "image" else self.video
 
-    def largest(self, kind: Literal["image", "video"], num_frames: int) -> int | None:
+    def largest(self, kind: Kind, num_frames: int) -> int | None:
         """Return an upper bound on the pixels of one of `num_frames` frames; None where it depends on the file."""
         if (size := self.crop or self.exact) is not None:
             return size[0] * size[1]
         area = self.area(kind)
         return None if area is None else area.largest(num_frames)
 
-    def fits(self, kind: Literal["image", "video"], num_frames: int, height: int, width: int) -> bool:
+    def fits(self, kind: Kind, num_frames: int, height: int, width: int) -> bool:
         """Return whether frames of this size may be a result of this geometry."""
         if (size := self.crop or self.exact) is not None:
             return (height, width) == size

@@ -4,7 +4,8 @@
 decoding, tree verification, chunked prefill and the draft's own blocks. There are two implementations: the native one
 for CPUs (native/), and the one here in torch, for every other device and processor. Registered with transformers under
 the name `kv_slots`, the latter serves every model family unforked: the model passes it raw queries, keys and values,
-and the keyword argument `plan` with which the model was called.
+and the keyword argument `plan` with which the model was called. It honours windows, soft-capped scores and attention
+sinks, and refuses every other argument that would change the result.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from transformers import AttentionInterface
 
 from model.backends.kernels import choice
 from model.backends.kernels.choice import TreeAttention
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, Storage
 from model.transfer import upload
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
 KERNEL_ROWS = 64  # more rows per slot are a prompt chunk, for which torch's own kernels are good
 # Arguments that transformers passes besides `plan` and `scaling`, and that have no effect here.
 HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"})
+HONOURED = frozenset({"scaling", "sliding_window", "softcap", "s_aux"})
 NEUTRAL = {"dropout": 0.0, "is_causal": True}  # arguments that are accepted with these values only
+MOST_SCORES = 1 << 26  # scores computed at once where torch's fused attention cannot be used
 KEY_BUCKET = 64  # key lengths are rounded up to a multiple of this in torch, so that kernels see few shapes
 
 
@@ -48,7 +51,8 @@ class AttentionMetadata:
 
     starts: (batch,) int32, position of each slot's first row; counts: (batch,) int32, how many of a slot's rows are
     real (0: the slot idles, and its content stays); the results of padding rows are undefined. parents: (batch, rows)
-    int32, for TREE only: a row's parent, which comes before it, or -1.
+    int32, for TREE only: a row's parent, which comes before it, or -1. blocks: (rows,) int32, for CAUSAL only: rows
+    with the same number, 0 or more, see each other, but only in layers that look ahead.
     """
 
     cache: KVCache
@@ -58,6 +62,7 @@ class AttentionMetadata:
     counts: np.ndarray
     mask_kind: MaskKind
     parents: np.ndarray | None = None
+    blocks: np.ndarray | None = None
 
     @property
     def batch(self) -> int:
@@ -67,7 +72,7 @@ class AttentionMetadata:
     @cached_property
     def plan(self) -> AttentionTensors:
         """Upload the metadata for torch, at first use."""
-        device = self.cache.data.device
+        device = self.cache.device
         starts, targets = upload(np.stack((self.seen_from, self.written_from)), device).long()
         return AttentionTensors(
             self.cache,
@@ -75,7 +80,8 @@ class AttentionMetadata:
             starts,
             targets,
             upload(self.visible(), device),
-            min(-(-self.longest // KEY_BUCKET) * KEY_BUCKET, self.cache.stride),
+            -(-self.longest // KEY_BUCKET) * KEY_BUCKET,
+            None if self.blocks is None else upload(self.blocks, device),
         )
 
     @cached_property
@@ -115,7 +121,8 @@ class AttentionTensors:
 
     starts: (batch,) int64, positions before its rows that a slot's rows see; targets: (batch,) int64, where the first
     row is written: the same number, or the capacity if the slot idles; visible: (batch or 1, rows, rows) bool, which
-    rows each row sees, itself included; key_length: how many keys are read of every slot.
+    rows each row sees, itself included; key_length: how many positions are read of every slot; blocks: (rows,), see
+    AttentionMetadata.
     """
 
     cache: KVCache
@@ -124,6 +131,7 @@ class AttentionTensors:
     targets: Tensor
     visible: Tensor
     key_length: int
+    blocks: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -135,11 +143,12 @@ class AttentionTensors:
         """Return the number of rows per slot."""
         return int(self.visible.shape[-1])
 
-    @property
-    def kernel(self) -> TreeAttention | None:
-        """Return the kernel that computes attention instead of torch, if there is one for these rows."""
-        data = self.cache.data
-        return choice.tree_attention(data.dtype, data.shape[-1], data.device) if self.num <= KERNEL_ROWS else None
+    def kernel(self, layer: int) -> TreeAttention | None:
+        """Return the kernel that computes a layer's attention instead of torch, if there is one for these rows."""
+        storage, _ = self.cache.storage(layer)
+        if self.num > KERNEL_ROWS or storage.wraps:
+            return None
+        return choice.tree_attention(self.cache.dtype, storage.data.shape[-1], self.cache.device)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -147,77 +156,156 @@ class AttentionTensors:
         return self.starts[:, None] + torch.arange(self.num, device=self.starts.device)
 
     @cached_property
-    def locations(self) -> Tensor:
-        """Return where the rows are stored: see KVCache.locations."""
-        rows = torch.arange(self.num, device=self.starts.device)
-        return self.cache.locations(self.first_slot, self.targets[:, None] + rows)
-
-    @cached_property
-    def _mask(self) -> Tensor:
-        """Build the additive mask (batch, 1, rows, key length): 0 for visible keys, -inf for others."""
-        batch, rows = self.batch, self.num
-        behind = torch.arange(self.key_length, device=self.starts.device) - self.starts[:, None]  # (batch, key length)
-        among = behind.clamp(0, rows - 1)[:, None].expand(batch, rows, -1)
-        visible = self.visible.expand(batch, rows, rows).gather(2, among) & (behind < rows)[:, None]
-        allowed = visible | (behind < 0)[:, None]
-        mask = torch.zeros(allowed.shape, dtype=self.cache.data.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, float("-inf"))[:, None]
-
-    @cached_property
-    def _masks(self) -> dict[int, Tensor]:
-        """Keep the masks of this pass by number of groups."""
+    def _kept(self) -> dict[Any, Tensor]:
+        """Keep what layers of one kind share in this pass: locations by storage, masks by mask kind."""
         return {}
 
-    def mask(self, groups: int) -> Tensor:
-        """Return the mask for `groups` query heads in sequence: (batch, 1, groups * rows, key length).
+    def locations(self, layer: int) -> Tensor:
+        """Return where the rows of a layer are stored: see Storage.locations."""
+        storage, _ = self.cache.storage(layer)
+        key = "locations", id(storage)
+        if key not in self._kept:
+            rows = torch.arange(self.num, device=self.starts.device)
+            self._kept[key] = storage.locations(self.first_slot, self.targets[:, None] + rows)
+        return self._kept[key]
 
-        It is built once per pass, not once per layer. A multiple of KEY_BUCKET keys satisfies the alignment that CUDA's
-        kernels need.
+    @cached_property
+    def depths(self) -> Tensor:
+        """Return how many other rows each row sees, its distance from the root: (batch or 1, rows)."""
+        return self.visible.sum(-1) - 1
+
+    def rows_visible(self, window: int | None, *, looks_ahead: bool) -> Tensor:
+        """Return which rows each row sees in a layer: (batch or 1, rows, rows) bool. See LayerShape."""
+        visible = self.visible
+        if window is not None and window < self.num:
+            visible = visible & (self.depths[..., :, None] - self.depths[..., None, :] < window)
+        if looks_ahead and self.blocks is not None:
+            visible = visible | (self.blocks[:, None] == self.blocks) & (self.blocks >= 0)
+        return visible
+
+    def num_places(self, layer: int) -> int:
+        """Return how many places of a layer's storage are read of every slot."""
+        return self.cache.storage(layer)[0].num_places(self.key_length)
+
+    def mask(self, layer: int, groups: int, window: int | None) -> Tensor:
+        """Return the additive mask for `groups` query heads in sequence: (batch, 1, groups * rows, places).
+
+        0 for visible keys, -inf for others. It is built once per pass and kind of layer, not once per layer. A multiple
+        of KEY_BUCKET keys satisfies the alignment that CUDA's kernels need.
         """
-        if groups not in self._masks:
-            self._masks[groups] = self._mask.repeat(1, 1, groups, 1) if groups > 1 else self._mask
-        return self._masks[groups]
+        storage, _ = self.cache.storage(layer)
+        shape = self.cache.layers[layer]
+        looks_ahead = shape is not None and shape.looks_ahead and self.blocks is not None
+        key = storage.ring, window, looks_ahead, groups
+        if key not in self._kept:
+            self._kept[key] = self._mask(storage, window, looks_ahead=looks_ahead).repeat(1, 1, groups, 1)
+        return self._kept[key]
+
+    def _mask(self, storage: Storage, window: int | None, *, looks_ahead: bool) -> Tensor:
+        """Build the mask for one group of query heads."""
+        batch, rows = self.batch, self.num
+        positions = storage.positions(storage.num_places(self.key_length), self.starts + rows)
+        behind = (
+            positions - self.starts[:, None]
+        )  # (batch, places): of a row, its number; negative for earlier positions
+        among = behind.clamp(0, rows - 1)[:, None].expand(batch, rows, -1)
+        visible = self.rows_visible(window, looks_ahead=looks_ahead).expand(batch, rows, rows).gather(2, among)
+        earlier = ((behind < 0) & (positions >= 0))[:, None]
+        if window is not None:
+            earlier = earlier & (self.depths[..., None] - behind[:, None] < window)
+        allowed = visible & ((behind >= 0) & (behind < rows))[:, None] | earlier
+        mask = torch.zeros(allowed.shape, dtype=self.cache.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, float("-inf"))[:, None]
 
 
-def prompt_rows(cache: KVCache, slot: int, start: int, count: int) -> AttentionMetadata:
-    """Describe `count` prompt positions of one sequence, from `start` on."""
-    return AttentionMetadata(
-        cache, slot, count, np.array([start], np.int32), np.array([count], np.int32), MaskKind.CAUSAL
-    )
+def prompt_rows(
+    cache: KVCache, slot: int, start: int, count: int, blocks: np.ndarray | None = None
+) -> AttentionMetadata:
+    """Describe `count` prompt positions of one sequence, from `start` on. blocks: see AttentionMetadata."""
+    starts, counts = np.array([start], np.int32), np.array([count], np.int32)
+    return AttentionMetadata(cache, slot, count, starts, counts, MaskKind.CAUSAL, blocks=blocks)
 
 
 def attend(
-    plan: AttentionTensors, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float | None = None
+    plan: AttentionTensors,
+    layer: int,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Write keys and values, then attend: (batch, heads, rows, head_dim). All inputs have this shape; queries may have
-    more heads (GQA)."""
-    plan.cache.write(layer, plan.locations, keys, values)
-    keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.key_length)
-    if (kernel := plan.kernel) is not None:
-        return kernel(queries, keys, values, plan.starts, plan.visible, scale)
-    groups = queries.shape[1] // keys.shape[1]
-    num_rows = queries.shape[2]
+    """Write keys and values, then attend: (batch, heads, rows, width of values).
+
+    All inputs are (batch, heads, rows, width); queries may have more heads (GQA). window: positions that a row sees,
+    itself included; softcap: scores become softcap * tanh(score / softcap); sinks: (heads,), the score of a key that
+    has no value.
+    """
+    plan.cache.write(layer, plan.locations(layer), keys, values)
+    width = values.shape[-1]
+    if window is not None and window >= plan.cache.capacity + plan.cache.margin:
+        window = None
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    kernel = plan.kernel(layer) if window is None and softcap is None and sinks is None else None
+    if kernel is not None:
+        keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.cache.storage(layer)[0].stride)
+        return kernel(queries, keys, values, plan.starts, plan.rows_visible(None, looks_ahead=False), scale)[
+            ..., :width
+        ]
+    keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.num_places(layer))
+    groups, num_rows = queries.shape[1] // keys.shape[1], queries.shape[2]
     if groups > 1:  # query heads that share keys become more rows, so that no keys are copied
         queries = queries.reshape(plan.batch, keys.shape[1], groups * num_rows, -1)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=plan.mask(groups), scale=scale)
+    mask = plan.mask(layer, groups, window)
+    if softcap is None and sinks is None:
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    else:
+        if sinks is not None:
+            sinks = sinks.view(1, keys.shape[1], groups, 1).repeat_interleave(num_rows, 2)
+        mixed = _mixed(queries, keys, values, mask, scale, softcap, sinks)
     if groups > 1:
         mixed = mixed.reshape(plan.batch, -1, num_rows, mixed.shape[-1])
-    return mixed
+    return mixed[..., :width]
 
 
-def _check_supported(capacity: int, attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
-    """Raise NotImplementedError for an argument that changes the result and is not implemented here."""
+def _mixed(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend by separate products, where torch has no fused kernel. sinks: (1, heads, rows, 1)."""
+    at_once = max(1, MOST_SCORES // (keys.shape[0] * keys.shape[1] * keys.shape[2]))
+    parts = []
+    for first in range(0, queries.shape[2], at_once):
+        rows = slice(first, first + at_once)
+        scores = queries[:, :, rows] @ keys.transpose(2, 3) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = (scores + mask[:, :, rows]).float()
+        if sinks is not None:
+            theirs = sinks[:, :, rows].float().expand(len(scores), -1, -1, -1)
+            scores = torch.cat((scores, theirs), -1)
+        weights = scores.softmax(-1)[..., : keys.shape[2]]
+        parts.append(weights.to(values.dtype) @ values)
+    return torch.cat(parts, 2)
+
+
+def unsupported(attention_mask: Tensor | None, options: Mapping[str, Any]) -> str | None:
+    """Say what is not implemented here of the arguments that change the result; None if all of them are."""
     for name, value in options.items():
-        if name in HARMLESS or value is None:
-            continue
-        if name == "sliding_window" and value >= capacity:  # it never applies
+        if name in HARMLESS or name in HONOURED or value is None:
             continue
         if name in NEUTRAL and value == NEUTRAL[name]:
             continue
-        shown = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-        raise NotImplementedError(f"attention {NAME!r} does not implement {name}={shown}, which this model needs")
-    if attention_mask is not None:
-        raise NotImplementedError(f"attention {NAME!r} does not implement an attention_mask of the model's own")
+        return f"needs {name}={type(value).__name__ if isinstance(value, Tensor) else repr(value)}"
+    return None if attention_mask is None else "needs an attention_mask of the model's own"
 
 
 def _kv_slots(
@@ -229,11 +317,16 @@ def _kv_slots(
     *,
     plan: AttentionTensors,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention for transformers: returns (batch, rows, heads, head_dim) and no weights."""
-    _check_supported(plan.cache.capacity, attention_mask, options)
-    mixed = attend(plan, int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+    """Compute attention for transformers: returns (batch, rows, heads, width) and no weights."""
+    if problem := unsupported(attention_mask, options):
+        raise NotImplementedError(f"attention {NAME!r} does not implement what this model needs: it {problem}")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    mixed = attend(plan, layer, query, key, value, scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
     return mixed.transpose(1, 2), None
 
 

@@ -151,7 +151,7 @@ class Replays:
         batches = {self._batch(number) for number in range(1, most + 1)}
         for batch in sorted(batches, reverse=True):
             for num in sorted({self._rows(number) for number in rows}, reverse=True):
-                shape = Shape(batch, num, self._cache.stride, width)
+                shape = Shape(batch, num, self._cache.positions, width)
                 if shape not in self._recordings:
                     self._prepared(shape, planes)
 
@@ -178,17 +178,19 @@ class Replays:
     @property
     def _reads_cache(self) -> bool:
         """Return whether attention finds the number of keys of each slot itself, regardless of the shape."""
-        data = self._cache.data
-        return choice.tree_attention(data.dtype, data.shape[-1], data.device) is not None
+        cache = self._cache
+        plain = all(shape is None or shape.window is None for shape in cache.layers)
+        widths = {storage.data.shape[-1] for storage in cache.storages}
+        return plain and all(choice.tree_attention(cache.dtype, width, cache.device) is not None for width in widths)
 
     def _keys(self, longest: int) -> int:
         """Round a number of keys up to a power of two or 1.5 times one; at most a whole slot."""
         if self._reads_cache:
-            return self._cache.stride
+            return self._cache.positions
         keys = LEAST_KEYS
         while keys < longest:
             keys = keys * 3 // 2 if keys & (keys - 1) == 0 else keys * 4 // 3
-        return min(keys, self._cache.stride)
+        return min(keys, self._cache.positions)
 
     def _filled(self, shape: Shape, rows: AttentionMetadata, numbers: np.ndarray) -> np.ndarray:
         """Combine the attention metadata and `numbers` into one array of this shape: (3 + planes, batch, rows) int64.
@@ -217,10 +219,12 @@ class Replays:
 
         Beyond MAX_RECORDINGS the pass is not recorded and runs as it is. planes: integers per row that the pass reads.
         """
-        device = self._cache.data.device
+        device = self._cache.device
         # Recording runs the pass, so the buffers must already point at scratch.
         buffer = torch.from_numpy(self._idle(shape, planes)).to(device)
-        entering = self._cache.data.new_zeros(shape.batch, shape.rows, shape.width) if shape.width else None
+        entering = None
+        if shape.width:
+            entering = torch.zeros(shape.batch, shape.rows, shape.width, dtype=self._cache.dtype, device=device)
 
         def run() -> Outputs:
             """Run the pass over the buffers."""

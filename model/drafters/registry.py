@@ -29,11 +29,11 @@ def aux_layers(config: EngineConfig) -> tuple[int, ...] | None:
     return checkpoint.described(Path(config.draft)).config.aux_layers
 
 
-def cache_shape(config: EngineConfig, room: Room) -> dict[str, int] | None:
+def cache_shape(config: EngineConfig, room: Room) -> dict[str, Any] | None:
     """Return the shape of a slot of the KV cache of a resolved config's drafter; None if it has none."""
     if config.drafter not in TRAINED or config.draft is None:
         return None
-    shape: dict[str, int] | None = KINDS[config.drafter].cache_shape(
+    shape: dict[str, Any] | None = KINDS[config.drafter].cache_shape(
         checkpoint.described(Path(config.draft)).config, room
     )
     return shape

@@ -8,6 +8,7 @@ the accepted draft tokens plus the bonus token -> the request finishes and its s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -52,7 +53,6 @@ from model.request import (
 )
 from model.targets.base import Target
 from model.targets.frames import most_frames
-from model.targets.parallel import share_of
 from model.targets.registry import load_target
 
 
@@ -77,12 +77,11 @@ class Engine:
         margin = config.nodes + 1
         num_slots = sizing.num_slots(target, self.max_model_len)
         self.cache = (KVCache if target.group is None else target.group.cache)(
-            num_layers=target.num_layers,
+            layers=target.layers,
             num_slots=num_slots,
-            num_heads=share_of(config, target.num_kv_heads),
-            head_dim=target.head_dim,
             capacity=self.max_model_len,
             margin=margin,
+            rows=config.prefill_chunk + target.largest_block,
             dtype=target.dtype,
             device=target.device,
         )
@@ -144,7 +143,7 @@ class Engine:
 
     def _memory(self) -> dict[str, int]:
         """Return bytes by purpose, known before the first request: allocated ones, and limits of caches."""
-        memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.data.nbytes}
+        memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.nbytes}
         if self.drafter is not None:
             memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
         return memory | {"encoder_cache": self.config.encoder_cache_bytes}
@@ -245,7 +244,6 @@ class Engine:
         sequence, target = chunk.sequence, self.target
         slot, count = sequence.slot, chunk.end - chunk.start
         assert slot is not None
-        assert sequence.embeds is not None
         assert sequence.positions is not None
         try:
             self._encode_media(sequence, chunk.end)
@@ -253,10 +251,12 @@ class Engine:
             reason = f"the request's media could not be encoded: {type(error).__name__}"
             return [self._finish(sequence, "error", reason)]
         with self.counters.timed("prefill"):
-            rows = prompt_rows(self.cache, slot, chunk.start, count)
-            embeds = sequence.embeds[None, chunk.start : chunk.end]
+            prompt = sequence.prompt
+            rows = prompt_rows(self.cache, slot, chunk.start, count, prompt.block_numbers(chunk.start, chunk.end))
+            ids = torch.tensor([prompt.ids[chunk.start : chunk.end]], device=target.device)
             positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
-            hidden, aux_hidden_states = target.forward(embeds, positions, rows)
+            features = self._features_between(sequence, chunk.start, chunk.end)
+            hidden, aux_hidden_states, embeds = target.forward(ids, positions, rows, features)
             self.cache.keep([slot], [range(count)])
             if self.drafter and sequence.speculates:
                 begun = self.counters.now()
@@ -267,25 +267,24 @@ class Engine:
         self.counters.prompt_tokens += count
         if sequence.prefilling:
             return []
-        sequence.embeds = sequence.positions = None
+        sequence.features, sequence.positions = [], None
         logits = target.logits(hidden[:, -1:])
         process = choice.processing([sequence], lambda _: [[]], self.target.eos_ids)
         first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
         return [self._emit(sequence, first, 0, choice.token_logprobs(self.vocabulary, sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> int:
-        """Allocate a slot, reuse any cached prefix, and embed the prompt (media positions are filled later). Returns
-        the number of cached prompt tokens."""
+        """Allocate a slot and reuse any cached prefix. Returns the number of cached prompt tokens."""
         prompt, target = sequence.prompt, self.target
         sequence.started = self.counters.now()
-        sequence.cached = sequence.computed = sequence.seen = cached = self._take_slot(sequence)
+        sequence.cached = sequence.computed = cached = self._take_slot(sequence)
         spared = sum(end <= cached for _, end in prompt.spans)  # media that need no lookup in the encoder cache
         self.counters.encoder_cache_queries += spared
         self.counters.encoder_cache_hits += spared
         self.counters.prefix_cache_queries += len(prompt.ids)
         self.counters.prefix_cache_hits += cached
         self.counters.prompt_tokens += cached
-        sequence.embeds = target.embed(torch.tensor(prompt.ids, device=target.device)).clone()
+        sequence.features = [[] for _ in prompt.media]
         sequence.positions = target.positions(prompt)
         sequence.next_position = int(sequence.positions[0, -1]) + 1
         return cached
@@ -294,11 +293,17 @@ class Engine:
         """Allocate a slot and copy any cached prefix into it. Returns the number of cached prompt tokens."""
         prompt, drafter = sequence.prompt, self.drafter if sequence.request.speculation else None
         contents, most = sequence.contents, len(prompt.ids) - 1  # the logits of the last one are needed
-        source, shared = self.prefixes.best(contents, most, drafted=drafter is not None)
+
+        def usable(slot: int, length: int) -> int:
+            """Return how many of the first `length` positions of a slot can be shared."""
+            length = prompt.cut_before(length)
+            return length if self.cache.shareable(slot, length) else 0
+
+        source, shared = self.prefixes.best(contents, most, drafted=drafter is not None, usable=usable)
         if drafter and self.load.begins(len(self.scheduler.running), len(prompt.ids) - shared):
             sequence.speculates = True
         elif drafter:
-            source, shared = self.prefixes.best(contents, most, drafted=False)
+            source, shared = self.prefixes.best(contents, most, drafted=False, usable=usable)
         cache = self.cache
         slot, lowest = self.prefixes.choose(cache.free_slots, source, shared), cache.free_slots[0]
         if slot != lowest and not self._native:
@@ -318,27 +323,48 @@ class Engine:
     def _encode_media(self, sequence: Sequence, end: int) -> None:
         """Encode the media that start before prompt position `end`, piece by piece, up to `end`. So one step encodes no
         more of a long video than its chunk of the prompt needs."""
-        embeds, target = sequence.embeds, self.target
-        assert embeds is not None
-        for medium, (first, last) in zip(sequence.prompt.media, sequence.prompt.spans, strict=True):
-            if first >= end or sequence.seen >= min(last, end):
+        prompt, target = sequence.prompt, self.target
+        for index, (medium, features) in enumerate(zip(prompt.media, sequence.features, strict=True)):
+            visual = prompt.visual_tokens(index)
+            wanted = int(np.searchsorted(visual, end))  # of its visual tokens
+            if not wanted or visual[-1] < sequence.computed:
                 continue
-            if sequence.seen <= first:
+            if index not in sequence.medium_keys:
                 self.counters.encoder_cache_queries += 1
-                sequence.medium_key = self.features.key(medium, sequence.request.salt)
-                if (known := self.features.get(sequence.medium_key)) is not None:
+                sequence.medium_keys[index] = key = self.features.key(medium, sequence.request.salt)
+                if (known := self.features.get(key)) is not None:
                     self.counters.encoder_cache_hits += 1
-                    embeds[first:last] = known
-                    sequence.seen = last
-                    continue
+                    features.append(known)
+            encoded = sum(map(len, features))
+            if encoded >= wanted:
+                continue
             pieces = target.pieces(medium)
-            size = (last - first) // pieces  # tokens
-            begin, upto = max(0, sequence.seen - first) // size, min(pieces, -(-(end - first) // size))
+            size = len(visual) // pieces
+            # A prefix never ends within a medium, so its first pieces are needed too.
+            first, last = encoded // size, min(pieces, -(-wanted // size))
             with self.counters.timed("vision"):
-                embeds[first + begin * size : first + upto * size] = target.encode(medium, begin, upto)
-            sequence.seen = first + upto * size
-            if upto == pieces:
-                self.features.put(sequence.medium_key, embeds[first:last].clone())
+                features.append(target.encode(medium, first, last))
+            if sum(map(len, features)) != last * size:
+                raise ValueError(f"{last * size} visual tokens have other numbers of features")
+            if last == pieces:
+                features[:] = [torch.cat(features)]
+                self.features.put(sequence.medium_keys[index], features[0])
+
+    def _features_between(self, sequence: Sequence, start: int, end: int) -> dict[str, torch.Tensor]:
+        """Return the features of the visual tokens in start..end of the prompt, by stream; drop those of media that end
+        there."""
+        prompt, found = sequence.prompt, defaultdict[str, list[torch.Tensor]](list)
+        for index, (medium, features) in enumerate(zip(prompt.media, sequence.features, strict=True)):
+            visual = prompt.visual_tokens(index)
+            first, last = np.searchsorted(visual, (start, end)).tolist()
+            if first == last:
+                continue
+            if len(features) > 1:
+                features[:] = [torch.cat(features)]
+            found[self.target.stream(medium.kind)].append(features[0][first:last])
+            if last == len(visual):
+                features.clear()
+        return {stream: torch.cat(parts) for stream, parts in found.items()}
 
     def _decode(self, decoding: Decoding) -> list[RequestOutput]:
         """Run one round of draft and verify over slots 0 to the highest decoding one."""
@@ -434,7 +460,7 @@ class Engine:
         sequence.finish_reason = reason
         if reason in ("stop", "length"):
             self.load.finished(len(sequence.tokens))
-        sequence.embeds = sequence.positions = None
+        sequence.features, sequence.positions = [], None
         if sequence.slot is not None:
             if self.cache.free(sequence.slot) and reason != "error":
                 contents = sequence.contents.followed_by(sequence.tokens)

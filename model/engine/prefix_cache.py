@@ -6,6 +6,7 @@ is still running can be shared from too. Knows slots, tokens and media; no tenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,11 @@ class Contents:
         return length
 
 
+def _all(_: int, length: int) -> int:
+    """Return the length: every slot can share all of its positions."""
+    return length
+
+
 @dataclass(slots=True)
 class _Entry:
     """The content of one slot."""
@@ -99,16 +105,18 @@ class PrefixCache:
         for entry in self._entries.values():
             entry.drafted = False
 
-    def best(self, contents: Contents, most: int, *, drafted: bool) -> tuple[int, int]:
+    def best(
+        self, contents: Contents, most: int, *, drafted: bool, usable: Callable[[int, int], int] = _all
+    ) -> tuple[int, int]:
         """Find the slot with the longest common prefix: (slot, positions), at most `most` positions.
 
-        drafted: consider only positions that the drafter has read. Returns 0 positions if no slot shares at least
-        LEAST.
+        drafted: consider only positions that the drafter has read; usable: returns how many of a slot's first positions
+        can be shared, at most so many. Returns 0 positions if no slot shares at least LEAST.
         """
         slot, longest = -1, LEAST - 1
         for at, entry in self._entries.items():
             if entry.drafted or not drafted:
-                shared = entry.contents.shared_with(contents, min(most, entry.length))
+                shared = usable(at, entry.contents.shared_with(contents, min(most, entry.length)))
                 if shared > longest:
                     slot, longest = at, shared
         if slot < 0:

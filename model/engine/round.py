@@ -131,11 +131,11 @@ class TorchRound:
         if self.passes is not None:
             hidden, aux_hidden_states = self.passes(rows, np.concatenate((tokens[None], positions)))
             return self.target.logits(hidden[:, : rows.num]), aux_hidden_states[:, : rows.num]
-        embeds = self.target.embed(torch.from_numpy(tokens).to(self.target.device))
-        hidden, aux_hidden_states = self.target.forward(embeds, positions, rows)
-        return self.target.logits(hidden), aux_hidden_states
+        done = self.target.forward(torch.from_numpy(tokens).to(self.target.device), positions, rows)
+        return self.target.logits(done.hidden), done.aux
 
     def run(self, plan: AttentionTensors, numbers: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the target by torch alone, as a pass that can be recorded. numbers: (1 + axes, batch, rows), tokens and
         position ids."""
-        return self.target.run(self.target.embed(numbers[0]), numbers[1:], plan)
+        done = self.target.run(numbers[0], numbers[1:], plan)
+        return done.hidden, done.aux

@@ -20,8 +20,8 @@ class Chunk:
     end: int
 
     def moved(self, start: int) -> Chunk:
-        """Return a chunk of the same size that starts at `start`, cut at the end of the prompt."""
-        return Chunk(self.sequence, start, min(start + self.end - self.start, len(self.sequence.prompt.ids)))
+        """Return a chunk of about the same size that starts at `start`."""
+        return Chunk(self.sequence, start, self.sequence.prompt.cut(start, start + self.end - self.start))
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes several times as long to create, once per step
@@ -89,7 +89,7 @@ class Scheduler:
                 if room := self._room(prompt) if decoding else self._config.prefill_chunk:
                     if prompt not in self.running:
                         self.running.append(self.waiting.popleft())
-                    return Chunk(prompt, prompt.computed, min(prompt.computed + room, len(prompt.prompt.ids)))
+                    return Chunk(prompt, prompt.computed, prompt.prompt.cut(prompt.computed, prompt.computed + room))
         return self._decode(decoding) if decoding else None
 
     def took(self, work: Chunk | Decoding, seconds: float) -> None:

@@ -25,12 +25,11 @@ class Sequence:
     stops: StopStrings
     arrived: float = field(default_factory=time.perf_counter)
     slot: int | None = None  # in the KV cache; None before prefill starts and after the end
-    embeds: Tensor | None = None  # input embeddings (prompt tokens, hidden), during prefill only
+    features: list[list[Tensor]] = field(default_factory=list)  # by medium, in pieces; in prefill only
     positions: np.ndarray | None = None  # (axes, prompt tokens) int32, during prefill only
     next_position: int = 0  # position id of the first answer token
-    seen: int = 0  # prompt positions whose media have been encoded
     cached: int = 0  # prompt tokens found in the prefix cache
-    medium_key: bytes = b""  # encoder cache key of the medium that is being encoded
+    medium_keys: dict[int, bytes] = field(default_factory=dict)  # encoder cache keys of the media that were looked up
     computed: int = 0  # tokens whose keys and values are in the KV cache
     tokens: list[int] = field(default_factory=list)  # the answer so far
     started: float = 0.0  # when the first prefill chunk ran

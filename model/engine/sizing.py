@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model.backends import free_memory
-from model.backends.kv_cache import ALIGNED, KVCache
+from model.backends.kv_cache import ALIGNED, KVCache, Layers, uniform
 from model.config import TRAINED, EngineConfig
 from model.drafters import registry as drafters
 from model.drafters.base import Room
@@ -70,21 +70,15 @@ class Sizing:
         checkpoint, weights = targets.read_checkpoint(self.config)
         text = checkpoint.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        slots = _Slots(
-            self.config,
-            text.num_hidden_layers,
-            share_of(self.config, text.num_key_value_heads),
-            head_dim,
-            getattr(torch, self.config.dtype),
-        )
+        layers = uniform(text.num_hidden_layers, share_of(self.config, text.num_key_value_heads), head_dim)
+        slots = _Slots(self.config, layers, getattr(torch, self.config.dtype))
         self._fitting(slots, self.config.context(text.max_position_embeddings), weights.num_bytes if weights else 0)
 
     def num_slots(self, target: Target, max_model_len: int) -> int:
         """Return the number of slots: `max_num_seqs`, or as many as fit into memory or into `kv_cache_bytes`. Raises
         ConfigError if none fits."""
         config = self.config
-        heads = share_of(config, target.num_kv_heads)
-        slots = _Slots(config, target.num_layers, heads, target.head_dim, target.dtype)
+        slots = _Slots(config, target.layers, target.dtype, target.largest_block)
         if config.kv_cache_bytes is not None:
             each = slots.target_bytes(max_model_len)
             if config.kv_cache_bytes < each:
@@ -137,19 +131,17 @@ class _Slots:
     """Computes the bytes of one slot in the KV caches of the target and its draft."""
 
     config: EngineConfig
-    num_layers: int
-    num_heads: int
-    head_dim: int
+    layers: Layers
     dtype: torch.dtype
+    largest_block: int = 0
 
     def target_bytes(self, max_model_len: int) -> int:
         """Return the bytes of a slot in the target's KV cache."""
         return KVCache.bytes_per_slot(
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
+            layers=self.layers,
             capacity=max_model_len,
             margin=self.config.nodes + 1,
+            rows=self.config.prefill_chunk + self.largest_block,
             dtype=self.dtype,
         )
 

@@ -7,7 +7,8 @@ ids, the chat template, how a video becomes tokens. The layers are transformers'
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +16,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model.backends.attention import AttentionMetadata, AttentionTensors
+from model.backends.kv_cache import Layers
 from model.backends.native.step import Verifier
 from model.errors import ConfigError
-from model.request import Geometry, Medium, Message, VideoMetadata
+from model.request import Geometry, Kind, Medium, Message, VideoMetadata
 from model.targets.head import Head
 from model.targets.parallel import Group
 from model.targets.prompt import TokenizedPrompt
+
+Features = Mapping[str, Tensor]  # by stream (see Target.stream): (visual tokens, width), in the order of the tokens
+
+
+class Pass(NamedTuple):
+    """The result of one pass.
+
+    hidden: (batch, rows, hidden), the final hidden states; aux: (batch, rows, num_aux * hidden), the aux hidden states
+    side by side; embeds: (batch, rows, hidden), what entered the first layer. The values in padding rows (see
+    AttentionMetadata) are undefined.
+    """
+
+    hidden: Tensor
+    aux: Tensor
+    embeds: Tensor
 
 
 class Target(Protocol):
@@ -32,6 +49,8 @@ class Target(Protocol):
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    layers: Layers  # what each decoder layer stores, on one device
+    largest_block: int  # most tokens that see each other in both directions; 0 if none do
     hidden_size: int
     vocab_size: int
     max_positions: int
@@ -62,13 +81,17 @@ class Target(Protocol):
         choice to the caller. Raises RequestError."""
         ...
 
+    def stream(self, kind: Kind) -> str:
+        """Return the name under which the features of a kind of medium enter a pass."""
+        ...
+
     def pieces(self, medium: Medium) -> int:
         """Return into how many pieces a medium can be split for encoding. Pieces have equally many visual tokens and do
         not attend to each other."""
         ...
 
     def encode(self, medium: Medium, first: int, last: int) -> Tensor:
-        """Compute the features of the visual tokens of pieces first..last: (tokens, hidden)."""
+        """Compute the features of the visual tokens of pieces first..last: (tokens, width)."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -82,15 +105,16 @@ class Target(Protocol):
         """
         ...
 
-    def forward(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """Run one pass: embeds (batch, rows, hidden), positions (axes, batch, rows) int32.
+    def forward(
+        self, ids: Tensor, positions: np.ndarray, rows: AttentionMetadata, features: Features | None = None
+    ) -> Pass:
+        """Run one pass: ids (batch, rows) int64 on the device, positions (axes, batch, rows) int32.
 
-        Returns the final hidden states (batch, rows, hidden), and the aux hidden states side by side (batch, rows,
-        num_taps * hidden). The values in padding rows (see AttentionMetadata) are undefined.
+        features: those of the visual tokens among `ids`, for a part of a prompt; None for generated tokens.
         """
         ...
 
-    def run(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> tuple[Tensor, Tensor]:
+    def run(self, ids: Tensor, positions: Tensor, plan: AttentionTensors, features: Features | None = None) -> Pass:
         """Run `forward` by torch alone, with all inputs on the device; positions (axes, batch, rows) integers."""
         ...
 

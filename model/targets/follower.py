@@ -17,6 +17,7 @@ from model.backends.kv_cache import KVCache, Move
 from model.config import EngineConfig
 from model.targets.parallel import join, read
 from model.targets.registry import target_class
+from model.transfer import upload
 
 log = logging.getLogger("flashserve.parallel")
 
@@ -54,7 +55,7 @@ class Follower:
         embeds = torch.empty(shape, dtype=self._target.dtype, device=self._target.device)
         distributed.broadcast(embeds, src=0)
         rows = AttentionMetadata(self._cache_of(), first_slot, num, starts, counts, MaskKind(mask_kind), parents)
-        self._target.forward(embeds, positions, rows)
+        self._target.run_layers(embeds, upload(positions, self._target.device), rows.plan)
 
     def _swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
         self._cache_of().swap(one, other, from_one, from_other)

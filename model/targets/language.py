@@ -15,14 +15,24 @@ from transformers import PreTrainedTokenizerBase
 
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, AttentionTensors
+from model.backends.kv_cache import Layers, uniform
 from model.backends.native.step import Verifier
 from model.config import EngineConfig
-from model.request import VideoMetadata
+from model.errors import ConfigError
+from model.request import Kind, VideoMetadata
 from model.targets import packed, support
-from model.targets.base import tapped
+from model.targets.base import Features, Pass, tapped
 from model.targets.head import Head
-from model.targets.parallel import Group, local
+from model.targets.parallel import Group, local, share_of
 from model.transfer import upload
+
+
+def language_model(model: Any) -> Any:
+    """Return the decoder of a conditional generation model of transformers. Raises ConfigError if there is none."""
+    for name in ("language_model", "text_model"):
+        if (found := getattr(model.base_model, name, None)) is not None:
+            return found
+    raise ConfigError(f"a model of type {model.config.model_type!r} has no language model of its own")
 
 
 class NativeTower(Protocol):
@@ -56,12 +66,13 @@ class LanguageModel:
         self.dtype = getattr(torch, config.dtype)
         self.tokenizer = tokenizer
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self._language = language = self.model.model.language_model
+        self._language = language = language_model(self.model)
         language.set_attn_implementation(attention.NAME)
-        text = self.model.config.text_config
+        text = self.model.config.get_text_config()
         self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
         self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.layers: Layers = uniform(self.num_layers, share_of(config, self.num_kv_heads), self.head_dim)
         self.max_positions, self.num_axes = text.max_position_embeddings, num_axes
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
@@ -107,21 +118,33 @@ class LanguageModel:
     ) -> list[int] | None:
         """Leave the choice to the caller (see `Target`)."""
         return None
+    largest_block = 0
+    placeholders: dict[str, int]  # tokens in the place of visual tokens, by stream
+
+    def stream(self, kind: Kind) -> str:
+        return kind
 
     def embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._language.embed_tokens(ids)
         return embedded
 
-    def forward(self, embeds: Tensor, positions: np.ndarray, rows: AttentionMetadata) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, positions: np.ndarray, rows: AttentionMetadata, features: Features | None = None
+    ) -> Pass:
         """Run one pass, natively if the decoder was packed (see `Target`). A group's followers run it too."""
+        embeds = self._filled(ids, features)
         if self.decoder is not None:
-            return self.decoder.forward(embeds, positions, rows)
+            return Pass(*self.decoder.forward(embeds, positions, rows), embeds)
         if self.group is not None:
             self.group.announce(embeds, positions, rows)
-        return self.run(embeds, upload(positions, self.device), rows.plan)
+        return self.run_layers(embeds, upload(positions, self.device), rows.plan)
 
-    def run(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> tuple[Tensor, Tensor]:
+    def run(self, ids: Tensor, positions: Tensor, plan: AttentionTensors, features: Features | None = None) -> Pass:
         """Run one pass through transformers' layers (see `Target`)."""
+        return self.run_layers(self._filled(ids, features), positions, plan)
+
+    def run_layers(self, embeds: Tensor, positions: Tensor, plan: AttentionTensors) -> Pass:
+        """Run `run` on input embeddings (batch, rows, hidden)."""
         places = positions.long()
         hidden = self._language(
             inputs_embeds=embeds,
@@ -129,7 +152,18 @@ class LanguageModel:
             use_cache=False,
             plan=plan,
         ).last_hidden_state
-        return hidden, torch.cat([self._taps.pop(layer) for layer in self.aux_layers], -1)
+        return Pass(hidden, self._aux(), embeds)
+
+    def _filled(self, ids: Tensor, features: Features | None) -> Tensor:
+        """Embed tokens (batch, rows), with features in the place of media: (batch, rows, hidden)."""
+        embeds = self.embed(ids)
+        for kind, rows in (features or {}).items():
+            embeds = embeds.masked_scatter((ids == self.placeholders[kind])[..., None], rows)
+        return embeds
+
+    def _aux(self) -> Tensor:
+        """Return the aux hidden states that the latest pass left."""
+        return torch.cat([self._taps.pop(layer) for layer in self.aux_layers], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

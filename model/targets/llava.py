@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from model.backends.native import library
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.request import Geometry, Medium, Message
+from model.request import Geometry, Kind, Medium, Message
 from model.targets import packed, pixels
 from model.targets.checkpoint import load_model, load_processor
 from model.targets.language import LanguageModel
@@ -49,6 +49,7 @@ class LlavaTarget(LanguageModel):
         self.tower = packed.tower(self.model.model, self.model.config)
         self.native = self.decoder is not None and self.tower is not None
         self.image_id: int = self.model.config.image_token_index
+        self.placeholders = {"image": self.image_id}
         self.tokens_per_image = self._features_of_an_image(config.model)
         render = partial(self.processor.apply_chat_template, add_generation_prompt=True)
         self._conversations = Conversations(self.tokenizer, render, self._parts)
@@ -108,6 +109,10 @@ class LlavaTarget(LanguageModel):
         return np.arange(len(prompt.ids), dtype=np.int32)[None]
 
     # --- tensors
+
+    def stream(self, kind: Kind) -> str:  # noqa: ARG002
+        """Return "image": a video is its frames."""
+        return "image"
 
     def pieces(self, medium: Medium) -> int:
         """Return the number of frames."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from model.request import Medium, Message, RequestError
@@ -25,13 +26,41 @@ STAND_IN = re.compile("\ue000(\\d+)\ue001")
 class TokenizedPrompt:
     """A tokenised conversation.
 
-    spans[i]: the half-open range of `ids` that media[i] takes, which has visual tokens only; media: those of the
-    conversation, but a video with text between its frames is split into several.
+    spans[i]: the half-open range of `ids` that media[i] takes, from its first visual token to its last; media: those of
+    the conversation, but LLaVA's video with text between its frames is split into several; visual[i]: the positions of
+    the visual tokens of media[i], ascending, or () if they are all of its span; blocks: ranges whose tokens see each
+    other in both directions, so that no pass may end within one.
     """
 
     ids: list[int]
     media: tuple[Medium, ...]
     spans: tuple[tuple[int, int], ...]
+    visual: tuple[np.ndarray, ...] = ()
+    blocks: tuple[tuple[int, int], ...] = ()
+
+    def visual_tokens(self, index: int) -> np.ndarray:
+        """Return the positions of the visual tokens of a medium, ascending."""
+        return self.visual[index] if self.visual else np.arange(*self.spans[index])
+
+    def cut(self, start: int, end: int) -> int:
+        """Return where a pass that begins at `start` ends: at `end`, or before a block that `end` would cut, or behind
+        it if it begins at `start`."""
+        for first, last in self.blocks:
+            if first < end < last:
+                return first if first > start else last
+        return min(end, len(self.ids))
+
+    def cut_before(self, length: int) -> int:
+        """Return the largest number of tokens, at most `length`, that ends within no block."""
+        return next((first for first, last in self.blocks if first < length < last), length)
+
+    def block_numbers(self, start: int, end: int) -> np.ndarray | None:
+        """Number the blocks of positions start..end: (positions,) int32, -1 outside of all; None if there is none."""
+        numbers = np.full(end - start, -1, np.int32)
+        for number, (first, last) in enumerate(self.blocks):
+            if first < end and last > start:
+                numbers[max(first, start) - start : last - start] = number
+        return numbers if (numbers >= 0).any() else None
 
 
 @dataclass(frozen=True)
@@ -59,8 +88,11 @@ class Conversations:
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._before, self._behind = _added_tokens(tokenizer)
 
-    def ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids, with each medium as its placeholders. Raises RequestError if the template refuses."""
+    def ids(self, messages: Sequence[Message], fill: Callable[[str], str] = str) -> list[int]:
+        """Return the token ids, with each medium as its placeholders. Raises RequestError if the template refuses.
+
+        fill: replaces placeholders in the rendered template, which holds no text of the user yet.
+        """
         texts: list[str] = []
         turns: Turns = []
         for message in messages:
@@ -78,7 +110,7 @@ class Conversations:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        ids = self._tokenised(rendered, texts)
+        ids = self._tokenised(fill(rendered), texts)
         bos = self._tokenizer.bos_token
         # `rendered` has no user text, so a text that begins with the characters of BOS does not count as BOS.
         return ids if bos is not None and rendered.startswith(bos) else [*self._before, *ids, *self._behind]

@@ -53,7 +53,7 @@ class Qwen25VLTarget(LanguageModel):
         vision = self.model.config.vision_config
         self.patch, self.merge, self.together = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self._time_scale = np.float32(vision.tokens_per_second)
-        self._placeholders = {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
+        self.placeholders = {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
         hub = hub_options(config)
         images = Qwen2VLImageProcessorPil.from_pretrained(config.model, **hub)
         videos: dict[str, Any] = VIDEO_DEFAULTS | BaseVideoProcessor.get_video_processor_dict(config.model, **hub)[0]
@@ -105,9 +105,9 @@ class Qwen25VLTarget(LanguageModel):
         """Apply the chat template and tokenise. Raises RequestError, also if videos span more positions than the model
         has."""
         media = tuple(map(self._at_geometry, media_of(messages)))
-        places = [[Place(self._placeholders[medium.kind], math.prod(self.grid(medium)))] for medium in media]
+        places = [[Place(self.placeholders[medium.kind], math.prod(self.grid(medium)))] for medium in media]
         ids = self._conversations.ids(messages)
-        prompt = widened(ids, media, places, frozenset(self._placeholders.values()))
+        prompt = widened(ids, media, places, frozenset(self.placeholders.values()))
         reach = int(self.positions(prompt).max()) if media else 0
         if max(self.max_positions, len(prompt.ids)) <= reach:
             raise RequestError(

@@ -11,6 +11,7 @@ from model.errors import ConfigError
 from model.targets import checkpoint as checkpoints
 from model.targets import support
 from model.targets.base import Target
+from model.targets.generic import GenericTarget
 from model.targets.llava import LlavaTarget
 from model.targets.parallel import Group
 from model.targets.qwen2_5_vl import Qwen25VLTarget
@@ -27,18 +28,17 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
     """
     checkpoint = checkpoints.read_config(config)
     kind = checkpoint.model_type
-    if kind not in FAMILIES:
-        raise ConfigError(f"model {config.model!r} is of type {kind!r}; supported: {', '.join(FAMILIES)}")
     dtype = getattr(torch, config.dtype)
     weights = stored_weights(config.model, dtype, checkpoint.dtype, checkpoints.hub_options(config))
-    support.check(config, checkpoint, weights.names if weights else ())
+    if kind in FAMILIES:  # others are checked by running them
+        support.check(config, checkpoint, weights.names if weights else ())
     return checkpoint, weights
 
 
 def target_class(config: EngineConfig) -> Any:
     """Return the class of the target that a resolved config names. Raises ConfigError as `read_checkpoint` does."""
     checkpoint, _ = read_checkpoint(config)
-    return FAMILIES[checkpoint.model_type]
+    return FAMILIES.get(checkpoint.model_type, GenericTarget)
 
 
 def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None) -> Target:

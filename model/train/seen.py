@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -51,27 +52,26 @@ def capture(
     ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
     width, batch = max(map(len, ids)), len(ids)
     cache = KVCache(
-        num_layers=target.num_layers,
+        layers=target.layers,
         num_slots=batch,
-        num_heads=target.num_kv_heads,
-        head_dim=target.head_dim,
         capacity=width,
         margin=0,
         dtype=target.dtype,
         device=target.device,
     )
-    embeds = torch.zeros(batch, width, target.hidden_size, dtype=target.dtype, device=target.device)
-    positions = []
+    tokens = torch.zeros(batch, width, dtype=torch.int64)
+    positions, features = [], defaultdict(list)
     for b, prompt in enumerate(prompts):
-        embeds[b, : len(ids[b])] = target.embed(torch.tensor(ids[b], device=target.device))
-        for medium, (start, end) in zip(prompt.media, prompt.spans, strict=True):
-            embeds[b, start:end] = target.encode(medium, 0, target.pieces(medium))
+        tokens[b, : len(ids[b])] = torch.tensor(ids[b])
+        for medium in prompt.media:
+            features[target.stream(medium.kind)].append(target.encode(medium, 0, target.pieces(medium)))
         places = target.positions(prompt)
         after = places[:, -1:] + 1 + np.arange(width - places.shape[1], dtype=np.int32)
         positions.append(np.concatenate((places, after), 1))
     counts = np.array([len(each) for each in ids], np.int32)
     rows = AttentionMetadata(cache, 0, width, np.zeros(batch, np.int32), counts, MaskKind.CAUSAL)
-    hidden, aux_hidden_states = target.forward(embeds, np.stack(positions, 1), rows)
+    joined = {stream: torch.cat(parts) for stream, parts in features.items()}
+    hidden, aux_hidden_states, embeds = target.forward(tokens.to(target.device), np.stack(positions, 1), rows, joined)
     seen = []
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
         first, end = len(prompt.ids) - 1, len(each)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.decoding.tree import Trees, roots
 from model.engine.engine import Engine
 from model.targets.prompt import TokenizedPrompt
@@ -33,10 +33,8 @@ class OracleDrafter:
         self.engine, self.known, self.truth = engine, known, truth
         self.rng = random.Random(seed)
         self.cache = KVCache(
-            num_layers=1,
+            layers=uniform(1, 1, 1),
             num_slots=engine.cache.num_slots,
-            num_heads=1,
-            head_dim=1,
             capacity=engine.cache.capacity,
             margin=engine.config.nodes + 1,
             dtype=torch.float32,

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.decoding.tree import Trees
 from model.engine.engine import Engine
 from tests.model import tiny
@@ -22,10 +22,8 @@ DIM = 8
 
 def cache(kv_heads: int, num_slots: int = 3, dtype: torch.dtype = torch.float32, capacity: int = 100) -> KVCache:
     return KVCache(
-        num_layers=1,
+        layers=uniform(1, kv_heads, DIM),
         num_slots=num_slots,
-        num_heads=kv_heads,
-        head_dim=DIM,
         capacity=capacity,
         margin=16,
         dtype=dtype,
@@ -66,7 +64,7 @@ def test_each_row_of_a_tree_sees_its_own_path_and_nothing_else(
     for slot, length in enumerate(lengths):
         kv.allocate()
         past = torch.randn(2, 1, kv_heads, length, DIM)
-        kv.write(0, kv.locations(slot, torch.arange(length)[None]), past[0], past[1])
+        kv.write(0, kv.storages[0].locations(slot, torch.arange(length)[None]), past[0], past[1])
         kv.lengths[slot] = length
         pasts.append(past[:, 0])
     trees = random_tree(rng, 3, 9)

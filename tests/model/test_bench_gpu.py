@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.backends.attention import AttentionTensors
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.native import library
 from model.bench import gpu, random_weights
 from model.config import EngineConfig
@@ -60,13 +60,13 @@ def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() ->
     assert read == pytest.approx(2 * 7.07e9, rel=0.01), "Qwen2.5-7B has 7.6e9 weights, of which 0.54e9 are embeddings"
     assert target.recordable
     kv = KVCache(
-        num_layers=28, num_slots=2, num_heads=4, head_dim=128, capacity=1000, margin=16,
+        layers=uniform(28, 4, 128), num_slots=2, capacity=1000, margin=16,
         dtype=torch.bfloat16, device=target.device,
     )  # fmt: skip
     starts = torch.zeros(2, dtype=torch.int64, device="meta")
     plan = AttentionTensors(kv, 0, starts, starts, torch.ones(2, 16, 16, dtype=torch.bool, device="meta"), 512)
     ids = torch.zeros(2, 16, dtype=torch.int64, device="meta")
-    hidden, aux_hidden_states = target.run(target.embed(ids), ids[None], plan)
+    hidden, aux_hidden_states, _ = target.run(ids, ids[None], plan)
     assert target.logits(hidden).shape == (2, 16, 152064)
     assert aux_hidden_states.shape == (2, 16, 3584), "of the last layer alone"
 

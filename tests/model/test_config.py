@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.config import MOST_NODES, MOST_VERIFY_TOKENS, TRAINED, WIDEST_TREE, EngineConfig
 from model.engine.engine import Engine
 from model.errors import ConfigError
@@ -102,9 +102,7 @@ def test_memory_is_known_before_the_first_request(tiny_checkpoint: Path, tiny_dr
     engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft), max_num_seqs=3, encoder_cache_bytes=1000))
     memory, target = engine.info.memory, engine.target
     each = KVCache.bytes_per_slot(
-        num_layers=target.num_layers,
-        num_heads=target.num_kv_heads,
-        head_dim=target.head_dim,
+        layers=uniform(target.num_layers, target.num_kv_heads, target.head_dim),
         capacity=engine.max_model_len,
         margin=engine.config.nodes + 1,
         dtype=target.dtype,

@@ -22,7 +22,7 @@ from model.backends import graphs
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, attend
 from model.backends.graphs import Replays, Shape
 from model.backends.kernels import choice
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.native import library
 from model.drafters.flash.drafter import FlashDrafter
 from model.engine.engine import Engine
@@ -138,7 +138,7 @@ def test_a_pass_beyond_the_number_of_recordings_runs_all_the_same(
 
 def cache(num_slots: int = 5) -> KVCache:
     return KVCache(
-        num_layers=1, num_slots=num_slots, num_heads=2, head_dim=8, capacity=100, margin=16,
+        layers=uniform(1, 2, 8), num_slots=num_slots, capacity=100, margin=16,
         dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows:
 
 def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
     kv = KVCache(
-        num_layers=1, num_slots=12, num_heads=1, head_dim=1, capacity=4000, margin=16,
+        layers=uniform(1, 1, 1), num_slots=12, capacity=4000, margin=16,
         dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
     replays = Replays(attending, kv, graphs.Again(), max_rows=16)
@@ -260,7 +260,7 @@ def test_sixty_four_rows_see_each_other_through_the_sign_bit_too() -> None:
 def on_meta(num_layers: int, heads: int, head_dim: int) -> tuple[KVCache, AttentionTensors]:
     """Create a cache and three rows of one slot on the meta device, where reading a value of a tensor fails."""
     kv = KVCache(
-        num_layers=num_layers, num_slots=1, num_heads=heads, head_dim=head_dim, capacity=100, margin=16,
+        layers=uniform(num_layers, heads, head_dim), num_slots=1, capacity=100, margin=16,
         dtype=torch.float32, device=torch.device("meta"),
     )  # fmt: skip
     starts = torch.zeros(1, dtype=torch.int64, device="meta")
@@ -284,7 +284,7 @@ def test_a_pass_asks_for_no_number_on_its_way(
     drafter._ends, drafter.tails = drafter._ends.to("meta"), drafter.tails.to("meta")
     _, plan = on_meta(4, 2, 32)
     ids = torch.zeros(1, 5, dtype=torch.int64, device="meta")
-    hidden, aux_hidden_states = target.run(target.embed(ids), ids[None], plan)
+    hidden, aux_hidden_states, _ = target.run(ids, ids[None], plan)
     assert hidden.shape == (1, 5, 64)
     assert aux_hidden_states.shape == (1, 5, 3 * 64)
     drafter.cache, plan = on_meta(2, 2, 16)

@@ -17,7 +17,7 @@ from torch import Tensor
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, attend
 from model.backends.kernels import choice
 from model.backends.kernels.choice import TreeAttention
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.native import library
 from model.engine.engine import Engine
 from tests.model import tiny
@@ -59,7 +59,7 @@ def test_it_attends_as_torch_does(
     torch.manual_seed(rows + heads)
     rng = np.random.default_rng(rows)
     kv = KVCache(
-        num_layers=1, num_slots=3, num_heads=kv_heads, head_dim=dim, capacity=320, margin=16,
+        layers=uniform(1, kv_heads, dim), num_slots=3, capacity=320, margin=16,
         dtype=torch.float64, device=DEVICE,
     )  # fmt: skip
     kv.data.copy_(torch.randn(kv.data.shape))

@@ -7,17 +7,15 @@ import random
 import pytest
 import torch
 
-from model.backends.kv_cache import ALIGNED, KVCache
+from model.backends.kv_cache import ALIGNED, KVCache, uniform
 
 LAYERS, HEADS, DIM = 2, 3, 4
 
 
 def cache(num_slots: int = 4, capacity: int = 40, margin: int = 8) -> KVCache:
     return KVCache(
-        num_layers=LAYERS,
+        layers=uniform(LAYERS, HEADS, DIM),
         num_slots=num_slots,
-        num_heads=HEADS,
-        head_dim=DIM,
         capacity=capacity,
         margin=margin,
         dtype=torch.float32,
@@ -29,7 +27,7 @@ def write(kv: KVCache, first_slot: int, names: list[list[float]]) -> None:
     """Append rows to the slots from first_slot on; every row contains its name, in every layer and head."""
     batch, rows = len(names), len(names[0])
     starts = torch.tensor(kv.lengths[first_slot : first_slot + batch])
-    locations = kv.locations(first_slot, starts[:, None] + torch.arange(rows))
+    locations = kv.storages[0].locations(first_slot, starts[:, None] + torch.arange(rows))
     mark = torch.tensor(names)[:, None, :, None] + torch.arange(HEADS)[:, None, None] / 8
     for layer in range(LAYERS):
         keys = (mark + layer / 64).expand(batch, HEADS, rows, DIM)
@@ -186,9 +184,7 @@ def test_check_integrity_sees_what_is_wrong() -> None:
 def test_bytes_per_slot_is_what_is_allocated() -> None:
     """A wrong figure would make a budget in bytes meaningless."""
     kv = cache(num_slots=3, capacity=40, margin=8)
-    each = KVCache.bytes_per_slot(
-        num_layers=LAYERS, num_heads=HEADS, head_dim=DIM, capacity=40, margin=8, dtype=torch.float32
-    )
+    each = KVCache.bytes_per_slot(layers=uniform(LAYERS, HEADS, DIM), capacity=40, margin=8, dtype=torch.float32)
     assert kv.data.numel() * kv.data.element_size() == 3 * each
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from model.backends.attention import AttentionMetadata, MaskKind, attend
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.native import library
 from model.backends.native.builds import BUILDS
 from model.backends.native.candidates import Candidates, Sequential
@@ -129,7 +129,7 @@ def in_torch(
 
 def cache(shape: Shape, num_slots: int, dtype: torch.dtype, seed: int = 0) -> KVCache:
     made = KVCache(
-        num_layers=2, num_slots=num_slots, num_heads=shape.kv_heads, head_dim=shape.head_dim, capacity=200, margin=56,
+        layers=uniform(2, shape.kv_heads, shape.head_dim), num_slots=num_slots, capacity=200, margin=56,
         dtype=dtype, device=torch.device("cpu"),
     )  # fmt: skip
     made.data.copy_(normal(*made.data.shape, seed=seed).to(torch.bfloat16))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from model.backends import free_memory, memory
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.engine.engine import Engine
 from model.engine.sizing import Sizing
 from model.errors import ConfigError
@@ -272,10 +272,8 @@ def test_a_new_cache_takes_no_memory_until_it_is_written() -> None:
 
     before = resident()
     cache = KVCache(
-        num_layers=8,
+        layers=uniform(8, 8, 64),
         num_slots=16,
-        num_heads=8,
-        head_dim=64,
         capacity=4096,
         margin=16,
         dtype=torch.float32,

@@ -186,7 +186,7 @@ def test_arguments_of_attention_are_implemented_or_refused(options: dict[str, An
 
 def test_a_mask_of_the_models_own_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="attention_mask"):
-        attention._check_supported(100, torch.zeros(1), {})
+        attention._check_supported(torch.zeros(1), {})
 
 
 def test_the_engine_refuses_before_weights_are_read(tmp_path: Path) -> None:

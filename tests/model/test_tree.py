@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.backends.attention import AttentionMetadata, MaskKind
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.config import PAPER_NODES
 from model.decoding import verify
 from model.decoding.tree import Along, FixedTree, Trees, best_first, fill, planted, roots
@@ -137,7 +137,7 @@ def test_a_row_sees_itself_and_its_ancestors() -> None:
     """It must not attend to siblings or descendants; a padding row attends to itself alone."""
     parents = np.array([[-1, 0, 0, 1, 3, -1]])
     cache = KVCache(
-        num_layers=1, num_slots=1, num_heads=1, head_dim=1, capacity=8, margin=0,
+        layers=uniform(1, 1, 1), num_slots=1, capacity=8, margin=0,
         dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
     rows = AttentionMetadata(cache, 0, 6, np.zeros(1, np.int32), np.array([5], np.int32), MaskKind.TREE, parents)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.backends.attention import AttentionMetadata, MaskKind
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.native import library, structures
 from model.backends.native.library import PackedLinear, constant, functions, pointer, round_up
 
@@ -305,10 +305,8 @@ def described_cache(cache: KVCache) -> structures.Cache:
 def scratch(shape: Shape, batch: int, positions: int, dtype: torch.dtype) -> KVCache:
     """A cache for a pass that leaves nothing behind: one layer's memory, used by all in turn."""
     return KVCache(
-        num_layers=1,
+        layers=uniform(1, shape.kv_heads, shape.head_dim),
         num_slots=batch,
-        num_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
         capacity=positions,
         margin=0,
         dtype=dtype,

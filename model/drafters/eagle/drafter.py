@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import Trees
@@ -60,13 +61,11 @@ class EagleDrafter:
         return KVCache(**shape, num_slots=room.num_slots, dtype=target.dtype, device=target.device)
 
     @staticmethod
-    def cache_shape(config: EagleConfig, room: Room) -> dict[str, int]:
+    def cache_shape(config: EagleConfig, room: Room) -> dict[str, Any]:
         """Return the shape of a slot of this draft's KV cache."""
         most_rows = 1 + (config.block - 1) * room.width  # of a growing tree: the root and the expanded nodes
         return {
-            "num_layers": 1,
-            "num_heads": config.num_heads,
-            "head_dim": config.head_dim,
+            "layers": uniform(1, config.num_heads, config.head_dim),
             "capacity": room.capacity,
             "margin": max(room.margin, most_rows),
         }
@@ -116,7 +115,7 @@ class EagleDrafter:
     def _write(self, rows: AttentionMetadata, entering: Tensor) -> None:
         """Write keys and values of input rows (batch, rows, hidden)."""
         keys, values = self.network.context_keys_values(entering, rows.plan.positions)
-        self.cache.write(0, rows.plan.locations, keys, values)
+        self.cache.write(0, rows.plan.locations(0), keys, values)
 
     def observe(self, trees: Trees, paths: Seq[list[int]], aux_hidden_states: Tensor) -> None:
         """Add a row to the draft's context for each kept node, from its token and the fused states before it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind
 from model.backends.graphs import MAX_ROWS, Replays
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import FixedTree, Trees
@@ -84,12 +85,10 @@ class FlashDrafter:
         return KVCache(**shape, num_slots=room.num_slots, dtype=target.dtype, device=target.device)
 
     @staticmethod
-    def cache_shape(config: DraftConfig, room: Room) -> dict[str, int]:
+    def cache_shape(config: DraftConfig, room: Room) -> dict[str, Any]:
         """Return the shape of a slot of this draft's KV cache."""
         return {
-            "num_layers": config.num_layers,
-            "num_heads": config.num_heads,
-            "head_dim": config.head_dim,
+            "layers": uniform(config.num_layers, config.num_heads, config.head_dim),
             "capacity": room.capacity,
             "margin": max(room.margin, config.block),
         }
@@ -106,7 +105,7 @@ class FlashDrafter:
 
     @property
     def cache_bytes(self) -> int:
-        return self.cache.data.nbytes + self.tails.nbytes
+        return self.cache.nbytes + self.tails.nbytes
 
     def start(self, slot: int, prompt: TokenizedPrompt) -> None:
         self.cache.take(slot)
@@ -218,7 +217,7 @@ class FlashDrafter:
     def _hold(self, plan: AttentionTensors, context: Tensor) -> None:
         """Write keys and values of context (batch, rows, hidden)."""
         for layer, (keys, values) in enumerate(self.network.context_keys_values(context, plan.positions)):
-            self.cache.write(layer, plan.locations, keys, values)
+            self.cache.write(layer, plan.locations(layer), keys, values)
 
     def _behind(self, first_slot: int, num: int, counts: list[int]) -> AttentionMetadata:
         """Describe `num` rows behind the contexts of slots first_slot.., of which counts[b] are real."""
