@@ -24,7 +24,7 @@ from transformers import AttentionInterface
 
 from model.backends.kernels import choice
 from model.backends.kernels.choice import TreeAttention
-from model.backends.kv_cache import KVCache, Storage
+from model.backends.kv_cache import Blocks, KVCache, Storage
 from model.transfer import upload
 
 NAME = "kv_slots"  # must not contain "flash": transformers would look for a FlashAttention kernel
@@ -174,13 +174,17 @@ class AttentionTensors:
         """Return how many other rows each row sees, its distance from the root: (batch or 1, rows)."""
         return self.visible.sum(-1) - 1
 
-    def rows_visible(self, window: int | None, *, looks_ahead: bool) -> Tensor:
+    def rows_visible(self, window: int | None, blocks: Blocks) -> Tensor:
         """Return which rows each row sees in a layer: (batch or 1, rows, rows) bool. See LayerShape."""
-        visible = self.visible
+        visible, within = self.visible, None
+        if blocks is not None and self.blocks is not None:
+            within = (self.blocks[:, None] == self.blocks) & (self.blocks >= 0)
+        if within is not None and blocks == "window":
+            visible = visible | within
         if window is not None and window < self.num:
             visible = visible & (self.depths[..., :, None] - self.depths[..., None, :] < window)
-        if looks_ahead and self.blocks is not None:
-            visible = visible | (self.blocks[:, None] == self.blocks) & (self.blocks >= 0)
+        if within is not None and blocks == "whole":
+            visible = visible | within
         return visible
 
     def num_places(self, layer: int) -> int:
@@ -195,13 +199,13 @@ class AttentionTensors:
         """
         storage, _ = self.cache.storage(layer)
         shape = self.cache.layers[layer]
-        looks_ahead = shape is not None and shape.looks_ahead and self.blocks is not None
-        key = storage.ring, window, looks_ahead, groups
+        blocks = None if shape is None or self.blocks is None else shape.blocks
+        key = storage.ring, window, blocks, groups
         if key not in self._kept:
-            self._kept[key] = self._mask(storage, window, looks_ahead=looks_ahead).repeat(1, 1, groups, 1)
+            self._kept[key] = self._mask(storage, window, blocks).repeat(1, 1, groups, 1)
         return self._kept[key]
 
-    def _mask(self, storage: Storage, window: int | None, *, looks_ahead: bool) -> Tensor:
+    def _mask(self, storage: Storage, window: int | None, blocks: Blocks) -> Tensor:
         """Build the mask for one group of query heads."""
         batch, rows = self.batch, self.num
         positions = storage.positions(storage.num_places(self.key_length), self.starts + rows)
@@ -209,7 +213,7 @@ class AttentionTensors:
             positions - self.starts[:, None]
         )  # (batch, places): of a row, its number; negative for earlier positions
         among = behind.clamp(0, rows - 1)[:, None].expand(batch, rows, -1)
-        visible = self.rows_visible(window, looks_ahead=looks_ahead).expand(batch, rows, rows).gather(2, among)
+        visible = self.rows_visible(window, blocks).expand(batch, rows, rows).gather(2, among)
         earlier = ((behind < 0) & (positions >= 0))[:, None]
         if window is not None:
             earlier = earlier & (self.depths[..., None] - behind[:, None] < window)
@@ -252,9 +256,7 @@ def attend(
     kernel = plan.kernel(layer) if window is None and softcap is None and sinks is None else None
     if kernel is not None:
         keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.cache.storage(layer)[0].stride)
-        return kernel(queries, keys, values, plan.starts, plan.rows_visible(None, looks_ahead=False), scale)[
-            ..., :width
-        ]
+        return kernel(queries, keys, values, plan.starts, plan.visible, scale)[..., :width]
     keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.num_places(layer))
     groups, num_rows = queries.shape[1] // keys.shape[1], queries.shape[2]
     if groups > 1:  # query heads that share keys become more rows, so that no keys are copied

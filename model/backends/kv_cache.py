@@ -27,6 +27,7 @@ import math
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,19 +42,22 @@ ALIGNED = 64  # slots are multiples of so many positions, and as many numbers fo
 REACH = 512  # positions behind the end of a sequence from which layers with a window can still be shared
 
 
+Blocks = Literal["whole", "window"] | None
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What a decoder layer stores for each position.
 
     heads: key-value heads; width: numbers of a key, and of a value, which is padded if it has fewer; window: positions
-    that a row sees, itself included, None for all; looks_ahead: whether rows of one block (see AttentionMetadata) see
-    each other in both directions.
+    that a row sees, itself included, None for all; blocks: whether rows of one block (see AttentionMetadata) see each
+    other in both directions: None if not, "whole" for all of them, "window" for those within the window.
     """
 
     heads: int
     width: int
     window: int | None = None
-    looks_ahead: bool = False
+    blocks: Blocks = None
 
     def ring(self, capacity: int, rows: int) -> int:
         """Return how many positions of a sequence are stored. rows: most rows that a step writes."""

@@ -68,6 +68,8 @@ class Sizing:
         if self.budget is None or self.config.kv_cache_bytes is not None:
             return
         checkpoint, weights = targets.read_checkpoint(self.config)
+        if checkpoint.model_type not in targets.FAMILIES:
+            return
         text = checkpoint.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         layers = uniform(text.num_hidden_layers, share_of(self.config, text.num_key_value_heads), head_dim)

@@ -13,7 +13,9 @@ own forward. A model that does not agree is refused, so that an unknown family i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -38,62 +40,91 @@ from model.targets.parallel import Group
 from model.targets.prompt import Conversations, TokenizedPrompt, media_of
 from model.transfer import upload
 
+log = logging.getLogger("flashserve.targets")
+
+KINDS: tuple[Kind, ...] = ("image", "video")
 TICKS = 1000  # per second: how finely processors learn the times of frames
 SECONDS_PER_FRAME = 0.5  # if unknown
 EVEN = 0.05  # frames whose times are off by less, in frames, come from a video of even rate
 NUM_FRAMES = 16  # of a video, if neither request nor processor sets it
-TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
-MARKS = ("mm_token_type_ids", "token_type_ids")  # names under which processors mark visual tokens
+SAMPLE, LARGE = 224, 1024  # sides of pictures that are processed to learn about the processor, pixels
+# Outputs of an encoder that a base model reads by token, or not at all.
+ENCODER_OUTPUTS = frozenset(
+    {"pooler_output", "deepstack_features", "last_hidden_state", "hidden_states", "attentions", "attention_mask"}
+)
+COUNT = "batch_num_images"  # the encoder's argument with the number of pictures of a prompt
+# Outputs of a processor that belong to the text.
+TEXT_OUTPUTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "moe_mm_token_type_ids",
+        "text_replacement_offsets",
+        "position_ids",
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ProcessedMedium(Medium):
     """A medium with what the family's processor made of it.
 
-    tensors: the encoder's arguments by name; text: what replaces its placeholder in the prompt; marks: (tokens,), the
-    processor's mark of each token of `text`.
+    tensors: the encoder's arguments by name; text: what replaces its placeholder in the prompt; num_visual: visual
+    tokens in that text.
     """
 
     tensors: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
-    marks: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    num_visual: int = 0
 
 
 @dataclass(frozen=True)
 class EncoderForm:
     """The form in which a family's base model expects features.
 
-    output: the class of its encoder's output; stacked: whether features are one tensor, or a list of tensors; layers:
-    the decoder layers to which further rows are added, None where the family only counts them; width: of the features.
+    output: the class of its encoder's output; pooled: the type of its features, one tensor or a list of tensors, None
+    without features for the input; layers: one entry for each further set of features, the decoder layer that they are
+    added to, None where the family only counts them; width: of the features; rest: further fields of the output, the
+    same for every medium.
     """
 
     output: Any
-    stacked: bool
+    pooled: type | None
     layers: tuple[int | None, ...]
     width: int
+    rest: Mapping[str, Any]
 
     @classmethod
     def read(cls, output: Any) -> tuple[EncoderForm, Tensor]:
-        """Return the form of an encoder's output, and its features: (tokens, width * (1 + layers))."""
-        pooled = output.pooler_output
-        parts, layers = [_flat(pooled)], []
+        """Return the form of an encoder's output, and all its features side by side: (tokens, sets * width)."""
+        pooled, layers = output.pooler_output, []
+        parts = [] if pooled is None else [_flat(pooled)]
         for each in output.get("deepstack_features") or ():
             layer, rows = each if _numbered(each) else (None, each)
             layers.append(layer)
             parts.append(_flat(rows))
-        form = cls(type(output), isinstance(pooled, Tensor), tuple(layers), parts[0].shape[-1])
-        return form, torch.cat(parts, -1)
+        kind = None if pooled is None else Tensor if isinstance(pooled, Tensor) else list
+        rest = {name: value for name, value in output.items() if name not in ENCODER_OUTPUTS and value is not None}
+        return cls(type(output), kind, tuple(layers), parts[0].shape[-1], rest), torch.cat(parts, -1)
 
     def rebuilt(self, features: Tensor) -> Any:
-        """Return an encoder's output that has these features, (tokens, width * (1 + layers))."""
-        pooled, *further = features.split(self.width, -1)
-        made: dict[str, Any] = {"pooler_output": pooled[None] if self.stacked else [pooled]}
-        if further:
+        """Return an encoder's output that has these features, (tokens, sets * width)."""
+        sets = list(features.split(self.width, -1))
+        made: dict[str, Any] = {}
+        if self.pooled is not None:
+            pooled = sets.pop(0)
+            made["pooler_output"] = pooled[None] if self.pooled is Tensor else [pooled]
+        if sets:
             made["deepstack_features"] = [
-                [rows] if layer is None else (layer, [rows]) for layer, rows in zip(self.layers, further, strict=True)
+                [rows] if layer is None else (layer, [rows]) for layer, rows in zip(self.layers, sets, strict=True)
             ]
-        return self.output(**made)
+        return self.output(**made, **self.rest)
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """Return the features of no tokens."""
+        return like.new_empty(0, self.width * (len(self.layers) + (self.pooled is not None)))
 
 
 def _flat(features: Any) -> Tensor:
@@ -122,9 +153,7 @@ class GenericTarget(LanguageModel):
             raise ConfigError(f"model {config.model!r} cannot be spread over several devices yet: give one device")
         self.processor = AutoProcessor.from_pretrained(config.model)
         tokenizer = self.processor.tokenizer
-        model = AutoModelForImageTextToText.from_pretrained(
-            config.model, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
-        )
+        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
         self._load(config, model, tokenizer, aux_layers)
 
     def _load(self, config: EngineConfig, model: Any, tokenizer: Any, aux_layers: tuple[int, ...] | None) -> None:
@@ -133,33 +162,57 @@ class GenericTarget(LanguageModel):
         self.tokenizer = tokenizer
         self.model = model = model.to(self.device).eval().requires_grad_(False)
         self._base, language = model.base_model, language_model(model)
-        self._arguments = frozenset(inspect.signature(self._base.forward).parameters)
         self._forms: dict[str, EncoderForm] = {}
-        self._set_up_prompts(model.config)
+        self._rule: load_check.Rule | None = None
+        self._prefix: list[int] = []
+        self._no_videos: str | None = None  # why
+        self._jointly = False
         text = model.config.get_text_config()
         shapes = probe.layer_shapes(model, language, text.num_hidden_layers)
+        if None in shapes:
+            raise ConfigError(f"model {config.model!r} cannot be served: layer {shapes.index(None)} has no attention")
+        taken = inspect.signature(self._base.forward).parameters
+        self._markers = {
+            name: getattr(self.processor, f"create_{name}")
+            for name in ("mm_token_type_ids", "moe_mm_token_type_ids")
+            if _takes_ids_alone(getattr(self.processor, f"create_{name}", None))
+        }
+        self._marks = tuple(name for name in self._markers if name in taken)  # those that a pass is to know
+        self._set_up_prompts(config.model)
         num_axes = len(self._axes(model._prepare_position_ids_for_generation(torch.zeros(1, 3, dtype=torch.int64), {})))
-        self._blocks: str | None = None
         checks = load_check.reference(self, config)
-        shapes, self._blocks = load_check.look_ahead(checks, shapes, getattr(text, "layer_types", None))
+        for medium in (medium for check in checks for medium in check.prompt.media):
+            self.encode(medium, 0, 1)  # to learn the form of its features
+        shapes, self._rule = load_check.look_ahead(self, checks, shapes, getattr(text, "layer_types", None))
         # The prompts were made before the rule was known.
-        checks = [replace(check, prompt=self._with_blocks(check.prompt)) for check in checks]
-        super().__init__(config, model, tokenizer, aux_layers, num_axes=num_axes)
-        if self.decoder is None:
-            self.layers = shapes
-        else:
+        checks = [replace(check, prompt=self.with_blocks(check.prompt, self._rule)) for check in checks]
+        deep = any(form.layers for form in self._forms.values())
+        super().__init__(
+            config, model, tokenizer, aux_layers, num_axes=num_axes, layers=shapes, natively=not deep and not self._rule
+        )
+        if self.decoder is not None:
             language.forward = self._run_natively
         self.native = False  # torch computes the vision tower
-        self.largest_block = self._largest_block(config)
+        if self._rule is not None:
+            whole = self._rule.who != "runs"
+            self.largest_block = config.context(self.max_positions) if whole else self.tokens_per_image
         self.head = matching_head(self.model, text, self.head)
         if not self.head.is_matrix:
             self.verifier = None
         language.register_forward_pre_hook(self._keep_embeds, with_kwargs=True)
         load_check.compare(self, checks, config.model)
 
-    def _largest_block(self, config: EngineConfig) -> int:
-        """Return the most tokens that see each other in both directions."""
-        return {None: 0, "runs": self.tokens_per_image, "prompt": config.context(self.max_positions)}[self._blocks]
+    def most_frames(self, tokens: int) -> int:
+        """Return about how many small frames of a video fit into so many tokens."""
+        if not self.takes_videos:
+            return max(1, tokens // self.processed(_sample("image")).num_visual)
+        few, many = (
+            self.processed(
+                replace(_sample("video"), frames=np.full((num, SAMPLE, SAMPLE, 3), 128, np.uint8))
+            ).num_visual
+            for num in (4, 12)
+        )
+        return max(1, tokens * 8 // max(1, many - few))
 
     @property
     def num_bytes(self) -> int:
@@ -167,30 +220,40 @@ class GenericTarget(LanguageModel):
 
     # --- prompt
 
-    def _set_up_prompts(self, config: Any) -> None:
-        """Find placeholders and streams, and set up the chat template."""
-        processor = self.processor
-        self._tokens = {
-            kind: token for kind in ("image", "video") if (token := getattr(processor, f"{kind}_token", None))
+    def _set_up_prompts(self, name: str) -> None:
+        """Find placeholders and streams, and set up the chat template. Raises ConfigError if there is no template, or
+        none for images."""
+        config = self.model.config
+        found = {
+            kind: getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index", None)
+            for kind in KINDS
         }
-        if "image" not in self._tokens:
-            raise ConfigError(f"the processor {type(processor).__name__} names no image_token")
-        if getattr(processor, "video_processor", None) is None:
-            self._tokens.pop("video", None)
-        ids = {
-            kind: found
-            for kind in ("image", "video")
-            if (found := getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index", None))
-        }
-        self.placeholders = ids
-        self._visual = np.array(sorted(set(ids.values())), np.int64)
+        self.placeholders = {kind: number for kind, number in found.items() if number is not None}
+        self._visual = np.array(sorted(set(self.placeholders.values())), np.int64)
         self._video_stream = "video" if hasattr(self._base, "get_video_features") else "image"
         self.geometry = Geometry(
             exact=None, shortest_edge=None, crop=None, resample=Image.Resampling.BICUBIC, default_num_frames=NUM_FRAMES
         )
-        self.tokens_per_image = 0
-        render = partial(processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
+        render = partial(self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
         self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
+        self._contexts: dict[str, str] = {}  # by kind: a conversation with one medium
+        self._tokens: dict[str, str] = {}  # by kind: its placeholder in the template
+        for kind in KINDS:
+            if kind == "video" and getattr(self.processor, "video_processor", None) is None:
+                continue
+            try:
+                parts = [{"type": kind}, {"type": "text", "text": "?"}]
+                self._contexts[kind] = render([{"role": "user", "content": parts}])
+                made = self._called(_sample(kind))
+                self._tokens[kind] = made["text_replacement_offsets"][0][0]["text"]
+            except Exception as error:  # a template and a processor may raise any error
+                if kind == "image":
+                    raise ConfigError(
+                        f"model {name!r} cannot be served: its processor ({type(self.processor).__name__}) or chat "
+                        f"template takes no image: {type(error).__name__}: {error}"
+                    ) from error
+                self._contexts.pop(kind, None)
+        self.tokens_per_image = self.processed(_sample("image", LARGE)).num_visual
 
     @property
     def takes_videos(self) -> bool:
@@ -204,23 +267,28 @@ class GenericTarget(LanguageModel):
         """Apply the chat template, process the media and tokenise. Raises RequestError."""
         if not self.takes_videos:
             messages = tuple(map(_frames_as_images, messages))
+        if self._no_videos is not None and any(medium.kind == "video" for medium in media_of(messages)):
+            raise RequestError(f"this model takes no videos here: {self._no_videos}", param="messages")
         media = tuple(map(self.processed, media_of(messages)))
-        ids = np.array(self._conversations.ids(messages, partial(self._fill, media)), np.int64)
+        if self._jointly and len(media) > 1:
+            media = self._processed_jointly(media)
+        ids = self._conversations.ids(messages, partial(self._fill, media))
+        if self._prefix and ids[: len(self._prefix)] != self._prefix:
+            ids = [*self._prefix, *ids]
         visual = np.flatnonzero(np.isin(ids, self._visual))
-        counts = [int(np.isin(medium.ids, self._visual).sum()) for medium in media]
-        if sum(counts) != len(visual) or not all(counts):
+        if sum(medium.num_visual for medium in media) != len(visual):
             raise RequestError("the model's chat template has no place for these media", param="messages")
-        each = np.split(visual, np.cumsum(counts)[:-1]) if media else []
+        each = np.split(visual, np.cumsum([medium.num_visual for medium in media])[:-1]) if media else []
         spans = tuple((int(at[0]), int(at[-1]) + 1) for at in each)
-        return self._with_blocks(TokenizedPrompt(ids.tolist(), media, spans, tuple(each)))
+        return self.with_blocks(TokenizedPrompt(ids, media, spans, tuple(each)), self._rule)
 
     def _fill(self, media: Sequence[ProcessedMedium], rendered: str) -> str:
         """Replace the placeholders of media in the rendered template. Raises RequestError if they do not match."""
         pieces: list[str] = []
         coming, at = iter(media), 0
-        for start, kind, token in _found(rendered, self._tokens):
+        for start, token in _found(rendered, set(self._tokens.values())):
             medium = next(coming, None)
-            if medium is None or medium.kind != kind:
+            if medium is None or self._tokens[medium.kind] != token:
                 raise RequestError("the model's chat template has no place for these media", param="messages")
             pieces += [rendered[at:start], medium.text]
             at = start + len(token)
@@ -228,9 +296,32 @@ class GenericTarget(LanguageModel):
             raise RequestError("the model's chat template has no place for these media", param="messages")
         return "".join([*pieces, rendered[at:]])
 
-    def _with_blocks(self, prompt: TokenizedPrompt) -> TokenizedPrompt:
-        """Return a prompt with the ranges whose tokens see each other."""
-        return replace(prompt, blocks=load_check.blocks_of(self._blocks, len(prompt.ids), prompt.visual))
+    def with_blocks(self, prompt: TokenizedPrompt, rule: load_check.Rule | None) -> TokenizedPrompt:
+        """Return a prompt with the ranges whose tokens see each other by a rule."""
+        if rule is None:
+            return prompt
+        mark = self._markers.get("mm_token_type_ids")
+        marked = np.isin(prompt.ids, self._visual) if mark is None else np.array(mark([prompt.ids])[0]) != 0
+        return rule.applied(prompt, marked)
+
+    def refuse_videos(self, reason: str) -> None:
+        """Serve this model without videos."""
+        log.warning("model %s takes no videos here: %s", self.model.config.model_type, reason)
+        self._no_videos = reason
+
+    def learn(self, ours: list[int], theirs: list[int], messages: tuple[Message, ...]) -> TokenizedPrompt | None:
+        """Learn from a prompt whose tokens differ from those of the family's processor. Returns the prompt anew; None
+        if the difference shows nothing that is known.
+
+        A processor may put tokens of its own before a prompt, and its text for a medium may depend on the others.
+        """
+        if len(theirs) > len(ours) and theirs[len(theirs) - len(ours) :] == ours:
+            self._prefix = theirs[: len(theirs) - len(ours)]
+        elif sum(isinstance(part, Medium) for message in messages for part in message.content) > 1:
+            self._jointly = True
+        else:
+            return None
+        return self.prompt(messages)
 
     def family_inputs(self, messages: tuple[Message, ...]) -> dict[str, Any]:
         """Let the family's processor make everything of a conversation, as its users do."""
@@ -255,11 +346,11 @@ class GenericTarget(LanguageModel):
         bos = self.tokenizer.bos_token
         media: dict[str, Any] = {}
         if images:
-            media["images"] = images
+            media["images"] = [images]
         if videos:
             media |= {
-                "videos": [video.frames for video in videos],
-                "video_metadata": [self._metadata(video) for video in videos],
+                "videos": [[video.frames for video in videos]],
+                "video_metadata": [[self._metadata(video) for video in videos]],
                 "do_sample_frames": False,
             }
         return dict(
@@ -273,31 +364,65 @@ class GenericTarget(LanguageModel):
 
     def processed(self, medium: Medium) -> ProcessedMedium:
         """Let the family's processor make pixels and text of a medium. Raises RequestError if it refuses."""
-        token = self._tokens[medium.kind]
-        if medium.kind == "image":
-            inputs: dict[str, Any] = {"images": [Image.fromarray(np.ascontiguousarray(medium.frames[0]))]}
-        else:
-            inputs = {"videos": [medium.frames], "video_metadata": [self._metadata(medium)], "do_sample_frames": False}
         try:
-            made = self.processor(
-                text=[token],
-                add_special_tokens=False,
-                return_mm_token_type_ids=True,
-                return_text_replacement_offsets=True,
-                **inputs,
-            )
+            made = self._called(medium)
         except (ValueError, RuntimeError, TypeError) as error:
             raise RequestError(
                 f"the model's processor refuses this {medium.kind}: {error}", param="messages"
             ) from error
-        text = made.pop("text_replacement_offsets")[0][0]["replacement"]
-        ids = np.array(made["input_ids"][0], np.int64)
-        marks = next(
-            (np.array(made[name][0], np.int64) for name in MARKS if name in made), np.zeros(len(ids), np.int64)
-        )
-        tensors = {name: _as_tensor(value) for name, value in made.items() if name not in TEXT_INPUTS}
+        text = made["text_replacement_offsets"][0][0]["replacement"]
+        num_visual = int(np.isin(np.array(made["input_ids"]), self._visual).sum())
+        if not num_visual:
+            raise RequestError(f"the model's processor makes no tokens of this {medium.kind}", param="messages")
+        tensors = {name: value for name, value in made.items() if name not in TEXT_OUTPUTS}
         own = {each.name: getattr(medium, each.name) for each in fields(Medium)}
-        return ProcessedMedium(**own, tensors=tensors, text=text, ids=ids, marks=marks)
+        return ProcessedMedium(**own, tensors=tensors, text=text, num_visual=num_visual)
+
+    def _called(self, *media: Medium, text: str | None = None) -> dict[str, Any]:
+        """Call the processor with media, and a text that has their placeholders; None for a conversation with one."""
+        inputs: dict[str, Any] = {}
+        images = [medium for medium in media if medium.kind == "image"]
+        videos = [medium for medium in media if medium.kind == "video"]
+        if images:
+            inputs["images"] = [[Image.fromarray(np.ascontiguousarray(image.frames[0])) for image in images]]
+        if videos:
+            inputs |= {"videos": [[video.frames for video in videos]], "do_sample_frames": False}
+            inputs["video_metadata"] = [[self._metadata(video) for video in videos]]
+        for medium in media:
+            inputs |= {name: dict(value) if isinstance(value, tuple) else value for name, value in medium.options}
+        return dict(
+            self.processor(
+                text=[self._contexts[media[0].kind] if text is None else text],
+                return_tensors="pt",
+                return_text_replacement_offsets=True,
+                return_mm_token_type_ids=True,
+                **inputs,
+            )
+        )
+
+    def _processed_jointly(self, media: tuple[ProcessedMedium, ...]) -> tuple[ProcessedMedium, ...]:
+        """Process media once more, together, for families whose text for a medium depends on the others."""
+        text = "".join(self._contexts[medium.kind] for medium in media)
+        made = self._called(*media, text=text)
+        tokens = np.isin(np.array(made["input_ids"][0]), self._visual)
+        found: list[ProcessedMedium] = []
+        for medium, offsets in zip(media, made["text_replacement_offsets"][0], strict=True):
+            own = self.tokenizer(offsets["replacement"], add_special_tokens=False).input_ids
+            tensors = dict(medium.tensors)
+            if COUNT in tensors:  # its pixels and its encoder, too, are others for one picture than for several
+                at = len([one for one in found if one.kind == "image"])
+                tensors = {name: made[name] if name == COUNT else made[name][at : at + 1] for name in tensors}
+            found.append(
+                replace(
+                    medium,
+                    text=offsets["replacement"],
+                    num_visual=int(np.isin(own, self._visual).sum()),
+                    tensors=tensors,
+                    options=(*medium.options, ("media", len(media))),  # so that caches tell them apart
+                )
+            )
+        assert sum(medium.num_visual for medium in found) == int(tokens.sum())
+        return tuple(found)
 
     @staticmethod
     def _metadata(video: Medium) -> VideoMetadata:
@@ -329,7 +454,9 @@ class GenericTarget(LanguageModel):
     def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
         """Compute position ids by the family's own method: (axes, tokens) int32."""
         ids = torch.tensor([prompt.ids])
-        known: dict[str, Any] = {"mm_token_type_ids": torch.from_numpy(self.marks(prompt))[None]}
+        known: dict[str, Any] = {}
+        if (marker := self._markers.get("mm_token_type_ids")) is not None:
+            known["mm_token_type_ids"] = torch.tensor(marker([prompt.ids]))
         for medium in prompt.media:
             assert isinstance(medium, ProcessedMedium)
             for name, value in medium.tensors.items():
@@ -344,16 +471,6 @@ class GenericTarget(LanguageModel):
             return positions[None]
         rope = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
         return positions[1:] if len(positions) == 1 + len(rope.get("mrope_section") or ()) else positions
-
-    def marks(self, prompt: TokenizedPrompt) -> np.ndarray:
-        """Return the processor's mark of every token: (tokens,), 0 for text."""
-        marks = np.zeros(len(prompt.ids), np.int64)
-        for index, medium in enumerate(prompt.media):
-            assert isinstance(medium, ProcessedMedium)
-            own = np.flatnonzero(np.isin(medium.ids, self._visual))
-            marked = np.flatnonzero(medium.marks)
-            marks[marked + prompt.visual_tokens(index)[0] - own[0]] = medium.marks[marked]
-        return marks
 
     # --- tensors
 
@@ -397,13 +514,17 @@ class GenericTarget(LanguageModel):
         """Run one pass through the family's own base model, which hands `plan` down to its decoder's attention."""
         places = positions.long()
         more: dict[str, Any] = {}
+        if features is not None:
+            for stream, form in self._forms.items():
+                if form.rest and stream not in features:  # it may be of use without visual tokens
+                    features = {**features, stream: form.nothing(self.head.like)}
         if features:
             more["mm_encoder_outputs"] = {
                 stream: self._forms[stream].rebuilt(rows) for stream, rows in features.items()
             }
         if features is not None:
-            marks = torch.isin(ids, torch.from_numpy(self._visual).to(ids.device)).int()
-            more |= {name: marks for name in ("mm_token_type_ids", "moe_mm_token_type_ids") if name in self._arguments}
+            rows = ids.tolist()
+            more |= {name: torch.tensor(self._markers[name](rows), device=self.device) for name in self._marks}
         hidden = self._base(
             input_ids=ids,
             position_ids=places if self.num_axes > 1 else places[0],
@@ -427,20 +548,18 @@ class GenericTarget(LanguageModel):
         return super()._aux() if self.decoder is None else self._native_aux
 
 
-def _found(text: str, tokens: Mapping[str, str]) -> list[tuple[int, Kind, str]]:
-    """Find placeholders in a text: (start, kind, token), in order. A token that is part of a longer one is not found in
-    it."""
-    found: list[tuple[int, Kind, str]] = []
-    at = 0
-    order = sorted(tokens.items(), key=lambda item: -len(item[1]))
-    while at < len(text):
-        hits = [(start, kind, token) for kind, token in order if (start := text.find(token, at)) >= 0]
-        if not hits:
-            break
-        start, kind, token = min(hits, key=lambda hit: hit[0])
-        found.append((start, "video" if kind == "video" else "image", token))
-        at = start + len(token)
-    return found
+def _found(text: str, tokens: Collection[str]) -> list[tuple[int, str]]:
+    """Find placeholders in a text: (start, token), in order."""
+    pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    return [(match.start(), match[0]) for match in re.finditer(pattern, text)]
+
+
+def _takes_ids_alone(method: Any) -> bool:
+    """Return whether a method needs no argument but one."""
+    if method is None:
+        return False
+    needed = [each for each in inspect.signature(method).parameters.values() if each.default is each.empty]
+    return len(needed) == 1
 
 
 def _frames_as_images(message: Message) -> Message:
@@ -454,19 +573,11 @@ def _frames_as_images(message: Message) -> Message:
     return replace(message, content=tuple(content))
 
 
-def _as_tensor(value: Any) -> Any:
-    """Convert what a processor returns to tensors; leave what is none."""
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return torch.from_numpy(value)
-    if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor | np.ndarray) for part in value):
-        parts = [torch.as_tensor(part) for part in value]
-        return torch.stack(parts) if len({part.shape for part in parts}) == 1 else parts
-    if isinstance(value, list | tuple) and value and all(isinstance(part, int | float | list) for part in value):
-        try:
-            return torch.tensor(value)
-        except (ValueError, TypeError):
-            return value
-    return value
+def _sample(kind: str, side: int = SAMPLE) -> Medium:
+    """Return a grey picture, or a grey clip of two frames."""
+    if kind == "image":
+        return Medium("image", np.full((1, side, side, 3), 128, np.uint8))
+    return Medium("video", np.full((2, side, side, 3), 128, np.uint8), SECONDS_PER_FRAME)
 
 
 def _joined(one: Any, other: Any) -> Any:

@@ -36,6 +36,11 @@ class Head:
         return Head(self._weight[tokens], None if self._bias is None else self._bias[tokens], self._after)
 
     @property
+    def like(self) -> Tensor:
+        """Return a tensor of its dtype and device."""
+        return self._weight
+
+    @property
     def is_matrix(self) -> bool:
         """Return whether logits are the products alone."""
         return self._after is None

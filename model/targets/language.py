@@ -26,6 +26,8 @@ from model.targets.head import Head
 from model.targets.parallel import Group, local, share_of
 from model.transfer import upload
 
+NORMS = ("norm", "final_norm", "embedding_norm", "norm_f", "final_layernorm", "ln_f")  # names of a decoder's final norm
+
 
 def language_model(model: Any) -> Any:
     """Return the decoder of a conditional generation model of transformers. Raises ConfigError if there is none."""
@@ -33,6 +35,14 @@ def language_model(model: Any) -> Any:
         if (found := getattr(model.base_model, name, None)) is not None:
             return found
     raise ConfigError(f"a model of type {model.config.model_type!r} has no language model of its own")
+
+
+def _scale_of(language: Any, width: int) -> Tensor:
+    """Return the scale of a decoder's final norm: (width,). Some families store it less one."""
+    norm = next(found for name in NORMS if (found := getattr(language, name, None)) is not None)
+    ones = norm.weight.new_ones(1, width)
+    scale: Tensor = norm(ones)[0].detach()
+    return scale if bool(scale.any()) else norm.weight  # a norm that centres makes nought of ones
 
 
 class NativeTower(Protocol):
@@ -54,12 +64,15 @@ class LanguageModel:
         *,
         num_axes: int,
         group: Group | None = None,
+        layers: Layers | None = None,
+        natively: bool = True,
     ) -> None:
         """Take over a loaded model and pack its decoder if it can run natively.
 
         config: a resolved one; model: a conditional generation model of transformers, whose decoder layers may be
         released; aux_layers: see `model.targets.registry.load_target`; num_axes: of position ids; group: the other
-        devices of a tensor-parallel target.
+        devices of a tensor-parallel target; layers: what each layer stores, None if all store what the config says;
+        natively: whether the native library may run its decoder.
         """
         attention.register()
         self.device = torch.device(config.device)
@@ -70,23 +83,28 @@ class LanguageModel:
         language.set_attn_implementation(attention.NAME)
         text = self.model.config.get_text_config()
         self.num_layers, self.vocab_size = text.num_hidden_layers, text.vocab_size
-        self.hidden_size, self.num_kv_heads = text.hidden_size, text.num_key_value_heads
-        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.layers: Layers = uniform(self.num_layers, share_of(config, self.num_kv_heads), self.head_dim)
+        self.hidden_size = text.hidden_size
+        if layers is None:
+            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            layers = uniform(self.num_layers, share_of(config, text.num_key_value_heads), head_dim)
+        self.layers = layers
+        first = next(shape for shape in layers if shape is not None)
+        self.num_kv_heads, self.head_dim = first.heads * config.tensor_parallel, first.width
         self.max_positions, self.num_axes = text.max_position_embeddings, num_axes
         eos = self.model.generation_config.eos_token_id
         self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos if eos is not None else tokenizer.eos_token_id])
         self.aux_layers = tapped(self.num_layers, aux_layers)
-        self.final_norm = language.norm.weight
+        self.final_norm = _scale_of(language, self.hidden_size)
         # The last draft trees reach beyond the last position. Nodes there are never kept, but need a rotation.
         alone = config.tensor_parallel == 1
+        natively = natively and alone
         reach = self.max_positions + config.nodes
         self.decoder = (
-            packed.decoder(language, self.aux_layers, reach, config.context(self.max_positions)) if alone else None
+            packed.decoder(language, self.aux_layers, reach, config.context(self.max_positions)) if natively else None
         )
         self.group = group
         self.recordable = alone and self.decoder is None and support.rope_is_fixed(text)
-        head = self.model.lm_head
+        head = self.model.get_output_embeddings()
         self.head = Head(local(head.weight), None if head.bias is None else local(head.bias))
         self.verifier = None
         if self.decoder is not None and self.head.matrix is not None:

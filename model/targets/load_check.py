@@ -10,18 +10,17 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
-from model.backends.kv_cache import KVCache, LayerShape
+from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, prompt_rows
+from model.backends.kv_cache import Blocks, KVCache, LayerShape
 from model.config import EngineConfig
 from model.errors import ConfigError
 from model.request import Medium, Message, RequestError
-from model.targets import probe
 from model.targets.language import language_model
 from model.targets.prompt import TokenizedPrompt
 
@@ -32,6 +31,11 @@ HEIGHT, WIDTH, FRAMES = 90, 124, 4  # of the pictures and clips in the prompts
 TREE = (-1, 0, 0, 2)  # parents of the rows of the tree; row 1 is no part of the prompt
 # Largest mean difference of logits, in their standard deviation. A wrong mask or position gives about 0.1 to 1.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+_NO_CACHE = KVCache(
+    layers=(), num_slots=0, capacity=0, margin=0, dtype=torch.float32, device=torch.device("cpu")
+)  # for masks alone
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def _messages(*kinds: str) -> tuple[Message, ...]:
     for kind in kinds:
         frames = rng.integers(0, 256, (1 if kind == "image" else FRAMES, HEIGHT // 8, WIDTH // 8, 3), np.uint8)
         frames = frames.repeat(8, 1).repeat(8, 2)
+        frames[-1] = frames[-2 if kind == "video" else -1]  # some families drop what does not change
         media.append(Medium("video" if kind == "video" else "image", frames, 0.5 if kind == "video" else None))
     return (Message("user", (*media, "What is this? Answer in one word, please.")),)
 
@@ -87,12 +92,19 @@ def reference(target: GenericTarget, config: EngineConfig) -> list[Check]:
                 continue
             raise ConfigError(f"model {config.model!r} cannot be served: its prompt with {name}: {error}") from error
         theirs = inputs["input_ids"][0].tolist()
+        if prompt.ids != theirs and (learned := target.learn(prompt.ids, theirs, messages)) is not None:
+            prompt = learned
         if prompt.ids != theirs:
             raise ConfigError(
                 f"model {config.model!r} cannot be served: a prompt with {name} has other tokens than those of its "
                 f"processor: {_first_difference(prompt.ids, theirs)}"
             )
-        checks.append(_run(target, name, prompt, inputs))
+        try:
+            checks.append(_run(target, name, prompt, inputs))
+        except Exception as error:  # whatever its own code raises
+            if "video" not in kinds:
+                raise
+            target.refuse_videos(f"transformers' own forward fails with {type(error).__name__}: {error}")
     return checks
 
 
@@ -103,24 +115,25 @@ def _run(target: GenericTarget, name: str, prompt: TokenizedPrompt, inputs: dict
     inputs = {key: target.placed(value) for key, value in inputs.items() if key in taken or key.startswith("pixel")}
     inputs.pop("attention_mask", None)
     positions = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
-    with probe.attention(language, "sdpa"):
-        logits = model(**inputs, position_ids=positions, use_cache=False).logits[0]
+    logits = model(**inputs, position_ids=positions, use_cache=False).logits[0]
 
-        def capture(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
-            """End the pass at the decoder."""
-            raise _CapturedError(options)
+    def capture(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        """End the pass at the decoder."""
+        raise _CapturedError(options)
 
-        hook = language.register_forward_pre_hook(capture, with_kwargs=True)
-        base = {
-            key: value for key, value in inputs.items() if key in inspect.signature(model.base_model.forward).parameters
-        }
-        try:
-            model.base_model(**base, position_ids=positions, use_cache=False)
-            raise AssertionError("a base model did not call its decoder")
-        except _CapturedError as captured:
-            found = captured.options.get("attention_mask")
-        finally:
-            hook.remove()
+    hook = language.register_forward_pre_hook(capture, with_kwargs=True)
+    base = {
+        key: value for key, value in inputs.items() if key in inspect.signature(model.base_model.forward).parameters
+    }
+    try:
+        model.base_model(**base, position_ids=positions, use_cache=False)
+        raise AssertionError("a base model did not call its decoder")
+    except _CapturedError as captured:
+        found = captured.options.get("attention_mask")
+    finally:
+        hook.remove()
+    if len(logits) != len(prompt.ids):
+        raise ValueError(f"it makes {len(logits)} rows of {len(prompt.ids)} tokens")
     masks = found if isinstance(found, dict) else {"": found}
     return Check(name, prompt, logits, {kind: _seen(mask) for kind, mask in masks.items() if isinstance(mask, Tensor)})
 
@@ -131,62 +144,73 @@ def _seen(mask: Tensor) -> Tensor:
     return seen if seen.dtype is torch.bool else seen > -1
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Which tokens of a prompt see each other in both directions.
+
+    who: "runs" for marked tokens that lie side by side, "media" for all marked tokens, "prompt" for all tokens; marked
+    tokens are those that the processor says belong to media. blocks: see LayerShape.
+    """
+
+    who: Literal["runs", "media", "prompt"]
+    blocks: Blocks
+
+    def applied(self, prompt: TokenizedPrompt, marked: np.ndarray) -> TokenizedPrompt:
+        """Return the prompt with its blocks. marked: (tokens,) bool."""
+        if self.who == "prompt":
+            return replace(prompt, blocks=((0, len(prompt.ids)),))
+        at = np.flatnonzero(marked)
+        if not len(at):
+            return prompt
+        if self.who == "media":
+            first, last = int(at[0]), int(at[-1]) + 1
+            return replace(prompt, blocks=((first, last),), outside=first + np.flatnonzero(~marked[first:last]))
+        runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+        return replace(prompt, blocks=tuple((int(run[0]), int(run[-1]) + 1) for run in runs))
+
+
+RULES = [Rule(who, blocks) for who in ("runs", "media", "prompt") for blocks in ("whole", "window")]
+
+
 def look_ahead(
-    checks: Sequence[Check], shapes: Sequence[LayerShape | None], layer_types: Sequence[str] | None
-) -> tuple[list[LayerShape | None], str | None]:
+    target: GenericTarget,
+    checks: Sequence[Check],
+    shapes: Sequence[LayerShape | None],
+    layer_types: Sequence[str] | None,
+) -> tuple[list[LayerShape | None], Rule | None]:
     """Find which tokens see each other in both directions, and in which layers.
 
-    Returns the shapes with `looks_ahead`, and the rule: "runs" for visual tokens that lie side by side, "prompt" for a
-    whole prompt, None if no token sees a later one. Raises ConfigError if a mask follows no such rule.
+    Returns the shapes with `blocks`, and the rule; None if no token sees a later one. Raises ConfigError if a mask
+    follows no rule.
     """
     types = list(layer_types) if layer_types is not None else [""] * len(shapes)
-    kinds = {kind for check in checks for kind, mask in check.masks.items() if _ahead(mask)}
-    ahead = [shape is not None and bool(kinds & {kind, ""}) for shape, kind in zip(shapes, types, strict=True)]
-    for rule in ("runs", "prompt") if kinds else (None,):
+    kinds = {kind for check in checks for kind, mask in check.masks.items() if bool(mask.triu(1).any())}
+    for rule in RULES if kinds else [None]:
         marked = [
-            None if shape is None else replace(shape, looks_ahead=looks)
-            for shape, looks in zip(shapes, ahead, strict=True)
+            replace(shape, blocks=rule.blocks) if rule and shape and kinds & {kind, ""} else shape
+            for shape, kind in zip(shapes, types, strict=True)
         ]
-        if all(_follows(check, rule, marked, types) for check in checks):
+        if all(_follows(check, target.with_blocks(check.prompt, rule), marked, types) for check in checks):
             return marked, rule
     raise ConfigError("its layers see tokens by a rule of their own, which is not supported")
 
 
-def _ahead(mask: Tensor) -> bool:
-    """Return whether a token sees a later one."""
-    return bool(mask.triu(1).any())
-
-
-def _follows(check: Check, rule: str | None, shapes: Sequence[LayerShape | None], types: Sequence[str]) -> bool:
-    """Return whether the masks of a check are those that a rule gives."""
-    num = len(check.prompt.ids)
-    at = torch.arange(num)
-    blocks = torch.full((num,), -1)
-    for number, (first, last) in enumerate(blocks_of(rule, num, check.prompt.visual)):
-        blocks[first:last] = number
-    for shape, kind in zip(shapes, types, strict=True):
-        mask = check.masks.get(kind, check.masks.get(""))
-        if shape is None or mask is None:
+def _follows(check: Check, prompt: TokenizedPrompt, shapes: Sequence[LayerShape | None], types: Sequence[str]) -> bool:
+    """Return whether the masks of a check are those that we would use."""
+    num = len(prompt.ids)
+    tensors = AttentionTensors(
+        _NO_CACHE, 0, torch.zeros(1), torch.zeros(1), torch.ones(1, num, num, dtype=torch.bool).tril(), num
+    )
+    numbers = prompt.block_numbers(0, num)
+    if numbers is not None:
+        tensors = replace(tensors, blocks=torch.from_numpy(numbers))
+    for kind in dict.fromkeys(zip(types, shapes, strict=True)):
+        mask = check.masks.get(kind[0], check.masks.get(""))
+        if kind[1] is None or mask is None:
             continue
-        seen = at[:, None] >= at
-        if shape.window is not None:
-            seen = seen & (at[:, None] - at < shape.window)
-        if shape.looks_ahead:
-            seen = seen | (blocks[:, None] == blocks) & (blocks >= 0)
-        if not torch.equal(seen, mask.cpu()):
+        if not torch.equal(tensors.rows_visible(kind[1].window, kind[1].blocks)[0], mask.cpu()):
             return False
     return True
-
-
-def blocks_of(rule: str | None, length: int, visual: Sequence[np.ndarray]) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of a prompt whose tokens see each other, by a rule of `look_ahead`. visual: positions of the
-    visual tokens of each medium."""
-    if rule == "prompt":
-        return ((0, length),)
-    if rule is None:
-        return ()
-    runs = (run for at in visual for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1))
-    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class TokenizedPrompt:
     spans[i]: the half-open range of `ids` that media[i] takes, from its first visual token to its last; media: those of
     the conversation, but LLaVA's video with text between its frames is split into several; visual[i]: the positions of
     the visual tokens of media[i], ascending, or () if they are all of its span; blocks: ranges whose tokens see each
-    other in both directions, so that no pass may end within one.
+    other in both directions, so that no pass may end within one; outside: positions in these ranges that do not.
     """
 
     ids: list[int]
@@ -37,6 +37,7 @@ class TokenizedPrompt:
     spans: tuple[tuple[int, int], ...]
     visual: tuple[np.ndarray, ...] = ()
     blocks: tuple[tuple[int, int], ...] = ()
+    outside: np.ndarray | None = None
 
     def visual_tokens(self, index: int) -> np.ndarray:
         """Return the positions of the visual tokens of a medium, ascending."""
@@ -60,6 +61,8 @@ class TokenizedPrompt:
         for number, (first, last) in enumerate(self.blocks):
             if first < end and last > start:
                 numbers[max(first, start) - start : last - start] = number
+        if self.outside is not None:
+            numbers[self.outside[(self.outside >= start) & (self.outside < end)] - start] = -1
         return numbers if (numbers >= 0).any() else None
 
 
@@ -101,8 +104,17 @@ class Conversations:
                 if isinstance(part, Medium):
                     parts += self._parts(part)
                 else:
-                    parts.append({"type": "text", "text": f"\ue000{len(texts)}\ue001"})
-                    texts.append(_checked(part))
+                    # White space around a text stays in the template, since some templates strip it.
+                    text = _checked(part)
+                    before, core, behind = (
+                        text[: len(text) - len(text.lstrip())],
+                        text.strip(),
+                        text[len(text.rstrip()) :],
+                    )
+                    parts.append(
+                        {"type": "text", "text": f"{before}\ue000{len(texts)}\ue001{behind}" if core else text}
+                    )
+                    texts += [core] * bool(core)
             turns.append({"role": message.role, "content": parts})
         try:
             rendered = self._render(turns)

@@ -27,10 +27,9 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
     Raises ConfigError if there is none, or if the checkpoint needs an unsupported feature.
     """
     checkpoint = checkpoints.read_config(config)
-    kind = checkpoint.model_type
     dtype = getattr(torch, config.dtype)
     weights = stored_weights(config.model, dtype, checkpoint.dtype, checkpoints.hub_options(config))
-    if kind in FAMILIES:  # others are checked by running them
+    if _class_of(checkpoint) is not GenericTarget:  # others are checked by running them
         support.check(config, checkpoint, weights.names if weights else ())
     return checkpoint, weights
 
@@ -38,6 +37,13 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
 def target_class(config: EngineConfig) -> Any:
     """Return the class of the target that a resolved config names. Raises ConfigError as `read_checkpoint` does."""
     checkpoint, _ = read_checkpoint(config)
+    return _class_of(checkpoint)
+
+
+def _class_of(checkpoint: Any) -> Any:
+    """Return the class for a checkpoint: its family's own, which knows fewer towers, or the one for all."""
+    if getattr(checkpoint.vision_config, "model_type", None) in support.NO_TOWERS:
+        return GenericTarget
     return FAMILIES.get(checkpoint.model_type, GenericTarget)
 
 

@@ -93,8 +93,9 @@ def hidden_of(engine: Engine, ids: list[int], chunks: list[int], slot: int) -> T
     engine.cache.take(slot)
     for count in chunks:
         rows = prompt_rows(engine.cache, slot, start, count)
-        embeds = target.embed(torch.tensor(ids[start : start + count]))[None]
-        parts.append(target.forward(embeds, np.arange(start, start + count, dtype=np.int32)[None, None], rows)[0][0])
+        tokens = torch.tensor([ids[start : start + count]])
+        positions = np.arange(start, start + count, dtype=np.int32)[None, None]
+        parts.append(target.forward(tokens, positions, rows).hidden[0])
         engine.cache.keep([slot], [list(range(count))])
         start += count
     engine.cache.free(slot)

@@ -43,7 +43,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from model.backends.attention import AttentionMetadata, MaskKind
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.native import library
 from model.backends.native.stack import Stack, scratch
 from model.targets import packed
@@ -170,8 +170,8 @@ def test_each_row_is_what_transformers_computes(dtype: torch.dtype, name: str) -
     assert stack.num_axes == family.num_axes
     rng = np.random.default_rng(5)
     cache = KVCache(
-        num_layers=3, num_slots=3, num_heads=stack.shape.kv_heads, head_dim=stack.shape.head_dim, capacity=CONTEXT,
-        margin=16, dtype=dtype, device=torch.device("cpu"),
+        layers=uniform(3, stack.shape.kv_heads, stack.shape.head_dim), num_slots=3, capacity=CONTEXT, margin=16,
+        dtype=dtype, device=torch.device("cpu"),
     )  # fmt: skip
     lengths, nodes = (45, 71), 9
     prompts = [normal(length, HIDDEN, seed=length).to(dtype) for length in lengths]
