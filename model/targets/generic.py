@@ -26,12 +26,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.video_utils import VideoMetadata
+from transformers.video_utils import VideoMetadata as FamilyMetadata
 
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.request import Geometry, Kind, Medium, Message, RequestError
+from model.request import Geometry, Kind, Medium, Message, RequestError, VideoMetadata
 from model.targets import load_check, probe
 from model.targets.base import Features, Pass
 from model.targets.head import matching_head
@@ -53,6 +53,8 @@ ENCODER_OUTPUTS = frozenset(
     {"pooler_output", "deepstack_features", "last_hidden_state", "hidden_states", "attentions", "attention_mask"}
 )
 COUNT = "batch_num_images"  # the encoder's argument with the number of pictures of a prompt
+# Options of processors that a client may set.
+OPTIONS = frozenset({"min_pixels", "max_pixels", "size", "do_image_splitting", "max_soft_tokens", "max_patches"})
 # Outputs of a processor that belong to the text.
 TEXT_OUTPUTS = frozenset(
     {
@@ -231,8 +233,14 @@ class GenericTarget(LanguageModel):
         self.placeholders = {kind: number for kind, number in found.items() if number is not None}
         self._visual = np.array(sorted(set(self.placeholders.values())), np.int64)
         self._video_stream = "video" if hasattr(self._base, "get_video_features") else "image"
+        accepted = {
+            option
+            for part in ("image_processor", "video_processor")
+            if (found_part := getattr(self.processor, part, None)) is not None
+            for option in getattr(found_part.valid_kwargs, "__annotations__", ())
+        }
         self.geometry = Geometry(
-            exact=None, shortest_edge=None, crop=None, resample=Image.Resampling.BICUBIC, default_num_frames=NUM_FRAMES
+            default_num_frames=NUM_FRAMES, samples_frames=True, options=tuple(sorted(accepted & OPTIONS))
         )
         render = partial(self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
         self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
@@ -259,6 +267,29 @@ class GenericTarget(LanguageModel):
     def takes_videos(self) -> bool:
         """Return whether the family's processor takes videos; otherwise their frames are images."""
         return "video" in self._tokens
+
+    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
+        """Ask the family's video processor, with its defaults, for frames; None if it does not sample by itself."""
+        if not self.takes_videos or self._no_videos is not None:
+            return None
+        videos = self.processor.video_processor
+        taken = inspect.signature(videos.sample_frames).parameters
+        options = {name: getattr(videos, name, None) for name in videos.valid_kwargs.__annotations__ if name in taken}
+        if num_frames is not None or fps is not None:
+            options |= {"num_frames": num_frames, "fps": fps}
+        elif not (videos.do_sample_frames and (options.get("num_frames") or options.get("fps"))):
+            return None
+        metadata = FamilyMetadata(
+            total_num_frames=source.total_frames,
+            fps=source.fps,
+            width=source.width,
+            height=source.height,
+            duration=source.duration,
+        )
+        try:
+            return [int(index) for index in videos.sample_frames(metadata=metadata, **options)]
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"the model's processor cannot sample this video: {error}", param="messages") from error
 
     def stream(self, kind: Kind) -> str:
         return self._video_stream if kind == "video" else "image"
@@ -371,7 +402,7 @@ class GenericTarget(LanguageModel):
                 f"the model's processor refuses this {medium.kind}: {error}", param="messages"
             ) from error
         text = made["text_replacement_offsets"][0][0]["replacement"]
-        num_visual = int(np.isin(np.array(made["input_ids"]), self._visual).sum())
+        num_visual = int(np.isin(made["input_ids"].numpy(), self._visual).sum())
         if not num_visual:
             raise RequestError(f"the model's processor makes no tokens of this {medium.kind}", param="messages")
         tensors = {name: value for name, value in made.items() if name not in TEXT_OUTPUTS}
@@ -404,7 +435,7 @@ class GenericTarget(LanguageModel):
         """Process media once more, together, for families whose text for a medium depends on the others."""
         text = "".join(self._contexts[medium.kind] for medium in media)
         made = self._called(*media, text=text)
-        tokens = np.isin(np.array(made["input_ids"][0]), self._visual)
+        tokens = np.isin(made["input_ids"][0].numpy(), self._visual)
         found: list[ProcessedMedium] = []
         for medium, offsets in zip(media, made["text_replacement_offsets"][0], strict=True):
             own = self.tokenizer(offsets["replacement"], add_special_tokens=False).input_ids
@@ -425,7 +456,7 @@ class GenericTarget(LanguageModel):
         return tuple(found)
 
     @staticmethod
-    def _metadata(video: Medium) -> VideoMetadata:
+    def _metadata(video: Medium) -> FamilyMetadata:
         """Describe the sampled frames of a video, with their times."""
         num, seconds = len(video.frames), video.seconds_per_frame or SECONDS_PER_FRAME
         times = video.frame_times or tuple(number * seconds for number in range(num))
@@ -434,7 +465,7 @@ class GenericTarget(LanguageModel):
         if source is not None and source.fps:
             numbers = [time * source.fps for time in times]
             if all(abs(number - round(number)) < EVEN for number in numbers):
-                return VideoMetadata(
+                return FamilyMetadata(
                     total_num_frames=source.total_frames,
                     fps=source.fps,
                     width=source.width,
@@ -442,7 +473,7 @@ class GenericTarget(LanguageModel):
                     duration=source.duration,
                     frames_indices=[round(number) for number in numbers],
                 )
-        return VideoMetadata(
+        return FamilyMetadata(
             total_num_frames=round(num * seconds * TICKS),
             fps=float(TICKS),
             width=width,

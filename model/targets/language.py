@@ -55,6 +55,9 @@ class NativeTower(Protocol):
 class LanguageModel:
     """The half of `model.targets.base.Target` that all families share; subclasses add the other half."""
 
+    largest_block = 0
+    placeholders: dict[str, int]  # tokens in the place of visual tokens, by stream
+
     def __init__(
         self,
         config: EngineConfig,
@@ -136,8 +139,6 @@ class LanguageModel:
     ) -> list[int] | None:
         """Leave the choice to the caller (see `Target`)."""
         return None
-    largest_block = 0
-    placeholders: dict[str, int]  # tokens in the place of visual tokens, by stream
 
     def stream(self, kind: Kind) -> str:
         return kind

@@ -103,7 +103,10 @@ def reference(target: GenericTarget, config: EngineConfig) -> list[Check]:
             checks.append(_run(target, name, prompt, inputs))
         except Exception as error:  # whatever its own code raises
             if "video" not in kinds:
-                raise
+                raise ConfigError(
+                    f"model {config.model!r} cannot be served: its own forward fails for a prompt with {name}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             target.refuse_videos(f"transformers' own forward fails with {type(error).__name__}: {error}")
     return checks
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.targets.states import States
 
 HIDDEN = 64
@@ -94,10 +94,8 @@ class Hybrid:
         self.states = layers.allocate(num_slots, saving=True)
         self.model.set_attn_implementation(attention.NAME)
         self.cache = KVCache(
-            num_layers=self.model.config.num_hidden_layers,
+            layers=uniform(self.model.config.num_hidden_layers, 2, 16),
             num_slots=num_slots,
-            num_heads=2,
-            head_dim=16,
             capacity=256,
             margin=32,
             dtype=torch.float32,

@@ -13,7 +13,6 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     LlavaForConditionalGeneration,
-    PixtralVisionConfig,
     PreTrainedConfig,
     SiglipVisionConfig,
 )
@@ -67,14 +66,6 @@ def test_a_processor_that_counts_otherwise_does_not_shift_the_prompt(tmp_path: P
     engine = Engine(tiny.config(tiny.save_checkpoint(tmp_path, class_tokens=0), max_num_seqs=1))
     assert engine.info.tokens_per_image == tiny.TOKENS_PER_IMAGE
     assert len(tiny.answers(engine, [tiny.ask("r", *CONTENTS["image"], max_tokens=4)])["r"]) == 4
-
-
-def test_pixtrals_tower_is_refused_by_name(tmp_path: Path) -> None:
-    """It used to fail with a KeyError."""
-    vision = PixtralVisionConfig(**SHAPE, intermediate_size=64)
-    folder = tiny.save_checkpoint(tmp_path, vision=vision, strategy="full", class_tokens=0)
-    with pytest.raises(ConfigError, match=r"vision_config\.model_type is 'pixtral'"):
-        load_target(tiny.config(folder).resolved())
 
 
 @pytest.mark.parametrize(
