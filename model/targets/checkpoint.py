@@ -315,7 +315,6 @@ def load_model(config: EngineConfig, model_class: Any = AutoModelForImageTextToT
         model, info = model_class.from_pretrained(
             config.model,
             dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **_loading_options(config),

@@ -24,16 +24,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.video_utils import VideoMetadata as FamilyMetadata
 
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.request import Geometry, Kind, Medium, Message, RequestError, VideoMetadata
+from model.request import MEDIA_OPTIONS, Geometry, Kind, Medium, Message, RequestError, VideoMetadata
 from model.targets import load_check, probe
 from model.targets.base import Features, Pass
+from model.targets.checkpoint import load_model, load_processor
+from model.targets.encoder_form import EncoderForm
 from model.targets.head import matching_head
 from model.targets.language import LanguageModel, language_model
 from model.targets.parallel import Group
@@ -48,13 +49,7 @@ SECONDS_PER_FRAME = 0.5  # if unknown
 EVEN = 0.05  # frames whose times are off by less, in frames, come from a video of even rate
 NUM_FRAMES = 16  # of a video, if neither request nor processor sets it
 SAMPLE, LARGE = 224, 1024  # sides of pictures that are processed to learn about the processor, pixels
-# Outputs of an encoder that a base model reads by token, or not at all.
-ENCODER_OUTPUTS = frozenset(
-    {"pooler_output", "deepstack_features", "last_hidden_state", "hidden_states", "attentions", "attention_mask"}
-)
 COUNT = "batch_num_images"  # the encoder's argument with the number of pictures of a prompt
-# Options of processors that a client may set.
-OPTIONS = frozenset({"min_pixels", "max_pixels", "size", "do_image_splitting", "max_soft_tokens", "max_patches"})
 # Outputs of a processor that belong to the text.
 TEXT_OUTPUTS = frozenset(
     {
@@ -82,65 +77,6 @@ class ProcessedMedium(Medium):
     num_visual: int = 0
 
 
-@dataclass(frozen=True)
-class EncoderForm:
-    """The form in which a family's base model expects features.
-
-    output: the class of its encoder's output; pooled: the type of its features, one tensor or a list of tensors, None
-    without features for the input; layers: one entry for each further set of features, the decoder layer that they are
-    added to, None where the family only counts them; width: of the features; rest: further fields of the output, the
-    same for every medium.
-    """
-
-    output: Any
-    pooled: type | None
-    layers: tuple[int | None, ...]
-    width: int
-    rest: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, output: Any) -> tuple[EncoderForm, Tensor]:
-        """Return the form of an encoder's output, and all its features side by side: (tokens, sets * width)."""
-        pooled, layers = output.pooler_output, []
-        parts = [] if pooled is None else [_flat(pooled)]
-        for each in output.get("deepstack_features") or ():
-            layer, rows = each if _numbered(each) else (None, each)
-            layers.append(layer)
-            parts.append(_flat(rows))
-        kind = None if pooled is None else Tensor if isinstance(pooled, Tensor) else list
-        rest = {name: value for name, value in output.items() if name not in ENCODER_OUTPUTS and value is not None}
-        return cls(type(output), kind, tuple(layers), parts[0].shape[-1], rest), torch.cat(parts, -1)
-
-    def rebuilt(self, features: Tensor) -> Any:
-        """Return an encoder's output that has these features, (tokens, sets * width)."""
-        sets = list(features.split(self.width, -1))
-        made: dict[str, Any] = {}
-        if self.pooled is not None:
-            pooled = sets.pop(0)
-            made["pooler_output"] = pooled[None] if self.pooled is Tensor else [pooled]
-        if sets:
-            made["deepstack_features"] = [
-                [rows] if layer is None else (layer, [rows]) for layer, rows in zip(self.layers, sets, strict=True)
-            ]
-        return self.output(**made, **self.rest)
-
-    def nothing(self, like: Tensor) -> Tensor:
-        """Return the features of no tokens."""
-        return like.new_empty(0, self.width * (len(self.layers) + (self.pooled is not None)))
-
-
-def _flat(features: Any) -> Tensor:
-    """Join the features of several pictures: (tokens, width)."""
-    if isinstance(features, Tensor):
-        return features.reshape(-1, features.shape[-1])
-    return torch.cat([_flat(part) for part in features])
-
-
-def _numbered(each: Any) -> bool:
-    """Return whether an entry of deepstack features is a pair of a layer's number and features."""
-    return isinstance(each, tuple | list) and len(each) == 2 and isinstance(each[0], int)
-
-
 class GenericTarget(LanguageModel):
     """Implements `model.targets.base.Target`."""
 
@@ -153,10 +89,8 @@ class GenericTarget(LanguageModel):
         """
         if group is not None:
             raise ConfigError(f"model {config.model!r} cannot be spread over several devices yet: give one device")
-        self.processor = AutoProcessor.from_pretrained(config.model)
-        tokenizer = self.processor.tokenizer
-        model = AutoModelForImageTextToText.from_pretrained(config.model, dtype=getattr(torch, config.dtype))
-        self._load(config, model, tokenizer, aux_layers)
+        self.processor = load_processor(config)
+        self._load(config, load_model(config), self.processor.tokenizer, aux_layers)
 
     def _load(self, config: EngineConfig, model: Any, tokenizer: Any, aux_layers: tuple[int, ...] | None) -> None:
         """Measure the model, take it over, and check it."""
@@ -233,14 +167,11 @@ class GenericTarget(LanguageModel):
         self.placeholders = {kind: number for kind, number in found.items() if number is not None}
         self._visual = np.array(sorted(set(self.placeholders.values())), np.int64)
         self._video_stream = "video" if hasattr(self._base, "get_video_features") else "image"
-        accepted = {
-            option
-            for part in ("image_processor", "video_processor")
-            if (found_part := getattr(self.processor, part, None)) is not None
-            for option in getattr(found_part.valid_kwargs, "__annotations__", ())
-        }
         self.geometry = Geometry(
-            default_num_frames=NUM_FRAMES, samples_frames=True, options=tuple(sorted(accepted & OPTIONS))
+            default_num_frames=NUM_FRAMES,
+            samples_frames=True,
+            image_options=self._options_of("image_processor"),
+            video_options=self._options_of("video_processor"),
         )
         render = partial(self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
         self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
@@ -262,6 +193,11 @@ class GenericTarget(LanguageModel):
                     ) from error
                 self._contexts.pop(kind, None)
         self.tokens_per_image = self.processed(_sample("image", LARGE)).num_visual
+
+    def _options_of(self, part: str) -> tuple[str, ...]:
+        """Return the options that a client may set of a part of the processor."""
+        found = getattr(self.processor, part, None)
+        return () if found is None else tuple(set(MEDIA_OPTIONS) & set(found.valid_kwargs.__annotations__))
 
     @property
     def takes_videos(self) -> bool:

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +21,9 @@ from model.backends.kv_cache import Blocks, KVCache, LayerShape
 from model.config import EngineConfig
 from model.errors import ConfigError
 from model.request import Medium, Message, RequestError
+from model.targets.base import Target
 from model.targets.language import language_model
 from model.targets.prompt import TokenizedPrompt
-
-if TYPE_CHECKING:
-    from model.targets.generic import GenericTarget
 
 HEIGHT, WIDTH, FRAMES = 90, 124, 4  # of the pictures and clips in the prompts
 TREE = (-1, 0, 0, 2)  # parents of the rows of the tree; row 1 is no part of the prompt
@@ -36,6 +34,37 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torc
 _NO_CACHE = KVCache(
     layers=(), num_slots=0, capacity=0, margin=0, dtype=torch.float32, device=torch.device("cpu")
 )  # for masks alone
+
+
+class Checked(Target, Protocol):
+    """What the checks ask of a target."""
+
+    model: Any  # transformers' own, whole
+
+    @property
+    def takes_videos(self) -> bool:
+        """Return whether the family's processor takes videos."""
+        ...
+
+    def family_inputs(self, messages: tuple[Message, ...]) -> dict[str, Any]:
+        """Let the family's processor make everything of a conversation, as its users do."""
+        ...
+
+    def placed(self, value: Any) -> Any:
+        """Move an argument to the target's device and dtype."""
+        ...
+
+    def learn(self, ours: list[int], theirs: list[int], messages: tuple[Message, ...]) -> TokenizedPrompt | None:
+        """Learn from a prompt whose tokens differ from those of the family's processor."""
+        ...
+
+    def refuse_videos(self, reason: str) -> None:
+        """Serve this model without videos."""
+        ...
+
+    def with_blocks(self, prompt: TokenizedPrompt, rule: Rule | None) -> TokenizedPrompt:
+        """Return a prompt with the ranges whose tokens see each other by a rule."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +102,7 @@ def _messages(*kinds: str) -> tuple[Message, ...]:
 
 
 @torch.no_grad()
-def reference(target: GenericTarget, config: EngineConfig) -> list[Check]:
+def reference(target: Checked, config: EngineConfig) -> list[Check]:
     """Run the family's own forward on prompts with text, images and a video, as far as the family takes them.
 
     Raises ConfigError if not even text and an image work, or if token ids differ from those of its processor.
@@ -111,7 +140,7 @@ def reference(target: GenericTarget, config: EngineConfig) -> list[Check]:
     return checks
 
 
-def _run(target: GenericTarget, name: str, prompt: TokenizedPrompt, inputs: dict[str, Any]) -> Check:
+def _run(target: Checked, name: str, prompt: TokenizedPrompt, inputs: dict[str, Any]) -> Check:
     """Run the family's own forward, and catch the masks of its decoder."""
     model, language = target.model, language_model(target.model)
     taken = inspect.signature(model.forward).parameters
@@ -176,7 +205,7 @@ RULES = [Rule(who, blocks) for who in ("runs", "media", "prompt") for blocks in 
 
 
 def look_ahead(
-    target: GenericTarget,
+    target: Checked,
     checks: Sequence[Check],
     shapes: Sequence[LayerShape | None],
     layer_types: Sequence[str] | None,
@@ -217,7 +246,7 @@ def _follows(check: Check, prompt: TokenizedPrompt, shapes: Sequence[LayerShape 
 
 
 @torch.no_grad()
-def compare(target: GenericTarget, checks: Sequence[Check], model: str) -> None:
+def compare(target: Checked, checks: Sequence[Check], model: str) -> None:
     """Compute the prompts by our own passes: parts of the prompt, then a tree. Raises ConfigError if logits differ."""
     for check in checks:
         ours = _ours(target, check.prompt)
@@ -230,7 +259,7 @@ def compare(target: GenericTarget, checks: Sequence[Check], model: str) -> None:
             )
 
 
-def _ours(target: GenericTarget, prompt: TokenizedPrompt) -> Tensor:
+def _ours(target: Checked, prompt: TokenizedPrompt) -> Tensor:
     """Compute the logits of every token of a prompt: (tokens, vocab)."""
     num, tree = len(prompt.ids), len(TREE)
     capacity = num + tree

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from model.config import EngineConfig
-from model.errors import ConfigError
 from model.targets import checkpoint as checkpoints
 from model.targets import support
 from model.targets.base import Target
@@ -55,7 +54,7 @@ def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None)
     """
     checkpoint, _ = read_checkpoint(config)
     checkpoints.build_skeleton(config, checkpoint)  # checks the files before weights are read
-    named = FAMILIES[checkpoint.model_type]
+    named = _class_of(checkpoint)
     group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
     target: Target = named(config, aux_layers=aux_layers, group=group)
     return target

@@ -19,7 +19,7 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv, causal_conv1d_
 
 from model.backends import recurrences
 from model.backends.attention import prompt_rows
-from model.backends.kv_cache import KVCache
+from model.backends.kv_cache import KVCache, uniform
 from model.backends.recurrences import Rows
 from model.backends.slot_states import SAVED, SlotStates
 from model.errors import ConfigError
@@ -196,10 +196,8 @@ def test_caches_of_one_model_do_not_touch_each_other(hybrid: Hybrid) -> None:
     other = copy.copy(hybrid)
     other.kept, other.states = list(hybrid.kept), SlotStates(hybrid.states._layers, 2, saving=True)
     other.cache = KVCache(
-        num_layers=4,
+        layers=uniform(4, 2, 16),
         num_slots=2,
-        num_heads=2,
-        head_dim=16,
         capacity=64,
         margin=8,
         dtype=torch.float32,
