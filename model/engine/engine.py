@@ -8,7 +8,6 @@ the accepted draft tokens plus the bonus token -> the request finishes and its s
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -31,6 +30,7 @@ from model.drafters.flash.drafter import FlashDrafter
 from model.drafters.hot_swap import Incoming, Packed
 from model.engine import choice, intake
 from model.engine.encoder_cache import EncoderCache
+from model.engine.media import MediaEncoder
 from model.engine.native_round import NativeRound
 from model.engine.prefix_cache import PrefixCache
 from model.engine.round import Round, TorchRound
@@ -103,6 +103,7 @@ class Engine:
         self.features = EncoderCache(
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
         )
+        self.media = MediaEncoder(target, self.features, self.counters)
         self.info = EngineInfo(
             model=config.model,
             device=config.device,
@@ -246,7 +247,7 @@ class Engine:
         assert slot is not None
         assert sequence.positions is not None
         try:
-            self._encode_media(sequence, chunk.end)
+            self.media.encode(sequence, chunk.end)
         except Exception as error:  # any error of a processor or tower; other requests must go on
             reason = f"the request's media could not be encoded: {type(error).__name__}"
             return [self._finish(sequence, "error", reason)]
@@ -255,7 +256,7 @@ class Engine:
             rows = prompt_rows(self.cache, slot, chunk.start, count, prompt.block_numbers(chunk.start, chunk.end))
             ids = torch.tensor([prompt.ids[chunk.start : chunk.end]], device=target.device)
             positions = np.ascontiguousarray(sequence.positions[:, None, chunk.start : chunk.end])
-            features = self._features_between(sequence, chunk.start, chunk.end)
+            features = self.media.between(sequence, chunk.start, chunk.end)
             hidden, aux_hidden_states, embeds = target.forward(ids, positions, rows, features)
             self.cache.keep([slot], [range(count)])
             if self.drafter and sequence.speculates:
@@ -319,52 +320,6 @@ class Engine:
             cache.share(source, slot, shared)
         self.prefixes.forget(slot)
         return shared
-
-    def _encode_media(self, sequence: Sequence, end: int) -> None:
-        """Encode the media that start before prompt position `end`, piece by piece, up to `end`. So one step encodes no
-        more of a long video than its chunk of the prompt needs."""
-        prompt, target = sequence.prompt, self.target
-        for index, (medium, features) in enumerate(zip(prompt.media, sequence.features, strict=True)):
-            visual = prompt.visual_tokens(index)
-            wanted = int(np.searchsorted(visual, end))  # of its visual tokens
-            if not wanted or visual[-1] < sequence.computed:
-                continue
-            if index not in sequence.medium_keys:
-                self.counters.encoder_cache_queries += 1
-                sequence.medium_keys[index] = key = self.features.key(medium, sequence.request.salt)
-                if (known := self.features.get(key)) is not None:
-                    self.counters.encoder_cache_hits += 1
-                    features.append(known)
-            encoded = sum(map(len, features))
-            if encoded >= wanted:
-                continue
-            pieces = target.pieces(medium)
-            size = len(visual) // pieces
-            # A prefix never ends within a medium, so its first pieces are needed too.
-            first, last = encoded // size, min(pieces, -(-wanted // size))
-            with self.counters.timed("vision"):
-                features.append(target.encode(medium, first, last))
-            if sum(map(len, features)) != last * size:
-                raise ValueError(f"{last * size} visual tokens have other numbers of features")
-            if last == pieces:
-                features[:] = [torch.cat(features)]
-                self.features.put(sequence.medium_keys[index], features[0])
-
-    def _features_between(self, sequence: Sequence, start: int, end: int) -> dict[str, torch.Tensor]:
-        """Return the features of the visual tokens in start..end of the prompt, by stream; drop those of media that end
-        there."""
-        prompt, found = sequence.prompt, defaultdict[str, list[torch.Tensor]](list)
-        for index, (medium, features) in enumerate(zip(prompt.media, sequence.features, strict=True)):
-            visual = prompt.visual_tokens(index)
-            first, last = np.searchsorted(visual, (start, end)).tolist()
-            if first == last:
-                continue
-            if len(features) > 1:
-                features[:] = [torch.cat(features)]
-            found[self.target.stream(medium.kind)].append(features[0][first:last])
-            if last == len(visual):
-                features.clear()
-        return {stream: torch.cat(parts) for stream, parts in found.items()}
 
     def _decode(self, decoding: Decoding) -> list[RequestOutput]:
         """Run one round of draft and verify over slots 0 to the highest decoding one."""

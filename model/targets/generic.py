@@ -13,68 +13,28 @@ own forward. A model that does not agree is refused, so that an unknown family i
 from __future__ import annotations
 
 import inspect
-import logging
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.video_utils import VideoMetadata as FamilyMetadata
 
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.request import MEDIA_OPTIONS, Geometry, Kind, Medium, Message, RequestError, VideoMetadata
+from model.request import Kind, Medium, Message, VideoMetadata
 from model.targets import load_check, probe
 from model.targets.base import Features, Pass
+from model.targets.chat_processor import ChatProcessor, ProcessedMedium
 from model.targets.checkpoint import load_model, load_processor
 from model.targets.encoder_form import EncoderForm
 from model.targets.head import matching_head
 from model.targets.language import LanguageModel, language_model
 from model.targets.parallel import Group
-from model.targets.prompt import Conversations, TokenizedPrompt, media_of
+from model.targets.prompt import TokenizedPrompt
 from model.transfer import upload
-
-log = logging.getLogger("flashserve.targets")
-
-KINDS: tuple[Kind, ...] = ("image", "video")
-TICKS = 1000  # per second: how finely processors learn the times of frames
-SECONDS_PER_FRAME = 0.5  # if unknown
-EVEN = 0.05  # frames whose times are off by less, in frames, come from a video of even rate
-NUM_FRAMES = 16  # of a video, if neither request nor processor sets it
-SAMPLE, LARGE = 224, 1024  # sides of pictures that are processed to learn about the processor, pixels
-COUNT = "batch_num_images"  # the encoder's argument with the number of pictures of a prompt
-# Outputs of a processor that belong to the text.
-TEXT_OUTPUTS = frozenset(
-    {
-        "input_ids",
-        "attention_mask",
-        "token_type_ids",
-        "mm_token_type_ids",
-        "moe_mm_token_type_ids",
-        "text_replacement_offsets",
-        "position_ids",
-    }
-)
-
-
-@dataclass(frozen=True, eq=False)
-class ProcessedMedium(Medium):
-    """A medium with what the family's processor made of it.
-
-    tensors: the encoder's arguments by name; text: what replaces its placeholder in the prompt; num_visual: visual
-    tokens in that text.
-    """
-
-    tensors: Mapping[str, Any] = field(default_factory=dict)
-    text: str = ""
-    num_visual: int = 0
 
 
 class GenericTarget(LanguageModel):
@@ -89,48 +49,46 @@ class GenericTarget(LanguageModel):
         """
         if group is not None:
             raise ConfigError(f"model {config.model!r} cannot be spread over several devices yet: give one device")
-        self.processor = load_processor(config)
-        self._load(config, load_model(config), self.processor.tokenizer, aux_layers)
+        self._load(config, load_model(config), load_processor(config), aux_layers)
 
-    def _load(self, config: EngineConfig, model: Any, tokenizer: Any, aux_layers: tuple[int, ...] | None) -> None:
+    def _load(self, config: EngineConfig, model: Any, processor: Any, aux_layers: tuple[int, ...] | None) -> None:
         """Measure the model, take it over, and check it."""
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
-        self.tokenizer = tokenizer
         self.model = model = model.to(self.device).eval().requires_grad_(False)
         self._base, language = model.base_model, language_model(model)
         self._forms: dict[str, EncoderForm] = {}
-        self._rule: load_check.Rule | None = None
-        self._prefix: list[int] = []
-        self._no_videos: str | None = None  # why
-        self._jointly = False
         text = model.config.get_text_config()
         shapes = probe.layer_shapes(model, language, text.num_hidden_layers)
         if None in shapes:
             raise ConfigError(f"model {config.model!r} cannot be served: layer {shapes.index(None)} has no attention")
-        taken = inspect.signature(self._base.forward).parameters
-        self._markers = {
-            name: getattr(self.processor, f"create_{name}")
-            for name in ("mm_token_type_ids", "moe_mm_token_type_ids")
-            if _takes_ids_alone(getattr(self.processor, f"create_{name}", None))
-        }
-        self._marks = tuple(name for name in self._markers if name in taken)  # those that a pass is to know
-        self._set_up_prompts(config.model)
+        accepted = inspect.signature(self._base.forward).parameters
+        self.chat = chat = ChatProcessor(config.model, processor, model.config)
+        self.geometry, self.tokens_per_image = chat.geometry, chat.tokens_per_image
+        self.placeholders = chat.placeholders
+        self._markers = {name: mark for name, mark in chat.markers.items() if name in accepted}  # of use to a pass
+        self._video_stream = "video" if hasattr(self._base, "get_video_features") else "image"
         num_axes = len(self._axes(model._prepare_position_ids_for_generation(torch.zeros(1, 3, dtype=torch.int64), {})))
         checks = load_check.reference(self, config)
         for medium in (medium for check in checks for medium in check.prompt.media):
             self.encode(medium, 0, 1)  # to learn the form of its features
-        shapes, self._rule = load_check.look_ahead(self, checks, shapes, getattr(text, "layer_types", None))
+        shapes, chat.rule = load_check.look_ahead(self, checks, shapes, getattr(text, "layer_types", None))
         # The prompts were made before the rule was known.
-        checks = [replace(check, prompt=self.with_blocks(check.prompt, self._rule)) for check in checks]
+        checks = [replace(check, prompt=chat.with_blocks(check.prompt, chat.rule)) for check in checks]
         deep = any(form.layers for form in self._forms.values())
         super().__init__(
-            config, model, tokenizer, aux_layers, num_axes=num_axes, layers=shapes, natively=not deep and not self._rule
+            config,
+            model,
+            processor.tokenizer,
+            aux_layers,
+            num_axes=num_axes,
+            layers=shapes,
+            natively=not deep and not chat.rule,
         )
         if self.decoder is not None:
             language.forward = self._run_natively
         self.native = False  # torch computes the vision tower
-        if self._rule is not None:
-            whole = self._rule.who != "runs"
+        if chat.rule is not None:
+            whole = chat.rule.who != "runs"
             self.largest_block = config.context(self.max_positions) if whole else self.tokens_per_image
         self.head = matching_head(self.model, text, self.head)
         if not self.head.is_matrix:
@@ -138,17 +96,15 @@ class GenericTarget(LanguageModel):
         language.register_forward_pre_hook(self._keep_embeds, with_kwargs=True)
         load_check.compare(self, checks, config.model)
 
+    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
+        return self.chat.prompt(messages)
+
+    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
+        return self.chat.sample_frames(source, num_frames, fps)
+
     def most_frames(self, tokens: int) -> int:
         """Return about how many small frames of a video fit into so many tokens."""
-        if not self.takes_videos:
-            return max(1, tokens // self.processed(_sample("image")).num_visual)
-        few, many = (
-            self.processed(
-                replace(_sample("video"), frames=np.full((num, SAMPLE, SAMPLE, 3), 128, np.uint8))
-            ).num_visual
-            for num in (4, 12)
-        )
-        return max(1, tokens * 8 // max(1, many - few))
+        return self.chat.most_frames(tokens)
 
     @property
     def num_bytes(self) -> int:
@@ -156,273 +112,14 @@ class GenericTarget(LanguageModel):
 
     # --- prompt
 
-    def _set_up_prompts(self, name: str) -> None:
-        """Find placeholders and streams, and set up the chat template. Raises ConfigError if there is no template, or
-        none for images."""
-        config = self.model.config
-        found = {
-            kind: getattr(config, f"{kind}_token_id", None) or getattr(config, f"{kind}_token_index", None)
-            for kind in KINDS
-        }
-        self.placeholders = {kind: number for kind, number in found.items() if number is not None}
-        self._visual = np.array(sorted(set(self.placeholders.values())), np.int64)
-        self._video_stream = "video" if hasattr(self._base, "get_video_features") else "image"
-        self.geometry = Geometry(
-            default_num_frames=NUM_FRAMES,
-            samples_frames=True,
-            image_options=self._options_of("image_processor"),
-            video_options=self._options_of("video_processor"),
-        )
-        render = partial(self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
-        self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
-        self._contexts: dict[str, str] = {}  # by kind: a conversation with one medium
-        self._tokens: dict[str, str] = {}  # by kind: its placeholder in the template
-        for kind in KINDS:
-            if kind == "video" and getattr(self.processor, "video_processor", None) is None:
-                continue
-            try:
-                parts = [{"type": kind}, {"type": "text", "text": "?"}]
-                self._contexts[kind] = render([{"role": "user", "content": parts}])
-                made = self._called(_sample(kind))
-                self._tokens[kind] = made["text_replacement_offsets"][0][0]["text"]
-            except Exception as error:  # a template and a processor may raise any error
-                if kind == "image":
-                    raise ConfigError(
-                        f"model {name!r} cannot be served: its processor ({type(self.processor).__name__}) or chat "
-                        f"template takes no image: {type(error).__name__}: {error}"
-                    ) from error
-                self._contexts.pop(kind, None)
-        self.tokens_per_image = self.processed(_sample("image", LARGE)).num_visual
-
-    def _options_of(self, part: str) -> tuple[str, ...]:
-        """Return the options that a client may set of a part of the processor."""
-        found = getattr(self.processor, part, None)
-        return () if found is None else tuple(set(MEDIA_OPTIONS) & set(found.valid_kwargs.__annotations__))
-
-    @property
-    def takes_videos(self) -> bool:
-        """Return whether the family's processor takes videos; otherwise their frames are images."""
-        return "video" in self._tokens
-
-    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
-        """Ask the family's video processor, with its defaults, for frames; None if it does not sample by itself."""
-        if not self.takes_videos or self._no_videos is not None:
-            return None
-        videos = self.processor.video_processor
-        taken = inspect.signature(videos.sample_frames).parameters
-        options = {name: getattr(videos, name, None) for name in videos.valid_kwargs.__annotations__ if name in taken}
-        if num_frames is not None or fps is not None:
-            options |= {"num_frames": num_frames, "fps": fps}
-        elif not (videos.do_sample_frames and (options.get("num_frames") or options.get("fps"))):
-            return None
-        metadata = FamilyMetadata(
-            total_num_frames=source.total_frames,
-            fps=source.fps,
-            width=source.width,
-            height=source.height,
-            duration=source.duration,
-        )
-        try:
-            return [int(index) for index in videos.sample_frames(metadata=metadata, **options)]
-        except (ValueError, TypeError) as error:
-            raise RequestError(f"the model's processor cannot sample this video: {error}", param="messages") from error
-
     def stream(self, kind: Kind) -> str:
         return self._video_stream if kind == "video" else "image"
-
-    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
-        """Apply the chat template, process the media and tokenise. Raises RequestError."""
-        if not self.takes_videos:
-            messages = tuple(map(_frames_as_images, messages))
-        if self._no_videos is not None and any(medium.kind == "video" for medium in media_of(messages)):
-            raise RequestError(f"this model takes no videos here: {self._no_videos}", param="messages")
-        media = tuple(map(self.processed, media_of(messages)))
-        if self._jointly and len(media) > 1:
-            media = self._processed_jointly(media)
-        ids = self._conversations.ids(messages, partial(self._fill, media))
-        if self._prefix and ids[: len(self._prefix)] != self._prefix:
-            ids = [*self._prefix, *ids]
-        visual = np.flatnonzero(np.isin(ids, self._visual))
-        if sum(medium.num_visual for medium in media) != len(visual):
-            raise RequestError("the model's chat template has no place for these media", param="messages")
-        each = np.split(visual, np.cumsum([medium.num_visual for medium in media])[:-1]) if media else []
-        spans = tuple((int(at[0]), int(at[-1]) + 1) for at in each)
-        return self.with_blocks(TokenizedPrompt(ids, media, spans, tuple(each)), self._rule)
-
-    def _fill(self, media: Sequence[ProcessedMedium], rendered: str) -> str:
-        """Replace the placeholders of media in the rendered template. Raises RequestError if they do not match."""
-        pieces: list[str] = []
-        coming, at = iter(media), 0
-        for start, token in _found(rendered, set(self._tokens.values())):
-            medium = next(coming, None)
-            if medium is None or self._tokens[medium.kind] != token:
-                raise RequestError("the model's chat template has no place for these media", param="messages")
-            pieces += [rendered[at:start], medium.text]
-            at = start + len(token)
-        if next(coming, None) is not None:
-            raise RequestError("the model's chat template has no place for these media", param="messages")
-        return "".join([*pieces, rendered[at:]])
-
-    def with_blocks(self, prompt: TokenizedPrompt, rule: load_check.Rule | None) -> TokenizedPrompt:
-        """Return a prompt with the ranges whose tokens see each other by a rule."""
-        if rule is None:
-            return prompt
-        mark = self._markers.get("mm_token_type_ids")
-        marked = np.isin(prompt.ids, self._visual) if mark is None else np.array(mark([prompt.ids])[0]) != 0
-        return rule.applied(prompt, marked)
-
-    def refuse_videos(self, reason: str) -> None:
-        """Serve this model without videos."""
-        log.warning("model %s takes no videos here: %s", self.model.config.model_type, reason)
-        self._no_videos = reason
-
-    def learn(self, ours: list[int], theirs: list[int], messages: tuple[Message, ...]) -> TokenizedPrompt | None:
-        """Learn from a prompt whose tokens differ from those of the family's processor. Returns the prompt anew; None
-        if the difference shows nothing that is known.
-
-        A processor may put tokens of its own before a prompt, and its text for a medium may depend on the others.
-        """
-        if len(theirs) > len(ours) and theirs[len(theirs) - len(ours) :] == ours:
-            self._prefix = theirs[: len(theirs) - len(ours)]
-        elif sum(isinstance(part, Medium) for message in messages for part in message.content) > 1:
-            self._jointly = True
-        else:
-            return None
-        return self.prompt(messages)
-
-    def family_inputs(self, messages: tuple[Message, ...]) -> dict[str, Any]:
-        """Let the family's processor make everything of a conversation, as its users do."""
-        turns: list[dict[str, Any]] = []
-        images: list[Image.Image] = []
-        videos: list[Medium] = []
-        if not self.takes_videos:
-            messages = tuple(map(_frames_as_images, messages))
-        for message in messages:
-            parts: list[dict[str, str]] = []
-            for part in message.content:
-                if isinstance(part, str):
-                    parts.append({"type": "text", "text": part})
-                    continue
-                parts.append({"type": part.kind})
-                if part.kind == "image":
-                    images.append(Image.fromarray(np.ascontiguousarray(part.frames[0])))
-                else:
-                    videos.append(part)
-            turns.append({"role": message.role, "content": parts})
-        rendered = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        bos = self.tokenizer.bos_token
-        media: dict[str, Any] = {}
-        if images:
-            media["images"] = [images]
-        if videos:
-            media |= {
-                "videos": [[video.frames for video in videos]],
-                "video_metadata": [[self._metadata(video) for video in videos]],
-                "do_sample_frames": False,
-            }
-        return dict(
-            self.processor(
-                text=[rendered],
-                return_tensors="pt",
-                add_special_tokens=not (bos and rendered.startswith(bos)),
-                **media,
-            )
-        )
-
-    def processed(self, medium: Medium) -> ProcessedMedium:
-        """Let the family's processor make pixels and text of a medium. Raises RequestError if it refuses."""
-        try:
-            made = self._called(medium)
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise RequestError(
-                f"the model's processor refuses this {medium.kind}: {error}", param="messages"
-            ) from error
-        text = made["text_replacement_offsets"][0][0]["replacement"]
-        num_visual = int(np.isin(made["input_ids"].numpy(), self._visual).sum())
-        if not num_visual:
-            raise RequestError(f"the model's processor makes no tokens of this {medium.kind}", param="messages")
-        tensors = {name: value for name, value in made.items() if name not in TEXT_OUTPUTS}
-        own = {each.name: getattr(medium, each.name) for each in fields(Medium)}
-        return ProcessedMedium(**own, tensors=tensors, text=text, num_visual=num_visual)
-
-    def _called(self, *media: Medium, text: str | None = None) -> dict[str, Any]:
-        """Call the processor with media, and a text that has their placeholders; None for a conversation with one."""
-        inputs: dict[str, Any] = {}
-        images = [medium for medium in media if medium.kind == "image"]
-        videos = [medium for medium in media if medium.kind == "video"]
-        if images:
-            inputs["images"] = [[Image.fromarray(np.ascontiguousarray(image.frames[0])) for image in images]]
-        if videos:
-            inputs |= {"videos": [[video.frames for video in videos]], "do_sample_frames": False}
-            inputs["video_metadata"] = [[self._metadata(video) for video in videos]]
-        for medium in media:
-            inputs |= {name: dict(value) if isinstance(value, tuple) else value for name, value in medium.options}
-        return dict(
-            self.processor(
-                text=[self._contexts[media[0].kind] if text is None else text],
-                return_tensors="pt",
-                return_text_replacement_offsets=True,
-                return_mm_token_type_ids=True,
-                **inputs,
-            )
-        )
-
-    def _processed_jointly(self, media: tuple[ProcessedMedium, ...]) -> tuple[ProcessedMedium, ...]:
-        """Process media once more, together, for families whose text for a medium depends on the others."""
-        text = "".join(self._contexts[medium.kind] for medium in media)
-        made = self._called(*media, text=text)
-        tokens = np.isin(made["input_ids"][0].numpy(), self._visual)
-        found: list[ProcessedMedium] = []
-        for medium, offsets in zip(media, made["text_replacement_offsets"][0], strict=True):
-            own = self.tokenizer(offsets["replacement"], add_special_tokens=False).input_ids
-            tensors = dict(medium.tensors)
-            if COUNT in tensors:  # its pixels and its encoder, too, are others for one picture than for several
-                at = len([one for one in found if one.kind == "image"])
-                tensors = {name: made[name] if name == COUNT else made[name][at : at + 1] for name in tensors}
-            found.append(
-                replace(
-                    medium,
-                    text=offsets["replacement"],
-                    num_visual=int(np.isin(own, self._visual).sum()),
-                    tensors=tensors,
-                    options=(*medium.options, ("media", len(media))),  # so that caches tell them apart
-                )
-            )
-        assert sum(medium.num_visual for medium in found) == int(tokens.sum())
-        return tuple(found)
-
-    @staticmethod
-    def _metadata(video: Medium) -> FamilyMetadata:
-        """Describe the sampled frames of a video, with their times."""
-        num, seconds = len(video.frames), video.seconds_per_frame or SECONDS_PER_FRAME
-        times = video.frame_times or tuple(number * seconds for number in range(num))
-        height, width = video.frames.shape[1:3]
-        source = video.source
-        if source is not None and source.fps:
-            numbers = [time * source.fps for time in times]
-            if all(abs(number - round(number)) < EVEN for number in numbers):
-                return FamilyMetadata(
-                    total_num_frames=source.total_frames,
-                    fps=source.fps,
-                    width=source.width,
-                    height=source.height,
-                    duration=source.duration,
-                    frames_indices=[round(number) for number in numbers],
-                )
-        return FamilyMetadata(
-            total_num_frames=round(num * seconds * TICKS),
-            fps=float(TICKS),
-            width=width,
-            height=height,
-            duration=num * seconds,
-            frames_indices=[round(time * TICKS) for time in times],
-        )
 
     def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
         """Compute position ids by the family's own method: (axes, tokens) int32."""
         ids = torch.tensor([prompt.ids])
         known: dict[str, Any] = {}
-        if (marker := self._markers.get("mm_token_type_ids")) is not None:
+        if (marker := self.chat.markers.get("mm_token_type_ids")) is not None:
             known["mm_token_type_ids"] = torch.tensor(marker([prompt.ids]))
         for medium in prompt.media:
             assert isinstance(medium, ProcessedMedium)
@@ -450,8 +147,8 @@ class GenericTarget(LanguageModel):
         assert isinstance(medium, ProcessedMedium)
         stream = self.stream(medium.kind)
         encoder = getattr(self._base, f"get_{stream}_features")
-        taken = inspect.signature(encoder).parameters
-        arguments = {name: self.placed(value) for name, value in medium.tensors.items() if name in taken}
+        accepted = inspect.signature(encoder).parameters
+        arguments = {name: self.placed(value) for name, value in medium.tensors.items() if name in accepted}
         form, features = EncoderForm.read(encoder(**arguments, return_dict=True))
         self._forms[stream] = form
         return features
@@ -491,7 +188,7 @@ class GenericTarget(LanguageModel):
             }
         if features is not None:
             rows = ids.tolist()
-            more |= {name: torch.tensor(self._markers[name](rows), device=self.device) for name in self._marks}
+            more |= {name: torch.tensor(mark(rows), device=self.device) for name, mark in self._markers.items()}
         hidden = self._base(
             input_ids=ids,
             position_ids=places if self.num_axes > 1 else places[0],
@@ -513,38 +210,6 @@ class GenericTarget(LanguageModel):
 
     def _aux(self) -> Tensor:
         return super()._aux() if self.decoder is None else self._native_aux
-
-
-def _found(text: str, tokens: Collection[str]) -> list[tuple[int, str]]:
-    """Find placeholders in a text: (start, token), in order."""
-    pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
-    return [(match.start(), match[0]) for match in re.finditer(pattern, text)]
-
-
-def _takes_ids_alone(method: Any) -> bool:
-    """Return whether a method needs no argument but one."""
-    if method is None:
-        return False
-    needed = [each for each in inspect.signature(method).parameters.values() if each.default is each.empty]
-    return len(needed) == 1
-
-
-def _frames_as_images(message: Message) -> Message:
-    """Replace the videos of a message by their frames, for families that know only images."""
-    content: list[str | Medium] = []
-    for part in message.content:
-        if isinstance(part, Medium) and part.kind == "video":
-            content += [replace(part, kind="image", frames=part.frames[i : i + 1]) for i in range(len(part.frames))]
-        else:
-            content.append(part)
-    return replace(message, content=tuple(content))
-
-
-def _sample(kind: str, side: int = SAMPLE) -> Medium:
-    """Return a grey picture, or a grey clip of two frames."""
-    if kind == "image":
-        return Medium("image", np.full((1, side, side, 3), 128, np.uint8))
-    return Medium("video", np.full((2, side, side, 3), 128, np.uint8), SECONDS_PER_FRAME)
 
 
 def _joined(one: Any, other: Any) -> Any:

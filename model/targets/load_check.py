@@ -10,18 +10,20 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, prompt_rows
-from model.backends.kv_cache import Blocks, KVCache, LayerShape
+from model.backends.kv_cache import KVCache, LayerShape
 from model.config import EngineConfig
 from model.errors import ConfigError
 from model.request import Medium, Message, RequestError
 from model.targets.base import Target
+from model.targets.blocks import RULES, Rule
+from model.targets.chat_processor import ChatProcessor
 from model.targets.language import language_model
 from model.targets.prompt import TokenizedPrompt
 
@@ -40,30 +42,10 @@ class Checked(Target, Protocol):
     """What the checks ask of a target."""
 
     model: Any  # transformers' own, whole
-
-    @property
-    def takes_videos(self) -> bool:
-        """Return whether the family's processor takes videos."""
-        ...
-
-    def family_inputs(self, messages: tuple[Message, ...]) -> dict[str, Any]:
-        """Let the family's processor make everything of a conversation, as its users do."""
-        ...
+    chat: ChatProcessor
 
     def placed(self, value: Any) -> Any:
         """Move an argument to the target's device and dtype."""
-        ...
-
-    def learn(self, ours: list[int], theirs: list[int], messages: tuple[Message, ...]) -> TokenizedPrompt | None:
-        """Learn from a prompt whose tokens differ from those of the family's processor."""
-        ...
-
-    def refuse_videos(self, reason: str) -> None:
-        """Serve this model without videos."""
-        ...
-
-    def with_blocks(self, prompt: TokenizedPrompt, rule: Rule | None) -> TokenizedPrompt:
-        """Return a prompt with the ranges whose tokens see each other by a rule."""
         ...
 
 
@@ -109,19 +91,19 @@ def reference(target: Checked, config: EngineConfig) -> list[Check]:
     """
     checks = []
     for kinds in ((), ("image",), ("image", "image"), ("video",)):
-        if "video" in kinds and not target.takes_videos:
+        if "video" in kinds and not target.chat.takes_videos:
             continue
         name = " and ".join(kinds) or "text"
         messages = _messages(*kinds)
         try:
             prompt = target.prompt(messages)
-            inputs = target.family_inputs(messages)
+            inputs = target.chat.family_inputs(messages)
         except RequestError as error:
             if not kinds:  # some templates want an image
                 continue
             raise ConfigError(f"model {config.model!r} cannot be served: its prompt with {name}: {error}") from error
         theirs = inputs["input_ids"][0].tolist()
-        if prompt.ids != theirs and (learned := target.learn(prompt.ids, theirs, messages)) is not None:
+        if prompt.ids != theirs and (learned := target.chat.learn(prompt.ids, theirs, messages)) is not None:
             prompt = learned
         if prompt.ids != theirs:
             raise ConfigError(
@@ -136,15 +118,15 @@ def reference(target: Checked, config: EngineConfig) -> list[Check]:
                     f"model {config.model!r} cannot be served: its own forward fails for a prompt with {name}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            target.refuse_videos(f"transformers' own forward fails with {type(error).__name__}: {error}")
+            target.chat.refuse_videos(f"transformers' own forward fails with {type(error).__name__}: {error}")
     return checks
 
 
 def _run(target: Checked, name: str, prompt: TokenizedPrompt, inputs: dict[str, Any]) -> Check:
     """Run the family's own forward, and catch the masks of its decoder."""
     model, language = target.model, language_model(target.model)
-    taken = inspect.signature(model.forward).parameters
-    inputs = {key: target.placed(value) for key, value in inputs.items() if key in taken or key.startswith("pixel")}
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {key: target.placed(value) for key, value in inputs.items() if key in accepted or key.startswith("pixel")}
     inputs.pop("attention_mask", None)
     positions = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
     logits = model(**inputs, position_ids=positions, use_cache=False).logits[0]
@@ -176,34 +158,6 @@ def _seen(mask: Tensor) -> Tensor:
     return seen if seen.dtype is torch.bool else seen > -1
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Which tokens of a prompt see each other in both directions.
-
-    who: "runs" for marked tokens that lie side by side, "media" for all marked tokens, "prompt" for all tokens; marked
-    tokens are those that the processor says belong to media. blocks: see LayerShape.
-    """
-
-    who: Literal["runs", "media", "prompt"]
-    blocks: Blocks
-
-    def applied(self, prompt: TokenizedPrompt, marked: np.ndarray) -> TokenizedPrompt:
-        """Return the prompt with its blocks. marked: (tokens,) bool."""
-        if self.who == "prompt":
-            return replace(prompt, blocks=((0, len(prompt.ids)),))
-        at = np.flatnonzero(marked)
-        if not len(at):
-            return prompt
-        if self.who == "media":
-            first, last = int(at[0]), int(at[-1]) + 1
-            return replace(prompt, blocks=((first, last),), outside=first + np.flatnonzero(~marked[first:last]))
-        runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
-        return replace(prompt, blocks=tuple((int(run[0]), int(run[-1]) + 1) for run in runs))
-
-
-RULES = [Rule(who, blocks) for who in ("runs", "media", "prompt") for blocks in ("whole", "window")]
-
-
 def look_ahead(
     target: Checked,
     checks: Sequence[Check],
@@ -222,7 +176,7 @@ def look_ahead(
             replace(shape, blocks=rule.blocks) if rule and shape and kinds & {kind, ""} else shape
             for shape, kind in zip(shapes, types, strict=True)
         ]
-        if all(_follows(check, target.with_blocks(check.prompt, rule), marked, types) for check in checks):
+        if all(_follows(check, target.chat.with_blocks(check.prompt, rule), marked, types) for check in checks):
             return marked, rule
     raise ConfigError("its layers see tokens by a rule of their own, which is not supported")
 
