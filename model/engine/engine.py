@@ -100,10 +100,10 @@ class Engine:
         self._verified = 0  # draft nodes verified in the latest round
         self.vocabulary = Vocabulary(target.tokenizer)
         self.scheduler = Scheduler(config, self.load)
-        self.features = EncoderCache(
+        features = EncoderCache(
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
         )
-        self.media = MediaEncoder(target, self.features, self.counters)
+        self.media = MediaEncoder(target, features, self.counters)
         self.info = EngineInfo(
             model=config.model,
             device=config.device,

@@ -17,7 +17,7 @@ class MediaEncoder:
     """Encodes media by the target, unless their features are cached."""
 
     def __init__(self, target: Target, cache: EncoderCache, counters: Counters) -> None:
-        self._target, self._cache, self._counters = target, cache, counters
+        self._target, self.cache, self._counters = target, cache, counters
 
     def encode(self, sequence: Sequence, end: int) -> None:
         """Encode the media that start before prompt position `end`, piece by piece, up to `end`. So one step encodes no
@@ -30,8 +30,8 @@ class MediaEncoder:
                 continue
             if index not in sequence.medium_keys:
                 counters.encoder_cache_queries += 1
-                sequence.medium_keys[index] = key = self._cache.key(medium, sequence.request.salt)
-                if (known := self._cache.get(key)) is not None:
+                sequence.medium_keys[index] = key = self.cache.key(medium, sequence.request.salt)
+                if (known := self.cache.get(key)) is not None:
                     counters.encoder_cache_hits += 1
                     features.append(known)
             encoded = sum(map(len, features))
@@ -47,7 +47,7 @@ class MediaEncoder:
                 raise ValueError(f"{last * size} visual tokens have other numbers of features")
             if last == pieces:
                 features[:] = [torch.cat(features)]
-                self._cache.put(sequence.medium_keys[index], features[0])
+                self.cache.put(sequence.medium_keys[index], features[0])
 
     def between(self, sequence: Sequence, start: int, end: int) -> dict[str, torch.Tensor]:
         """Return the features of the visual tokens in start..end of the prompt, by stream; drop those of media that end

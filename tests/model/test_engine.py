@@ -14,7 +14,6 @@ from torch import Tensor
 from model.drafters.flash.drafter import FlashDrafter
 from model.engine.encoder_cache import EncoderCache
 from model.engine.engine import Engine
-from model.engine.media import MediaEncoder
 from model.errors import ConfigError
 from model.request import EngineStats, Medium, Request, RequestError, RequestOutput
 from tests.model import tiny
@@ -295,8 +294,7 @@ def test_those_that_decode_have_their_turn_within_a_chunk_of_any_prompt(crowd: E
 
 def test_a_video_is_encoded_only_as_far_as_its_prompt_is_read(crowd: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding piece by piece gives the same features as encoding at once, and the cache then holds them."""
-    cache = EncoderCache(1 << 20, "a test")
-    crowd.media = MediaEncoder(crowd.target, cache, crowd.counters)
+    crowd.media.cache = EncoderCache(1 << 20, "a test")
     encode, video = crowd.target.encode, tiny.video(4, 6)
     pieces: list[tuple[int, int]] = []
 
@@ -309,7 +307,7 @@ def test_a_video_is_encoded_only_as_far_as_its_prompt_is_read(crowd: Engine, mon
     assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
     assert pieces[-1][1] == 6
     assert max(end - begin for begin, end in pieces) <= 2
-    kept = cache.get(cache.key(video))
+    kept = crowd.media.cache.get(crowd.media.cache.key(video))
     assert kept is not None
     assert torch.allclose(kept, encode(video, 0, 6), atol=1e-5)
     assert tiny.answers(crowd, [tiny.ask("b", video, "What happens?")])["b"] == first
@@ -353,7 +351,7 @@ def encoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Medium]:
         return encode(medium, first, last)
 
     monkeypatch.setattr(engine.target, "encode", listen)
-    engine.features = EncoderCache(engine.config.encoder_cache_bytes, "a test")
+    engine.media.cache = EncoderCache(engine.config.encoder_cache_bytes, "a test")
     return seen
 
 
@@ -458,8 +456,7 @@ def test_without_a_draft_there_is_nothing_to_count(crowd: Engine) -> None:
 
 def test_counts_are_taken_once_and_steps_are_timed(crowd: Engine) -> None:
     """A counter that could be read twice would be added twice to the metrics."""
-    cache = EncoderCache(1 << 20, "a test")
-    crowd.media = MediaEncoder(crowd.target, cache, crowd.counters)
+    crowd.media.cache = EncoderCache(1 << 20, "a test")
     stats, outputs = totals(crowd, [long_request()])
     assert {phase for phase, _ in stats.step_seconds} == {"vision", "prefill", "draft", "verify"}
     assert all(seconds > 0 for _, seconds in stats.step_seconds)
