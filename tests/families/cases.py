@@ -23,7 +23,7 @@ def image(seed: int, width: int = 61, height: int = 47) -> Medium:
     return Medium("image", picture(seed, width, height))
 
 
-def video(seed: int, width: int = 61, height: int = 47, frames: int = 5) -> Medium:
+def video(seed: int, width: int = 84, height: int = 56, frames: int = 5) -> Medium:
     """Return a video of two frames a second, of which some frames are the same."""
     frames_ = picture(seed, width, height, frames)
     frames_[2] = frames_[1]
@@ -52,6 +52,6 @@ def conversations(family: Family) -> dict[str, tuple[Message, ...]]:
         found["video"] = (Message("user", (video(6), "What do you see in the video?")),)
     if family.video and family.mixed:
         found["mixed"] = (
-            Message("user", (video(7, 47, 61, frames=3), "Is this picture from the clip?", image(8, 61, 47), "Say.")),
+            Message("user", (video(7, 56, 84, frames=3), "Is this picture from the clip?", image(8, 61, 47), "Say.")),
         )
     return found

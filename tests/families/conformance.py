@@ -88,13 +88,13 @@ class Subject:
     @cached_property
     def answers(self) -> dict[str, Answer]:
         """Return the reference's answers by conversation."""
-        reference = Reference(self.folder)
+        reference = Reference(self.folder, backend=self.family.backend)
         return {name: reference.answer(messages, self.num_tokens) for name, messages in self.conversations.items()}
 
     @cached_property
     def exact(self) -> Reference:
         """Return the reference in float64."""
-        return Reference(self.folder, torch.float64)
+        return Reference(self.folder, torch.float64, backend=self.family.backend)
 
     def engine(self, **settings: Any) -> Engine:
         """Return an engine with these settings; all share one target."""

@@ -76,8 +76,9 @@ def image_id(processor: Any, token: str = "<image>") -> int:
     return found
 
 
-@family()
+@family(backend="pil")
 def llava() -> Checkpoint:
+    """Its own target resizes as the media decoder does, which is as PIL does."""
     processor = clip_processor()
     config = LlavaConfig(
         text_config=text(processor.tokenizer, model_type="llama"),

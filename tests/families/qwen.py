@@ -100,8 +100,9 @@ def qwen2_vl() -> Checkpoint:
     return Checkpoint(config, processor)
 
 
-@family(video=True)
+@family(video=True, backend="pil")
 def qwen2_5_vl() -> Checkpoint:
+    """Its own target resizes as the media decoder does, which is as PIL does."""
     processor = qwen2(Qwen2_5_VLProcessor)
     words = processor.tokenizer
     config = Qwen2_5_VLConfig(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from model.request import Medium, Message
@@ -29,8 +29,11 @@ class Answer:
 class Reference:
     """A checkpoint as transformers' users run it."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, *, backend: str | None = None) -> None:
+        """backend: of the image processor, "pil" or "torchvision"; None for transformers' own choice."""
         self.processor: Any = AutoProcessor.from_pretrained(folder)
+        if backend is not None:
+            self.processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend=backend)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.dtype = dtype
 

@@ -60,6 +60,7 @@ class Family:
     """A family. video: whether it reads videos; several: whether one prompt may have several images;
     mixed: whether one prompt may have an image and a video, or transformers itself fails;
     unified: whether one file describes all its processors, as in checkpoints saved by transformers 5;
+    backend: of transformers' image processors; None for its own choice;
     attention: how many times as much the decoder's attention adds, where other layers drown it."""
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     several: bool = True
     mixed: bool = True
     unified: bool = False
+    backend: str | None = None
     attention: float = 1.0
     seed: int = 0
 
