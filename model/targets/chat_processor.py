@@ -15,7 +15,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from transformers.video_utils import VideoMetadata as FamilyMetadata
 
 from model.errors import ConfigError
@@ -57,6 +59,17 @@ class ProcessedMedium(Medium):
     tensors: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
     num_visual: int = 0
+
+    def kept_rows(self, num: int) -> Tensor:
+        """Return which of the encoder's `num` rows are visual tokens: (num,) bool.
+
+        Some processors leave out what hardly changes in a video; a mask among their tensors says so, and the family's
+        base model applies it to the encoder's rows. Raises ValueError if there is none.
+        """
+        for mask in self.tensors.values():
+            if isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == (num,):
+                return mask
+        raise ValueError(f"the encoder made {num} rows for {self.num_visual} visual tokens")
 
 
 class ChatProcessor:

@@ -151,7 +151,7 @@ class GenericTarget(LanguageModel):
         arguments = {name: self.placed(value) for name, value in medium.tensors.items() if name in accepted}
         form, features = EncoderForm.read(encoder(**arguments, return_dict=True))
         self._forms[stream] = form
-        return features
+        return features if len(features) == medium.num_visual else features[medium.kept_rows(len(features))]
 
     def placed(self, value: Any) -> Any:
         """Move an encoder's argument to the target's device and dtype."""
