@@ -7,7 +7,8 @@ transformers' forward over all that the row sees.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,16 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from model.backends.attention import AttentionMetadata, MaskKind
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kv_cache import Blocks, KVCache, LayerShape, uniform
 from model.backends.native import library
+from model.backends.native.library import PackedLinear
 from model.backends.native.stack import Stack, scratch
+from model.backends.native.step import Verifier
+from model.decoding import tree
+from model.decoding.tree import IDLE
+from model.engine.native_round import NativeRound
+from model.engine.speculation import SpeculationController
+from model.engine.stats import Counters
 from model.targets import packed
 from tests.model.test_native import dtype, normal, some_tree  # noqa: F401
 
@@ -353,5 +361,135 @@ def test_rows_are_added_behind_the_first_layers(dtype: torch.dtype) -> None:  # 
 
     fine = expected(exact)
     off, usual = ((one - fine).abs() for one in (torch.cat((hidden, aux), -1), expected(rounded)))
+    assert off.mean() < 1.1 * usual.mean() + 1e-6
+    assert off.max() < 2 * usual.max() + 1e-5
+
+
+class Planted:
+    """Propose the same trees at every step."""
+
+    def __init__(self, trees: tree.Trees) -> None:
+        self.trees = trees
+
+    def propose(self, _newest: np.ndarray, _budgets: np.ndarray) -> tree.Trees:
+        return self.trees
+
+    def observe(self, _trees: tree.Trees, _paths: list[list[int]], _aux: Tensor) -> None:
+        pass
+
+
+def ring_cache(stack: Stack, dtype: torch.dtype, *windows: int | None) -> KVCache:  # noqa: F811
+    """Create a cache of 860 positions, whose layers keep these windows."""
+    shapes = [LayerShape(stack.shape.kv_heads, stack.shape.head_dim, window) for window in windows]
+    cache = KVCache(
+        layers=shapes, num_slots=2, capacity=860, margin=16, rows=120, dtype=dtype, device=torch.device("cpu")
+    )
+    for storage in cache.storages:
+        storage.data.fill_(3.0)  # what is not seen must not matter
+    return cache
+
+
+def test_a_layer_that_keeps_a_ring_computes_what_one_that_keeps_all_does(dtype: torch.dtype) -> None:  # noqa: F811
+    """Compare bits: chunks that wrap, a tree across the end of a slot, rows that move, and what follows."""
+    stack = packed.decoder(FAMILIES["gemma3"].build().to(dtype), (0, 1, 2), 1024, 860)
+    assert stack is not None
+    caches = [ring_cache(stack, dtype, 40, None, 40), ring_cache(stack, dtype, None, None, None)]
+    assert [len(cache.storages) for cache in caches] == [2, 1]
+    assert caches[0].storages[0].wraps
+    x = normal(850, HIDDEN, seed=1).to(dtype)
+    vocab, scale = 48, 0.375
+    head = PackedLinear(normal(vocab, HIDDEN, seed=5, scale=HIDDEN**-0.5).to(dtype))
+    embeddings = normal(vocab, HIDDEN, seed=4).to(dtype)
+    rounds = [
+        NativeRound(Verifier(stack, embeddings, head, 1, scale), c, Counters(), SpeculationController(4, 17))
+        for c in caches
+    ]
+
+    def forward(rows: Callable[[KVCache], AttentionMetadata], x: Tensor, at: np.ndarray) -> None:
+        one, other = (stack.forward(x, at, rows(cache)) for cache in caches)
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+    for first, end in ((0, 120), (120, 121), *((at, at + 119) for at in range(121, 835, 119)), (835, 850)):
+        starts, counts = np.array([first], np.int32), np.array([end - first], np.int32)
+        at = np.arange(first, end, dtype=np.int32)[None, None]
+        forward(lambda c: AttentionMetadata(c, 1, end - first, starts, counts, MaskKind.CAUSAL), x[None, first:end], at)  # noqa: B023
+    for cache in caches:
+        cache.lengths[1] = 850
+    trees = tree.roots(np.zeros(2, np.int64), 16)
+    rng = np.random.default_rng(2)
+    trees.tokens[:], trees.parents[:], trees.sizes[:] = rng.integers(0, vocab, (2, 16)), some_tree(16, 2, seed=7), 16
+    for row in range(1, 16):
+        trees.depths[:, row] = 1 + trees.depths[np.arange(2), trees.parents[:, row]]
+    deepest = int(trees.depths[1].argmax())
+    way = paths(trees.parents[1])[deepest][:8]  # the accepted nodes, whose rows have to move
+    assert way != list(range(len(way)))
+    found = []
+    for now in rounds:
+        now.use(Planted(trees))  # type: ignore[arg-type]
+        now.newest[:2], now.budgets[:2], now.roots[:2] = trees.tokens[:, 0], [IDLE, 15], [0, 850]
+        _, chosen, logits = now.draft_and_verify(2, 15)
+        wanted = chosen.copy()
+        for above, node in pairwise(way):
+            wanted[1, above] = trees.tokens[1, node]
+        found.append((chosen[1].tolist(), logits[1, :16].clone(), now.commit(wanted)[1][: len(way)]))
+    (chosen, logits, kept), (other_chosen, other_logits, other_kept) = found
+    assert chosen == other_chosen
+    assert torch.equal(logits, other_logits)
+    assert kept == other_kept
+    length = caches[0].lengths[1]
+    assert length == caches[1].lengths[1] >= 850 + len(way)
+    starts, counts = np.array([length], np.int32), np.array([1], np.int32)
+    last = AttentionMetadata
+    forward(lambda c: last(c, 1, 1, starts, counts, MaskKind.CAUSAL), x[None, :1], np.full((1, 1, 1), length, np.int32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", ["whole", "window"])
+@pytest.mark.parametrize("window", [40, 9])
+def test_rows_of_a_block_see_each_other(dtype: torch.dtype, window: int, blocks: Blocks) -> None:  # noqa: F811
+    """Compare with transformers under masks of its own kind: image tokens see their whole image, in all layers."""
+    family = replace(FAMILIES["gemma3"], special={**GEMMA, "sliding_window": window})
+    exact, rounded = family.build().double(), family.build().to(dtype)
+    stack = packed.decoder(family.build().to(dtype), (0, 2), 128, CONTEXT)
+    assert stack is not None
+    numbers = np.full(70, -1, np.int32)
+    numbers[3:20], numbers[20:36], numbers[50:51], numbers[60:70] = 0, 1, 2, 3
+    x = normal(70, HIDDEN, seed=1).to(dtype)
+    shapes = [LayerShape(stack.shape.kv_heads, stack.shape.head_dim, None, blocks)] * 3
+    cache = KVCache(layers=shapes, num_slots=1, capacity=CONTEXT, margin=16, dtype=dtype, device=torch.device("cpu"))
+    got = list[Tensor]()
+    for first, end in ((0, 2), (2, 50), (50, 70)):
+        starts, counts = np.array([first], np.int32), np.array([end - first], np.int32)
+        rows = AttentionMetadata(cache, 0, end - first, starts, counts, MaskKind.CAUSAL, blocks=numbers[first:end])
+        at = np.arange(first, end, dtype=np.int32)[None, None]
+        got.append(torch.cat(run(stack, x[None, first:end], at, rows, 0), -1))
+
+    ahead = np.arange(70) - np.arange(70)[:, None]
+    together = (numbers[:, None] == numbers) & (numbers >= 0)
+    sees = (ahead <= 0) | together
+    near = sees & (ahead > -window) if blocks == "window" else (ahead <= 0) & (ahead > -window) | together
+
+    def expected(model: Any) -> Tensor:
+        masks = {
+            name: torch.from_numpy(np.where(seen, 0.0, -1e9)).to(model.dtype)[None, None]
+            for name, seen in (("full_attention", sees), ("sliding_attention", near))
+        }
+        outputs = list[Tensor]()
+        hooks = [
+            layer.register_forward_hook(lambda _m, _i, output: outputs.append(output[0])) for layer in model.layers
+        ]
+        final = model(
+            inputs_embeds=x[None].to(model.dtype),
+            position_ids=torch.arange(70)[None],
+            attention_mask=masks,
+            use_cache=False,
+        ).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return torch.cat((final[0], outputs[0], outputs[2]), -1).double()
+
+    fine = expected(exact)
+    off, usual = ((one - fine).abs() for one in (torch.cat(got), expected(rounded)))
     assert off.mean() < 1.1 * usual.mean() + 1e-6
     assert off.max() < 2 * usual.max() + 1e-5

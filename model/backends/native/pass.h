@@ -119,7 +119,7 @@ struct Pass {
         order[row] = at[row] = start + r;
         if (r == end)  // of the last block of rows that see each other
           for (first = r, end = r + 1; end < count && together_with_next(end - 1);) end++;
-        firsts[row] = start + first;
+        firsts[row] = rows.whole ? start + first : at[row];
         ends[row] = start + (rows.mask == CAUSAL ? end : count);
         const long context = (rows.mask == CAUSAL ? at[row] : start) / KEYS * KEYS;
         if (r % together == 0) blocks[num_blocks++] = {row, 0, context, 0};

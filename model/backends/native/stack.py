@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.backends.attention import AttentionMetadata, MaskKind
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kv_cache import Blocks, KVCache, Storage, uniform
 from model.backends.native import library, structures
 from model.backends.native.library import PackedLinear, constant, functions, pointer, round_up
 
@@ -24,6 +25,8 @@ ACTIVATIONS = {
     "gelu": "GELU",
     "gelu_pytorch_tanh": "GELU_TANH",
 }
+
+NO_RING = (1 << 31) - 1  # more than any position
 
 
 @dataclass(frozen=True)
@@ -227,8 +230,7 @@ class Stack:
             parts += [axis.ravel() for axis in positions[-self.num_axes :]]
             parts += parts[-1:] * (self.num_axes - len(positions))
         ends = [sum(part.size for part in parts)]
-        blocks = getattr(rows, "blocks", None)
-        for part in (rows.parents, blocks):
+        for part in (rows.parents, rows.blocks):
             if part is not None:
                 parts.append(part.ravel())
             ends.append(ends[-1] + (0 if part is None else part.size))
@@ -246,7 +248,8 @@ class Stack:
             None if rows.parents is None else at + size * ends[0],
             None if positions is None else at + size * 2 * batch,
             described_cache(rows.cache),
-            None if blocks is None else at + size * ends[1],
+            None if rows.blocks is None else at + size * ends[1],
+            whole=rows.blocks is not None and _blocks_of(rows.cache) == "whole",
         )
         described.kept = together
         return described
@@ -261,7 +264,7 @@ class Stack:
         Returns the final hidden states (batch, rows, hidden), and auxiliary layers' outputs side by side (batch, rows,
         num_aux * hidden). AttentionMetadata that are not real stay unset.
         """
-        assert embeds.dtype is self.dtype is rows.cache.data.dtype
+        assert embeds.dtype is self.dtype is rows.cache.dtype
         assert embeds.shape == (rows.batch, rows.num, self.shape.hidden)
         embeds = embeds.contiguous()
         hidden = torch.empty_like(embeds)
@@ -285,7 +288,7 @@ class Stack:
 
     def write_kv(self, context: Tensor, positions: np.ndarray | None, rows: AttentionMetadata) -> None:
         """Only write every layer's keys and values of context (batch, rows, hidden)."""
-        assert context.dtype is self.dtype is rows.cache.data.dtype
+        assert context.dtype is self.dtype is rows.cache.dtype
         assert context.shape == (rows.batch, rows.num, self.shape.hidden)
         context = context.contiguous()
         functions().flash_write_kv(
@@ -299,7 +302,32 @@ class Stack:
 def described_cache(cache: KVCache) -> structures.Cache:
     """Describe a cache for the library; a round also reads, and writes, how many positions each slot holds."""
     lengths = cache.lengths.buffer_info()[0]
-    return structures.Cache(cache.address, *cache.strides, None, cache.num_slots, cache.stride, lengths)
+    if len(cache.storages) == 1 and not cache.storages[0].wraps:
+        return structures.Cache(cache.address, *cache.strides, None, cache.num_slots, cache.stride, lengths)
+    if cache not in _LAYERS:
+        _LAYERS[cache] = (structures.LayerCache * len(cache.layers))(
+            *(_layer_cache(*cache.storage(layer)) for layer in range(len(cache.layers)))
+        )
+    return structures.Cache(
+        layers=_LAYERS[cache], num_slots=cache.num_slots, num_positions=cache.positions, lengths=lengths
+    )
+
+
+_LAYERS: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()  # the description of each layer of a cache
+
+
+def _layer_cache(storage: Storage, layer: int) -> structures.LayerCache:
+    """Describe where the keys and values of one layer lie."""
+    data = storage.data[layer]
+    ring, capacity = (storage.ring, storage.capacity) if storage.wraps else (NO_RING, NO_RING)
+    return structures.LayerCache(data.data_ptr(), *data.stride()[:3], ring, capacity)
+
+
+def _blocks_of(cache: KVCache) -> Blocks:
+    """Return what the rows of a block see of each other, which must be the same in all layers of a stack."""
+    (blocks,) = {shape.blocks for shape in cache.layers if shape is not None}
+    assert blocks is not None
+    return blocks
 
 
 def scratch(shape: Shape, batch: int, positions: int, dtype: torch.dtype) -> KVCache:

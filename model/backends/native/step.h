@@ -251,7 +251,7 @@ void move_rows(const Round& round) {
 
 inline Rows rows_of(const Cache& cache, int batch, int rows, MaskKind mask, const int32_t* counts,
                     const int32_t* parents, const int32_t* positions) {
-  return Rows{batch, rows, 0, mask, cache.lengths, counts, parents, positions, cache, nullptr, nullptr, 0};
+  return Rows{batch, rows, 0, mask, cache.lengths, counts, parents, positions, cache, nullptr, nullptr, 0, 0};
 }
 
 // Draft trees for the slots with a budget, and run the target over all nodes.

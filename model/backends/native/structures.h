@@ -76,6 +76,7 @@ struct Rows {
       blocks;         // (rows,), CAUSAL only: neighbours with the same number, 0 or more, see each other; null: none
   const void* added;  // (num_added, batch, rows, hidden), added to what the first layers return
   int32_t num_added;
+  int32_t whole;  // rows of a block see all of it, whatever the window
 };
 
 // --- candidate trees (candidates.h)
@@ -245,6 +246,7 @@ const Fact FACTS[] = {
     FIELD(Rows, blocks),
     FIELD(Rows, added),
     FIELD(Rows, num_added),
+    FIELD(Rows, whole),
     STRUCTURE(Draft),
     FIELD(Draft, block),
     FIELD(Draft, vocab),

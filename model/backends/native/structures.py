@@ -68,7 +68,7 @@ class Rows(Structure):
         *_fields(c_void_p, "starts counts parents positions"),
         ("cache", Cache),
         *_fields(c_void_p, "blocks added"),
-        ("num_added", c_int32),
+        *_fields(c_int32, "num_added whole"),
     ]
 
 
