@@ -25,7 +25,7 @@ from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.config import EngineConfig
 from model.errors import ConfigError
 from model.request import Kind, Medium, Message, VideoMetadata
-from model.targets import load_check, probe
+from model.targets import load_check, packed, probe
 from model.targets.base import Features, Pass
 from model.targets.chat_processor import ChatProcessor, ProcessedMedium
 from model.targets.checkpoint import load_model, load_processor
@@ -82,7 +82,7 @@ class GenericTarget(LanguageModel):
             aux_layers,
             num_axes=num_axes,
             layers=shapes,
-            natively=not deep and not chat.rule,
+            natively=(not deep or packed.adds_rows(language)) and packed.sees_blocks(shapes, chat.rule),
         )
         if self.decoder is not None:
             language.forward = self._run_natively
@@ -202,10 +202,22 @@ class GenericTarget(LanguageModel):
         """Keep what enters the decoder."""
         self._embeds = options["inputs_embeds"]
 
-    def _run_natively(self, *, inputs_embeds: Tensor, plan: AttentionMetadata, **_: Any) -> Any:
+    def _run_natively(
+        self,
+        *,
+        inputs_embeds: Tensor,
+        plan: AttentionMetadata,
+        visual_pos_masks: Tensor | None = None,
+        deepstack_visual_embeds: list[Tensor] | None = None,
+        **_: Any,
+    ) -> Any:
         """Stand in for the decoder's own forward."""
         assert self.decoder is not None
-        hidden, self._native_aux = self.decoder.forward(inputs_embeds, self._positions, plan)
+        added = None
+        if deepstack_visual_embeds:
+            added = inputs_embeds.new_zeros(len(deepstack_visual_embeds), *inputs_embeds.shape)
+            added[:, visual_pos_masks] = torch.stack(list(deepstack_visual_embeds))
+        hidden, self._native_aux = self.decoder.forward(inputs_embeds, self._positions, plan, added)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def _aux(self) -> Tensor:

@@ -110,8 +110,9 @@ class LanguageModel:
         head = self.model.get_output_embeddings()
         self.head = Head(local(head.weight), None if head.bias is None else local(head.bias))
         self.verifier = None
-        if self.decoder is not None and self.head.matrix is not None:
-            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head.matrix, num_axes)
+        scale = None if self.decoder is None else packed.embedding_scale(language)
+        if self.decoder is not None and self.head.matrix is not None and scale is not None:
+            self.verifier = Verifier(self.decoder, language.embed_tokens.weight, self.head.matrix, num_axes, scale)
         self._taps: dict[int, Tensor] = {}
         for layer in self.aux_layers if self.decoder is None else ():
             language.layers[layer].register_forward_hook(self._tap(layer))

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from model.backends.attention import AttentionMetadata, MaskKind
+from model.backends.kv_cache import Layers
 from model.backends.native.library import PackedLinear
 from model.backends.native.stack import LayerWeights, Norm, Rotary, Shape, Stack, scratch
+from model.targets.blocks import Rule
 from model.targets.support import rope_is_fixed
 
 NUM_AXES = 3  # of multimodal rotary embeddings: time, height, width
 AT_ONCE = 1 << 15  # positions of which rotations are computed at once
 GATES = ("silu", "gelu", "gelu_pytorch_tanh")  # activations of a gated MLP
+ADDING = ("Qwen3VLTextModel",)  # language models that add features of inner layers of their tower to hidden states
 SCALED_EMBEDDINGS = ("Gemma3TextScaledWordEmbedding",)  # embeddings times `embed_scale`
 
 
@@ -105,6 +108,16 @@ def decoder(model: Any, aux_layers: tuple[int, ...], num_positions: int, context
             )
 
     return Stack(shape, released(), rotary=rotary, final_norm=Norm(model.norm.weight), aux_layers=aux_layers)
+
+
+def adds_rows(model: Any) -> bool:
+    """Return whether a language model adds rows behind its first layers in the way that `Stack.forward` does."""
+    return type(model).__name__ in ADDING
+
+
+def sees_blocks(layers: Layers, rule: Rule | None) -> bool:
+    """Return whether the native stack follows a rule of which tokens see each other in both directions."""
+    return rule is None or (rule.who == "runs" and {shape and shape.blocks for shape in layers} == {rule.blocks})
 
 
 def embedding_scale(model: Any) -> float | None:
