@@ -25,7 +25,7 @@ from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.config import EngineConfig
 from model.errors import ConfigError
 from model.request import Kind, Medium, Message, VideoMetadata
-from model.targets import load_check, packed, probe
+from model.targets import load_check, packed, probe, support
 from model.targets.base import Features, Pass
 from model.targets.chat_processor import ChatProcessor, ProcessedMedium
 from model.targets.checkpoint import load_model, load_processor
@@ -49,7 +49,12 @@ class GenericTarget(LanguageModel):
         """
         if group is not None:
             raise ConfigError(f"model {config.model!r} cannot be spread over several devices yet: give one device")
-        self._load(config, load_model(config), load_processor(config), aux_layers)
+        try:
+            self._load(config, load_model(config), load_processor(config), aux_layers)
+        except ConfigError as error:
+            if config.model in str(error):
+                raise
+            raise ConfigError(f"model {config.model!r} cannot be served: {error}") from error
 
     def _load(self, config: EngineConfig, model: Any, processor: Any, aux_layers: tuple[int, ...] | None) -> None:
         """Measure the model, take it over, and check it."""
@@ -61,6 +66,7 @@ class GenericTarget(LanguageModel):
         shapes = probe.layer_shapes(model, language, text.num_hidden_layers)
         if None in shapes:
             raise ConfigError(f"model {config.model!r} cannot be served: layer {shapes.index(None)} has no attention")
+        support.check_windows(config, text, shapes)
         accepted = inspect.signature(self._base.forward).parameters
         self.chat = chat = ChatProcessor(config.model, processor, model.config)
         self.geometry, self.tokens_per_image = chat.geometry, chat.tokens_per_image

@@ -103,6 +103,8 @@ def reference(target: Checked, config: EngineConfig) -> list[Check]:
             if not kinds:  # some templates want an image
                 continue
             raise ConfigError(f"model {config.model!r} cannot be served: its prompt with {name}: {error}") from error
+        if len(prompt.ids) + len(TREE) > config.context(target.model.config.get_text_config().max_position_embeddings):
+            continue
         theirs = inputs["input_ids"][0].tolist()
         if prompt.ids != theirs and (learned := target.chat.learn(prompt.ids, theirs, messages)) is not None:
             prompt = learned

@@ -81,8 +81,13 @@ def layer_shapes(model: Any, language: Any, num_layers: int) -> list[LayerShape 
     device = next(language.parameters()).device
     ids = torch.arange(ROWS, device=device)[None]
     positions = model._prepare_position_ids_for_generation(ids, {})
-    with attention(language, RECORDING):
-        model.base_model(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+    try:
+        with attention(language, RECORDING):
+            model.base_model(input_ids=ids, position_ids=positions.to(device), use_cache=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever its own code raises
+        raise ConfigError(f"transformers' own forward fails: {type(error).__name__}: {error}") from error
     shapes: list[LayerShape | None] = [None] * num_layers
     for call in recorder.calls:
         if call.rows != ROWS:

@@ -28,22 +28,20 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
     checkpoint = checkpoints.read_config(config)
     dtype = getattr(torch, config.dtype)
     weights = stored_weights(config.model, dtype, checkpoint.dtype, checkpoints.hub_options(config))
-    if _class_of(checkpoint) is not GenericTarget:  # others are checked by running them
-        support.check(config, checkpoint, weights.names if weights else ())
+    support.check(config, checkpoint)
     return checkpoint, weights
 
 
 def target_class(config: EngineConfig) -> Any:
     """Return the class of the target that a resolved config names. Raises ConfigError as `read_checkpoint` does."""
     checkpoint, _ = read_checkpoint(config)
-    return _class_of(checkpoint)
+    return _class_of(config, checkpoint)
 
 
-def _class_of(checkpoint: Any) -> Any:
-    """Return the class for a checkpoint: its family's own, which knows fewer towers, or the one for all."""
-    if getattr(checkpoint.vision_config, "model_type", None) in support.NO_TOWERS:
-        return GenericTarget
-    return FAMILIES.get(checkpoint.model_type, GenericTarget)
+def _class_of(config: EngineConfig, checkpoint: Any) -> Any:
+    """Return the class for a checkpoint: its family's own if that knows all it has, else the one for all."""
+    own = FAMILIES.get(checkpoint.model_type)
+    return own if own is not None and support.is_plain(config, checkpoint) else GenericTarget
 
 
 def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None) -> Target:
@@ -54,7 +52,7 @@ def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None)
     """
     checkpoint, _ = read_checkpoint(config)
     checkpoints.build_skeleton(config, checkpoint)  # checks the files before weights are read
-    named = _class_of(checkpoint)
+    named = _class_of(config, checkpoint)
     group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
     target: Target = named(config, aux_layers=aux_layers, group=group)
     return target

@@ -1,22 +1,24 @@
-"""Refuses checkpoints, by their config alone, that our attention would compute differently from transformers.
+"""Refuses checkpoints, by their config alone, that our decoder would compute differently from transformers.
 
-Our attention sees all earlier positions and adds nothing to the scores, and a position's rotation depends on the
-position alone. A model that needs more would answer with wrong tokens and no error, so it is refused by name before its
-weights are loaded. A window, or a switch of rope, beyond `max_model_len` never applies and is accepted.
+Load checks (load_check.py) compare short prompts. What shows only in long ones has to be refused by name: a rotation
+that depends on more than the position, and windows that attention does not hear of. Such a model would answer with
+wrong tokens and no error. A window, or a switch of rope, beyond `max_model_len` never applies and is accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from model.backends.kv_cache import LayerShape
 from model.config import EngineConfig
 from model.errors import ConfigError
 
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 # The config field with the attention window of each type of layer, in positions.
 WINDOW_FIELDS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-NO_TOWERS = {"pixtral": "its pictures keep their own sizes"}
+NO_TOWERS = ("pixtral",)  # their pictures keep their own sizes
+WITH_SINKS = ("gpt_oss",)  # decoders whose attention has sinks
 
 
 def windows(text: Any) -> dict[str, int]:
@@ -54,42 +56,49 @@ def rope_is_fixed(text: Any) -> bool:
     return all(one.get("rope_type", "default") in FIXED_ROPE for one in rope_parameters(text))
 
 
-def check(config: EngineConfig, checkpoint: Any, weights: Collection[str] = ()) -> None:
+def is_plain(config: EngineConfig, checkpoint: Any) -> bool:
+    """Return whether a family's own class can serve a checkpoint: a tower that it knows, and a decoder whose layers all
+    attend to everything before them, with plain scores."""
+    text = checkpoint.get_text_config()
+    if getattr(getattr(checkpoint, "vision_config", None), "model_type", None) in NO_TOWERS:
+        return False
+    context = config.context(text.max_position_embeddings)
+    if any(size < context for size in windows(text).values()):
+        return False
+    softcap = any("softcap" in field and value for field, value in text.to_dict().items())
+    types = set(getattr(text, "layer_types", None) or ())
+    return not softcap and text.model_type not in WITH_SINKS and types <= {"full_attention", *WINDOW_FIELDS}
+
+
+def check(config: EngineConfig, checkpoint: Any) -> None:
     """Raise ConfigError if a checkpoint needs an unsupported feature.
 
-    config: a resolved one, which names the checkpoint; checkpoint: its transformers config; weights: the names of its
-    tensors.
+    config: a resolved one, which names the checkpoint; checkpoint: its transformers config.
     """
-    for problem, cure in _problems(config, checkpoint, weights):
+    for problem, cure in _problems(config, checkpoint):
         raise ConfigError(f"model {config.model!r} cannot be served: {problem}; {cure}")
 
 
-def _problems(config: EngineConfig, checkpoint: Any, weights: Collection[str]) -> Iterator[tuple[str, str]]:
+def check_windows(config: EngineConfig, text: Any, shapes: Sequence[LayerShape | None]) -> None:
+    """Raise ConfigError if layers have a window that their attention is not called with.
+
+    text: transformers' config of the decoder; shapes: of its layers, as they were seen.
+    """
+    types = getattr(text, "layer_types", None) or ()
+    sizes, context = windows(text), config.context(text.max_position_embeddings)
+    for kind, shape in zip(types, shapes, strict=False):
+        size = sizes.get(WINDOW_FIELDS.get(kind, ""), None)
+        if shape is not None and shape.window is None and size is not None and size < context:
+            raise ConfigError(
+                f"model {config.model!r} cannot be served: its layers of type {kind!r} see {size} positions, by a mask "
+                f"of their own, where max_model_len, here {context}, is larger; give --max-model-len {size} or less"
+            )
+
+
+def _problems(config: EngineConfig, checkpoint: Any) -> Iterator[tuple[str, str]]:
     """Yield each problem and its remedy."""
-    text = checkpoint.text_config
+    text = checkpoint.get_text_config()
     context = config.context(text.max_position_embeddings)
-    kind = getattr(checkpoint.vision_config, "model_type", None)
-    if checkpoint.model_type == "llava" and kind in NO_TOWERS:
-        yield f"vision_config.model_type is {kind!r}, and {NO_TOWERS[kind]}", "use one with a CLIP or SigLIP tower"
-    known = {"full_attention", *WINDOW_FIELDS}
-    for layer_type in dict.fromkeys(getattr(text, "layer_types", None) or ()):
-        if layer_type not in known:
-            yield (
-                f"text_config.layer_types has {layer_type!r}, which is not supported",
-                "use a model all of whose layers are 'full_attention'",
-            )
-    for field, size in windows(text).items():
-        if size < context:
-            yield (
-                f"its layers see the last {size} positions only (text_config.{field}), which is not supported where "
-                f"max_model_len, here {context}, is larger",
-                f"give --max-model-len {size} or less",
-            )
-    for field, value in text.to_dict().items():
-        if "softcap" in field and value:
-            yield f"text_config.{field} is {value}, and soft-capping is not supported", "use a model without it"
-    if sinks := next((name for name in weights if name.endswith(".sinks")), None):
-        yield f"its attention has sinks ({sinks}), which are not supported", "use a model without them"
     # Draft nodes have positions beyond the last token; those of a video may lie anywhere below the model's limit.
     several_axes = any("mrope_section" in one for one in rope_parameters(text))
     reach = (text.max_position_embeddings if several_axes else context) + config.nodes
