@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -112,6 +113,7 @@ class ChatProcessor:
             samples_frames=True,
             image_options=self._options_of("image_processor"),
             video_options=self._options_of("video_processor"),
+            size_is_area=_size_is_area(self.processor.image_processor),
         )
         render = partial(self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
         self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
@@ -145,16 +147,24 @@ class ChatProcessor:
         return "video" in self._tokens
 
     def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
-        """Ask the family's video processor, with its defaults, for frames; None if it does not sample by itself."""
+        """Ask the family's video processor, with its defaults, for frames; None if it does not sample by itself, or
+        cannot: some raise for a clip that is shorter than their default, or without a default that they need."""
         if not self.takes_videos or self._no_videos is not None:
             return None
         videos = self.processor.video_processor
         known = inspect.signature(videos.sample_frames).parameters
-        options = {name: getattr(videos, name, None) for name in videos.valid_kwargs.__annotations__ if name in known}
-        if num_frames is not None or fps is not None:
-            options |= {"num_frames": num_frames, "fps": fps}
+        names = [name for name in videos.valid_kwargs.__annotations__ if name in known]
+        options: dict[str, Any] = {name: getattr(videos, name, None) for name in names}
+        if num_frames is not None and "num_frames" not in known:  # it would be ignored
+            return None
+        if num_frames is not None:
+            options = {name: value for name, value in options.items() if name != "fps"} | {"num_frames": num_frames}
+        elif fps is not None:
+            options = {name: value for name, value in options.items() if name != "num_frames"} | {"fps": fps}
         elif not (videos.do_sample_frames and (options.get("num_frames") or options.get("fps"))):
             return None
+        if (wanted := options.get("num_frames")) is not None:
+            options["num_frames"] = min(wanted, source.total_frames)
         metadata = FamilyMetadata(
             total_num_frames=source.total_frames,
             fps=source.fps,
@@ -163,9 +173,10 @@ class ChatProcessor:
             duration=source.duration,
         )
         try:
-            return [int(index) for index in videos.sample_frames(metadata=metadata, **options)]
-        except (ValueError, TypeError) as error:
-            raise RequestError(f"the model's processor cannot sample this video: {error}", param="messages") from error
+            return [int(index) for index in videos.sample_frames(metadata=metadata, **options)] or None
+        except Exception:  # a processor may raise any error
+            log.info("the model's processor does not sample %s with %s", source, options, exc_info=True)
+            return None
 
     def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
         """Apply the chat template, process the media and tokenise. Raises RequestError."""
@@ -387,10 +398,16 @@ def _frames_as_images(message: Message) -> Message:
     content: list[str | Medium] = []
     for part in message.content:
         if isinstance(part, Medium) and part.kind == "video":
-            content += [replace(part, kind="image", frames=part.frames[i : i + 1]) for i in range(len(part.frames))]
+            content += [Medium("image", part.frames[i : i + 1]) for i in range(len(part.frames))]
         else:
             content.append(part)
     return replace(message, content=tuple(content))
+
+
+def _size_is_area(images: Any) -> bool:
+    """Return whether the edges of an image processor's `size` are numbers of pixels, as in Qwen's and those like it."""
+    resizes_by_area = hasattr(sys.modules[type(images).__module__], "smart_resize")
+    return resizes_by_area and {"shortest_edge", "longest_edge"} <= dict(images.size or {}).keys()
 
 
 def _sample(kind: str, side: int = SAMPLE) -> Medium:
