@@ -173,6 +173,12 @@ class Trial:
                 del outputs[request_id]
         return outputs
 
+    def must(self, outputs: Outputs, counter: str, what: str) -> None:
+        """Add a difference if a counter of `RequestStats` is zero for all requests: the mode then shows nothing."""
+        stats = [each[-1].stats for each in outputs.values()]
+        if outputs and not any(getattr(one, counter) for one in stats if one is not None):
+            self.differ("all", what)
+
     def compare(self, requests: list[Request], outputs: Outputs, expected: Mapping[str, list[int]]) -> None:
         """Compare answers with the expected ones."""
         for request in requests:
@@ -240,8 +246,11 @@ def prefixes(trial: Trial) -> None:
     """The same prompts with a cold and a warm prefix cache, and a conversation that goes on from a cached one."""
     engine = trial.subject.engine(prefill_chunk=64)
     first = trial.subject.requests(num_tokens=min(8, trial.subject.num_tokens))
-    for request in (*first, *first):
+    for request in first:
+        trial.greedy(engine, [request])
+    for request in first:
         outputs = trial.greedy(engine, [request])
+        trial.must(outputs, "cached_tokens", "a prompt asked before was not cached")
         stats = [each[-1].stats for each in outputs.values()]
         trial.result.cached += sum(one.cached_tokens for one in stats if one is not None)
     messages = trial.subject.conversations.get("turns", ())
@@ -257,7 +266,7 @@ def flash(trial: Trial) -> None:
     engine = trial.subject.with_flash()
     for request in trial.subject.requests():
         trial.greedy(engine, [request])
-    trial.greedy(engine, trial.subject.requests(8), every=1)
+    trial.must(trial.greedy(engine, trial.subject.requests(8), every=1), "draft_tokens", "nothing was drafted")
 
 
 def ngram(trial: Trial) -> None:
@@ -279,7 +288,8 @@ def replay(trial: Trial) -> None:
     replayed(engine, requests, {r.request_id: trial.subject.answers[medium(r.request_id)].tokens for r in requests})
     for request in requests:
         trial.greedy(engine, [request])
-    trial.greedy(engine, trial.subject.requests(8), every=1)
+    outputs = trial.greedy(engine, trial.subject.requests(8), every=1)
+    trial.must(outputs, "accepted_tokens", "no draft token was accepted")
     engine.use(None)
 
 
