@@ -26,8 +26,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -178,6 +179,21 @@ class Storage:
         flat.index_copy_(1, both[1], flat.index_select(1, both[0]))
 
 
+class LayerStates(Protocol):
+    """The states of layers that carry one from row to row, in all slots (see slot_states.py). They share the life of
+    the keys and values: each method does what its namesake does; `start` is part of `take`, and `save` of `free`."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def begin(self, rows: Any) -> AbstractContextManager[None]: ...
+    def keep(self, slots: Seq[int], paths: Seq[Seq[int]]) -> None: ...
+    def start(self, slot: int, save_at: Seq[int] = ()) -> None: ...
+    def share(self, source: int, slot: int, length: int) -> None: ...
+    def save(self, slot: int) -> None: ...
+    def shareable(self, slot: int, most: int) -> int: ...
+    def exchange(self, one: int, other: int) -> None: ...
+
+
 class KVCache:
     """The keys and values of all slots. At least `margin` positions beyond `capacity` are scratch, so that a full slot
     can still be verified against."""
@@ -192,10 +208,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         rows: int | None = None,
+        states: LayerStates | None = None,
     ) -> None:
         """Allocate all slots. capacity: positions of a sequence; margin: most rows of a tree; rows: most rows that a
-        step writes, None for `margin`."""
-        self.capacity, self.num_slots, self.margin = capacity, num_slots, margin
+        step writes, None for `margin`; states: of the layers that carry one, in as many slots."""
+        self.capacity, self.num_slots, self.margin, self.states = capacity, num_slots, margin, states
         self.dtype, self.device = dtype, device
         self.layers, rows = tuple(layers), max(margin, rows or 0)
         by_key: dict[tuple[int, int, int], list[int]] = {}
@@ -234,8 +251,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all storages."""
-        return sum(storage.data.nbytes for storage in self.storages)
+        """Return the bytes of all storages and states."""
+        stored = sum(storage.data.nbytes for storage in self.storages)
+        return stored if self.states is None else stored + self.states.nbytes
 
     @property
     def positions(self) -> int:
@@ -298,9 +316,15 @@ class KVCache:
         """Allocate the lowest free slot, which starts empty."""
         return self.take(self._free[0])
 
-    def take(self, slot: int) -> int:
-        """Allocate this free slot. It starts empty; `share` can restore positions that a former sequence left."""
+    def take(self, slot: int, save_at: Seq[int] = ()) -> int:
+        """Allocate this free slot. It starts empty; `share` can restore positions that a former sequence left.
+
+        save_at: prompt positions up to which other sequences will want to share; layers that carry a state save it
+        there.
+        """
         self._free.remove(slot)
+        if self.states is not None:
+            self.states.start(slot, save_at)
         self.lengths[slot] = 0
         self._clear_idle_rows(slot)
         return slot
@@ -313,6 +337,8 @@ class KVCache:
         assert slot not in self._free, f"slot {slot} freed twice"
         self._high[slot] = self._end(slot)
         length, self.lengths[slot] = self.lengths[slot], 0
+        if self.states is not None:
+            self.states.save(slot)
         self._free.append(slot)
         self._free.sort()
         finite = not self._by_torch or self.is_finite(slot, length)
@@ -331,6 +357,8 @@ class KVCache:
         """Exchange the contents of two slots, either of which may be free."""
         from_one, from_other = (self.lengths[s] if s not in self._free else self._left[s] for s in (one, other))
         self.swap(one, other, from_one, from_other)
+        if self.states is not None:
+            self.states.exchange(one, other)
         for slot, kept, length in ((one, from_other, from_one), (other, from_one, from_other)):
             self._clear_scratch(slot, kept, length)
             self._clear_idle_rows(slot)
@@ -339,9 +367,12 @@ class KVCache:
         places = {one: other, other: one}
         self._free = sorted(places.get(slot, slot) for slot in self._free)
 
-    def shareable(self, source: int, length: int) -> bool:
-        """Return whether slot `source` still has all of its first `length` positions that a sequence would read."""
-        return self._reach is None or length >= self._end(source) - self._reach
+    def shareable(self, source: int, length: int) -> int:
+        """Return how many of the first `length` positions of slot `source` can be shared: all, or those up to a saved
+        state, or none if some that a sequence would read are gone."""
+        if self.states is not None:
+            length = self.states.shareable(source, length)
+        return length if self._reach is None or length >= self._end(source) - self._reach else 0
 
     def _end(self, slot: int) -> int:
         """Return the end of the positions that were written to a slot, trees aside."""
@@ -353,6 +384,8 @@ class KVCache:
             self.swap(source, slot, length, 0)
             self._high[slot] = self._end(source)
         self.lengths[slot] = length
+        if self.states is not None:
+            self.states.share(source, slot, length)
 
     def swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
         """Copy the first `from_one` positions of slot `one` to slot `other`, and `from_other` the other way."""
@@ -413,6 +446,8 @@ class KVCache:
             self.lengths[slot] = storage + len(path)
         if moves:
             self.rearrange(moves)
+        if self.states is not None:
+            self.states.keep(slots, paths)
 
     def rearrange(self, moves: Seq[Move]) -> None:
         """Move rows within their slots. Rows only move down."""

@@ -130,8 +130,9 @@ class SlotStates:
         own, other = self._slots[slot], self._slots[source]
         own.saved = [saved for saved in (own.left if own is other else other.saved) if saved.length <= length]
         own.left, own.length = [], length
-        restored = next(saved.states for saved in own.saved if saved.length == length)
-        for states, state in zip(self._states, restored, strict=True):
+        restored = next((saved for saved in own.saved if saved.length == length), None)
+        assert restored is not None, f"slot {source} has saved no state at {length}"
+        for states, state in zip(self._states, restored.states, strict=True):
             states[slot] = state[0]
 
     def save(self, slot: int) -> None:

@@ -32,7 +32,7 @@ from model.engine import choice, intake
 from model.engine.encoder_cache import EncoderCache
 from model.engine.media import MediaEncoder
 from model.engine.native_round import NativeRound
-from model.engine.prefix_cache import PrefixCache
+from model.engine.prefix_cache import PrefixCache, parting_positions
 from model.engine.round import Round, TorchRound
 from model.engine.scheduler import Chunk, Decoding, Scheduler
 from model.engine.sequence import Sequence
@@ -84,6 +84,7 @@ class Engine:
             rows=config.prefill_chunk + target.largest_block,
             dtype=target.dtype,
             device=target.device,
+            states=None if target.states is None else target.states.allocate(num_slots, saving=config.prefix_cache),
         )
         if target.device.index is not None and target.device.type == "cuda":
             torch.cuda.set_device(target.device)  # Triton starts kernels on the current device only
@@ -297,8 +298,7 @@ class Engine:
 
         def usable(slot: int, length: int) -> int:
             """Return how many of the first `length` positions of a slot can be shared."""
-            length = prompt.cut_before(length)
-            return length if self.cache.shareable(slot, length) else 0
+            return self.cache.shareable(slot, prompt.cut_before(length))
 
         source, shared = self.prefixes.best(contents, most, drafted=drafter is not None, usable=usable)
         if drafter and self.load.begins(len(self.scheduler.running), len(prompt.ids) - shared):
@@ -312,7 +312,7 @@ class Engine:
             self._exchange(lowest, slot)
             source = {slot: lowest, lowest: slot}.get(source, source)
             slot = lowest
-        sequence.slot = cache.take(slot)
+        sequence.slot = cache.take(slot, parting_positions(prompt))
         if drafter and sequence.speculates:
             drafter.start(slot, prompt)
             shared = shared if shared and drafter.share(source, slot, shared) else 0

@@ -15,6 +15,16 @@ import numpy as np
 from model.targets.prompt import TokenizedPrompt
 
 LEAST = 16  # minimum number of positions to share: fewer are computed as quickly as they are copied
+# Tokens at the end of a prompt that a conversation that goes on from it may not repeat: the call for an answer, with an
+# opened thought. To compute so many takes hardly longer than to compute one.
+CALL = 16
+
+
+def parting_positions(prompt: TokenizedPrompt) -> tuple[int, ...]:
+    """Return the positions at which other prompts are likeliest to part from this one: behind its media, for other
+    questions about them, and before its end, for conversations that go on from it."""
+    behind_media = prompt.spans[-1][1] if prompt.spans else 0
+    return tuple(position for position in (behind_media, len(prompt.ids) - CALL) if position >= LEAST)
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,8 @@ class Sizing:
         """Return the number of slots: `max_num_seqs`, or as many as fit into memory or into `kv_cache_bytes`. Raises
         ConfigError if none fits."""
         config = self.config
-        slots = _Slots(config, target.layers, target.dtype, target.largest_block)
+        states = target.states.bytes_per_slot(saving=config.prefix_cache) if target.states else 0
+        slots = _Slots(config, target.layers, target.dtype, target.largest_block, states)
         if config.kv_cache_bytes is not None:
             each = slots.target_bytes(max_model_len)
             if config.kv_cache_bytes < each:
@@ -136,10 +137,11 @@ class _Slots:
     layers: Layers
     dtype: torch.dtype
     largest_block: int = 0
+    states: int = 0  # bytes of the states of a slot
 
     def target_bytes(self, max_model_len: int) -> int:
         """Return the bytes of a slot in the target's KV cache."""
-        return KVCache.bytes_per_slot(
+        return self.states + KVCache.bytes_per_slot(
             layers=self.layers,
             capacity=max_model_len,
             margin=self.config.nodes + 1,

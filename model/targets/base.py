@@ -23,6 +23,7 @@ from model.request import Geometry, Kind, Medium, Message, VideoMetadata
 from model.targets.head import Head
 from model.targets.parallel import Group
 from model.targets.prompt import TokenizedPrompt
+from model.targets.states import States
 
 Features = Mapping[str, Tensor]  # by stream (see Target.stream): (visual tokens, width), in the order of the tokens
 
@@ -50,6 +51,7 @@ class Target(Protocol):
     num_kv_heads: int
     head_dim: int
     layers: Layers  # what each decoder layer stores, on one device
+    states: States | None  # its layers that carry a state; None if it has none
     largest_block: int  # most tokens that see each other in both directions; 0 if none do
     hidden_size: int
     vocab_size: int

@@ -13,6 +13,7 @@ own forward. A model that does not agree is refused, so that an unknown family i
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from model.targets.head import matching_head
 from model.targets.language import LanguageModel, language_model
 from model.targets.parallel import Group
 from model.targets.prompt import TokenizedPrompt
+from model.targets.states import States
 from model.transfer import upload
 
 
@@ -64,7 +66,8 @@ class GenericTarget(LanguageModel):
         self._forms: dict[str, EncoderForm] = {}
         text = model.config.get_text_config()
         shapes = probe.layer_shapes(model, language, text.num_hidden_layers)
-        if None in shapes:
+        self.states = States.of(language)
+        if None in shapes and self.states is None:
             raise ConfigError(f"model {config.model!r} cannot be served: layer {shapes.index(None)} has no attention")
         support.check_windows(config, text, shapes)
         accepted = inspect.signature(self._base.forward).parameters
@@ -93,6 +96,7 @@ class GenericTarget(LanguageModel):
         if self.decoder is not None:
             language.forward = self._run_natively
         self.native = False  # torch computes the vision tower
+        self.recordable &= self.states is None
         if chat.rule is not None:
             whole = chat.rule.who != "runs"
             self.largest_block = config.context(self.max_positions) if whole else self.tokens_per_image
@@ -175,7 +179,9 @@ class GenericTarget(LanguageModel):
         if self.decoder is not None:
             self._positions = positions
             return self._through_base(ids, upload(positions, self.device), rows, features)
-        return self.run(ids, upload(positions, self.device), rows.plan, features)
+        states = rows.cache.states
+        with nullcontext() if states is None else states.begin(rows):
+            return self.run(ids, upload(positions, self.device), rows.plan, features)
 
     def run(self, ids: Tensor, positions: Tensor, plan: AttentionTensors, features: Features | None = None) -> Pass:
         return self._through_base(ids, positions, plan, features)

@@ -24,6 +24,7 @@ from model.targets import packed, support
 from model.targets.base import Features, Pass, tapped
 from model.targets.head import Head
 from model.targets.parallel import Group, local, share_of
+from model.targets.states import States
 from model.transfer import upload
 
 NORMS = ("norm", "final_norm", "embedding_norm", "norm_f", "final_layernorm", "ln_f")  # names of a decoder's final norm
@@ -56,6 +57,7 @@ class LanguageModel:
     """The half of `model.targets.base.Target` that all families share; subclasses add the other half."""
 
     largest_block = 0
+    states: States | None = None
     placeholders: dict[str, int]  # tokens in the place of visual tokens, by stream
 
     def __init__(

@@ -228,6 +228,7 @@ def _ours(target: Checked, prompt: TokenizedPrompt) -> Tensor:
         rows=capacity,
         dtype=target.dtype,
         device=target.device,
+        states=None if target.states is None else target.states.allocate(1, saving=False),
     )
     slot = cache.allocate()
     positions = target.positions(prompt)[:, None]

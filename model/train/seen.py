@@ -58,6 +58,7 @@ def capture(
         margin=0,
         dtype=target.dtype,
         device=target.device,
+        states=None if target.states is None else target.states.allocate(batch, saving=False),
     )
     tokens = torch.zeros(batch, width, dtype=torch.int64)
     positions, features = [], defaultdict(list)
