@@ -32,6 +32,7 @@ KINDS: tuple[Kind, ...] = ("image", "video")
 TICKS = 1000  # per second: how finely processors learn the times of frames
 SECONDS_PER_FRAME = 0.5  # if unknown
 EVEN = 0.05  # frames whose times are off by less, in frames, come from a video of even rate
+PIXELS = ("min_pixels", "max_pixels")
 NUM_FRAMES = 16  # of a video, if neither request nor processor sets it
 SAMPLE, LARGE = 224, 1024  # sides of pictures that are processed to learn about the processor, pixels
 COUNT = "batch_num_images"  # the encoder's argument with the number of pictures of a prompt
@@ -139,7 +140,10 @@ class ChatProcessor:
     def _options_of(self, part: str) -> tuple[str, ...]:
         """Return the options that a client may set of a part of the processor."""
         found = getattr(self.processor, part, None)
-        return () if found is None else tuple(set(MEDIA_OPTIONS) & set(found.valid_kwargs.__annotations__))
+        if found is None:
+            return ()
+        known = {*found.valid_kwargs.__annotations__, *(PIXELS if _size_is_area(found) else ())}
+        return tuple(name for name in MEDIA_OPTIONS if name in known)
 
     @property
     def takes_videos(self) -> bool:
@@ -304,7 +308,7 @@ class ChatProcessor:
             inputs |= {"videos": [[video.frames for video in videos]], "do_sample_frames": False}
             inputs["video_metadata"] = [[self._metadata(video) for video in videos]]
         for medium in media:
-            inputs |= {name: dict(value) if isinstance(value, tuple) else value for name, value in medium.options}
+            inputs |= self._options(medium)
         return dict(
             self.processor(
                 text=[self._contexts[media[0].kind] if text is None else text],
@@ -314,6 +318,21 @@ class ChatProcessor:
                 **inputs,
             )
         )
+
+    def _options(self, medium: Medium) -> dict[str, Any]:
+        """Return the client's options as the processor takes them. Where the edges of `size` are numbers of pixels,
+        they are what `min_pixels` and `max_pixels` mean; some processors know only `size`, and others warn."""
+        options: dict[str, Any] = {
+            name: dict(value) if isinstance(value, tuple) else value for name, value in medium.options
+        }
+        part = self.processor.image_processor if medium.kind == "image" else self.processor.video_processor
+        if not options.keys() & set(PIXELS) or not _size_is_area(part):
+            return options
+        size = dict(options.pop("size", None) or part.size)
+        fewest, most = (options.pop(name, None) for name in PIXELS)
+        size["shortest_edge"] = fewest or min(size["shortest_edge"], most)
+        size["longest_edge"] = most or max(size["longest_edge"], fewest)
+        return options | {"size": size}
 
     def _processed_jointly(self, media: tuple[ProcessedMedium, ...]) -> tuple[ProcessedMedium, ...]:
         """Process media once more, together, for families whose text for a medium depends on the others."""
@@ -404,10 +423,10 @@ def _frames_as_images(message: Message) -> Message:
     return replace(message, content=tuple(content))
 
 
-def _size_is_area(images: Any) -> bool:
-    """Return whether the edges of an image processor's `size` are numbers of pixels, as in Qwen's and those like it."""
-    resizes_by_area = hasattr(sys.modules[type(images).__module__], "smart_resize")
-    return resizes_by_area and {"shortest_edge", "longest_edge"} <= dict(images.size or {}).keys()
+def _size_is_area(part: Any) -> bool:
+    """Return whether the edges of a processor's `size` are numbers of pixels, as in Qwen's and those like it."""
+    resizes_by_area = hasattr(sys.modules[type(part).__module__], "smart_resize")
+    return resizes_by_area and {"shortest_edge", "longest_edge"} <= dict(part.size or {}).keys()
 
 
 def _sample(kind: str, side: int = SAMPLE) -> Medium:

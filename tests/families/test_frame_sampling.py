@@ -89,9 +89,9 @@ def test_a_clip_shorter_than_the_default_is_taken_whole(chat: Callable[[str], Ch
 @pytest.mark.parametrize(
     ("name", "area", "image", "video"),
     [
-        ("qwen3_vl", True, {"min_pixels", "max_pixels", "size"}, {"size"}),
+        ("qwen3_vl", True, {"min_pixels", "max_pixels", "size"}, {"min_pixels", "max_pixels", "size"}),
         ("qwen2_vl", True, {"min_pixels", "max_pixels", "size"}, {"min_pixels", "max_pixels", "size"}),
-        ("glm4v", True, {"size"}, {"size"}),
+        ("glm4v", True, {"min_pixels", "max_pixels", "size"}, {"min_pixels", "max_pixels", "size"}),
         ("smolvlm", False, {"size", "do_image_splitting"}, {"size"}),
         ("gemma3", False, {"size", "do_pan_and_scan"}, set()),
         ("gemma4", False, {"max_soft_tokens"}, {"max_soft_tokens"}),

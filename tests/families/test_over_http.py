@@ -141,6 +141,29 @@ def test_options_reach_the_processor(qwen3_vl: Served, shortest: int, longest: i
     assert answer == qwen3_vl.answer(data, mm_processor_kwargs=options)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "size"),
+    [
+        ({"max_pixels": 6000}, {"shortest_edge": 4096, "longest_edge": 6000}),
+        ({"max_pixels": 3000}, {"shortest_edge": 3000, "longest_edge": 3000}),
+        ({"min_pixels": 30_000}, {"shortest_edge": 30_000, "longest_edge": 30_000}),
+        ({"min_pixels": 9000, "max_pixels": 10_000}, {"shortest_edge": 9000, "longest_edge": 10_000}),
+    ],
+    ids=str,
+)
+def test_pixels_are_what_the_processor_calls_size(
+    qwen3_vl: Served, pixels: dict[str, int], size: dict[str, int]
+) -> None:
+    image, data = picture(61, 90), clip("mp4", 9, 4)
+    answer = qwen3_vl.answer(encoded(image, "PNG"), **pixels)
+    assert answer == qwen3_vl.expected({"type": "image", "image": image}, size=size)
+    assert answer[0] != qwen3_vl.answer(encoded(image, "PNG"))[0]
+    frames, metadata = shown(data)
+    part = {"type": "video", "video": frames}
+    expected = qwen3_vl.expected(part, do_sample_frames=True, video_metadata=[metadata], size=size)
+    assert qwen3_vl.answer(data, **pixels) == expected
+
+
 # What each processor samples with: GLM's knows no number, Gemma's no rate, SmolVLM's needs both.
 SAMPLINGS: dict[str, list[dict[str, Any]]] = {
     "smolvlm": [],
