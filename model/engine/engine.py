@@ -53,7 +53,7 @@ from model.request import (
 )
 from model.targets.base import Target
 from model.targets.frames import most_frames
-from model.targets.registry import load_target
+from model.targets.registry import load_target, open_checkpoint
 
 
 class Engine:
@@ -71,11 +71,13 @@ class Engine:
             library.share_cores(config.share_cores)
         sizing = Sizing.read(config, target)
         if target is None:
-            sizing.check_before_loading()
-        self.target = target = target or load_target(config, registry.aux_layers(config))
+            opened = open_checkpoint(config)
+            sizing.check_before_loading(opened)
+            target = load_target(config, registry.aux_layers(config), opened)
+        self.target = target
         self.max_model_len = config.context(target.max_positions)
         margin = config.nodes + 1
-        num_slots = sizing.num_slots(target, self.max_model_len)
+        num_slots = sizing.num_slots(target)
         self.cache = (KVCache if target.group is None else target.group.cache)(
             layers=target.layers,
             num_slots=num_slots,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +17,27 @@ from model.targets.llava import LlavaTarget
 from model.targets.parallel import Group
 from model.targets.qwen2_5_vl import Qwen25VLTarget
 from model.targets.stored import StoredWeights, stored_weights
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that has been read, but for its weights.
+
+    checkpoint: transformers' config; stored_bytes: of its weights once loaded, None if unknown; keeps_stored_form:
+    whether they are quantised and stay so.
+    """
+
+    config: EngineConfig
+    checkpoint: Any
+    stored_bytes: int | None
+    keeps_stored_form: bool
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """Build the model on the meta device, None if that cannot be done, and check the files of its weights. Raises
+        ConfigError if one is damaged, or tensors are missing."""
+        return checkpoints.build_skeleton(self.config, self.checkpoint)
+
 
 FAMILIES: dict[str, Any] = {"llava": LlavaTarget, "qwen2_5_vl": Qwen25VLTarget}
 
@@ -32,6 +55,14 @@ def read_checkpoint(config: EngineConfig) -> tuple[Any, StoredWeights | None]:
     return checkpoint, weights
 
 
+def open_checkpoint(config: EngineConfig) -> Opened:
+    """Read the checkpoint that a resolved config names, but not its weights. Raises ConfigError."""
+    checkpoint, weights = read_checkpoint(config)
+    quantised = checkpoints.quantisation(config, checkpoint)
+    kept = quantised is not None and not quantised.dequantised
+    return Opened(config, checkpoint, weights.num_bytes if weights else None, kept)
+
+
 def target_class(config: EngineConfig) -> Any:
     """Return the class of the target that a resolved config names. Raises ConfigError as `read_checkpoint` does."""
     checkpoint, _ = read_checkpoint(config)
@@ -44,15 +75,17 @@ def _class_of(config: EngineConfig, checkpoint: Any) -> Any:
     return own if own is not None and support.is_plain(config, checkpoint) else GenericTarget
 
 
-def load_target(config: EngineConfig, aux_layers: tuple[int, ...] | None = None) -> Target:
+def load_target(
+    config: EngineConfig, aux_layers: tuple[int, ...] | None = None, opened: Opened | None = None
+) -> Target:
     """Load the target that a resolved config names.
 
-    aux_layers: the layers that its draft reads, where -1 is the last; None: some, evenly spaced. Raises ConfigError if
-    it cannot be served.
+    aux_layers: the layers that its draft reads, where -1 is the last; None: some, evenly spaced. opened: the same
+    checkpoint, if it has been opened. Raises ConfigError if it cannot be served.
     """
-    checkpoint, _ = read_checkpoint(config)
-    checkpoints.build_skeleton(config, checkpoint)  # checks the files before weights are read
-    named = _class_of(config, checkpoint)
+    opened = opened or open_checkpoint(config)
+    opened.skeleton  # noqa: B018  (checks the files before weights are read)
+    named = _class_of(config, opened.checkpoint)
     group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
     target: Target = named(config, aux_layers=aux_layers, group=group)
     return target
