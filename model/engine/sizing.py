@@ -79,15 +79,17 @@ class Needs:
         """Find them out before the target is loaded. Raises ConfigError if its attention cannot be served."""
         text, skeleton = opened.checkpoint.get_text_config(), opened.skeleton
         layers, states = _shapes(config, opened)
-        head = 0
+        beside = 0
         dtype = getattr(torch, config.dtype)
-        if library.supports(dtype, torch.device(config.device)):
-            head = text.vocab_size * text.hidden_size * dtype.itemsize  # packed beside the original
+        if library.supports(dtype, torch.device(config.device)):  # a packed lm_head beside the original, and rotations
+            width = max(shape.width for shape in layers if shape is not None)
+            beside = text.vocab_size * text.hidden_size * dtype.itemsize
+            beside += text.max_position_embeddings * width * torch.float32.itemsize
         weights = opened.stored_bytes or 0
         if skeleton is not None and not opened.keeps_stored_form:
             weights = sum(parameter.nbytes for parameter in skeleton.parameters())
         block = getattr(opened.checkpoint, "mm_tokens_per_image", None) or 0
-        return cls(weights + head, layers, states, block, text.max_position_embeddings, _activations(config, text))
+        return cls(weights + beside, layers, states, block, text.max_position_embeddings, _activations(config, text))
 
 
 def _shapes(config: EngineConfig, opened: Opened) -> tuple[Layers, int]:

@@ -263,15 +263,21 @@ def check_template(config: EngineConfig, template: Any) -> None:
 # --- weights
 
 
-def build_skeleton(config: EngineConfig, checkpoint: Any) -> Any:
+def build_skeleton(config: EngineConfig, checkpoint: Any, *, download: bool = False) -> Any:
     """Build the model of a checkpoint on the meta device, as it will be loaded, and check that its files have every
-    tensor in the right shape. Reads no weights; downloads files that are not here yet.
+    tensor in the right shape. Reads no weights.
 
-    Quantised weights are not checked, and the model is built as if they were not. Returns None if the checkpoint brings
-    code of its own. Raises ConfigError, which names files or tensors.
+    download: get files from the hub first; otherwise those that are not here are not checked. Quantised weights are not
+    checked, and the model is built as if they were not. Returns None if the checkpoint brings code of its own. Raises
+    ConfigError, which names files or tensors.
     """
     with _as_config_error(config, "weights"):
-        tensors = stored_tensors(config.model, hub_options(config))
+        try:
+            tensors = stored_tensors(config.model, hub_options(config) | {"local_files_only": not download})
+        except OSError:
+            if download:
+                raise
+            tensors = None
     model_class = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(checkpoint), None)
     if model_class is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +85,10 @@ def load_target(
     checkpoint, if it has been opened. Raises ConfigError if it cannot be served.
     """
     opened = opened or open_checkpoint(config)
-    opened.skeleton  # noqa: B018  (checks the files before weights are read)
+    if Path(config.model).is_dir():
+        opened.skeleton  # noqa: B018  (checks the files before weights are read)
+    else:
+        checkpoints.build_skeleton(config, opened.checkpoint, download=True)
     named = _class_of(config, opened.checkpoint)
     group = Group(config, aux_layers) if config.tensor_parallel > 1 else None
     target: Target = named(config, aux_layers=aux_layers, group=group)

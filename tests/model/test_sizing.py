@@ -15,10 +15,11 @@ import torch
 
 from model.backends import free_memory, memory
 from model.backends.kv_cache import KVCache, uniform
+from model.backends.native import library
 from model.engine.engine import Engine
 from model.engine.sizing import Sizing
 from model.errors import ConfigError
-from model.targets import registry
+from model.targets import checkpoint, registry
 from model.targets.stored import stored_weights
 from tests.model import tiny, tiny_qwen
 
@@ -82,7 +83,9 @@ def test_what_would_fit_is_said_before_weights_are_read(
     stored = stored_weights(str(folder), torch.float32, torch.float32)
     assert stored is not None
     assert 0.5 * weights < stored.num_bytes <= weights
-    tight = config(folder, stored.num_bytes + slot // 2, max_num_seqs=1, max_model_len=448)
+    resolved = config(folder, GIB, max_num_seqs=1, max_model_len=448).resolved()
+    planned = Sizing.read(resolved, None).check_before_loading(registry.open_checkpoint(resolved)).needs.weights
+    tight = config(folder, planned + slot // 2, max_num_seqs=1, max_model_len=448)
     with monkeypatch.context() as patched:
         patched.setattr("model.engine.engine.load_target", lambda *_: pytest.fail("it reads weights"))
         with pytest.raises(ConfigError, match="not even one sequence of 448 tokens") as refused:
@@ -93,6 +96,45 @@ def test_what_would_fit_is_said_before_weights_are_read(
     assert 64 <= length < 448
     fitting = config(folder, weights + slot // 2, max_num_seqs=1, max_model_len=length)
     assert Engine(fitting).info.max_model_len == length
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "tied"])
+def test_the_plan_is_what_is_allocated(
+    family: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not native:
+        monkeypatch.setattr(library, "supports", lambda *_: False)
+    if family == "tied":
+        folder = tiny_qwen.save_checkpoint(tmp_path, tied=True)
+    else:
+        folder = (tiny.save_checkpoint if family == "llava" else tiny_qwen.save_checkpoint)(tmp_path)
+    wanted = config(folder, GIB, max_num_seqs=3)
+    resolved = wanted.resolved()
+    opened = registry.open_checkpoint(resolved)
+    plan = Sizing.read(resolved, None).check_before_loading(opened)
+    with caplog.at_level(logging.INFO, "flashserve.engine"):
+        engine = Engine(wanted)
+    memory = engine.info.memory
+    # The native library's tables and padding count for more beside so few weights than beside a real model's.
+    assert plan.needs.weights == pytest.approx(memory["weights"], rel=0.2 if native else 0.001)
+    assert plan.num_sequences * plan.kv_bytes(engine.max_model_len) == memory["kv_cache"]
+    (text,) = (message for message in caplog.messages if message.startswith("memory in MiB"))
+    rows = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert f"3 sequences of {engine.max_model_len} tokens" in rows["KV"]
+    assert float(rows["weights"].split()[1]) == pytest.approx(memory["weights"] / MIB, abs=0.1)
+    assert "of 1024 (1 of 1024 free)" in rows["total"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_alone_that_do_not_fit_are_refused_at_once(
+    dtype: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = stored_weights(str(tiny_checkpoint), getattr(torch, dtype), None)
+    assert stored is not None
+    monkeypatch.setattr(checkpoint, "build_skeleton", lambda *_: pytest.fail("it is built"))
+    with pytest.raises(ConfigError, match=f"the weights do not fit into memory.* in {dtype}; .*--dtype"):
+        Engine(config(tiny_checkpoint, stored.num_bytes - 1, dtype=dtype))
 
 
 def test_weights_that_do_not_fit_are_refused(tiny_checkpoint: Path) -> None:
