@@ -102,9 +102,10 @@ def _shapes(config: EngineConfig, opened: Opened) -> tuple[Layers, int]:
             shapes = probe.layer_shapes(skeleton, language, text.num_hidden_layers)
             return shapes, states.bytes_per_slot(saving=config.prefix_cache) if states else 0
         except ConfigError as error:
-            raise ConfigError(f"model {config.model!r} cannot be served: {error}") from error
-        except (RuntimeError, NotImplementedError) as error:  # experts that ask which tokens they have
-            log.debug("the layers of %s cannot be probed: %s", config.model, error)
+            if not isinstance(error.__cause__, RuntimeError):
+                raise ConfigError(f"model {config.model!r} cannot be served: {error}") from error
+            # Without weights some forwards cannot run: of experts that ask which tokens they have, of some ropes.
+            log.debug("the layers of %s cannot be probed before weights are loaded: %s", config.model, error)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return uniform(text.num_hidden_layers, share_of(config, heads), width), 0
