@@ -63,7 +63,7 @@ class Needs:
     @classmethod
     def of_target(cls, config: EngineConfig, target: Target) -> Needs:
         """Read them off a loaded target."""
-        states = getattr(target, "states", None)
+        states = target.states
         text = target.model.config.get_text_config() if hasattr(target, "model") else None
         return cls(
             target.num_bytes,
