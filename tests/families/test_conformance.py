@@ -10,10 +10,9 @@ import pytest
 from tests.families.conformance import conform, table
 from tests.families.zoo import families
 
-QUICK = ("qwen3_vl", "gemma3", "gemma4_vision", "internvl", "smolvlm", "mistral3", "glm4v")
+QUICK = ("qwen3_vl", "qwen3_5", "gemma3", "gemma4_vision", "internvl", "smolvlm", "mistral3", "glm4v")
 QUICK_MODES = ("prompts", "alone", "chunks of 17", "replay")
 MORE_MODES = ("prompts", "batch", "chunks of 16", "prefix cache", "flash", "sampling")
-STATES = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl")  # layers with a state are refused for now
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of its own deprecations
 
@@ -31,7 +30,7 @@ def test_a_family_answers_as_transformers_does(name: str, saved: Callable[[str],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(families().keys() - STATES))
+@pytest.mark.parametrize("name", sorted(families()))
 def test_every_family_answers_as_transformers_does(name: str, saved: Callable[[str], Path]) -> None:
     check(name, saved(name), MORE_MODES, 6)
 

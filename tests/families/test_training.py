@@ -38,9 +38,9 @@ class Pictures:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "gemma3", "qwen3_5"])
 def test_a_draft_learns_from_a_family_without_code_of_its_own(name: str, tmp_path: Path) -> None:
-    """Deepstack rows, tiles and two-way blocks lie in these prompts; the draft reads the decoder's states alone."""
+    """Deepstack rows, tiles, two-way blocks and layers with a state lie behind what the draft reads: hidden states."""
     folder = zoo.FAMILIES[name].save(tmp_path / "target")
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 0}))  # answers go on

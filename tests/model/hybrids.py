@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model.backends import attention
 from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kv_cache import KVCache, LayerShape
+from model.backends.slot_states import SlotStates
 from model.targets.states import States
 
 HIDDEN = 64
@@ -49,7 +50,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "block_ff_dim": 96,
         "block_auto_adjust_ff_dim": False,
     },
-    "lfm3": {"num_hidden_layers": 4, "layer_types": ["conv", "conv", FULL, "conv"]},
+    "lfm3": {
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", FULL, "conv", "sliding_attention", "conv"],
+        "sliding_window": 20,  # longer than a tree is deep
+    },
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
         "mamba_num_heads": 4,
@@ -82,6 +87,15 @@ def tiny(kind: str) -> Any:
     return model.requires_grad_(False)
 
 
+def shapes(model: Any) -> list[LayerShape | None]:
+    """Return what each layer keeps in the KV cache: nothing in those without attention."""
+    layers: list[LayerShape | None] = [None] * model.config.num_hidden_layers
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            layers[module.layer_idx] = LayerShape(2, 16, getattr(module, "sliding_window", None))
+    return layers
+
+
 class Hybrid:
     """Slots of a tiny model, and what each was kept of its sequence."""
 
@@ -91,31 +105,32 @@ class Hybrid:
         self.reference = copy.deepcopy(self.model)
         layers = States.of(self.model)
         assert layers is not None
-        self.states = layers.allocate(num_slots, saving=True)
+        states = layers.allocate(num_slots, saving=True)
         self.model.set_attn_implementation(attention.NAME)
         self.cache = KVCache(
-            layers=uniform(self.model.config.num_hidden_layers, 2, 16),
+            layers=shapes(self.model),
             num_slots=num_slots,
             capacity=256,
             margin=32,
+            rows=160,  # of a prompt chunk
             dtype=torch.float32,
             device=torch.device("cpu"),
+            states=states,
         )
         self.kept = [torch.zeros(0, HIDDEN) for _ in range(num_slots)]
 
     def start(self, slot: int, source: int = -1, length: int = 0, save_at: Sequence[int] = ()) -> None:
         """Begin a sequence in a free slot, with the first `length` positions of slot `source`."""
-        self.cache.take(slot)
-        self.states.start(slot, save_at)
+        self.cache.take(slot, save_at)
         if length:
             self.cache.share(source, slot, length)
-            self.states.share(source, slot, length)
         self.kept[slot] = self.kept[source][:length] if length else torch.zeros(0, HIDDEN)
 
-    def finish(self, slot: int) -> None:
-        """End a sequence, whose state is saved."""
-        self.states.save(slot)
-        self.cache.free(slot)
+    @property
+    def states(self) -> SlotStates:
+        """Return the states of all slots."""
+        assert isinstance(self.cache.states, SlotStates)
+        return self.cache.states
 
     def run(self, embeds: Tensor, depths: np.ndarray, rows: AttentionMetadata) -> Tensor:
         """Run a pass over embeds (batch, rows, hidden); nothing is kept of it yet."""
@@ -150,14 +165,12 @@ class Hybrid:
         """Keep rows of the latest pass, over embeds (slots, rows, hidden)."""
         with torch.inference_mode():
             self.cache.keep(slots, paths)
-            self.states.keep(slots, paths)
         for slot, path, given in zip(slots, paths, embeds, strict=True):
             self.kept[slot] = torch.cat((self.kept[slot], given[path]))
 
     def exchange(self, one: int, other: int) -> None:
         """Exchange two slots."""
         self.cache.exchange(one, other)
-        self.states.exchange(one, other)
         self.kept[one], self.kept[other] = self.kept[other], self.kept[one]
 
     def expected(self, embeds: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv, causal_conv1d_
 
 from model.backends import recurrences
 from model.backends.attention import prompt_rows
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kv_cache import KVCache
 from model.backends.recurrences import Rows
 from model.backends.slot_states import SAVED, SlotStates
 from model.errors import ConfigError
@@ -134,7 +134,7 @@ def test_a_sequence_starts_where_another_was_saved(hybrid: Hybrid, chunks: list[
     embeds = some(3, 2, seed=4)
     hybrid.verify(embeds, [[-1, 0]] * 3)
     hybrid.keep(range(3), [[0, 1], [0], [0, 1]], embeds)
-    hybrid.finish(0)
+    hybrid.cache.free(0)
     hybrid.start(3, source=0, length=len(prompt) + 2)
     hybrid.check_next([1, 2, 3])
     hybrid.start(0, source=0, length=12)
@@ -145,7 +145,7 @@ def test_a_sequence_starts_where_another_was_saved(hybrid: Hybrid, chunks: list[
 def test_a_new_sequence_inherits_nothing(hybrid: Hybrid) -> None:
     hybrid.start(0, save_at=(3,))
     hybrid.read(0, some(9, seed=1))
-    hybrid.finish(0)
+    hybrid.cache.free(0)
     hybrid.start(0)
     assert hybrid.states.shareable(0, 500) == 0
     hybrid.check_next([0])
@@ -185,23 +185,24 @@ def test_saved_states_are_bounded_and_counted(hybrid: Hybrid) -> None:
 
 def test_nothing_is_saved_where_no_prefix_is_cached() -> None:
     hybrid = Hybrid("lfm2")
-    hybrid.states = SlotStates(hybrid.states._layers, 4, saving=False)
+    hybrid.cache.states = SlotStates(hybrid.states._layers, 4, saving=False)
     hybrid.start(0, save_at=(3, 9))
     hybrid.read(0, some(9, seed=1))
-    hybrid.finish(0)
+    hybrid.cache.free(0)
     assert hybrid.states.shareable(0, 500) == 0
 
 
 def test_caches_of_one_model_do_not_touch_each_other(hybrid: Hybrid) -> None:
     other = copy.copy(hybrid)
-    other.kept, other.states = list(hybrid.kept), SlotStates(hybrid.states._layers, 2, saving=True)
+    other.kept = list(hybrid.kept)
     other.cache = KVCache(
-        layers=uniform(4, 2, 16),
+        layers=hybrid.cache.layers,
         num_slots=2,
         capacity=64,
         margin=8,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        states=SlotStates(hybrid.states._layers, 2, saving=True),
     )
     for number, each in enumerate((hybrid, other)):
         each.start(0)
