@@ -44,7 +44,7 @@ class Timeline:
         """
         count, last = len(self.starts), float(self.starts[-1])
         numbers = np.arange(count)
-        for rate in (claimed_rate, (count - 1) / last) if count > 1 else ():
+        for rate in (claimed_rate, round((count - 1) / last, 6)) if count > 1 else ():
             if rate and np.abs(self.starts - numbers / rate).max() <= min(ROUNDING, 0.25 / rate):
                 return VideoMetadata(count, rate, count / rate, *size), numbers / rate
         duration = self.end or None
