@@ -36,7 +36,9 @@ from tests.model import tiny
 NUM_TOKENS = 24
 LENGTHS = (1.0, 0.3, 0.7, 0.15, 0.5)  # of answers in a batch, as shares: they leave at different steps
 TIE = 1e-4  # of the range of all logits, or of probability: closer than this is a tie
+COARSE = 0.1  # likewise, for first tokens in bfloat16
 ACCURACY = 0.7
+COMMON: dict[str, Any] = {"max_model_len": POSITIONS, "max_num_seqs": 8, "prefill_chunk": 1024}
 SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "seed": 1},
     {"temperature": 1.0, "top_p": 0.9, "seed": 2},
@@ -100,18 +102,20 @@ class Subject:
         """Return an engine with these settings; all share one target."""
         key = str(settings)
         if key not in self._engines:
-            common = {"max_model_len": POSITIONS, "max_num_seqs": 8, "prefill_chunk": 1024, "drafter": "off"}
             target = next((engine.target for engine in self._engines.values()), None)
-            self._engines[key] = Engine(tiny.config(self.folder, **common | settings), target)
+            self._engines[key] = Engine(tiny.config(self.folder, **COMMON | {"drafter": "off"} | settings), target)
         return self._engines[key]
 
+    @cached_property
+    def draft(self) -> Path:
+        """Save an untrained FLASH draft and return its folder."""
+        folder, target = self.folder.with_name(self.folder.name + "-draft"), self.engine().target
+        checkpoint.save(folder, tiny.new_draft(target), target, command="a test")
+        return folder
+
     def with_flash(self) -> Engine:
-        """Return an engine with an untrained FLASH draft."""
-        folder = self.folder.with_name(self.folder.name + "-draft")
-        if not folder.exists():
-            target = self.engine().target
-            checkpoint.save(folder, tiny.new_draft(target), target, command="a test")
-        return self.engine(drafter="flash", draft=str(folder))
+        """Return an engine with that draft."""
+        return self.engine(drafter="flash", draft=str(self.draft))
 
     def forget(self) -> None:
         """Drop the engines: an error may have left them in any state."""
@@ -308,6 +312,19 @@ def sampling(trial: Trial) -> None:
     trial.compare(requests, trial.run(trial.subject.with_flash(), requests, every=1), known)
 
 
+def rounded(trial: Trial) -> None:
+    """The same in bfloat16, with an untrained draft: rounding moves logits, but the first tokens stay good ones."""
+    flash = str(trial.subject.draft)
+    engine = Engine(tiny.config(trial.subject.folder, **COMMON, dtype="bfloat16", drafter="flash", draft=flash))
+    requests = trial.subject.requests(8)
+    for request_id, each in trial.run(engine, requests, every=1).items():
+        name = medium(request_id)
+        logits = trial.subject.answers[name].logits[0].double()
+        gap = margin(logits, requests[0].params, 0, (tiny.token_ids(each)[0],))
+        if gap > COARSE:
+            trial.differ(name, f"the first token is far from the best: gap {gap:.1e}")
+
+
 MODES: dict[str, Callable[[Trial], None]] = {
     "prompts": prompts,
     "alone": alone,
@@ -319,6 +336,7 @@ MODES: dict[str, Callable[[Trial], None]] = {
     "ngram": ngram,
     "replay": replay,
     "sampling": sampling,
+    "bfloat16": rounded,
 }
 
 
