@@ -165,7 +165,7 @@ class ChatProcessor:
             options = {name: value for name, value in options.items() if name != "fps"} | {"num_frames": num_frames}
         elif fps is not None:
             options = {name: value for name, value in options.items() if name != "num_frames"} | {"fps": fps}
-        elif not (videos.do_sample_frames and (options.get("num_frames") or options.get("fps"))):
+        elif not (options.get("num_frames") or options.get("fps")):  # it would take every frame
             return None
         if (wanted := options.get("num_frames")) is not None:
             options["num_frames"] = min(wanted, source.total_frames)

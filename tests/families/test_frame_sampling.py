@@ -80,6 +80,21 @@ def test_without_one_the_choice_is_left_to_the_caller(
     assert indices is None or name == "qwen2_vl" and len(indices) == 24, indices
 
 
+def test_a_processor_that_knows_how_many_samples_though_it_is_set_not_to(
+    chat: Callable[[str], ChatProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolVLM's published checkpoints set a rate and a number, and `do_sample_frames` false, which takes all frames."""
+    videos = chat("smolvlm").processor.video_processor
+    assert not videos.do_sample_frames
+    monkeypatch.setattr(videos, "fps", 1, raising=False)
+    monkeypatch.setattr(videos, "num_frames", 8, raising=False)
+    metadata = FamilyMetadata(LONG.total_frames, LONG.fps, LONG.width, LONG.height, LONG.duration)
+    for num_frames, fps in ((None, None), (None, 0.2), (4, None)):
+        expected = videos.sample_frames(metadata=metadata, num_frames=num_frames, fps=fps).tolist()
+        assert chat("smolvlm").sample_frames(LONG, num_frames, fps) == expected
+        assert len(expected) == (num_frames or 8 if fps is None else 6)
+
+
 def test_a_clip_shorter_than_the_default_is_taken_whole(chat: Callable[[str], ChatProcessor]) -> None:
     """Gemma's processor itself raises for one of fewer than 32 frames."""
     assert chat("gemma4").sample_frames(SHORT, None, None) == list(range(26))
