@@ -42,6 +42,7 @@ class Kind:
     neighbours: bool = False
 
 
+GLM_NORMS = "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"
 KINDS = {
     "Gemma3TextModel": Kind(
         "Gemma3DecoderLayer",
@@ -53,11 +54,8 @@ KINDS = {
         ),
         norm="rms_plus_one",
     ),
-    "Glm4vTextModel": Kind(
-        "Glm4vTextDecoderLayer",
-        norms=("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"),
-        neighbours=True,
-    ),
+    "Glm4vTextModel": Kind("Glm4vTextDecoderLayer", norms=GLM_NORMS, neighbours=True),
+    "GlmOcrTextModel": Kind("GlmOcrTextDecoderLayer", norms=GLM_NORMS, neighbours=True),
     "LlamaModel": Kind("LlamaDecoderLayer"),
     "MistralModel": Kind("MistralDecoderLayer"),
     "PaddleOCRTextModel": Kind("PaddleOCRDecoderLayer"),

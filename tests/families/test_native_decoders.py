@@ -13,7 +13,7 @@ from model.engine.native_round import NativeRound
 from tests.families.conformance import MODES, Result, Subject, Trial
 from tests.families.zoo import families
 
-NATIVE = ("qwen3_vl", "internvl_qwen3", "gemma3", "glm4v", "paddleocr_vl", "smolvlm", "mistral3_window")
+NATIVE = ("qwen3_vl", "internvl_qwen3", "gemma3", "glm_ocr", "paddleocr_vl", "smolvlm", "mistral3_window")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of its own deprecations
 
