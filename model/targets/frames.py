@@ -40,8 +40,11 @@ def fitting_frames(target: Target, messages: Sequence[Message], room: int) -> in
     """Find how many frames per video a conversation can have within `room` tokens, regardless of the size of the
     videos' files.
 
-    Returns 0 if one frame each is too much, or if there is no video.
+    Returns 0 if one frame each is too much, or if there is no video; also where the target's processor resizes, since
+    it would process every medium anew for every number that is tried.
     """
+    if target.geometry.depends_on_file:
+        return 0
     media = [part for message in messages for part in message.content if isinstance(part, Medium)]
 
     def fits(num_frames: int) -> bool:

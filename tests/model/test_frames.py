@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from model.engine.engine import Engine
-from model.request import Medium, Message, RequestError
+from model.request import Geometry, Medium, Message, Request, RequestError
 from model.targets.base import Target
 from model.targets.frames import SHARE, fitting_frames, most_frames
 from model.targets.qwen2_5_vl import Qwen25VLTarget
@@ -125,3 +126,27 @@ def test_a_request_that_does_not_fit_is_told_what_would(
     hint = re.search(r"with num_frames (\d+) it would fit", refused.value.message)
     assert hint is not None, refused.value.message
     engine.prepare(tiny.ask("r", *clips(int(hint[1])), "What is it?", max_tokens=max_tokens))
+
+
+def test_a_prompt_that_is_too_long_is_not_processed_again_where_the_processor_resizes(tiny_target: Target) -> None:
+    """That would take seconds for a long clip, in the thread that prepares all requests."""
+
+    class Resizing:
+        geometry = Geometry()
+
+        def prompt(self, _: object) -> None:
+            raise AssertionError("processed again")
+
+    video = Medium("video", np.zeros((4, 48, 48, 3), np.uint8))
+    messages = (Message("user", (video, "What?")),)
+    assert fitting_frames(Resizing(), messages, 10) == 0  # type: ignore[arg-type]
+    assert fitting_frames(tiny_target, messages, 1000) == 4
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_an_option_that_no_processor_takes_is_refused_by_its_name(plain_engine: Engine, kind: Any) -> None:
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    medium = Medium(kind, frames, options=(("max_pixels", 9), ("do_pan_and_scan", True)))
+    with pytest.raises(RequestError, match=f"{kind} processor does not take do_pan_and_scan") as caught:
+        plain_engine.prepare(Request("r", (Message("user", (medium,)),)))
+    assert caught.value.code == "unknown_option"
