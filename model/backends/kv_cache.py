@@ -145,9 +145,9 @@ class Storage:
         batch = positions.shape[0]
         return (self._base[first_slot : first_slot + batch] + self.places(positions)[:, None, :]).flatten()
 
-    def used(self, length: int, whole: int) -> int:
-        """Return how many places hold the first `length` positions of a slot in which `whole` were written."""
-        return self.ring if self.wraps and whole > self.ring else length
+    def used(self, written: int) -> int:
+        """Return how many places a slot uses in which so many positions were written."""
+        return min(written, self.ring) if self.wraps else written
 
     def clear(self, slot: int, first: int, end: int) -> None:
         """Set positions first..end of a slot to zero."""
@@ -349,18 +349,18 @@ class KVCache:
     def is_finite(self, slot: int, length: int) -> bool:
         """Return whether the first `length` positions of a slot have no infinity and no NaN."""
         return all(
-            math.isfinite(storage.data[:, :, slot, :, : storage.used(length, length)].sum(dtype=torch.float32).item())
+            math.isfinite(storage.data[:, :, slot, :, : storage.used(length)].sum(dtype=torch.float32).item())
             for storage in self.storages
         )
 
     def exchange(self, one: int, other: int) -> None:
         """Exchange the contents of two slots, either of which may be free."""
-        from_one, from_other = (self.lengths[s] if s not in self._free else self._left[s] for s in (one, other))
-        self.swap(one, other, from_one, from_other)
+        # Both are swapped as far as either was written, trees included, so that nothing is left that must be cleared.
+        written = max(self._end(one), self._end(other)) + self._scratch
+        self.swap(one, other, written, written)
         if self.states is not None:
             self.states.exchange(one, other)
-        for slot, kept, length in ((one, from_other, from_one), (other, from_one, from_other)):
-            self._clear_scratch(slot, kept, length)
+        for slot in (one, other):
             self._clear_idle_rows(slot)
         for by_slot in (self.lengths, self._left, self._high):
             by_slot[one], by_slot[other] = by_slot[other], by_slot[one]
@@ -381,18 +381,22 @@ class KVCache:
     def share(self, source: int, slot: int, length: int) -> None:
         """Start an empty slot with the first `length` positions of slot `source`, which may be the same slot."""
         if slot != source:
-            self.swap(source, slot, length, 0)
             self._high[slot] = self._end(source)
+            # A ring is copied as far as it was written. What is behind `length` may be of a sequence that still runs.
+            written = length if self._reach is None else self._high[slot]
+            self.swap(source, slot, written, 0)
+            if written > length:
+                self._clear_scratch(slot, length, written)
         self.lengths[slot] = length
         if self.states is not None:
             self.states.share(source, slot, length)
 
     def swap(self, one: int, other: int, from_one: int, from_other: int) -> None:
-        """Copy the first `from_one` positions of slot `one` to slot `other`, and `from_other` the other way."""
+        """Copy what slot `one` holds after writing `from_one` positions to slot `other`, and `from_other` the other
+        way."""
         for storage in self.storages:
             first, second = storage.data[:, :, one], storage.data[:, :, other]
-            upto = storage.used(from_one, self._end(one)) if from_one else 0
-            back = storage.used(from_other, self._end(other)) if from_other else 0
+            upto, back = storage.used(from_one), storage.used(from_other)
             kept = second[..., :back, :].clone()
             second[..., :upto, :] = first[..., :upto, :]
             first[..., :back, :] = kept
