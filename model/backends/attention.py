@@ -258,6 +258,8 @@ def attend(
         keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.cache.storage(layer)[0].stride)
         return kernel(queries, keys, values, plan.starts, plan.visible, scale)[..., :width]
     keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.num_places(layer))
+    if queries.shape[-1] < keys.shape[-1]:  # keys narrower than values are stored padded
+        queries = F.pad(queries, (0, keys.shape[-1] - queries.shape[-1]))
     groups, num_rows = queries.shape[1] // keys.shape[1], queries.shape[2]
     if groups > 1:  # query heads that share keys become more rows, so that no keys are copied
         queries = queries.reshape(plan.batch, keys.shape[1], groups * num_rows, -1)
@@ -283,17 +285,17 @@ def _mixed(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attend by separate products, where torch has no fused kernel. sinks: (1, heads, rows, 1)."""
+    precise = torch.promote_types(queries.dtype, torch.float32)
     at_once = max(1, MOST_SCORES // (keys.shape[0] * keys.shape[1] * keys.shape[2]))
     parts = []
     for first in range(0, queries.shape[2], at_once):
         rows = slice(first, first + at_once)
-        scores = queries[:, :, rows] @ keys.transpose(2, 3) * scale
+        scores = (queries[:, :, rows] @ keys.transpose(2, 3)).to(precise) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = (scores + mask[:, :, rows]).float()
+        scores = scores + mask[:, :, rows]
         if sinks is not None:
-            theirs = sinks[:, :, rows].float().expand(len(scores), -1, -1, -1)
-            scores = torch.cat((scores, theirs), -1)
+            scores = torch.cat((scores, sinks[:, :, rows].to(precise).expand(len(scores), -1, -1, -1)), -1)
         weights = scores.softmax(-1)[..., : keys.shape[2]]
         parts.append(weights.to(values.dtype) @ values)
     return torch.cat(parts, 2)
