@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from model.backends import attention
+from model.backends import attention, kv_cache
 from model.backends.attention import AttentionMetadata, MaskKind, prompt_rows
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kv_cache import KVCache, LayerShape, uniform
 from model.decoding.tree import Trees
 from model.engine.engine import Engine
 from tests.model import tiny
+from tests.model.written_out import Layer, Sequences
 
 DIM = 8
 
@@ -118,3 +119,178 @@ def test_a_prompt_in_chunks_is_the_prompt_as_a_whole_and_as_transformers_has_it(
         logits = theirs(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         # transformers norms in float32 whatever the dtype
         torch.testing.assert_close(engine.target.logits(whole), logits, atol=1e-3, rtol=0)
+
+
+# -- layers of other kinds, see written_out.py
+
+KINDS = {
+    "all positions": Layer(LayerShape(2, 8)),
+    "window": Layer(LayerShape(2, 8, window=20)),
+    "window of one": Layer(LayerShape(1, 8, window=1)),
+    "window beyond the capacity": Layer(LayerShape(2, 8, window=500)),
+    "soft cap": Layer(LayerShape(2, 8), softcap=0.8),
+    "sinks": Layer(LayerShape(2, 8), heads=8, sinks=True),
+    "narrow values": Layer(LayerShape(2, 12), values=8),
+    "narrow keys": Layer(LayerShape(2, 12), keys=8),
+    "all of it": Layer(LayerShape(1, 12, window=7), values=8, softcap=1.5, sinks=True),
+}
+SEVERAL = [KINDS["all positions"], KINDS["window"], None, KINDS["all of it"], KINDS["window"], KINDS["sinks"]]
+
+
+@pytest.fixture
+def short_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rings be short, so that short sequences go around them: 128 positions for a window of 20."""
+    monkeypatch.setattr(kv_cache, "REACH", 16)
+
+
+@pytest.mark.usefixtures("short_reach")
+@pytest.mark.parametrize("layer", KINDS.values(), ids=KINDS)
+def test_rows_chunks_and_trees_see_what_their_layer_lets_them(layer: Layer) -> None:
+    """A chunk is longer than the windows; a node's window counts from its depth in the tree, not from its row."""
+    sequences = Sequences([layer], capacity=150, rows=24)
+    for length in (70, 3, 21):
+        sequences.fill(sequences.begin(), length, at_once=24)
+    for num in (1, 9, 16, 9):
+        sequences.step(num)
+    sequences.step(9, idle=[1])
+
+
+def test_windows_and_soft_caps_change_the_result() -> None:
+    results = {}
+    for name in ("all positions", "window", "window beyond the capacity", "soft cap"):
+        layer, generator = KINDS[name], torch.Generator().manual_seed(1)
+        kv = KVCache(layers=[layer.shape], num_slots=1, capacity=100, margin=16, dtype=torch.float64,
+                     device=torch.device("cpu"))  # fmt: skip
+        q, k, v = (torch.randn(1, heads, 40, 8, generator=generator).double() for heads in (4, 2, 2))
+        plan, window = prompt_rows(kv, kv.allocate(), 0, 40).plan, layer.shape.window
+        results[name] = attention.attend(plan, 0, q, k, v, window=window, softcap=layer.softcap)
+    plain = results.pop("all positions")
+    assert torch.equal(results.pop("window beyond the capacity"), plain)
+    for name, result in results.items():
+        assert not torch.allclose(result, plain, atol=1e-3), name
+    torch.testing.assert_close(results["window"][:, :, :20], plain[:, :, :20])
+
+
+@pytest.mark.parametrize("kind", ["whole", "window"])
+@pytest.mark.parametrize("window", [None, 5, 20])
+def test_tokens_of_one_block_see_each_other_in_both_directions(
+    kind: kv_cache.Blocks, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image's tokens do, also beside a layer that does not look ahead; two images do not see each other's."""
+    monkeypatch.setattr(kv_cache, "REACH", 16)
+    layers = [Layer(LayerShape(2, 8, window, kind)), Layer(LayerShape(2, 8, window)), Layer(LayerShape(2, 8))]
+    sequences = Sequences(layers, capacity=300)
+    slot = sequences.begin()
+    sequences.fill(slot, 130)
+    sequences.chunk(slot, 40, [-1] * 3 + [0] * 12 + [-1] + [1] * 8 + [2] * 10 + [-1] * 6)
+    sequences.chunk(slot, 12, [4] * 12)
+    sequences.chunk(slot, 5)
+    sequences.step()
+
+
+@pytest.mark.usefixtures("short_reach")
+def test_positions_go_around_the_ring_up_to_the_margin_behind_the_capacity() -> None:
+    """Trees lie across the seam of the ring, and at last across the end of the capacity; their paths are moved."""
+    sequences = Sequences(SEVERAL, capacity=300, rows=16)
+    ring = sequences.cache.storage(1)[0].ring
+    assert ring == 128 < 300 == sequences.cache.storage(0)[0].ring
+    for length in (ring - 10, 2 * ring - 12, 5):
+        sequences.fill(sequences.begin(), length, at_once=16)
+    for _ in range(4):
+        sequences.step(14)
+    assert sequences.cache.lengths[0] > ring - 10
+    sequences.fill(1, 295)
+    for _ in range(4):
+        sequences.step(16)
+    sequences.fill(1, 300, at_once=1)
+    sequences.step(16)
+    assert sequences.cache.lengths[1] == 300, "full, and still verified against"
+
+
+@pytest.mark.usefixtures("short_reach")
+@pytest.mark.parametrize("behind", [0, 1, 16])
+@pytest.mark.parametrize("length", [40, 200])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "running"])
+def test_a_prefix_is_shared_from_a_slot_that_went_around(behind: int, length: int, finished: bool) -> None:
+    """The source has verified a tree behind its end. What its windows have lost is refused."""
+    sequences = Sequences(SEVERAL, rows=16)
+    source = sequences.begin()
+    sequences.fill(source, length, at_once=16)
+    sequences.step(16, keep=0)
+    if finished:
+        sequences.end(source)
+    cache = sequences.cache
+    assert cache.shareable(source, length - behind)
+    assert not cache.shareable(source, length - 17)
+    other = sequences.begin(source, length - behind)  # the source's own slot, if it is free
+    assert (other == source) == finished
+    sequences.step(9, keep=2)
+    sequences.fill(other, length + 60, at_once=16)
+    sequences.step(9)
+    if not finished:
+        sequences.step(9)
+        sequences.end(source)
+    assert not cache.shareable(other, length - behind), "this sequence has gone on"
+
+
+@pytest.mark.usefixtures("short_reach")
+@pytest.mark.parametrize("lengths", [(40, 300), (300, 40), (120, 250), (300, 200), (127, 140)])
+@pytest.mark.parametrize("finished", [(), (0,), (1,)], ids=["both run", "first ended", "second ended"])
+def test_slots_are_exchanged_whatever_their_rings_hold(lengths: tuple[int, int], finished: tuple[int, ...]) -> None:
+    """The shorter sequence once lost the positions that the longer one had in their places."""
+    sequences = Sequences(SEVERAL, num_slots=2, rows=16)
+    for length in lengths:
+        sequences.fill(sequences.begin(), length, at_once=16)
+    sequences.step(16, keep=1)
+    for slot in finished:
+        sequences.end(slot)
+    sequences.exchange(0, 1)
+    sequences.step(9, keep=3)
+    for slot in finished:
+        sequences.begin(1 - slot, lengths[slot] - 2)
+    sequences.step(9)
+
+
+@pytest.mark.usefixtures("short_reach")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_random_life_of_layers_of_several_kinds(seed: int) -> None:
+    sequences = Sequences(SEVERAL, num_slots=4, capacity=260, rows=24, seed=seed)
+    rng, cache = np.random.default_rng(seed), sequences.cache
+    for _ in range(70):
+        action = rng.choice(["begin", "share", "chunk", "chunk", "step", "step", "end", "exchange"])
+        running = sorted(sequences.running)
+        if action == "begin" and cache.num_free:
+            sequences.begin()
+        elif action == "share" and cache.num_free:
+            stored = {**sequences.running, **sequences.finished}
+            ends = [(slot, rows[0][0].shape[1] - int(rng.integers(12))) for slot, rows in stored.items()]
+            ends = [(slot, end) for slot, end in ends if end > 0 and cache.shareable(slot, end)]
+            if ends:
+                sequences.begin(*ends[rng.integers(len(ends))])
+        elif action == "chunk" and running:
+            slot = int(rng.choice(running))
+            sequences.fill(slot, min(260, cache.lengths[slot] + int(rng.integers(1, 60))), at_once=24)
+        elif action == "step" and running:
+            sequences.step(int(rng.integers(1, 17)), idle=[s for s in running if rng.random() < 0.2])
+        elif action == "end" and running:
+            sequences.end(int(rng.choice(running)))
+        elif action == "exchange":
+            sequences.exchange(*rng.choice(4, 2, replace=False).tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_are_rounded_once(dtype: torch.dtype) -> None:
+    """In bfloat16 a score of 10 is off by 0.03, and so its weight by 3 %. A soft cap must not add to that."""
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 7e-2}[dtype]
+    layers = [Layer(LayerShape(2, 8), softcap=30.0, spread=10.0), Layer(LayerShape(2, 8), sinks=True, spread=10.0)]
+    sequences = Sequences(layers, dtype=dtype, tolerance=tolerance)
+    sequences.fill(sequences.begin(), 60)
+    sequences.step()
+
+
+def test_scores_in_parts_are_those_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt's scores do not fit into memory at once."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 1000)
+    sequences = Sequences([KINDS["all of it"], KINDS["sinks"]])
+    sequences.fill(sequences.begin(), 60)
+    sequences.step()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from model.backends.kv_cache import ALIGNED, KVCache, uniform
+from model.backends import kv_cache
+from model.backends.kv_cache import ALIGNED, KVCache, LayerShape, uniform
 
 LAYERS, HEADS, DIM = 2, 3, 4
 
@@ -228,3 +231,95 @@ def test_a_kernel_that_reads_a_whole_block_at_the_very_end_reads_zeros() -> None
         other.data.fill_(1)
     end = kv.data.storage_offset() + kv.data.numel()
     assert not torch.as_strided(kv.data, (ALIGNED,), (1,), end).any()
+
+
+# -- layers with windows. What attention reads of them is in test_attention.py.
+
+
+def gemma(heads: int, width: int, window: int | None) -> list[LayerShape | None]:
+    """Return the layers of Gemma 3 4B: each sixth sees everything, the others a window."""
+    return [LayerShape(heads, width, None if layer % 6 == 5 else window) for layer in range(34)]
+
+
+@pytest.mark.parametrize(("capacity", "most"), [(32768, 0.25), (8192, 0.45), (1024, 1.0)])
+def test_layers_with_windows_store_little_more_than_their_windows(capacity: int, most: float) -> None:
+    """Chunks and trees are those of an engine's defaults. A ring must not take more than a slot without one."""
+    room: dict[str, Any] = {"capacity": capacity, "margin": 65, "rows": 512}
+    counted, allocated = {}, {}
+    for window in (1024, None):
+        layers = gemma(1, 32, window)
+        counted[window] = KVCache.bytes_per_slot(layers=layers, **room, dtype=torch.float32)
+        kv = KVCache(layers=layers, num_slots=1, **room, dtype=torch.float32, device=torch.device("cpu"))
+        assert kv.nbytes == counted[window]
+        allocated[window] = sum(storage.data.untyped_storage().nbytes() for storage in kv.storages)
+        assert allocated[window] <= counted[window] + (len(kv.storages) << 22), "beyond what rounding to pages adds"
+    assert counted[1024] <= most * counted[None]
+    assert allocated[1024] <= most * allocated[None]
+    real = [KVCache.bytes_per_slot(layers=gemma(4, 256, w), **room, dtype=torch.bfloat16) for w in (1024, None)]
+    assert real[0] / real[1] == pytest.approx(counted[1024] / counted[None])
+
+
+def test_layers_of_equal_size_share_a_storage_and_others_do_not() -> None:
+    shapes = [
+        LayerShape(2, 8),
+        LayerShape(2, 8, 20),
+        None,
+        LayerShape(2, 8, 21),
+        LayerShape(1, 8, 20),
+        LayerShape(2, 8),
+    ]
+    kv = KVCache(layers=shapes, num_slots=1, capacity=2000, margin=8, dtype=torch.float32, device=torch.device("cpu"))
+    assert len(kv.storages) == 3
+    first, _ = kv.storage(0)
+    assert kv.storage(5) == (first, 1)
+    assert kv.storage(3)[0] is kv.storage(1)[0], "windows of about one size have rings of one size"
+    with pytest.raises(KeyError):
+        kv.storage(2)
+
+
+@pytest.mark.parametrize("written", [30, 100, 140, 300])
+def test_no_overflow_of_one_sequence_stays_in_a_ring_for_the_next(
+    written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that was rejected once may be infinite; wherever it lies, it must not reach another sequence."""
+    monkeypatch.setattr(kv_cache, "REACH", 16)
+
+    def started(written: int) -> KVCache:
+        """Return a cache of two slots, in the first of which a sequence has a tree with infinite rows behind it."""
+        kv = KVCache(layers=[LayerShape(1, 4, 20), LayerShape(1, 4)], num_slots=2, capacity=300, margin=8, rows=16,
+                     dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
+        kv.take(0)
+        for begin in range(0, written + 8, 4):
+            rows = torch.full((1, 1, 4, 4), 1.0 if begin < written else math.inf)
+            for layer, storage in enumerate(kv.storages):
+                kv.write(layer, storage.locations(0, torch.arange(begin, begin + 4)[None]), rows, rows)
+            kv.keep([0], [list(range(min(4, written - begin)))] if begin < written else [[]])
+        assert not all(storage.data.isfinite().all() for storage in kv.storages)
+        return kv
+
+    def clean(kv: KVCache, slot: int) -> bool:
+        return all(bool(storage.data[:, :, slot].isfinite().all()) for storage in kv.storages)
+
+    kv = started(written)
+    kv.take(1)
+    kv.share(0, 1, written - 4)
+    assert clean(kv, 1), "shared"
+    kv = started(written)
+    kv.exchange(0, 1)
+    assert clean(kv, 0), "exchanged"
+    kv = started(written)
+    assert kv.free(0) == (written != 140), "only in a ring that was filled rejected rows lie among the others"
+    assert clean(kv, 0), "freed"
+
+
+def test_a_new_sequence_shares_all_of_its_own_whoever_had_its_slot_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far a slot was written is kept for the sequence before, of which a prefix may be shared, not for this one."""
+    monkeypatch.setattr(kv_cache, "REACH", 16)
+    kv = KVCache(layers=[LayerShape(1, 4, 20)], num_slots=2, capacity=300, margin=8, rows=16, dtype=torch.float32,
+                 device=torch.device("cpu"))  # fmt: skip
+    for length in (280, 30):
+        slot = kv.allocate()
+        kv.keep([slot], [list(range(length))])
+        kv.free(slot)
+        assert kv.shareable(slot, length)
+        assert not kv.shareable(slot, length - 17)
