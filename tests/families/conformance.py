@@ -1,6 +1,6 @@
 """Compares the engine with transformers' own `generate` for whole families, in every way that requests can run.
 
-    python -m tests.families.conformance [--families a,b] [--modes alone,batch] [--keep FOLDER]
+    python -m tests.families.conformance [--families a,b] [--modes alone,batch] [--torch] [--keep FOLDER]
 
 Prints a matrix of families, media and modes as Markdown, then every difference. A difference is a tie if float64 puts
 the two tokens closer together than float32 can tell apart; any other one fails, and so does an error. Exits with 1
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from model.backends.native import library
 from model.bench.margins import margin
 from model.bench.replay import ReplayDrafter
 from model.drafters import checkpoint
@@ -398,11 +399,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--families", default=",".join(families()), help="names, separated by commas")
     parser.add_argument("--modes", default=",".join(MODES), help="modes, separated by commas")
     parser.add_argument("--media", default="", help="conversations, separated by commas; all if empty")
+    parser.add_argument("--torch", action="store_true", help="run without the native library")
     parser.add_argument("--keep", type=Path, help="folder for the checkpoints; a temporary one if left out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.torch:
+        library.load = lambda: None  # type: ignore[assignment]
     names, modes = options.families.split(","), options.modes.split(",")
     media = [name for name in options.media.split(",") if name]
     results = []
