@@ -48,12 +48,16 @@ class States:
         hidden = torch.zeros(1, 1, language.config.hidden_size, dtype=language.dtype, device=language.device)
         one = Rows(0, 1, 1, False, [[]], None, torch.ones(1, 1, 1, 1, dtype=torch.bool, device=hidden.device))
         for module, layers in found:
-            with torch.no_grad(), passing(layers, [None] * len(layers), one):
-                module(hidden)
-            if any(layer.calls != 1 for layer in layers):
+            name = type(module).__name__
+            try:
+                with torch.no_grad(), passing(layers, [None] * len(layers), one):
+                    module(hidden)
+            except Exception as error:  # whatever the family's own code raises
                 raise ConfigError(
-                    f"layers of type {type(module).__name__} compute a state more than once, or not at all"
-                )
+                    f"layers of type {name} carry a state and cannot be run alone: {type(error).__name__}: {error}"
+                ) from error
+            if any(layer.calls != 1 for layer in layers):
+                raise ConfigError(f"layers of type {name} compute a state more than once, or not at all")
         return cls([layer for _, layers in found for layer in layers])
 
     def bytes_per_slot(self, *, saving: bool) -> int:

@@ -24,7 +24,7 @@ from model.backends.recurrences import Rows
 from model.backends.slot_states import SAVED, SlotStates
 from model.errors import ConfigError
 from model.targets.states import States
-from tests.model.hybrids import CONFIGS, Hybrid, close, some, tiny
+from tests.model.hybrids import CONFIGS, HIDDEN, Hybrid, close, some, tiny
 
 PATHS = {  # a tree's parents: its root-to-leaf paths
     (-1,): [[0]],
@@ -285,7 +285,23 @@ class TwoStates(Lfm2ShortConv):
 def test_a_layer_that_computes_two_states_with_one_function_is_refused() -> None:
     model = tiny("lfm2")
     model.layers[0].conv.__class__ = TwoStates
-    with pytest.raises(ConfigError, match="more than once"):
+    with pytest.raises(ConfigError, match="TwoStates compute a state more than once"):
+        States.of(model)
+
+
+class Wider(Lfm2ShortConv):
+    """A layer whose input is not as wide as the model."""
+
+    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **_: Any) -> Tensor:
+        x = hidden_states.view(len(hidden_states), 3 * HIDDEN, -1)
+        x = x if past_key_values is None else past_key_values.update_conv_state(x)
+        return causal_conv1d_fn(x, self.in_proj.weight[:, :3]).mT
+
+
+def test_a_layer_that_cannot_be_run_alone_is_refused() -> None:
+    model = tiny("lfm2")
+    model.layers[0].conv.__class__ = Wider
+    with pytest.raises(ConfigError, match="Wider carry a state and cannot be run alone: RuntimeError"):
         States.of(model)
 
 
