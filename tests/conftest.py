@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # likewise triton: kernels for GPUs run without one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+import model  # noqa: E402, F401  (before anything imports torchvision, which `model` lets run over a CPU build of torch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
