@@ -136,8 +136,14 @@ def _kind(model: Any) -> Kind | None:
     own = all(type(part).__module__.startswith("transformers.models.") for part in (model, *model.layers))
     if not own or any(type(layer).__name__ != kind.layer for layer in model.layers):
         return None
-    plain = all(type(part) is nn.Linear for layer in model.layers for part in _matrices(layer).values())
-    return kind if plain else None
+    plain = all(_is_plain(part) for layer in model.layers for part in _matrices(layer).values())
+    replaced = any("forward" in vars(part) for layer in model.layers for part in layer.modules())
+    return kind if plain and not replaced else None
+
+
+def _is_plain(part: Any) -> bool:
+    """Return whether a module multiplies by its weight and does nothing else: quantised ones do more."""
+    return type(part) is nn.Linear and type(part.weight) is nn.Parameter
 
 
 def _shape(model: Any, kind: Kind) -> Shape | None:

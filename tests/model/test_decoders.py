@@ -253,6 +253,19 @@ def other_matrix(model: Any) -> None:
     model.layers[2].mlp.down_proj = Quantised(80, HIDDEN, bias=False)
 
 
+def other_tensor(model: Any) -> None:
+    class Quantised(torch.Tensor):
+        pass
+
+    weight = model.layers[2].self_attn.o_proj.weight.data.as_subclass(Quantised)
+    model.layers[2].self_attn.o_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def other_forward(model: Any) -> None:
+    part = model.layers[2].mlp.up_proj
+    part.forward = lambda x: 2 * torch.nn.Linear.forward(part, x)
+
+
 def other_width(model: Any) -> None:
     model.layers[1].mlp.gate_proj = torch.nn.Linear(HIDDEN, 112, bias=False)
 
@@ -280,8 +293,8 @@ def changing_rope(model: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        other_scale, other_eps, half_a_bias, other_matrix, other_width, other_layer, of_its_own_code, no_layers,
-        other_activation, changing_rope,
+        other_scale, other_eps, half_a_bias, other_matrix, other_tensor, other_forward, other_width,
+        other_layer, of_its_own_code, no_layers, other_activation, changing_rope,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-vl"])
