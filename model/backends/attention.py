@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AttentionInterface
 
 from model.backends.kernels import choice
-from model.backends.kernels.choice import TreeAttention
+from model.backends.kernels.choice import Options, TreeAttention, Window
 from model.backends.kv_cache import Blocks, KVCache, Storage
 from model.transfer import upload
 
@@ -143,12 +143,19 @@ class AttentionTensors:
         """Return the number of rows per slot."""
         return int(self.visible.shape[-1])
 
-    def kernel(self, layer: int) -> TreeAttention | None:
+    def kernel(self, layer: int, options: Options) -> TreeAttention | None:
         """Return the kernel that computes a layer's attention instead of torch, if there is one for these rows."""
-        storage, _ = self.cache.storage(layer)
-        if self.num > KERNEL_ROWS or storage.wraps:
+        if self.num > KERNEL_ROWS:
             return None
-        return choice.tree_attention(self.cache.dtype, storage.data.shape[-1], self.cache.device)
+        width = self.cache.storage(layer)[0].data.shape[-1]
+        return choice.tree_attention(self.cache.dtype, width, self.cache.device, options)
+
+    def window(self, layer: int, size: int | None) -> Window | None:
+        """Describe a layer's window for the kernel."""
+        if size is None:
+            return None
+        storage, _ = self.cache.storage(layer)
+        return Window(size, self.depths, *((storage.ring, storage.capacity) if storage.wraps else ()))
 
     @cached_property
     def positions(self) -> Tensor:
@@ -174,8 +181,17 @@ class AttentionTensors:
         """Return how many other rows each row sees, its distance from the root: (batch or 1, rows)."""
         return self.visible.sum(-1) - 1
 
+    def seen(self, layer: int, window: int | None) -> Tensor:
+        """Return which rows each row sees in a layer: (batch or 1, rows, rows) bool."""
+        shape = self.cache.layers[layer]
+        blocks = None if shape is None else shape.blocks
+        key = "seen", window, blocks
+        if key not in self._kept:
+            self._kept[key] = self.rows_visible(window, blocks)
+        return self._kept[key]
+
     def rows_visible(self, window: int | None, blocks: Blocks) -> Tensor:
-        """Return which rows each row sees in a layer: (batch or 1, rows, rows) bool. See LayerShape."""
+        """Return which rows each row sees in layers of a kind: (batch or 1, rows, rows) bool. See LayerShape."""
         visible, within = self.visible, None
         if blocks is not None and self.blocks is not None:
             within = (self.blocks[:, None] == self.blocks) & (self.blocks >= 0)
@@ -202,10 +218,10 @@ class AttentionTensors:
         blocks = None if shape is None or self.blocks is None else shape.blocks
         key = storage.ring, window, blocks, groups
         if key not in self._kept:
-            self._kept[key] = self._mask(storage, window, blocks).repeat(1, 1, groups, 1)
+            self._kept[key] = self._mask(storage, self.seen(layer, window), window).repeat(1, 1, groups, 1)
         return self._kept[key]
 
-    def _mask(self, storage: Storage, window: int | None, blocks: Blocks) -> Tensor:
+    def _mask(self, storage: Storage, seen: Tensor, window: int | None) -> Tensor:
         """Build the mask for one group of query heads."""
         batch, rows = self.batch, self.num
         positions = storage.positions(storage.num_places(self.key_length), self.starts + rows)
@@ -213,7 +229,7 @@ class AttentionTensors:
             positions - self.starts[:, None]
         )  # (batch, places): of a row, its number; negative for earlier positions
         among = behind.clamp(0, rows - 1)[:, None].expand(batch, rows, -1)
-        visible = self.rows_visible(window, blocks).expand(batch, rows, rows).gather(2, among)
+        visible = seen.expand(batch, rows, rows).gather(2, among)
         earlier = ((behind < 0) & (positions >= 0))[:, None]
         if window is not None:
             earlier = earlier & (self.depths[..., None] - behind[:, None] < window)
@@ -250,16 +266,23 @@ def attend(
     """
     plan.cache.write(layer, plan.locations(layer), keys, values)
     width = values.shape[-1]
-    if window is not None and window >= plan.cache.capacity + plan.cache.margin:
-        window = None
+    window, storage = plan.cache.window(window), plan.cache.storage(layer)[0]
+    assert window is not None or not storage.wraps, "a layer whose window is stored sees more"
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    kernel = plan.kernel(layer) if window is None and softcap is None and sinks is None else None
+    stored = storage.data.shape[-1]
+    options = Options(
+        None if width == stored else width, window is not None, storage.wraps, softcap is not None, sinks is not None
+    )
+    kernel = plan.kernel(layer, options)
     if kernel is not None:
-        keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.cache.storage(layer)[0].stride)
-        return kernel(queries, keys, values, plan.starts, plan.visible, scale)[..., :width]
+        keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, storage.stride)
+        return kernel(
+            queries, keys, values[..., :width], plan.starts, plan.seen(layer, window), scale,
+            window=plan.window(layer, window), softcap=softcap, sinks=sinks,
+        )  # fmt: skip
     keys, values = plan.cache.read(layer, plan.first_slot, plan.batch, plan.num_places(layer))
-    if queries.shape[-1] < keys.shape[-1]:  # keys narrower than values are stored padded
-        queries = F.pad(queries, (0, keys.shape[-1] - queries.shape[-1]))
+    if queries.shape[-1] < stored:  # keys narrower than values are stored padded
+        queries = F.pad(queries, (0, stored - queries.shape[-1]))
     groups, num_rows = queries.shape[1] // keys.shape[1], queries.shape[2]
     if groups > 1:  # query heads that share keys become more rows, so that no keys are copied
         queries = queries.reshape(plan.batch, keys.shape[1], groups * num_rows, -1)

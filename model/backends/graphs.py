@@ -25,6 +25,7 @@ from torch import Tensor
 
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.kernels import choice
+from model.backends.kernels.choice import Options
 from model.backends.kv_cache import KVCache
 from model.transfer import pinned
 
@@ -123,6 +124,11 @@ class Replays:
         assert max_rows <= MAX_ROWS
         self._compute, self._cache, self._recorder, self._max_rows = compute, cache, recorder, max_rows
         self._recordings: dict[Shape, _Recording] = {}
+        self._kinds = {  # of layers, by what is known of their attention
+            (shape.width, Options(window=cache.window(shape.window) is not None, ring=cache.storage(layer)[0].wraps))
+            for layer, shape in enumerate(cache.layers)
+            if shape is not None
+        }
 
     def __call__(self, rows: AttentionMetadata, numbers: np.ndarray, states: Tensor | None = None) -> Outputs:
         """Run the pass. numbers: (planes, batch, rows) int64; states: (batch, rows, width), if `compute` takes any.
@@ -163,6 +169,7 @@ class Replays:
     def shape(self, rows: AttentionMetadata, width: int) -> Shape:
         """Return the smallest recordable shape that holds these rows."""
         assert rows.first_slot == 0
+        assert rows.blocks is None
         assert rows.num <= self._max_rows
         num = self._rows(rows.num)
         return Shape(self._batch(rows.batch), num, self._keys(rows.longest + num - rows.num), width)
@@ -178,10 +185,8 @@ class Replays:
     @property
     def _reads_cache(self) -> bool:
         """Return whether attention finds the number of keys of each slot itself, regardless of the shape."""
-        cache = self._cache
-        plain = all(shape is None or shape.window is None for shape in cache.layers)
-        widths = {storage.data.shape[-1] for storage in cache.storages}
-        return plain and all(choice.tree_attention(cache.dtype, width, cache.device) is not None for width in widths)
+        dtype, device = self._cache.dtype, self._cache.device
+        return all(choice.tree_attention(dtype, width, device, kind) is not None for width, kind in self._kinds)
 
     def _keys(self, longest: int) -> int:
         """Round a number of keys up to a power of two or 1.5 times one; at most a whole slot."""

@@ -416,6 +416,10 @@ class KVCache:
         if self._by_torch:
             self.clear(slot, self.capacity, self.capacity + self._scratch)
 
+    def window(self, window: int | None) -> int | None:
+        """Return a layer's window, but None if no sequence is longer."""
+        return None if window is None or window >= self.capacity + self.margin else window
+
     def storage(self, layer: int) -> tuple[Storage, int]:
         """Return the storage of a layer, and its place there."""
         number, at = self._storage_of[layer]

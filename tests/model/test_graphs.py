@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from model.backends import graphs
+from model.backends import graphs, kv_cache
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, attend
 from model.backends.graphs import Replays, Shape
 from model.backends.kernels import choice
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kernels.choice import Options
+from model.backends.kv_cache import KVCache, LayerShape, uniform
 from model.backends.native import library
 from model.drafters.flash.drafter import FlashDrafter
 from model.engine.engine import Engine
@@ -191,6 +192,53 @@ def test_what_is_held_stays_and_what_rounding_adds_is_not_seen(batch: int, rows:
     assert replays.shapes == (replays.shape(AttentionMetadata(kv, 0, rows, starts, counts, mask_kind, parents), 48),)
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 2), (3, 9), (4, 16), (5, 11)])
+def test_layers_with_windows_are_replayed_too(batch: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and slots that rounding adds lie in the ring of such a layer, or in its margin, and are not seen."""
+    monkeypatch.setattr(kv_cache, "REACH", 0)
+    rng = np.random.default_rng(rows)
+    shapes = [LayerShape(2, 8), LayerShape(2, 8, window=20)]
+    parents = np.array([[-1, *(rng.integers(0, row) for row in range(1, rows))] for _ in range(batch)], np.int32)
+    caches = []
+    for _ in range(2):
+        torch.manual_seed(rows)
+        kv = KVCache(layers=shapes, num_slots=5, capacity=300, margin=16, dtype=torch.float32,
+                     device=torch.device("cpu"))  # fmt: skip
+        for storage in kv.storages:
+            storage.data.copy_(torch.randn(storage.data.shape))
+        for slot, length in enumerate((300, 0, 37, 127, 200)):
+            kv.take(slot)
+            kv.lengths[slot] = length
+        caches.append(kv)
+    assert caches[0].storage(1)[0].ring == 128
+    starts, counts = np.array(kv.lengths[:batch], np.int32), np.full(batch, rows, np.int32)
+    counts[3:] = 0
+    numbers = rng.integers(0, 1000, (2, batch, rows))
+
+    def both(plan: AttentionTensors, numbers: Tensor, states: Tensor | None) -> tuple[Tensor, ...]:
+        """Attend in both layers."""
+        assert states is not None
+        q, k, v = states.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = [
+            attend(plan, layer, q, k, v, window=shape.window).transpose(1, 2) for layer, shape in enumerate(shapes)
+        ]
+        return (*mixed, numbers.sum(0))
+
+    replays = Replays(both, caches[0], graphs.Again(), max_rows=16)
+    for turn in range(3):  # recorded, then replayed
+        states = torch.randn(batch, rows, 48)
+        found = replays(AttentionMetadata(caches[0], 0, rows, starts, counts, MaskKind.TREE, parents), numbers, states)
+        plan = AttentionMetadata(caches[1], 0, rows, starts, counts, MaskKind.TREE, parents).plan
+        for mixed_, theirs in zip(found[:2], both(plan, torch.from_numpy(numbers), states)[:2], strict=True):
+            assert mixed_.isfinite().all()
+            torch.testing.assert_close(mixed_[:3, :rows], theirs[:3], atol=1e-6, rtol=0)
+        for kv in caches:
+            kv.keep(
+                range(min(3, batch)), [[0] if turn == 0 and kv.lengths[s] < 300 else [] for s in range(min(3, batch))]
+            )
+        starts = np.array(kv.lengths[:batch], np.int32)
+
+
 def test_shapes_are_the_smallest_that_hold_a_pass() -> None:
     kv = KVCache(
         layers=uniform(1, 1, 1), num_slots=12, capacity=4000, margin=16,
@@ -229,7 +277,7 @@ def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monke
     replays = Replays(attending, kv, graphs.Again(), max_rows=16)
     replays.prepare(2, range(1, 17), 48)
     assert not replays.shapes, "as many shapes as there are lengths"
-    monkeypatch.setattr(choice, "tree_attention", lambda *_: lambda q, *_: q)
+    monkeypatch.setattr(choice, "tree_attention", lambda *_: lambda q, *_, **__: q)
     replays.prepare(2, range(1, 17), 48)
     ahead = replays.shapes
     assert [(s.batch, s.rows) for s in ahead] == [(b, r) for b in (5, 4, 2, 1) for r in (16, 8, 1)]
@@ -241,6 +289,21 @@ def test_all_shapes_are_recorded_ahead_where_the_number_of_keys_makes_none(monke
                 AttentionMetadata(kv, 0, rows, starts, counts, MaskKind.CAUSAL), numbers, torch.randn(batch, rows, 48)
             )
     assert replays.shapes == ahead
+
+
+def test_passes_of_layers_with_windows_depend_on_no_number_of_keys_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is asked for what each layer needs; one that is missing makes torch read keys."""
+    layers = [LayerShape(2, 8), LayerShape(1, 16, window=20), LayerShape(2, 8, window=5000)]
+    kv = KVCache(layers=layers, num_slots=5, capacity=4000, margin=16, dtype=torch.float32, device=torch.device("cpu"))
+    known = {(8, Options()), (16, Options(window=True, ring=True))}
+    monkeypatch.setattr(choice, "tree_attention", lambda _, width, __, kind: attend if (width, kind) in known else None)
+    rows = AttentionMetadata(kv, 0, 1, np.zeros(1, np.int32), np.ones(1, np.int32), MaskKind.CAUSAL)
+    replays = Replays(attending, kv, graphs.Again(), max_rows=16)
+    assert replays.shape(rows, 0).keys == kv.positions
+    for missing in list(known):
+        known.remove(missing)
+        assert replays.shape(rows, 0).keys == graphs.LEAST_KEYS
+        known.add(missing)
 
 
 def test_sixty_four_rows_see_each_other_through_the_sign_bit_too() -> None:
