@@ -33,6 +33,8 @@ def declare_missing_operators(package: Path) -> bool:
         pass
     library = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
     for name in DECLARED:
+        if hasattr(torch.ops.torchvision, name):
+            continue  # another program does the same
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _libraries.append(library)
     return True

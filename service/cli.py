@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 import model
 from service.commands.bench import bench
 from service.commands.generate import generate
+from service.commands.models import models
 from service.commands.plan import plan
 from service.commands.train import train
 from service.settings import FORMER_NAMES, Settings, error_messages
@@ -95,6 +96,7 @@ def version() -> None:
 
 
 app.command()(generate)
+app.command()(models)
 app.command()(plan)
 app.command()(train)
 # The benchmark parses its own options, as `python -m model.bench` does.

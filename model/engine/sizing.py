@@ -21,7 +21,7 @@ from model.config import TRAINED, EngineConfig
 from model.drafters import registry as drafters
 from model.drafters.base import Room
 from model.errors import ConfigError
-from model.targets import probe
+from model.targets import packed, probe
 from model.targets.base import Target
 from model.targets.language import language_model
 from model.targets.parallel import share_of
@@ -81,10 +81,11 @@ class Needs:
         layers, states = _shapes(config, opened)
         beside = 0
         dtype = getattr(torch, config.dtype)
-        if library.supports(dtype, torch.device(config.device)):  # a packed lm_head beside the original, and rotations
-            width = max(shape.width for shape in layers if shape is not None)
-            beside = text.vocab_size * text.hidden_size * dtype.itemsize
-            beside += text.max_position_embeddings * width * torch.float32.itemsize
+        if library.supports(dtype, torch.device(config.device)):
+            beside = text.vocab_size * text.hidden_size * dtype.itemsize  # lm_head is packed beside the original
+            if skeleton is not None and type(language_model(skeleton)).__name__ in packed.KINDS:
+                width = max(shape.width for shape in layers if shape is not None)
+                beside += text.max_position_embeddings * width * dtype.itemsize  # rotations of all positions
         weights = opened.stored_bytes or 0
         if skeleton is not None and not opened.keeps_stored_form:
             weights = sum(parameter.nbytes for parameter in skeleton.parameters())

@@ -36,15 +36,18 @@ ORDINARY = ("F64", "F32", "F16", "BF16")  # dtypes of weights that are not quant
 SCALES = ("_scale_inv", "_scale")  # endings of the names of float8 weights' scales
 LISTED = 3  # names in an error about many tensors
 INDEXER = "its attention picks positions by a learned indexer, which is not supported"
+CROSS_ATTENTION = "its layers read images by cross-attention, which is not supported"
+NO_CHAT = "it has no chat template and generates no answers to messages"
+DISCRETE = "images are discrete tokens for it, which is not supported"
 REFUSED = {
-    "glm5_next": INDEXER,
-    "qwen4_exp": INDEXER,
-    "mistral_large4": INDEXER,
-    "dots3_note": INDEXER,
+    **dict.fromkeys(("glm5_next", "qwen4_exp", "mistral_large4", "dots3_note"), INDEXER),
     "minimax_m3_vl": "its attention picks blocks of positions, which is not supported",
-    "inkling_mm_model": "its attention adds a bias for each position, which is not supported",
-    "inkling2": "its attention adds a bias for each position, which is not supported",
+    **dict.fromkeys(("inkling_mm_model", "inkling2"), "its attention adds a bias for each position"),
     "diffusion_gemma": "it generates text by diffusion, not token by token",
+    **dict.fromkeys(("mllama", "idefics"), CROSS_ATTENTION),
+    **dict.fromkeys(("chameleon", "emu3"), DISCRETE),
+    **dict.fromkeys(("instructblip", "instructblipvideo"), "its image features depend on the prompt"),
+    **dict.fromkeys(("blip", "git", "pi0", "shieldgemma2", "evolla", "kosmos-2", "kosmos-2.5"), NO_CHAT),
 }  # by model_type
 
 

@@ -90,6 +90,8 @@ def config_of(published: Published, *, small: bool, tiny: Checkpoint) -> Any:
         text.layer_types = text.layer_types[: published.layers]
     if getattr(text, "num_kv_shared_layers", 0):
         text.num_kv_shared_layers = 0
+    if getattr(text, "per_layer_config", None):
+        text.per_layer_config = {i: each for i, each in text.per_layer_config.items() if int(i) < published.layers}
     text.num_hidden_layers = published.layers
     vision = config.vision_config
     for field in LAYER_FIELDS:

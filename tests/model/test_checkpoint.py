@@ -191,9 +191,8 @@ ONE_FILE: dict[str, tuple[Damage, str]] = {
     "speech": (fields(model_type="whisper"), "type 'whisper', an encoder-decoder"),
     **{kind: (of_type(kind), f"type '{kind}', an encoder-decoder") for kind in ("florence2", "t5gemma2", "pix2struct")},
     **{
-        kind: (fields(model_type=kind, text_config=None, vision_config=None), f"type '{kind}', and its attention")
-        for kind in checkpoint.REFUSED
-        if kind != "diffusion_gemma"
+        kind: (fields(model_type=kind, text_config=None, vision_config=None), f"type '{kind}', and {reason}")
+        for kind, reason in checkpoint.REFUSED.items()
     },
     # quantised weights
     **{
