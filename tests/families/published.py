@@ -72,41 +72,35 @@ PUBLISHED = (
 )
 
 
-def config_of(published: Published, *, small: bool, tiny: Checkpoint) -> Any:
-    """Return the config with the ids of a tiny checkpoint's tokenizer. small: with few layers and few tokens."""
-    config = AutoConfig.for_model(**published.described)
-    text, other = config.get_text_config(), tiny.config.get_text_config()
-    for ours, theirs in ((config, tiny.config), (text, other)):
+def config_of(published: Published, tiny: Checkpoint) -> Any:
+    """Return the config with few layers, and with the tokens of a tiny checkpoint."""
+    described = published.described
+    text, vision = described.get("text_config", described), described["vision_config"]
+    vocabulary = zoo.vocabulary(tiny.processor.tokenizer)
+    text |= {"vocab_size": vocabulary, "num_hidden_layers": published.layers}
+    for field, value in (("vocab_size_per_layer_input", vocabulary), ("num_kv_shared_layers", 0)):
+        if field in text:
+            text[field] = value
+    if "layer_types" in text:
+        text["layer_types"] = text["layer_types"][: published.layers]
+    for field in LAYER_FIELDS:
+        if field in vision:
+            vision[field] = 2
+    for field in ("deepstack_visual_indexes", "fullatt_block_indexes"):
+        if vision.get(field):
+            vision[field] = [0, 1]
+    config = AutoConfig.for_model(**described)
+    for ours, theirs in ((config, tiny.config), (config.get_text_config(), tiny.config.get_text_config())):
         for field, value in theirs.to_dict().items():
             if field.endswith(ID_FIELDS) and hasattr(ours, field):
                 setattr(ours, field, value)
-    if not small:
-        return config
-    vocabulary = zoo.vocabulary(tiny.processor.tokenizer)
-    for field in ("vocab_size", "vocab_size_per_layer_input"):
-        if hasattr(text, field):
-            setattr(text, field, vocabulary)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[: published.layers]
-    if getattr(text, "num_kv_shared_layers", 0):
-        text.num_kv_shared_layers = 0
-    if getattr(text, "per_layer_config", None):
-        text.per_layer_config = {i: each for i, each in text.per_layer_config.items() if int(i) < published.layers}
-    text.num_hidden_layers = published.layers
-    vision = config.vision_config
-    for field in LAYER_FIELDS:
-        if getattr(vision, field, None):
-            setattr(vision, field, 2)
-    for field in ("deepstack_visual_indexes", "fullatt_block_indexes"):
-        if getattr(vision, field, None):
-            setattr(vision, field, [0, 1])
     return config
 
 
 def build(published: Published, folder: Path) -> Path:
     """Save a checkpoint with few layers to `folder`, in bfloat16."""
     tiny = zoo.families()[published.family].build()
-    config = config_of(published, small=True, tiny=tiny)
+    config = config_of(published, tiny)
     if published.sizes is not None:
         published.sizes(tiny.processor)
     with torch.device("meta"):
