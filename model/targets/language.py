@@ -43,7 +43,7 @@ def _scale_of(language: Any, width: int) -> Tensor:
     norm = next(found for name in NORMS if (found := getattr(language, name, None)) is not None)
     ones = norm.weight.new_ones(1, width)
     scale: Tensor = norm(ones)[0].detach()
-    return scale if bool(scale.any()) else norm.weight  # a norm that centres makes nought of ones
+    return torch.where(scale.any(), scale, norm.weight.detach())  # a norm that centres makes zeros of ones
 
 
 class NativeTower(Protocol):
