@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -80,6 +80,12 @@ def count_weights(model: str) -> int:
     return sum(weight.numel() for part in parts for weight in part.parameters())
 
 
-def bytes_per_position(cache: KVCache) -> int:
-    """The keys and values of one token, in all layers."""
-    return cache.data.shape[0] * 2 * cache.num_heads * cache.data.shape[-1] * cache.data.element_size()
+def bytes_read(cache: KVCache, lengths: Iterable[int]) -> int:
+    """Count the bytes of keys and values that attention must read of sequences of these lengths, in all layers."""
+    shapes = [shape for shape in cache.layers if shape is not None]
+    read = sum(
+        shape.heads * shape.width * (length if shape.window is None else min(length, shape.window))
+        for length in lengths
+        for shape in shapes
+    )
+    return 2 * read * cache.dtype.itemsize

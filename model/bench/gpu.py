@@ -9,6 +9,8 @@ random_weights.py). First memory bandwidth and the rate of products are measured
     draft                one proposal and one observation of the draft
     step, spec. step     a whole step of the engine, without a draft and with one, by the clock on the wall
     idle                 the share of that in which the GPU has nothing to do: it waits for Python
+    attention            one layer's attention over 1 and 16 rows, by our kernel and by torch, and its floor: layers
+                         that see everything, or a window (see layers.py); give a long --context to tell them apart
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,9 @@ from transformers.utils import logging
 from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.graphs import Replays, recorder
 from model.backends.kernels import choice
-from model.bench import report
-from model.bench.floor import bytes_per_position, measure_limits, seconds
+from model.bench import layers, report
+from model.bench.floor import bytes_read, measure_limits, seconds
+from model.bench.layers import without_kernel
 from model.bench.options import numbers, run_program
 from model.bench.random_weights import SIZES, TEMPLATE, make_draft, make_target
 from model.config import DTYPES, EngineConfig
@@ -140,17 +143,6 @@ def _round(engine: Engine) -> TorchRound:
     return TorchRound(engine.target, engine.cache, engine.counters, engine.load)
 
 
-@contextmanager
-def without_kernel() -> Iterator[None]:
-    """Compute attention in torch as long as this lasts."""
-    kernel = choice.tree_attention
-    choice.tree_attention = lambda *_: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        choice.tree_attention = kernel
-
-
 def passes(engine: Engine, batch: Batch, repeats: int) -> dict[str, float]:
     """Seconds of a pass over one row of each sequence and over NODES, for every way of computing it here."""
     device, ways = engine.target.device, dict[str, tuple[Replays | None, AbstractContextManager[object]]]()
@@ -184,8 +176,7 @@ def measure(
         batch = Batch(engine, number, context=context, max_tokens=room, speculation=speculation)
         if not speculation:
             ways = passes(engine, batch, repeats)
-            keys_and_values = bytes_per_position(engine.cache) * sum(engine.cache.lengths[:number])
-            least = (weights + keys_and_values) / bandwidth
+            least = (weights + bytes_read(engine.cache, engine.cache.lengths[:number])) / bandwidth
             drafting = batch.draft()
             times["draft"] = wall(drafting, device, repeats) if drafting else None
         times[name] = wall(engine.step, device, repeats)
@@ -255,6 +246,7 @@ def main(argv: list[str]) -> None:
         engine = Engine(replace(config, draft=folder, drafter="flash"), target)
     sizes = {"context": args.context, "repeats": args.repeats, "bandwidth": limits.bandwidth, "weights": pass_bytes}
     rows = [measure(engine, number, **sizes) for number in batches]
+    attention = layers.measure(max(batches), args.context, engine, limits.bandwidth, args.repeats)
     kernel = choice.tree_attention(dtype, target.head_dim, device) is not None
     result = json.dumps({
         "machine": report.machine(config.device, config.dtype),
@@ -262,9 +254,10 @@ def main(argv: list[str]) -> None:
         "limits": limits.rounded(),
         "bytes_read_per_pass": pass_bytes,
         "attention_kernel": kernel,
+        "attention": attention,
         "rows": rows,
     })  # fmt: skip
-    print(f"\n{table(rows)}\n\n{result}")
+    print(f"\n{table(rows)}\n\n{layers.table(attention)}\n\n{result}")
     if args.output:
         args.output.write_text(result + "\n")
 

@@ -101,14 +101,14 @@ def run(
     engine: Engine, requests: list[Request], in_flight: int, weights: int = 0, limits: Limits | None = None
 ) -> dict[str, Phases]:
     """Answer all requests, so many at once, and time every step."""
-    scheduler, size, position = engine.scheduler, engine.target.dtype.itemsize, floor.bytes_per_position(engine.cache)
+    scheduler, size = engine.scheduler, engine.target.dtype.itemsize
     steps = {"prompt": Phases(steps=len(requests)), "decode": Phases()}
     pending = deque(requests)
     engine.pop_stats()
     while pending or engine.has_work:
         while pending and len(scheduler.waiting) + len(scheduler.running) < in_flight:
             engine.add(pending.popleft())
-        context = sum(sequence.computed for sequence in scheduler.running)
+        context = [sequence.computed for sequence in scheduler.running]
         begun = time.perf_counter()
         engine.step()
         whole = time.perf_counter() - begun
@@ -117,7 +117,7 @@ def run(
         rows = decoding + stats.draft_tokens if decoding else stats.prompt_tokens
         least = 0.0
         if limits is not None:
-            read = weights * size + position * (rows + (context if decoding else 0))
+            read = weights * size + floor.bytes_read(engine.cache, [rows, *(context if decoding else ())])
             least = max(read / limits.bandwidth, 2 * weights * rows / limits.operations_per_second)
         steps["decode" if decoding else "prompt"].add(stats.step_seconds, whole, least)
         steps["decode"].steps += bool(decoding)

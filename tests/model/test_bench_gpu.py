@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from model.backends.attention import AttentionTensors
-from model.backends.kv_cache import KVCache, uniform
+from model.backends.kernels import choice
+from model.backends.kernels.choice import Options
+from model.backends.kv_cache import KVCache, LayerShape, uniform
 from model.backends.native import library
-from model.bench import gpu, random_weights
+from model.bench import gpu, layers, random_weights
 from model.config import EngineConfig
 
 
@@ -41,6 +44,10 @@ def test_it_measures_graphs_against_plain_passes_and_both_against_the_floor(
         }  # fmt: skip
         assert row["idle_share"] is None, "nobody can tell without a GPU"
         assert row["pass_over_floor"] == pytest.approx(times["graph, 1"] / row["floor_milliseconds"], rel=0.1)
+    assert set(found["attention"]) == set(layers.LAYERS)
+    for times in found["attention"].values():
+        assert set(times) == {"floor", "torch, 1", "torch, 16"}, "the kernel runs on GPUs only"
+        assert all(value > 0 for value in times.values())
     one, three = (row["floor_milliseconds"] * found["limits"]["read_bytes_per_second"] for row in found["rows"])
     assert three > one, "three sequences have more keys and values to be read"
 
@@ -51,6 +58,33 @@ def test_a_native_target_has_no_graphs_to_measure(capsys: pytest.CaptureFixture[
     found = figures(capsys, "--device", "cpu", "--dtype", "float32")
     assert {"graph, 1", "plain, torch attention, 1"}.isdisjoint(found["rows"][0]["milliseconds"])
     assert found["bytes_read_per_pass"] > 400_000, "weights that were handed to the native stack count too"
+
+
+def test_layers_with_windows_need_not_read_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The floor of a window stays where it is, however long the context; our kernel is timed where there is one."""
+    engine: Any = SimpleNamespace(
+        target=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32),
+        config=SimpleNamespace(prefill_chunk=16),
+    )
+    monkeypatch.setattr(
+        layers, "LAYERS", {"window": (2, LayerShape(1, 8, 100), True), "all": (2, LayerShape(1, 8), False)}
+    )
+    wanted = []
+
+    def chosen(*kind: Any) -> Any:
+        wanted.append(kind[-1])
+        return lambda q, *_, **__: q
+
+    monkeypatch.setattr(choice, "tree_attention", chosen)
+    found = [layers.measure(2, context, engine, 1e9, 1) for context in (1000, 2000)]
+    assert set(wanted) == {Options(window=True, ring=True, sinks=True), Options()}
+    assert choice.tree_attention is chosen
+    for times in found:
+        assert list(times["window"]) == ["floor", "torch, 1", "torch, 16", "kernel, 1", "kernel, 16"]
+    short, long = found
+    assert long["window"]["floor"] == short["window"]["floor"] == round(1e3 * 2 * 100 * 2 * 8 * 4 / 1e9, 4)
+    assert long["all"]["floor"] == pytest.approx(2 * short["all"]["floor"], abs=1e-4)
+    assert layers.table(found[0]).count("\n") == 5
 
 
 def test_the_large_target_has_the_size_it_says_and_its_pass_can_be_recorded() -> None:
@@ -78,4 +112,6 @@ def test_on_a_gpu_every_way_is_measured(capsys: pytest.CaptureFixture[str]) -> N
     times = found["rows"][0]["milliseconds"]
     assert {"graph, 1", "graph, 16", "step, busy"} <= set(times)
     assert found["attention_kernel"] == ("graph, torch attention, 1" in times)
+    for kind, by_way in found["attention"].items():
+        assert {"kernel, 1", "kernel, 16"} <= set(by_way), f"the kernel is not believed here: {kind}"
     assert 0.0 <= found["rows"][0]["idle_share"] < 1.0
