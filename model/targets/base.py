@@ -59,6 +59,7 @@ class Target(Protocol):
     num_axes: int  # of position ids
     eos_ids: frozenset[int]
     tokens_per_image: int
+    placeholders: dict[str, int]  # tokens in the place of visual tokens, by stream
     geometry: Geometry
     head: Head  # lm_head
     verifier: Verifier | None  # for a native round; None if the decoder does not run natively

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.kv_cache import KVCache
@@ -66,12 +67,15 @@ def capture(
         tokens[b, : len(ids[b])] = torch.tensor(ids[b])
         for medium in prompt.media:
             features[target.stream(medium.kind)].append(target.encode(medium, 0, target.pieces(medium)))
+        for stream, embedded in _written(target, answers[b]).items():
+            features[stream].append(embedded)
         places = target.positions(prompt)
         after = places[:, -1:] + 1 + np.arange(width - places.shape[1], dtype=np.int32)
         positions.append(np.concatenate((places, after), 1))
     counts = np.array([len(each) for each in ids], np.int32)
     rows = AttentionMetadata(cache, 0, width, np.zeros(batch, np.int32), counts, MaskKind.CAUSAL)
-    joined = {stream: torch.cat(parts) for stream, parts in features.items()}
+    encoded = {target.stream(medium.kind) for prompt in prompts for medium in prompt.media}
+    joined = {stream: _joined(features[stream]) for stream in encoded}
     hidden, aux_hidden_states, embeds = target.forward(tokens.to(target.device), np.stack(positions, 1), rows, joined)
     seen = []
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
@@ -83,6 +87,22 @@ def capture(
         kept = aux_hidden_states[b, :end].clone(), embeds[b, :read].clone()
         seen.append(Seen(*kept, taught, each, replace(prompt, media=())))
     return seen
+
+
+def _written(target: Target, answer: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the embeddings of placeholders that an answer has, by stream: there they are tokens like any other."""
+    counts = {stream: answer.count(token) for stream, token in target.placeholders.items()}
+    return {
+        stream: target.embed(torch.full((count,), target.placeholders[stream], device=target.device))
+        for stream, count in counts.items()
+        if count
+    }
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Join features, some of which lack the rows for inner layers beside them: (tokens, width)."""
+    width = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts])
 
 
 class Memory:
