@@ -102,12 +102,14 @@ def disagreement(
         """Return normally distributed numbers (4, heads, num, width)."""
         return torch.randn(4, heads, num, width, generator=generator).to(device, dtype)
 
-    positions, capacity, ring, size = 640, 602, 256, 100
+    # One window begins with the last key of a block of 64; rows go beyond the capacity.
+    positions, capacity, ring, size = 640, 602, 256, 90
     starts = torch.tensor([0, 61, 255, 600], device=device)
     queries, keys = normal(4, rows), normal(2, positions)
     values = normal(2, positions, options.value_width or head_dim)
     visible = (torch.rand(4, rows, rows, generator=generator) < 0.5).to(device) | torch.eye(rows, device=device).bool()
     depths = torch.randint(rows, (4, rows), generator=generator).to(device)
+    depths[:, 0] = 0
     behind = torch.arange(positions, device=device) - starts[:, None]
     among = visible.gather(2, behind.clamp(0, rows - 1)[:, None].expand(-1, rows, -1)) & (behind < rows)[:, None]
     earlier = (behind < 0)[:, None].expand(-1, rows, -1)
