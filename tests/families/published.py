@@ -57,13 +57,20 @@ def tiles(side: int, tokens: int) -> Any:
     return change
 
 
+def soft_tokens(processor: Any) -> None:
+    """Give Gemma 4's processors the sizes that checkpoints have."""
+    for part, tokens in ((processor.image_processor, 280), (processor.video_processor, 70)):
+        part.patch_size, part.pooling_kernel_size, part.max_soft_tokens = 16, 3, tokens
+    processor.image_seq_length = 280
+
+
 PUBLISHED = (
     Published("Qwen3-VL-2B-Instruct", "qwen3_vl", 2.13, 28 * 2 * 8 * 128 * 2),
     Published("Qwen3-VL-8B-Instruct", "qwen3_vl", 8.77, 36 * 2 * 8 * 128 * 2),
     Published("Qwen3.5-4B", "qwen3_5", 4.54, 8 * 2 * 4 * 256 * 2, 4),
     Published("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8.29, 28 * 2 * 4 * 128 * 2),
     Published("gemma-3-4b-it", "gemma3", 4.30, None, 6, tiles(896, 256)),
-    Published("gemma-4-E4B-it", "gemma4", 7.63, None, 6),
+    Published("gemma-4-E4B-it", "gemma4", 7.63, None, 6, soft_tokens),
     Published("InternVL3_5-8B-HF", "internvl_qwen3", 8.53, 36 * 2 * 8 * 128 * 2, 2, tiles(448, 256)),
     Published("SmolVLM2-2.2B-Instruct", "smolvlm", 2.25, 24 * 2 * 32 * 64 * 2, 2, tiles(384, 81)),
     Published("GLM-4.1V-9B-Thinking", "glm4v", 10.29, 40 * 2 * 2 * 128 * 2),
@@ -128,4 +135,5 @@ def fill(model: torch.nn.Module) -> None:
                 part = flat[start : start + len(numbers)]
                 torch.mul(numbers[: len(part)], scale, out=part)
         for buffer in model.buffers():
-            assert buffer.device.type != "meta"
+            if buffer.is_floating_point():
+                buffer.fill_(1.0)
