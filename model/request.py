@@ -350,7 +350,7 @@ class EngineInfo:
     model: str  # name or path of the checkpoint
     device: str
     dtype: str
-    backend: str  # "torch", or the build of the native library
+    backend: str  # "torch", or the build of the native library, and "vision torch" if that computes the decoder alone
     drafter: str  # its name, or "off"
     max_model_len: int  # prompt + answer, tokens
     max_num_seqs: int

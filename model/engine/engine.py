@@ -111,7 +111,7 @@ class Engine:
             model=config.model,
             device=config.device,
             dtype=config.dtype,
-            backend=library.name() if target.native else "torch",
+            backend=self._backend(),
             drafter=self.drafter.name if self.drafter else "off",
             max_model_len=self.max_model_len,
             max_num_seqs=num_slots,
@@ -144,6 +144,12 @@ class Engine:
             self.round.use(Chains())
         with nullcontext() if self.round.native else self._torch():
             warm_up(self.round, self.load, caches)
+
+    def _backend(self) -> str:
+        """Say what computes the target."""
+        if self.target.native:
+            return library.name()
+        return f"{library.name()}, vision torch" if self.round.native else "torch"
 
     def _memory(self) -> dict[str, int]:
         """Return bytes by purpose, known before the first request: allocated ones, and limits of caches."""
