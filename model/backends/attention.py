@@ -23,7 +23,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AttentionInterface
 
 from model.backends.kernels import choice
-from model.backends.kernels.choice import Options, TreeAttention, Window
+from model.backends.kernels.choice import Options, TreeAttention
+from model.backends.kernels.window import Window
 from model.backends.kv_cache import Blocks, KVCache, Storage
 from model.transfer import upload
 

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model.backends.kernels import tree_attention as kernels
-from model.backends.kernels.choice import Window
+from model.backends.kernels.window import Window
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {torch.int64: "*i64", torch.uint8: "*u8"} | {dtype: f"*{name}" for name, dtype in DTYPES.items()}

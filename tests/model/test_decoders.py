@@ -1,7 +1,7 @@
 """Test that the native stack computes what transformers' own language models compute, family by family.
 
 A tiny model with random weights runs a prompt in chunks, beside others and then a tree, and each row is compared with
-transformers' forward over all that the row sees.
+transformers' forward over all that the row sees. It is one file, since all families share its comparison.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind, attend
 from model.backends.kernels import choice
-from model.backends.kernels.choice import Options, TreeAttention, Window
+from model.backends.kernels.choice import Options, TreeAttention
+from model.backends.kernels.window import Window
 from model.backends.kv_cache import KVCache, LayerShape, uniform
 from model.backends.native import library
 from model.engine.engine import Engine

@@ -11,23 +11,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from model.backends.kernels.window import Window
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # maximum difference for values about 1
 
 log = logging.getLogger(__name__)
-
-
-class Window(NamedTuple):
-    """The earlier positions that rows see, and where a cache keeps them that has no others.
-
-    size: how many positions a row sees, itself included; depths: (batch or 1, rows) int64, how many positions after
-    `starts` a row stands; ring: position p is stored at place p % ring, and those from `capacity` on behind the ring;
-    None if all positions are stored in order.
-    """
-
-    size: int
-    depths: Tensor
-    ring: int | None = None
-    capacity: int | None = None
 
 
 class TreeAttention(Protocol):

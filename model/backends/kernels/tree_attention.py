@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.backends.kernels.choice import Window
+from model.backends.kernels.window import Window
 
 SPAN = 256  # keys of a slot that one program reads
 BLOCK_N = 64  # keys read at a time
