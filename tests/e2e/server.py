@@ -24,7 +24,7 @@ class EngineServer(Server):
     def wait(self, condition: Callable[[], Any], seconds: float = 30.0) -> Any:
         return super().wait(condition, seconds)
 
-    def _await(self, condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+    def _await(self, condition: Callable[[], Any], seconds: float = 240.0) -> Any:
         """torch and transformers take their time to load, above all on a machine that has other work."""
         return super()._await(condition, seconds)
 

@@ -6,11 +6,11 @@ A build for another processor is emulated: AMX on AVX512-BF16 (amx.h), and AVX51
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,9 +65,14 @@ def _emulated(build: Build) -> Job | None:
 
 @functools.cache
 def _folder() -> Path:
-    """Create a temporary folder that is removed at exit."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
+    """Create the folder of what these sources compile to: later runs find it there, and other processes of this one."""
+    digest = hashlib.sha256(repr((compiler(), HURRIED, EMULATIONS, [build.stamp() for build in BUILDS])).encode())
+    for header in sorted(HERE.glob("*.h")):
+        digest.update(header.read_bytes())
+    folder = HERE.parents[1] / ".pytest_cache" / f"native-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in {*folder.parent.glob("native-*")} - {folder}:
+        shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
@@ -80,5 +85,6 @@ def _compiled(jobs: list[Job]) -> list[Library | None]:
             build.compile(path, options)
         return opened(build, path)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with (_folder() / "lock").open("w") as lock, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process compiles the same
         return list(pool.map(lambda job: ready(*job), jobs))
