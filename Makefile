@@ -43,7 +43,7 @@ demo: $(READY) ## start the service, caption an image and a video over HTTP, com
 	$(BIN)/python -m service.demo $(ARGS)
 
 test: $(READY) ## run the whole test suite; its slowest twenty tests are listed at the end
-	$(BIN)/python -m pytest --durations=20 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --durations=20 $(ARGS)
 
 # The sanitizers' library comes first in every process, and the standard library with it, whose exceptions it watches.
 SANITIZE_TESTS ?= tests/model/test_native.py tests/model/test_native_border.py tests/model/test_drafters.py tests/model/test_equality.py

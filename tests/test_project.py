@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,42 @@ def test_ci_checks_and_tests_as_a_person_does_and_fails_if_either_fails(fails: s
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 def test_the_suite_lists_its_slowest_tests() -> None:
     assert "--durations=20" in run("make", "--dry-run", "test", "VENV=/nonexistent/fresh")
+
+
+TIMED = """
+import time
+import pytest
+
+def run(name):
+    for event in ("begins", "ends"):
+        with open("events", "a") as file:
+            file.write(f"{event} {name}\\n")
+        time.sleep(0.1)
+
+@pytest.mark.parametrize("number", range(8))
+def test_beside_others(number): run("one")
+
+@pytest.mark.alone
+def test_alone(): run("alone")
+
+@pytest.mark.parametrize("number", range(8))
+def test_beside_others_again(number): run("one")
+"""
+
+
+def test_what_is_marked_alone_runs_while_nothing_else_does(tmp_path: Path) -> None:
+    """In two processes; what is not marked runs side by side."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_timed.py").write_text(TIMED)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = alone")
+    command = (sys.executable, "-m", "pytest", "-q", "--numprocesses=2", "--dist=worksteal")
+    subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    events = (tmp_path / "events").read_text().splitlines()
+    assert len(events) == 2 * 17
+    assert events[events.index("begins alone") + 1] == "ends alone"
+    before = events[: events.index("begins alone")]
+    assert before.count("begins one") == before.count("ends one")
+    assert any(one == other == "begins one" for one, other in pairwise(events))
 
 
 # -- dependencies
