@@ -126,8 +126,8 @@ class ChatProcessor:
             try:
                 parts = [{"type": kind}, {"type": "text", "text": "?"}]
                 self._contexts[kind] = render([{"role": "user", "content": parts}])
-                made = self._called(_sample(kind))
-                self._tokens[kind] = made["text_replacement_offsets"][0][0]["text"]
+                outputs = self._called(_sample(kind))
+                self._tokens[kind] = outputs["text_replacement_offsets"][0][0]["text"]
             except Exception as error:  # a template and a processor may raise any error
                 if kind == "image":
                     raise ConfigError(
@@ -284,16 +284,16 @@ class ChatProcessor:
     def processed(self, medium: Medium) -> ProcessedMedium:
         """Let the family's processor make pixels and text of a medium. Raises RequestError if it refuses."""
         try:
-            made = self._called(medium)
+            outputs = self._called(medium)
         except (ValueError, RuntimeError, TypeError) as error:
             raise RequestError(
                 f"the model's processor refuses this {medium.kind}: {error}", param="messages"
             ) from error
-        text = made["text_replacement_offsets"][0][0]["replacement"]
-        num_visual = int(np.isin(made["input_ids"].numpy(), self.visual).sum())
+        text = outputs["text_replacement_offsets"][0][0]["replacement"]
+        num_visual = int(np.isin(outputs["input_ids"].numpy(), self.visual).sum())
         if not num_visual:
             raise RequestError(f"the model's processor makes no tokens of this {medium.kind}", param="messages")
-        tensors = {name: value for name, value in made.items() if name not in TEXT_OUTPUTS}
+        tensors = {name: value for name, value in outputs.items() if name not in TEXT_OUTPUTS}
         own = {each.name: getattr(medium, each.name) for each in fields(Medium)}
         return ProcessedMedium(**own, tensors=tensors, text=text, num_visual=num_visual)
 
@@ -337,15 +337,15 @@ class ChatProcessor:
     def _processed_jointly(self, media: tuple[ProcessedMedium, ...]) -> tuple[ProcessedMedium, ...]:
         """Process media once more, together, for families whose text for a medium depends on the others."""
         text = "".join(self._contexts[medium.kind] for medium in media)
-        made = self._called(*media, text=text)
-        tokens = np.isin(made["input_ids"][0].numpy(), self.visual)
+        outputs = self._called(*media, text=text)
+        tokens = np.isin(outputs["input_ids"][0].numpy(), self.visual)
         found: list[ProcessedMedium] = []
-        for medium, offsets in zip(media, made["text_replacement_offsets"][0], strict=True):
+        for medium, offsets in zip(media, outputs["text_replacement_offsets"][0], strict=True):
             own = self.tokenizer(offsets["replacement"], add_special_tokens=False).input_ids
             tensors = dict(medium.tensors)
             if COUNT in tensors:  # its pixels and its encoder, too, are others for one picture than for several
                 at = len([one for one in found if one.kind == "image"])
-                tensors = {name: made[name] if name == COUNT else made[name][at : at + 1] for name in tensors}
+                tensors = {name: outputs[name] if name == COUNT else outputs[name][at : at + 1] for name in tensors}
             found.append(
                 replace(
                     medium,

@@ -48,15 +48,15 @@ class EncoderForm:
     def rebuilt(self, features: Tensor) -> Any:
         """Return an encoder's output that has these features, (tokens, sets * width)."""
         sets = list(features.split(self.width, -1))
-        made: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if self.pooled is not None:
             pooled = sets.pop(0)
-            made["pooler_output"] = pooled[None] if self.pooled is Tensor else [pooled]
+            fields["pooler_output"] = pooled[None] if self.pooled is Tensor else [pooled]
         if sets:
-            made["deepstack_features"] = [
+            fields["deepstack_features"] = [
                 [rows] if layer is None else (layer, [rows]) for layer, rows in zip(self.layers, sets, strict=True)
             ]
-        return self.output(**made, **self.rest)
+        return self.output(**fields, **self.rest)
 
     def nothing(self, like: Tensor) -> Tensor:
         """Return the features of no tokens."""
