@@ -21,6 +21,9 @@ TokenSource = Literal["draft", "target"]
 Kind = Literal["image", "video"]  # of a medium
 
 
+GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "gbnf"]
+
+
 class RequestError(ValueError):
     """Reports an invalid request; the message tells its sender what to change.
 
@@ -32,6 +35,20 @@ class RequestError(ValueError):
         self.message = message
         self.param = param
         self.code = code
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Says which texts an answer may be (model/decoding/grammar.py).
+
+    source: a JSON schema as JSON text; a regular expression; a JSON list of strings to choose from; a grammar in Lark's
+    notation with llguidance's extensions, or in llama.cpp's GBNF; for `json_object` it is empty. param: the field of
+    the request that errors name.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+    param: str = "response_format"
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias added to its logit), each token once
     logprobs: int | None = None  # number of likeliest tokens to report with each token; None: no log-probabilities
+    grammar: Grammar | None = None  # None: the answer may be any text
+    stop_token_ids: tuple[int, ...] = ()  # these tokens end the answer, as an end-of-sequence token does
 
     @property
     def processes(self) -> bool:
@@ -163,12 +182,43 @@ class Medium:
         return hashlib.sha256(self.digest + times.encode()).digest()
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool that an assistant message made. arguments: a JSON object as JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One chat turn. `content` has texts and media in the user's order."""
+    """One chat turn. `content` has texts and media in the user's order.
 
-    role: Literal["system", "user", "assistant"]
+    tool_calls and reasoning: of an assistant message; tool_call_id: of the call that a tool message answers; name: of
+    the tool or speaker.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: tuple[str | Medium, ...]
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What the chat template gets beside the messages.
+
+    tools: a list of tools in OpenAI's form as JSON text, "" for none; variables: further variables of the template, a
+    JSON object as JSON text, "" for none; continue_final_message: the answer continues the last message, whose turn
+    stays open.
+    """
+
+    tools: str = ""
+    variables: str = ""
+    continue_final_message: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +232,8 @@ class Request:
     running_stats: bool = False  # put `stats` into every output, not only the last
     salt: str = ""  # requests share the prefix and encoder caches only with those of the same salt
     clamp_max_tokens: bool = False  # lower max_tokens to the room left in the context
+    template: TemplateOptions = field(default_factory=TemplateOptions)
+    prompt: str | tuple[int, ...] | None = None  # a text or token ids that are used as they are, instead of messages
 
 
 @dataclass(slots=True)  # not frozen: a frozen one takes three times as long to create, once per token

@@ -39,6 +39,7 @@ from model.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    TemplateOptions,
     VideoMetadata,
 )
 from service.pool.arena import Arena, ArenaReader
@@ -65,6 +66,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     running_stats: bool = False
     salt: str = ""
     clamp_max_tokens: bool = False
+    template: TemplateOptions = TemplateOptions()
+    prompt: str | tuple[int, ...] | None = None
 
     @property
     def request(self) -> Request:
