@@ -17,18 +17,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from model.request import TokenLogprobs
-from service import chat_input, logprobs
+from service import logprobs
+from service.answers.events import Answer, ArgumentsDelta, Delta, ReasoningDelta, TextDelta, ToolCallStart
 from service.auth import require_api_key
 from service.body import read_json
+from service.chat import Chat, begin
 from service.deps import service_of, with_request_id
-from service.errors import BadRequest, ServiceError
+from service.errors import ServiceError
 from service.request_context import RequestContext
 from service.schemas import openai
-from service.schemas.sampling import sampling_params, unknown_model
-from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
+from service.schemas.sampling import unknown_model
+from service.stream import DONE, EventStream, LastEvent, event, json_response
 from service.usage import usage
-
-DEFAULT_TEMPERATURE = 1.0
 
 
 @with_request_id("chatcmpl-")
@@ -38,41 +38,17 @@ async def chat_completions(request: Request) -> Response:
     with ExitStack() as resources:
         context = resources.enter_context(RequestContext(service, request.state.id, key=request.state.key))
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
-        body = await read_json(upload, openai.ChatRequest, service.settings)
-        openai.check(body, service.settings)
-        params = sampling_params(body, service.settings, default_temperature=DEFAULT_TEMPERATURE)
-        n = body.n or 1
-        if n > service.max_choices:
-            raise BadRequest(f"n must be at most {service.max_choices}", param="n")
-        context.reserve(n)
-        resources.enter_context(cancel_on_disconnect(request.receive))
-        options = openai.media_options(body, service.settings, service.pool.info)
-        async with context.time_limit():
-            with upload:
-                chat = await chat_input.from_chat(body, options, upload, service.media_loader(context.count_decoded))
-        stream_options = body.stream_options or openai.StreamOptions()
-        with_usage = bool(stream_options.include_usage)
-        running_stats = with_usage and bool(stream_options.continuous_usage_stats)
-        clamp_max_tokens = body.requested_max_tokens() is None
-        stream, speculation = body.stream, body.speculation
-        del body  # frees its media
-        await context.submit(
-            chat,
-            params,
-            n=n,
-            speculation=speculation,
-            running_stats=running_stats,
-            clamp_max_tokens=clamp_max_tokens,
-        )
-        if stream:
+        body = read_json(upload, openai.ChatRequest, service.settings)
+        chat = await begin(request, await body, context, upload, resources)
+        if chat.stream:
             return EventStream(
-                _events(context, with_usage=with_usage, running_stats=running_stats),
+                _events(chat),
                 resources.pop_all(),
                 deadline=context.deadline,
                 keep_alive=service.settings.sse_keepalive_seconds,
             )
-        await context.finish()
-        return json_response(_completion(context))
+        await chat.finish()
+        return json_response(_completion(chat))
 
 
 @require_api_key
@@ -91,52 +67,83 @@ async def model(request: Request) -> Response:
     return json_response(_model(request))
 
 
-def _completion(context: RequestContext) -> dict[str, Any]:
+def _completion(chat: Chat) -> dict[str, Any]:
     return {
-        **_head(context, "chat.completion"),
+        **_head(chat.context, "chat.completion"),
         "choices": [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": _logprobs(choice.logprobs),
-                "finish_reason": choice.finish_reason,
+                "message": _message(answer),
+                "logprobs": _logprobs(chat.context.choices[index].logprobs),
+                "finish_reason": chat.finish_reason(index),
             }
-            for index, choice in enumerate(context.choices)
+            for index, answer in enumerate(chat.answers)
         ],
-        "usage": usage(context.stats),
+        "usage": usage(chat.context.stats),
     }
 
 
-async def _events(context: RequestContext, *, with_usage: bool, running_stats: bool) -> AsyncGenerator[bytes, None]:
-    """Yield a chunk that opens each choice, one per output, one that closes each choice; then usage, if requested.
+def _message(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+    if answer.reasoning is not None:
+        message |= _reasoning(answer.reasoning)
+    if calls := answer.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    return message
 
-    running_stats: put the usage so far into every chunk.
-    """
-    head = _head(context, "chat.completion.chunk") | ({"usage": None} if with_usage else {})
+
+def _fields(delta: Delta) -> dict[str, Any]:
+    """Return the `delta` of a chunk."""
+    match delta:
+        case TextDelta():
+            return {"content": delta.text}
+        case ReasoningDelta():
+            return _reasoning(delta.text)
+        case ToolCallStart():
+            function = {"name": delta.name, "arguments": ""}
+            return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
+        case ArgumentsDelta():
+            return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Return the reasoning under both names that clients know it by."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
+    """Yield a chunk that opens each choice, one per delta, one that closes each choice; then usage, if requested."""
+    context = chat.context
+    head = _head(context, "chat.completion.chunk") | ({"usage": None} if chat.with_usage else {})
 
     def chunk(
-        index: int, delta: dict[str, str], finish_reason: str | None = None, tokens: Seq[TokenLogprobs] | None = None
+        index: int, delta: dict[str, Any], finish_reason: str | None = None, tokens: Seq[TokenLogprobs] | None = None
     ) -> bytes:
-        if running_stats:
+        if chat.running_stats:
             head["usage"] = usage(context.stats)
         choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": finish_reason}
         return event({**head, "choices": [choice]})
 
-    for index in range(len(context.choices)):
+    for index in range(len(chat.answers)):
         yield chunk(index, {"role": "assistant", "content": ""})
     last = b""
     try:
-        async for index, output in context.outputs():
+        async for index, deltas, output in chat.deltas():
             # A token may have log-probabilities before its text is complete.
-            has_content = output.text or output.logprobs
-            chunks = chunk(index, {"content": output.text}, tokens=output.logprobs) if has_content else b""
+            fields = [_fields(delta) for delta in deltas] or [{"content": ""}] * bool(output.logprobs)
+            chunks = b"".join(
+                chunk(index, delta, tokens=None if number else output.logprobs) for number, delta in enumerate(fields)
+            )
             if output.finish_reason is not None:
-                chunks += chunk(index, {}, output.finish_reason)
+                chunks += chunk(index, {}, chat.finish_reason(index))
             if context.finished:
                 last = chunks
             elif chunks:
                 yield chunks
-        if with_usage:
+        if chat.with_usage:
             last += event({**head, "choices": [], "usage": usage(context.stats)})
         yield LastEvent(last + DONE)
     except ServiceError as error:

@@ -1,0 +1,105 @@
+"""A conversation's way from the request's checked body to its parsed answers, for every route that has one.
+
+Routes turn their bodies into a ChatRequest and render a Chat; knows nothing of response formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from starlette.requests import Request
+
+from model.request import FinishReason, RequestOutput
+from service import chat_input
+from service.answers.events import Answer, Delta
+from service.answers.parser import AnswerParser
+from service.deps import service_of
+from service.errors import BadRequest
+from service.request_context import RequestContext
+from service.schemas import openai
+from service.schemas.sampling import sampling_params
+from service.stream import cancel_on_disconnect
+from service.uploads import Upload
+
+DEFAULT_TEMPERATURE = 1.0
+
+
+@dataclass
+class Chat:
+    """A conversation that the engine answers.
+
+    stream: whether events are wanted; with_usage, running_stats: whether usage is wanted in a stream, and in every
+    chunk of it.
+    """
+
+    context: RequestContext
+    stream: bool
+    with_usage: bool
+    running_stats: bool
+    parsers: list[AnswerParser]
+    answers: list[Answer] = field(init=False)  # one per choice, as far as it has arrived
+
+    def __post_init__(self) -> None:
+        self.answers = [Answer() for _ in self.parsers]
+
+    async def deltas(self) -> AsyncIterator[tuple[int, list[Delta], RequestOutput]]:
+        """Yield (choice, what it adds to the answer, output) until every choice is finished, then nothing. Raises the
+        error that ends the request early."""
+        async for index, output in self.context.outputs():
+            deltas = self.parsers[index].feed(output.text)
+            if output.finish_reason is not None:
+                deltas += self.parsers[index].finish()
+            self.answers[index].add(deltas)
+            yield index, deltas, output
+
+    async def finish(self) -> None:
+        """Wait until every choice is finished."""
+        async for _ in self.deltas():
+            pass
+
+    def finish_reason(self, index: int) -> FinishReason | Literal["tool_calls"] | None:
+        """Return why a choice ended: as the engine says, or "tool_calls" where it ended with calls."""
+        reason = self.context.choices[index].finish_reason
+        return "tool_calls" if reason == "stop" and self.answers[index].tool_calls else reason
+
+
+async def begin(
+    request: Request, body: openai.ChatRequest, context: RequestContext, upload: Upload, resources: ExitStack
+) -> Chat:
+    """Check a body, load its media and send it to the engine; return when its first output is there. Callers keep no
+    reference to the body, so that its media are freed. resources: gets what must be closed with the request.
+
+    Raises ServiceError for whatever is refused.
+    """
+    service = service_of(request)
+    settings = service.settings
+    openai.check(body, settings)
+    params = sampling_params(body, settings, default_temperature=DEFAULT_TEMPERATURE)
+    n = body.n or 1
+    if n > service.max_choices:
+        raise BadRequest(f"n must be at most {service.max_choices}", param="n")
+    context.reserve(n)
+    resources.enter_context(cancel_on_disconnect(request.receive))
+    options = openai.media_options(body, settings, service.pool.info)
+    async with context.time_limit():
+        with upload:
+            messages = await chat_input.from_chat(body, options, upload, service.media_loader(context.count_decoded))
+    stream_options = body.stream_options or openai.StreamOptions()
+    with_usage = bool(stream_options.include_usage)
+    running_stats = with_usage and bool(stream_options.continuous_usage_stats)
+    chat = Chat(context, bool(body.stream), with_usage, running_stats, [AnswerParser() for _ in range(n)])
+    clamp_max_tokens = body.requested_max_tokens() is None
+    speculation = body.speculation
+    del body  # frees its media
+    await context.submit(
+        messages,
+        params,
+        n=n,
+        speculation=speculation,
+        running_stats=running_stats,
+        clamp_max_tokens=clamp_max_tokens,
+    )
+    return chat
