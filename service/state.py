@@ -14,12 +14,12 @@ from typing import Protocol
 from model.request import EngineInfo
 from service import cores
 from service.admission import Admission
-from service.chat_input import MediaLoader
 from service.decoded_media import DecodedMedia
 from service.draft_watcher import DraftWatcher
 from service.errors import NoCapacity, ServiceError
 from service.log import fields
 from service.media import MediaDecoder, MediaLimits
+from service.media_loader import MediaLoader
 from service.metrics import Metrics
 from service.pool.arena import Arena
 from service.pool.drafts import Drafts

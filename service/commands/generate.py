@@ -168,7 +168,7 @@ async def decode_all(
     contents: list[bytes], kinds: list[Kind], options: MediaOptions, limits: MediaLimits, engine: Engine
 ) -> list[Medium]:
     """Decode files in a confined child, as those that come over HTTP."""
-    from service.chat_input import decode_with_options
+    from service.media_loader import decode_with_options
 
     if not contents:
         return []
