@@ -288,6 +288,7 @@ class RequestOutput:
     stats: RequestStats | None = None  # in the last output; with `running_stats` in every one
     error: str | None = None  # with finish_reason == "error"
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token, where requested
+    stop_reason: str | int | None = None  # the stop string, or the one of stop_token_ids, that ended the answer
 
 
 @dataclass(frozen=True)

@@ -123,17 +123,21 @@ class StopStrings:
         """Search for these strings; none: pass everything."""
         self._stops = tuple(stops)
         self._pending = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that appeared first; the shortest of those at one place
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def decode(self, text: str) -> str:
         """Append text and return the part that can be emitted; nothing after a stop string."""
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         self._pending += text
-        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, len(stop), stop) for stop in self._stops if (at := self._pending.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            out, self._pending = self._pending[: min(found)], ""
+            at, _, self.found = min(found)
+            out, self._pending = self._pending[:at], ""
             return out
         keep = max(
             (n for stop in self._stops for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0

@@ -436,7 +436,9 @@ class Engine:
         text, tokens, logprobs = (so_far.text, so_far.tokens, so_far.logprobs) if so_far else ("", (), None)
         if reason in ("stop", "length"):
             text += sequence.stops.decode(sequence.detokenizer.flush()) + sequence.stops.flush()
-        return RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error, logprobs)
+        output = RequestOutput(sequence.request.request_id, text, tokens, reason, sequence.stats(), error, logprobs)
+        output.stop_reason = sequence.stops.found
+        return output
 
     def _compact(self) -> None:
         """Move sequences from high slots into free low ones, so that a batch spans no more slots than needed.

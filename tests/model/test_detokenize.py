@@ -134,6 +134,24 @@ def test_a_stop_string_is_found_across_any_split_of_the_text() -> None:
         assert (out, stopped) == ("one two ", True)
 
 
+@pytest.mark.parametrize(
+    ("stops", "text", "found"),
+    [
+        (("two", "one"), "one two", "one"),
+        (("never", "two"), "one two", "two"),
+        (("STOPPED", "STOP"), "a STOPPED b", "STOP"),
+        (("never",), "one two", None),
+    ],
+)
+def test_it_is_known_which_stop_string_was_found(stops: tuple[str, ...], text: str, found: str | None) -> None:
+    """However the text was split: else the same answer would be reported in two ways."""
+    for size in (1, 3, len(text)):
+        filter_ = StopStrings(stops)
+        for at in range(0, len(text), size):
+            filter_.decode(text[at : at + size])
+        assert filter_.found == found
+
+
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     """Text that was shown cannot be taken back, and text held back without need makes the stream stutter."""
     out, stopped, shown = through(("###",), ["a", "#", "b", "##", "c#", "##d"])

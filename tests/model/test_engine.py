@@ -78,7 +78,8 @@ def test_stop_strings_end_an_answer_at_their_first_letter(crowd: Engine, known: 
             with_oracle(crowd, known, seed, truth=0.95)
             outputs = tiny.drain(crowd, [long_request("r0", stop=("never said", stop)), long_request("r1")])
             assert tiny.text_of(outputs["r0"]) == whole[: whole.index(stop)]
-            assert outputs["r0"][-1].finish_reason == "stop"
+            assert (outputs["r0"][-1].finish_reason, outputs["r0"][-1].stop_reason) == ("stop", stop)
+            assert outputs["r1"][-1].stop_reason is None
             ids = tiny.token_ids(outputs["r0"])
             assert ids == known["r"][: len(ids)]
             shown = crowd.target.tokenizer.decode(ids, skip_special_tokens=True)

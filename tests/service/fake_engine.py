@@ -243,7 +243,9 @@ class FakeEngine:
 
     def _output(self, s: Sequence, tokens: list[Token]) -> RequestOutput:
         said, text = s.text_said + "".join(token.text for token in tokens), "".join(token.text for token in tokens)
-        cut = min((at for stop in s.request.params.stop if (at := said.find(stop)) >= 0), default=None)
+        cut, stop = min(
+            ((at, stop) for stop in s.request.params.stop if (at := said.find(stop)) >= 0), default=(None, None)
+        )
         reason: FinishReason | None = None
         if cut is not None:
             text, reason = text[: max(0, cut - len(s.text_said))], "stop"
@@ -265,7 +267,7 @@ class FakeEngine:
                 time_to_first_token=s.first - s.added,
                 decode=time.monotonic() - s.first,
             )
-        return RequestOutput(s.request.request_id, text, tuple(tokens), reason, stats)
+        return RequestOutput(s.request.request_id, text, tuple(tokens), reason, stats, stop_reason=stop)
 
     def _misbehave(self, s: Sequence) -> None:
         if os.environ.get("FAKE_BROKEN"):
