@@ -432,4 +432,5 @@ class EngineStats:
     prefix_cache_hits: int = 0
     acceptance_lengths: tuple[int, ...] = ()  # one per sequence with a draft and verify step; bonus token included
     batch_sizes: tuple[int, ...] = ()  # sequences decoded in each step
+    step_tokens: tuple[int, ...] = ()  # prompt tokens and generated ones of each step
     step_seconds: tuple[tuple[str, float], ...] = ()  # ("vision"|"prefill"|"draft"|"verify", seconds)

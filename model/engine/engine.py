@@ -237,6 +237,7 @@ class Engine:
             case None:
                 return []
         seconds = self.counters.now() - begun
+        self.counters.end_step()
         self.scheduler.took(work, seconds)
         if isinstance(work, Decoding):
             drafting = len(work.nodes) - work.nodes.count(0)

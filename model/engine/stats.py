@@ -43,6 +43,8 @@ class Counters:
         self.accepted_per_position: list[int] = []
         self.acceptance_lengths: list[int] = []
         self.batch_sizes: list[int] = []
+        self.step_tokens: list[int] = []
+        self._tokens_before_step = 0
         self.step_seconds: list[tuple[str, float]] = []
 
     @staticmethod
@@ -71,6 +73,12 @@ class Counters:
         for position in range(accepted):
             self.accepted_per_position[position] += 1
 
+    def end_step(self) -> None:
+        """Count the tokens of the step that ends here: those of prompts, cached ones included, and those generated."""
+        tokens = self.prompt_tokens + self.generation_tokens
+        self.step_tokens.append(tokens - self._tokens_before_step)
+        self._tokens_before_step = tokens
+
     def pop(self, *, running: int, waiting: int, kv_cache_usage: float) -> EngineStats:
         """Return the counts since the last call, with the present gauges, and reset them."""
         stats = EngineStats(
@@ -89,6 +97,7 @@ class Counters:
             prefix_cache_hits=self.prefix_cache_hits,
             acceptance_lengths=tuple(self.acceptance_lengths),
             batch_sizes=tuple(self.batch_sizes),
+            step_tokens=tuple(self.step_tokens),
             step_seconds=tuple(self.step_seconds),
         )
         self.reset()

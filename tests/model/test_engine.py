@@ -462,6 +462,9 @@ def test_counts_are_taken_once_and_steps_are_timed(crowd: Engine) -> None:
     assert {phase for phase, _ in stats.step_seconds} == {"vision", "prefill", "draft", "verify"}
     assert all(seconds > 0 for _, seconds in stats.step_seconds)
     assert set(stats.batch_sizes) == {1}
+    assert len(stats.step_tokens) > len(stats.batch_sizes), "steps that prefill count too"
+    assert sum(stats.step_tokens) == stats.prompt_tokens + stats.generation_tokens
+    assert all(1 <= tokens <= crowd.config.nodes + 1 for tokens in stats.step_tokens[1 - len(stats.batch_sizes) :])
     again = crowd.pop_stats()
     assert again == EngineStats(running=0, waiting=0, kv_cache_usage=0.0)
     last = outputs["r"][-1].stats

@@ -131,6 +131,7 @@ class FakeEngine:
         self._counts: dict[str, int] = {}
         self._lengths: list[int] = []
         self._sizes: list[int] = []
+        self._step_tokens: list[int] = []
         self._note("loaded", str(options.get("draft")))
 
     def read_draft(self, folder: str) -> str:
@@ -202,7 +203,9 @@ class FakeEngine:
         time.sleep(self.delay)
         running = list(self.sequences.values())[: self.info.max_num_seqs]
         self._sizes.append(len(running))
-        return [self._advance(sequence) for sequence in running]
+        outputs = [self._advance(sequence) for sequence in running]
+        self._step_tokens.append(sum(len(output.tokens) for output in outputs))
+        return outputs
 
     def pop_stats(self) -> EngineStats:
         running = min(len(self.sequences), self.info.max_num_seqs)
@@ -212,11 +215,12 @@ class FakeEngine:
             kv_cache_usage=running / self.info.max_num_seqs,
             acceptance_lengths=tuple(self._lengths),
             batch_sizes=tuple(self._sizes),
+            step_tokens=tuple(self._step_tokens),
             accepted_per_position=(self._counts.get("drafts", 0),) * (BLOCK - 1),
             step_seconds=(("verify", self.delay),) if self._sizes else (),
             **self._counts,
         )
-        self._counts, self._lengths, self._sizes = {}, [], []
+        self._counts, self._lengths, self._sizes, self._step_tokens = {}, [], [], []
         return stats
 
     def _advance(self, s: Sequence) -> RequestOutput:
