@@ -246,6 +246,10 @@ class Settings(BaseSettings):
     max_stop_chars: int = option("Limits", 128, "Maximum characters of one stop string.", ge=1)
     max_logit_bias: int = option("Limits", 300, "Maximum tokens in a request's logit_bias.", ge=0)
     max_top_logprobs: int = option("Limits", 20, "Largest top_logprobs that a request may set.", ge=0)
+    max_grammar_bytes: int = option(
+        "Limits", 64 * 1024, "Maximum bytes of a schema or grammar that a request brings.", ge=1
+    )
+    max_grammar_depth: int = option("Limits", 64, "Maximum levels of nesting in a request's JSON schema.", ge=1, le=256)
     max_waiting: int = option("Limits", 64, "Maximum requests that wait besides those decoded; beyond: 503.", ge=0)
     max_waiting_media: int = option(
         "Limits", 256, "Maximum images and videos that wait for decoding; beyond: 503.", ge=0

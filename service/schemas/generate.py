@@ -8,7 +8,7 @@ import msgspec
 
 from service.body import Form
 from service.errors import BadRequest, TooLarge
-from service.schemas import sampling
+from service.schemas import sampling, structured
 from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 from service.validation import as_bad_request
@@ -36,9 +36,9 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
         if name != "media":
             raise _misplaced(name, "a file")
     try:
-        for name in ("logit_bias", "mm_processor_kwargs"):
+        for name in ("logit_bias", "mm_processor_kwargs", *structured.JSON_FIELDS):
             if text := fields.get(name):
-                fields[name] = _object(name, str(text))
+                fields[name] = _parsed(name, str(text))
         request = msgspec.convert(fields, GenerateRequest, strict=False)
     except msgspec.ValidationError as error:
         raise as_bad_request(error) from None
@@ -47,11 +47,11 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
     return request, media
 
 
-def _object(name: str, value: str) -> Any:
+def _parsed(name: str, value: str) -> Any:
     try:
         return msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError):
-        raise BadRequest(f"{name} is not a JSON object", param=name) from None
+        raise BadRequest(f"{name} is not JSON text", param=name) from None
 
 
 def _misplaced(name: str, kind: str) -> BadRequest:

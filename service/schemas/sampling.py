@@ -12,8 +12,9 @@ import msgspec
 from model.request import EngineInfo, RequestError, SamplingParams
 from service.errors import BadRequest, UnknownModel
 from service.media.sniff import Kind
-from service.schemas import media_options
-from service.schemas.media_options import ImageFields, MediaFields, MediaOptions
+from service.schemas import media_options, structured
+from service.schemas.media_options import ImageFields, MediaOptions
+from service.schemas.structured import StructuredFields
 from service.settings import Settings
 
 SEED_MASK = 2**63 - 1  # maps seeds to non-negative signed 64-bit integers
@@ -24,7 +25,7 @@ MAX_NAMED = 8  # invalid keys that an error lists
 TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
 
 
-class SamplingFields(MediaFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Fields of a request body; None means the default."""
 
     model: str | None = None
@@ -125,6 +126,7 @@ def sampling_params(fields: SamplingFields, settings: Settings, *, default_tempe
             repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
             logit_bias=_logit_bias(fields.logit_bias or {}, settings),
             logprobs=_logprobs(fields, settings),
+            grammar=structured.grammar(fields, settings),
         )
     except RequestError as error:
         raise BadRequest(error.message, param=error.param, code=error.code) from None

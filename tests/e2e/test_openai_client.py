@@ -154,7 +154,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_stream_begins(client: op
 @pytest.mark.parametrize(
     "field",
     [
-        {"response_format": {"type": "json_object"}},
+        {"prediction": {"type": "content", "content": "x"}},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
     ],
     ids=str,

@@ -58,7 +58,6 @@ def test_wrong_fields_are_named(server: Server, fields: dict[str, Any], param: s
     [
         {"tools": [{"type": "function"}]},
         {"tool_choice": "required"},
-        {"response_format": {"type": "json_object"}},
         {"modalities": ["audio"]},
         {"reasoning_effort": "low"},
         {"reasoning_effort": "minimal"},
