@@ -213,12 +213,13 @@ class TemplateOptions:
 
     tools: a list of tools in OpenAI's form as JSON text, "" for none; variables: further variables of the template, a
     JSON object as JSON text, "" for none; continue_final_message: the answer continues the last message, whose turn
-    stays open.
+    stays open; add_special_tokens: for a text in place of messages, add the tokens that the tokenizer adds by itself.
     """
 
     tools: str = ""
     variables: str = ""
     continue_final_message: bool = False
+    add_special_tokens: bool = True
 
 
 @dataclass(frozen=True, eq=False)

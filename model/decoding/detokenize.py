@@ -77,14 +77,19 @@ class Vocabulary:
 class Detokenizer:
     """Decodes one answer. A character that is spread over several tokens comes with the last of them."""
 
-    def __init__(self, vocabulary: Vocabulary, skip: frozenset[int]) -> None:
-        """Start an answer. skip: tokens without text, such as the end of sequence."""
+    def __init__(self, vocabulary: Vocabulary, skip: frozenset[int], follows: Seq[int] = ()) -> None:
+        """Start an answer. skip: tokens without text, such as the end of sequence; follows: the tokens of a text that
+        the answer continues, so that it keeps a leading space."""
         self._vocabulary, self._skip = vocabulary, skip
         self._bytes = UTF8("replace")  # for a context-free vocabulary
         # For other vocabularies: the tokens whose text is still to come, and some before them, which it depends on.
         self._ids: list[int] = []
         self._shown = 0  # how many of these have been emitted
         self._emitted = ""
+        if follows and not vocabulary.context_free:
+            tail = [*follows[-CONTEXT:]]
+            if not (text := vocabulary.text(tail)).endswith(REPLACEMENT):
+                self._ids, self._shown, self._emitted = tail, len(tail), text
 
     def decode(self, token: int) -> str:
         """Return the text that this token completes; may be empty."""

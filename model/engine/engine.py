@@ -9,6 +9,7 @@ the accepted draft tokens plus the bonus token -> the request finishes and its s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -53,6 +54,7 @@ from model.request import (
 )
 from model.targets.base import Target
 from model.targets.frames import most_frames
+from model.targets.raw_prompt import checked_ids, token_names
 from model.targets.registry import load_target, open_checkpoint
 
 
@@ -187,6 +189,19 @@ class Engine:
         """Build a request's sequence and leave the engine unchanged. Any thread may call it, one at a time. Raises
         RequestError."""
         return intake.prepare(request, self.target, self.vocabulary, self.max_model_len)
+
+    def tokenize(self, request: Request) -> list[int]:
+        """Return the tokens of a request's prompt. Any thread may call it, one at a time. Raises RequestError."""
+        return intake.tokenize(request, self.target).ids
+
+    def token_names(self, ids: Seq[int]) -> list[str]:
+        """Return the names of tokens in the vocabulary."""
+        return token_names(self.target.tokenizer, ids)
+
+    def detokenize(self, ids: Seq[int]) -> str:
+        """Return the text of tokens, special ones included. Raises RequestError for tokens that do not exist."""
+        known = checked_ids(ids, self.target.vocab_size, param="tokens")
+        return str(self.target.tokenizer.decode(known, clean_up_tokenization_spaces=False))
 
     def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
         """Return the indices of the frames that the target wants of a video; None if it leaves the choice to the

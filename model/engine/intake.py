@@ -9,6 +9,8 @@ from model.engine.sequence import Sequence
 from model.request import Medium, Request, RequestError
 from model.targets.base import Target
 from model.targets.frames import fitting_frames
+from model.targets.prompt import TokenizedPrompt
+from model.targets.raw_prompt import raw_prompt
 
 
 def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_len: int) -> Sequence:
@@ -21,7 +23,7 @@ def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_
             raise RequestError(
                 f"this model's {medium.kind} processor does not take {min(unknown_names)}", code="unknown_option"
             )
-    prompt = target.prompt(request.messages)
+    prompt = tokenize(request, target)
     length, max_tokens = len(prompt.ids), request.params.max_tokens
     if request.clamp_max_tokens and 0 < (room := max_model_len - length) < max_tokens:
         max_tokens = room
@@ -33,7 +35,7 @@ def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_
             f"the prompt is too long: this model's maximum context length is {max_model_len} tokens, the "
             f"prompt takes {length} and max_tokens is {max_tokens}; send fewer or shorter media, a shorter prompt, "
             f"or a smaller max_tokens{_frames_hint(request, target, max_tokens, max_model_len)}",
-            param="max_tokens" if length < max_model_len else "messages",
+            param="max_tokens" if length < max_model_len else "messages" if request.prompt is None else "prompt",
             code="context_length_exceeded",
         )
     if unknown := [token for token, _ in request.params.logit_bias if not 0 <= token < target.vocab_size]:
@@ -42,7 +44,15 @@ def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_
         )
     for medium in prompt.media:
         _ = medium.digest  # computed here, off the engine's thread, and cached for the encoder cache
-    return Sequence(request, prompt, Detokenizer(vocabulary, target.eos_ids), StopStrings(request.params.stop))
+    detokenizer = Detokenizer(vocabulary, target.eos_ids, follows=() if request.prompt is None else prompt.ids)
+    return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop))
+
+
+def tokenize(request: Request, target: Target) -> TokenizedPrompt:
+    """Tokenise a request's conversation, or the raw prompt in place of one. Raises RequestError."""
+    if request.prompt is None:
+        return target.prompt(request.messages)
+    return raw_prompt(request.prompt, target, add_special_tokens=request.template.add_special_tokens)
 
 
 def _frames_hint(request: Request, target: Target, max_tokens: int, max_model_len: int) -> str:

@@ -105,7 +105,7 @@ class Conversations:
                     parts += self._parts(part)
                 else:
                     # White space around a text stays in the template, since some templates strip it.
-                    text = _checked(part)
+                    text = checked(part)
                     before, core, behind = (
                         text[: len(text) - len(text.lstrip())],
                         text.strip(),
@@ -190,8 +190,8 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     return whole[:begin], whole[begin + len(bare) :]
 
 
-def _checked(text: str) -> str:
+def checked(text: str, param: str = "messages") -> str:
     """Return the text. Raises RequestError if it has half of a surrogate pair."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise RequestError("a text holds half of a surrogate pair, which is no character", param="messages")
+        raise RequestError("a text holds half of a surrogate pair, which is no character", param=param)
     return text

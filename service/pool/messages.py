@@ -11,7 +11,11 @@ Pixels lie in memory that both share (arena.py), or in the message where that me
      |-- Abort ----------------->|   answered by Outputs with finish_reason "abort"
      |<--------------- Stats     |   ten times a second while the engine works, and when it becomes idle
      |-- Sample ---------------->|   which frames of a video does the target want?
-     |<-- Sampled | NotSampled
+     |<------ Sampled | NotAnswered
+     |-- Tokenize -------------->|   which tokens are these messages, or this text?
+     |<---- Tokenized | NotAnswered
+     |-- Detokenize ------------>|   which text are these tokens?
+     |<-- Detokenized | NotAnswered
      |-- ReadDraft ------------->|   load another draft without using it
      |<-- DraftReady | DraftRefused
      |-- UseDraft | DropDraft -->|   use it from the next step on; or forget it
@@ -88,6 +92,27 @@ class Sample(msgspec.Struct, frozen=True, tag="sample"):
     fps: float | None
 
 
+class Tokenize(msgspec.Struct, frozen=True, tag="tokenize"):
+    """Asks for the tokens of a prompt; its fields are those of Submit."""
+
+    number: int  # identifies this question
+    messages: tuple[Message, ...]
+    template: TemplateOptions
+    prompt: str | tuple[int, ...] | None
+
+    @property
+    def request(self) -> Request:
+        """The request that would have this prompt."""
+        return Request("", self.messages, template=self.template, prompt=self.prompt)
+
+
+class Detokenize(msgspec.Struct, frozen=True, tag="detokenize"):
+    """Asks for the text of tokens."""
+
+    number: int  # identifies this question
+    ids: tuple[int, ...]
+
+
 class ReadDraft(msgspec.Struct, frozen=True, tag="read_draft"):
     number: int  # identifies this change in all messages about it
     folder: str
@@ -136,9 +161,22 @@ class Sampled(msgspec.Struct, frozen=True, tag="sampled"):
     indices: tuple[int, ...] | None  # None: the target has no opinion
 
 
-class NotSampled(msgspec.Struct, frozen=True, tag="not_sampled"):
+class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
+    number: int
+    ids: tuple[int, ...]
+    names: tuple[str, ...]  # of these tokens in the vocabulary
+
+
+class Detokenized(msgspec.Struct, frozen=True, tag="detokenized"):
+    number: int
+    text: str
+
+
+class NotAnswered(msgspec.Struct, frozen=True, tag="not_answered"):
     number: int
     reason: str | None  # for the client; None: the engine failed
+    param: str | None = None
+    code: str | None = None
 
 
 class DraftReady(msgspec.Struct, frozen=True, tag="draft_ready"):
@@ -155,10 +193,11 @@ class DraftUsed(msgspec.Struct, frozen=True, tag="draft_used"):
     info: EngineInfo
 
 
-SampleReply = Sampled | NotSampled
+Question = Sample | Tokenize | Detokenize
+Reply = Sampled | Tokenized | Detokenized | NotAnswered
 DraftReply = DraftReady | DraftRefused | DraftUsed
-ToWorker = Load | Submit | Abort | Sample | ReadDraft | UseDraft | DropDraft | Stop
-FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | SampleReply | DraftReply
+ToWorker = Load | Submit | Abort | Question | ReadDraft | UseDraft | DropDraft | Stop
+FromWorker = Ready | LoadFailed | Refused | Outputs | Stats | Reply | DraftReply
 
 from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 

@@ -15,12 +15,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from model.request import EngineInfo, EngineStats, VideoMetadata
-from service.errors import EngineFailure, NoCapacity
+from model.request import EngineInfo, EngineStats, Message, TemplateOptions, VideoMetadata
+from service.errors import BadRequest, EngineFailure, NoCapacity
 from service.pool import messages as m
 from service.pool.drafts import Drafts
-from service.pool.frame_sampling import FrameSampling
 from service.pool.generation import Event, Generation
+from service.pool.questions import Questions
 from service.pool.supervisor import STOP_GRACE, Death, Worker, WorkerConfig
 
 log = logging.getLogger("flashserve.pool")
@@ -51,7 +51,7 @@ class Pool:
         self.drafts = drafts or Drafts()
         self.worker_changed = asyncio.Event()  # set when a worker became ready or died
         self._max_attempts = 1 + max_request_retries
-        self._frame_sampling = FrameSampling(max_attempts=self._max_attempts)
+        self._questions = Questions(self._worker_for_question, max_attempts=self._max_attempts)
         self._deaths_of_a_suspect = min(DEATHS_OF_A_SUSPECT, max(1, max_request_retries))
         self._observer = observer
         self._generations: dict[Worker, dict[str, Generation]] = {worker: {} for worker in self.workers}
@@ -118,8 +118,32 @@ class Pool:
     async def sample_frames(
         self, source: VideoMetadata, num_frames: int | None, fps: float | None
     ) -> Sequence[int] | None:
-        """Return the indices of the frames that the target wants of a video, or None. See `FrameSampling.sample`."""
-        return await self._frame_sampling.sample(source, num_frames, fps, self._worker_for_sampling)
+        """Return the indices of the frames that the target wants of a video; None where it leaves that to the caller.
+
+        Raises what `Questions.ask` raises; a BadRequest where the target's processor refuses.
+        """
+        try:
+            reply = await self._questions.ask(
+                "choose the video's frames", lambda number: m.Sample(number, source, num_frames, fps), m.Sampled
+            )
+        except BadRequest as error:
+            error.code = "not_sampled"
+            raise
+        return reply.indices
+
+    async def tokenize(
+        self, messages: tuple[Message, ...] = (), *, template: TemplateOptions, prompt: str | None = None
+    ) -> m.Tokenized:
+        """Return the tokens of a conversation or of a text. Raises what `Questions.ask` raises."""
+        return await self._questions.ask(
+            "tokenize the prompt", lambda number: m.Tokenize(number, messages, template, prompt), m.Tokenized
+        )
+
+    async def detokenize(self, ids: tuple[int, ...]) -> str:
+        """Return the text of tokens, special ones included. Raises what `Questions.ask` raises."""
+        return (
+            await self._questions.ask("detokenize the tokens", lambda number: m.Detokenize(number, ids), m.Detokenized)
+        ).text
 
     def abort(self, generation: Generation) -> None:
         """Stop decoding a request whose consumer has left; deliver nothing more."""
@@ -133,7 +157,7 @@ class Pool:
 
     def fail_all(self, error: NoCapacity) -> None:
         """End every request with an error and abort it in its engine."""
-        self._frame_sampling.fail_all(error)
+        self._questions.fail_all(error)
         self._fail_parked(error)
         for worker, generations in self._generations.items():
             for generation in list(generations.values()):
@@ -168,8 +192,8 @@ class Pool:
                         self._forget(worker, generation, engine_done=output.finish_reason is not None)
         elif isinstance(message, m.Stats):
             self._observer.engine_stats(worker.index, message.stats)
-        elif isinstance(message, m.SampleReply):
-            self._frame_sampling.on_reply(message)
+        elif isinstance(message, m.Reply):
+            self._questions.on_reply(message)
             self._dispatch_parked()  # a suspect may have waited for this worker
         elif isinstance(message, m.DraftReply):
             self.drafts.on_reply(worker, message)
@@ -180,7 +204,7 @@ class Pool:
     def on_death(self, worker: Worker, death: Death) -> None:
         """Move a dead worker's requests to others; fail those without attempts left."""
         self.drafts.on_death(worker)
-        self._frame_sampling.on_death(worker)
+        self._questions.on_death(worker)
         self._observer.worker_up(worker.index, False)
         orphans, self._generations[worker] = list(self._generations[worker].values()), {}
         for generation in orphans:
@@ -200,12 +224,12 @@ class Pool:
 
     def on_failed(self, worker: Worker) -> None:  # noqa: ARG002
         self.worker_changed.set()
-        self._frame_sampling.on_change()
+        self._questions.on_change()
         if self.unrecoverable:
             self._fail_parked(NoCapacity("no worker is left", code="no_worker"))
 
     def is_busy(self, worker: Worker) -> bool:
-        return bool(self._generations[worker]) or self._frame_sampling.waits_for(worker)
+        return bool(self._generations[worker]) or self._questions.waits_for(worker)
 
     # Internal
 
@@ -234,7 +258,7 @@ class Pool:
             candidates = [worker for worker in ready if worker not in quarantined]
         return min(candidates, key=self.num_running_on, default=None)
 
-    def _worker_for_sampling(self) -> Worker | None:
+    def _worker_for_question(self) -> Worker | None:
         """Return the least loaded worker; None while none is free of suspects. Raises NoCapacity where none is left."""
         if self.unrecoverable:
             raise NoCapacity("no worker is left", code="no_worker")
@@ -267,7 +291,7 @@ class Pool:
 
     def _dispatch_parked(self) -> None:
         """Dispatch everything parked, suspects first; what still finds no worker is parked again."""
-        self._frame_sampling.on_change()
+        self._questions.on_change()
         parked, self._parked = self._parked, []
         suspects = [generation for generation in parked if self._is_suspect(generation)]
         suspects.sort(key=lambda generation: len(generation.text))

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,7 +51,7 @@ class PreparedRequest:
 
 
 Rejection = m.Refused | m.Outputs  # ends a request that could not be prepared
-Event = m.ToWorker | PreparedRequest | Rejection | m.SampleReply | DraftRead
+Event = m.ToWorker | PreparedRequest | Rejection | m.Reply | DraftRead
 
 
 class EngineProtocol(SwappableEngine, Protocol):
@@ -61,6 +61,9 @@ class EngineProtocol(SwappableEngine, Protocol):
     def has_work(self) -> bool: ...
     def prepare(self, request: Request) -> Any: ...
     def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None: ...
+    def tokenize(self, request: Request) -> list[int]: ...
+    def token_names(self, ids: Sequence[int]) -> list[str]: ...
+    def detokenize(self, ids: Sequence[int]) -> str: ...
     def add(self, request: Any) -> None: ...
     def abort(self, request_id: str) -> RequestOutput | None: ...
     def step(self) -> list[RequestOutput]: ...
@@ -132,8 +135,8 @@ class Link:
                 self._stopping |= isinstance(message, m.Stop)
                 if isinstance(message, m.Submit):
                     self._inbox.put(self._prepare(message))
-                elif isinstance(message, m.Sample):
-                    self._inbox.put(self._sample(message))
+                elif isinstance(message, m.Question):
+                    self._inbox.put(self._answer(message))
                 else:
                     self._inbox.put(message)
         except OSError:
@@ -156,18 +159,30 @@ class Link:
             log.exception("request %s could not be prepared", submit.request_id)
             return m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),))
 
-    def _sample(self, question: m.Sample) -> m.SampleReply:
-        """Ask the target which frames of a video it wants."""
+    def _answer(self, question: m.Question) -> m.Reply:
+        """Answer a question about the target: which frames of a video it wants, which tokens a text has."""
         try:
             if self.engine is None:
                 raise RuntimeError("the engine is not loaded yet")
-            indices = self.engine.sample_frames(question.source, question.num_frames, question.fps)
-            return m.Sampled(question.number, None if indices is None else tuple(map(int, indices)))
+            return _answer(self.engine, question)
         except RequestError as error:
-            return m.NotSampled(question.number, error.message)
-        except Exception:  # a processor reads a client's numbers here: an exception fails this request only
-            log.exception("the frames of %s could not be chosen", question.source)
-            return m.NotSampled(question.number, None)
+            return m.NotAnswered(question.number, error.message, error.param, error.code)
+        except Exception:  # processors and tokenizers read what a client sent: an exception fails this request only
+            log.exception("a question could not be answered: %.1000r", question)
+            return m.NotAnswered(question.number, None)
+
+
+def _answer(engine: EngineProtocol, question: m.Question) -> m.Reply:
+    """Ask the engine. Raises RequestError, and what tokenizers and processors raise."""
+    match question:
+        case m.Sample():
+            indices = engine.sample_frames(question.source, question.num_frames, question.fps)
+            return m.Sampled(question.number, None if indices is None else tuple(map(int, indices)))
+        case m.Tokenize():
+            ids = engine.tokenize(question.request)
+            return m.Tokenized(question.number, tuple(ids), tuple(engine.token_names(ids)))
+        case m.Detokenize():
+            return m.Detokenized(question.number, engine.detokenize(question.ids))
 
 
 def serve(engine: EngineProtocol, link: Link) -> None:
@@ -181,7 +196,7 @@ def serve(engine: EngineProtocol, link: Link) -> None:
             if isinstance(message, PreparedRequest):
                 engine.add(message.sequence)
                 live.add(message.request_id)
-            elif isinstance(message, m.Refused | m.Outputs | m.Sampled | m.NotSampled):
+            elif isinstance(message, m.Refused | m.Outputs | m.Reply):
                 link.send(message)
             elif isinstance(message, m.Abort) and message.request_id in live:
                 last = engine.abort(message.request_id) or RequestOutput(message.request_id, "", (), "abort")

@@ -2,11 +2,12 @@
 
 Commands hidden in a prompt make it misbehave. "CRASH AT n" dies at the n-th token of that request, but only where no
 process did before (so that the replacement goes on); "ALWAYS CRASH" dies in every process; "CHOKE" breaks while it is
-taken in; "FAIL AT n" ends it there with an engine error; "HANG" stops the process from answering; "DIVERGE" makes the
-text depend on the process. The environment: FAKE_DELAY seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting or
-the model, or once: of the first process alone), FAKE_BROKEN (every step raises), FAKE_CRASH_DIR, FAKE_ANY_SIZE
-(pictures keep their size, media are written to FAKE_CRASH_DIR as they arrive, and it samples frames: every second one,
-or as many as num_frames says from the first on; an fps of the table below makes it misbehave).
+taken in; "DIE" and "ALWAYS DIE" end the process that tokenizes it; "FAIL AT n" ends it there with an engine error;
+"HANG" stops the process from answering; "DIVERGE" makes the text depend on the process. The environment: FAKE_DELAY
+seconds a step, FAKE_LOAD_DELAY, FAKE_FAIL_LOAD (by a setting or the model, or once: of the first process alone),
+FAKE_BROKEN (every step raises), FAKE_CRASH_DIR, FAKE_ANY_SIZE (pictures keep their size, media are written to
+FAKE_CRASH_DIR as they arrive, and it samples frames: every second one, or as many as num_frames says from the first
+on; an fps of the table below makes it misbehave).
 
 A draft's config.json may say {"refused": "why"}, {"refused_by_one": true} or {"load": seconds}. Files loaded-PID and
 used-PID beside the crash markers tell which draft a process has.
@@ -20,6 +21,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ ANY_SIZE = Geometry(
     image_options=("max_pixels", "min_pixels", "size", "do_image_splitting"),
     video_options=("max_pixels", "min_pixels", "size"),
 )
+NUM_TOKENS = 2**24
+WORDS: dict[int, str] = {}  # by token
 BLOCK = 4  # tokens of a step with speculation: three from the draft, one from the target
 
 
@@ -70,6 +74,8 @@ def answer_words(request: Request) -> list[str]:
         digest.update(message.role.encode())
         for part in message.content:
             digest.update(part.frames.tobytes() if isinstance(part, Medium) else part.encode())
+    if request.prompt is not None:
+        digest.update(repr(request.prompt).encode())
     digest.update(repr((request.params.temperature, request.params.seed if request.params.temperature else 0)).encode())
     state = int.from_bytes(digest.digest()[:8], "big")
     words = []
@@ -177,6 +183,26 @@ class FakeEngine:
             return [0, source.total_frames] if fps == SAMPLING_IS_WRONG else []
         return list(range(0, source.total_frames, 2) if num_frames is None else range(num_frames))
 
+    def tokenize(self, request: Request) -> list[int]:
+        """One token a word; of a raw prompt in token ids, those."""
+        if isinstance(request.prompt, tuple):
+            return list(request.prompt)
+        words = _text(request).split()
+        if "CHOKE" in words:
+            raise KeyError("a tokenizer's own trouble")
+        if "DIE" in words and ("ALWAYS" in words or _first("tokenizing")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        WORDS.update({_id(word): word for word in words})
+        return [_id(word) for word in words]
+
+    def token_names(self, ids: Seq[int]) -> list[str]:
+        return [WORDS.get(token, f"t{token}") for token in ids]
+
+    def detokenize(self, ids: Seq[int]) -> str:
+        if unknown := [token for token in ids if not 0 <= token < NUM_TOKENS]:
+            raise RequestError(f"tokens names token {unknown[0]}; tokens are 0 to {NUM_TOKENS - 1}", param="tokens")
+        return " ".join(self.token_names(ids))
+
     def prepare(self, request: Request) -> Sequence:
         if os.environ.get("FAKE_ANY_SIZE"):
             media = [part for m in request.messages for part in m.content if isinstance(part, Medium)]
@@ -184,7 +210,7 @@ class FakeEngine:
                 np.save(self.crash_dir / f"medium-{index}.npy", medium.frames)
                 note = [medium.kind, medium.seconds_per_frame, medium.frame_times, medium.source, medium.options]
                 (self.crash_dir / f"medium-{index}.txt").write_text(repr(note))
-        text = " ".join(part for m in request.messages for part in m.content if isinstance(part, str))
+        text = _text(request)
         if len(text.split()) > MAX_PROMPT_TOKENS:
             raise RequestError("the prompt is too long for the model", param="messages", code="context_length_exceeded")
         if "CHOKE" in text:
@@ -290,6 +316,12 @@ class FakeEngine:
     def _count(self, **counts: int) -> None:
         for name, number in counts.items():
             self._counts[name] = self._counts.get(name, 0) + number
+
+
+def _text(request: Request) -> str:
+    if request.prompt is None:
+        return " ".join(part for m in request.messages for part in m.content if isinstance(part, str))
+    return request.prompt if isinstance(request.prompt, str) else " ".join(f"t{token}" for token in request.prompt)
 
 
 def _id(word: str) -> int:
