@@ -16,13 +16,14 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 import model
-from service.deps import REQUEST_ID, service_of
+from service.deps import service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
 from service.origin import AllowedHosts, checks_hosts
 from service.routes import admin, generate, openai, ops, playground
 from service.settings import Settings
 from service.state import Service
 from service.stream import ClosingResponse
+from service.trace_context import REQUEST_ID, read_request_id
 
 log = logging.getLogger("flashserve")
 
@@ -72,7 +73,8 @@ def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Res
         headers = error.headers() | {"Content-Type": "application/json"}
         kind = ClosingResponse if _body_still_arrives(request) else Response
         response = kind(msgspec.json.encode(error.envelope()), error.status, headers)
-        if (request_id := getattr(request.state, "id", None)) is not None:
+        request_id = getattr(request.state, "request_id", None) or read_request_id(request.headers)
+        if request_id is not None:
             response.headers[REQUEST_ID] = request_id
         if error.code == "draining":  # the client should retry at another server
             response.headers["Connection"] = "close"

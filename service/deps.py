@@ -11,10 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.state import Service
+from service.trace_context import REQUEST_ID, read_request_id, read_trace_context
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-REQUEST_ID = "X-Request-Id"
 
 
 def service_of(request: Request) -> Service:
@@ -22,14 +21,21 @@ def service_of(request: Request) -> Service:
 
 
 def with_request_id(prefix: str) -> Callable[[Handler], Handler]:
-    """Give each request an id, `request.state.id`, and send it back in a header; `service.app` does so in errors."""
+    """Give each request an id, and send it back in a header; `service.app` does so in errors.
+
+    Sets `request.state.id`, which is unique and the `id` of the answer; `request.state.request_id`, the client's
+    `X-Request-Id` or else the same; and `request.state.trace`, the client's TraceContext or None.
+    """
 
     def decorated(handler: Handler) -> Handler:
         @wraps(handler)
         async def with_id(request: Request) -> Response:
-            request.state.id = prefix + secrets.token_hex(12)
+            state = request.state
+            state.id = prefix + secrets.token_hex(12)
+            state.request_id = read_request_id(request.headers) or state.id
+            state.trace = read_trace_context(request.headers)
             response = await handler(request)
-            response.headers[REQUEST_ID] = request.state.id
+            response.headers[REQUEST_ID] = state.request_id
             return response
 
         return with_id

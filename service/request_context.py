@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from model.request import FinishReason, RequestOutput, RequestStats, SamplingParams, TokenLogprobs
 from service.chat_input import ChatInput
@@ -27,6 +27,7 @@ from service.pool.generation import Event, Generation
 from service.pool.messages import Submit
 from service.schemas.sampling import seed_of_choice
 from service.state import Service
+from service.trace_context import TraceContext
 
 log = logging.getLogger("flashserve.request")
 
@@ -75,9 +76,13 @@ class Choice:
 class RequestContext:
     """A context manager: on exit whatever still runs is aborted, its reservation is released and it is logged."""
 
-    def __init__(self, service: Service, request_id: str, *, key: str | None) -> None:
-        """Ask for admission, before the body is read. Raises NoCapacity or ClientLimit."""
-        self.id = request_id
+    def __init__(self, service: Service, request: Request) -> None:
+        """Ask for admission, before the body is read. request: with the state that `with_request_id` and
+        `require_api_key` set. Raises NoCapacity or ClientLimit."""
+        key: str | None = request.state.key
+        self.id: str = request.state.id  # of the answer; unique
+        self.request_id: str = request.state.request_id  # the client's own, where it sent one
+        self.trace: TraceContext | None = request.state.trace
         self.created = int(time.time())
         self.model = service.settings.model_name
         self.choices: list[Choice] = []
@@ -249,6 +254,8 @@ class RequestContext:
             "request %s",
             fields(
                 id=self.id,
+                request_id=None if self.request_id == self.id else self.request_id,
+                trace_id=self.trace and self.trace.trace_id,
                 outcome=",".join(choice.finish_reason or outcome for choice in answered) or outcome,
                 media=self._num_media,
                 prompt_tokens=max((one.prompt_tokens for one in stats), default=0),

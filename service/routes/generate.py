@@ -35,7 +35,7 @@ MAX_FIELDS = 64
 async def generate(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
-        context = resources.enter_context(RequestContext(service, request.state.id, key=request.state.key))
+        context = resources.enter_context(RequestContext(service, request))
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
         form = await read_form(upload, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
         fields, files = schema.read(form, service.settings)

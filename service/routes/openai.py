@@ -36,7 +36,7 @@ from service.usage import usage
 async def chat_completions(request: Request) -> Response:
     service = service_of(request)
     with ExitStack() as resources:
-        context = resources.enter_context(RequestContext(service, request.state.id, key=request.state.key))
+        context = resources.enter_context(RequestContext(service, request))
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
         body = read_json(upload, openai.ChatRequest, service.settings)
         chat = await begin(request, await body, context, upload, resources)
