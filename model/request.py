@@ -398,6 +398,27 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class ChatFormat:
+    """Describes how answers show reasoning and tool calls, as the chat template has them.
+
+    calls: the notation of calls, by its name in vLLM (hermes, qwen3_coder, llama3_json, pythonic, mistral, glm45); ""
+    if requests cannot have tools; described: the template knows no tools, so that the system message describes them;
+    reasoning: the texts that begin and end it, None if there is none; thinking: the template's variable that turns it
+    on and off, "" if it has none; thinks, thinks_on, thinks_off: whether a prompt ends within the reasoning, without
+    this variable and with it; tokens: the special tokens among these texts and those of calls, by text.
+    """
+
+    calls: str = ""
+    described: bool = False
+    reasoning: tuple[str, str] | None = None
+    thinking: str = ""
+    thinks: bool = False
+    thinks_on: bool = False
+    thinks_off: bool = False
+    tokens: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """Properties of a loaded engine."""
 
@@ -412,6 +433,7 @@ class EngineInfo:
     geometry: Geometry
     max_frames: int  # of one video that fit the context, at the smallest frame size
     memory: dict[str, int] = field(default_factory=dict)  # maximum bytes, by purpose
+    chat: ChatFormat = ChatFormat()
 
 
 @dataclass(frozen=True)
