@@ -92,7 +92,7 @@ async def begin(
     running_stats = with_usage and bool(stream_options.continuous_usage_stats)
     chat = Chat(context, bool(body.stream), with_usage, running_stats, [AnswerParser() for _ in range(n)])
     clamp_max_tokens = body.requested_max_tokens() is None
-    speculation = body.speculation
+    speculation, cache_salt = body.speculation, body.cache_salt
     del body  # frees its media
     await context.submit(
         messages,
@@ -101,5 +101,6 @@ async def begin(
         speculation=speculation,
         running_stats=running_stats,
         clamp_max_tokens=clamp_max_tokens,
+        cache_salt=cache_salt,
     )
     return chat

@@ -13,11 +13,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.request import Medium, Message
-from service.errors import ServiceError
+from service.errors import BadRequest, ServiceError
 from service.media_loader import MediaLoader
+from service.schemas import openai
 from service.schemas.media_options import MediaOptions
 from service.schemas.openai import ChatMediaOptions, ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
 from service.uploads import Upload
+
+ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,10 @@ async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upl
     for (index, number), medium in zip(positions, media, strict=True):
         contents[index][number] = medium
     loader.check_used(options.request, media)
-    messages = (Message(_role(m), tuple(parts)) for m, parts in zip(request.messages, contents, strict=True))
+    messages = (
+        _message(message, f"messages[{index}]", tuple(contents[index]))
+        for index, message in enumerate(request.messages)
+    )
     return ChatInput(tuple(messages), len(media), time.monotonic() - started)
 
 
@@ -66,6 +79,8 @@ async def _load_part(
     loader: MediaLoader, part: ImagePart | VideoPart, options: MediaOptions, upload: Upload, param: str
 ) -> Medium:
     with _naming(param):
+        if part.url is None:
+            raise BadRequest(f"{part.kind}_url is missing, and no medium is known by this uuid", code="missing_field")
         return await loader.from_url(part.url, part.kind, options, upload)
 
 
@@ -97,7 +112,12 @@ async def _gather(loads: Sequence[Awaitable[Medium]]) -> list[Medium]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _role(message: ChatMessage) -> Literal["system", "user", "assistant"]:
-    if message.role in ("system", "developer"):
-        return "system"
-    return "assistant" if message.role == "assistant" else "user"
+def _message(message: ChatMessage, path: str, content: tuple[str | Medium, ...]) -> Message:
+    return Message(
+        ROLES[message.role],
+        content,
+        tool_calls=openai.calls(message, path),
+        reasoning=openai.reasoning(message),
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+    )

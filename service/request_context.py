@@ -94,7 +94,7 @@ class RequestContext:
         self._reservation = service.admission.enter(key)
         self._decoded = service.decoded_media.open()
         self._num_reserved = 0
-        self._salt = hashlib.sha256(key.encode()).hexdigest() if key else ""
+        self._key = key or ""
         self._outputs: deque[tuple[int, RequestOutput]] = deque()  # (choice, output), not yet read
         self._waiter: asyncio.Future[None] | None = None  # set while a reader waits for outputs
         self._num_media = 0
@@ -143,17 +143,20 @@ class RequestContext:
         speculation: Literal["auto", "off"] | None,
         running_stats: bool = False,
         clamp_max_tokens: bool = False,
+        cache_salt: str | None = None,
     ) -> None:
         """Send `n` choices to the engine and wait for the first output, so that refusals come before a status of 200.
 
         running_stats: give choices their `stats` from their first output on, not only at their end; clamp_max_tokens:
-        lower max_tokens to what fits the model's context.
+        lower max_tokens to what fits the model's context; cache_salt: caches are shared only with requests of the same,
+        and of the same key.
         """
         self.media_seconds, self._num_media = chat.seconds, chat.num_media
+        salt = _salt(self._key, cache_salt or "")
         for index in range(n):
             own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
             name, speculates = f"{self.id}-{index}", speculation != "off"
-            message = Submit(name, chat.messages, own, speculates, running_stats, self._salt, clamp_max_tokens)
+            message = Submit(name, chat.messages, own, speculates, running_stats, salt, clamp_max_tokens)
             self.choices.append(Choice(self._service.pool.submit(message, partial(self._deliver, index))))
         await self._wait_for_output()
         index, output = self._outputs[0]
@@ -268,6 +271,12 @@ class RequestContext:
                 seconds=latency,
             ),
         )
+
+
+def _salt(key: str, cache_salt: str) -> str:
+    """Return what separates the caches of this key and salt from all others; "" without either."""
+    own = hashlib.sha256(key.encode()).hexdigest() if key else ""
+    return hashlib.sha256(f"{own}|{cache_salt}".encode()).hexdigest() if cache_salt else own
 
 
 def _outcome(error: BaseException | None) -> str:

@@ -244,6 +244,7 @@ class Settings(BaseSettings):
     max_n: int = option("Limits", 8, "Maximum choices (n) per request.", ge=1)
     max_stop: int = option("Limits", 8, "Maximum stop strings per request.", ge=0)
     max_stop_chars: int = option("Limits", 128, "Maximum characters of one stop string.", ge=1)
+    max_stop_token_ids: int = option("Limits", 64, "Maximum tokens in a request's stop_token_ids.", ge=0)
     max_logit_bias: int = option("Limits", 300, "Maximum tokens in a request's logit_bias.", ge=0)
     max_top_logprobs: int = option("Limits", 20, "Largest top_logprobs that a request may set.", ge=0)
     max_grammar_bytes: int = option(

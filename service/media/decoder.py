@@ -145,18 +145,12 @@ class MediaDecoder:
         return format
 
     def _check_sampling(self, num_frames: int | None, fps: float | None) -> tuple[int | None, float | None]:
-        """Return (num_frames, fps), at most one of them set, and within its limits."""
-        if num_frames is not None and fps is not None:
-            raise BadRequest("send num_frames or fps, not both", param="fps")
-        if fps is not None:
-            if not (math.isfinite(fps) and fps > 0):
-                raise BadRequest("fps must be a positive number", param="fps")
-            return None, float(fps)
-        if num_frames is None:
-            return None, None
-        if not 1 <= num_frames <= self.limits.max_frames:
+        """Return (num_frames, fps), within their limits."""
+        if fps is not None and not (math.isfinite(fps) and fps > 0):
+            raise BadRequest("fps must be a positive number", param="fps")
+        if num_frames is not None and not 1 <= num_frames <= self.limits.max_frames:
             raise BadRequest(f"num_frames must be from 1 to {self.limits.max_frames}", param="num_frames")
-        return num_frames, None
+        return num_frames, None if fps is None else float(fps)
 
     async def _run(self, job: wire.Job, data: bytes) -> Medium:
         """Run one job; retry it once if its child was killed from outside, by the kernel or an operator."""

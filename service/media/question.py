@@ -35,7 +35,8 @@ class Question:
         """
         if self._sample_frames is None or not plausible(source, self._limits):
             raise ChildGone(by_itself=True)
-        num_frames = self._job.num_frames and min(self._job.num_frames, source.total_frames)
+        num_frames = None if self._job.fps is not None else self._job.num_frames
+        num_frames = num_frames and min(num_frames, source.total_frames)
         end, loop = self._limit.when(), asyncio.get_running_loop()
         begun = loop.time()
         self._limit.reschedule(None)

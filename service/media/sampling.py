@@ -5,7 +5,7 @@ Where the target chooses, its choice is taken. Otherwise:
 - `num_frames=n`: n frames spread evenly from the first to the last, both included (n = 1: the first). A clip with fewer
   frames repeats the nearest ones, so that there are always n.
 - `fps=f`: the frames on screen at the times 0, 1/f, 2/f, ... within the clip, each at most once; a rate above the
-  clip's own gives every frame.
+  clip's own gives every frame. With both, at most `num_frames`, spread evenly where there are more.
 - neither: the target's default number, spread evenly; all frames of a list.
 
 More than `max_frames` become `max_frames` spread evenly, so that the end of the clip is never cut off.
@@ -57,7 +57,7 @@ class Sampler:
 
     def __init__(self, job: Job, limits: MediaLimits, geometry: Geometry, choose: Choose | None) -> None:
         """choose: asks the target; None: it does not choose."""
-        self._job, self._max_frames, self._choose = job, limits.max_frames, choose
+        self._job, self._max_frames, self._choose = job, most_frames(job, limits), choose
         self._default = min(geometry.default_num_frames, limits.max_frames)
         self._timeline: Timeline | None = None
         self.source: VideoMetadata
@@ -91,6 +91,11 @@ class Sampler:
         if job.fps is not None:
             return at_rate(timeline.starts, timeline.end, job.fps, self._max_frames)
         return spread(count, job.num_frames or self._default)
+
+
+def most_frames(job: Job, limits: MediaLimits) -> int:
+    """Return how many frames may be taken at a rate."""
+    return limits.max_frames if job.fps is None or job.num_frames is None else min(job.num_frames, limits.max_frames)
 
 
 def spread(total: int, count: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from service.media.image import decode_image
 from service.media.limits import MediaLimits
 from service.media.refusal import Refusal, errors_as_refusals
 from service.media.resize import FrameSize
-from service.media.sampling import at_rate, spread
+from service.media.sampling import at_rate, most_frames, spread
 from service.media.sniff import KIND_OF, sniff
 from service.media.video import Frames
 from service.media.wire import Job
@@ -68,7 +68,7 @@ def _sample(num_frames: int, rate: float | None, job: Job, limits: MediaLimits) 
     if job.fps is not None:
         if rate is None:
             raise Refusal("no_frame_times")
-        return at_rate(np.arange(num_frames) / rate, num_frames / rate, job.fps, limits.max_frames)
+        return at_rate(np.arange(num_frames) / rate, num_frames / rate, job.fps, most_frames(job, limits))
     return spread(num_frames, job.num_frames or min(num_frames, limits.max_frames))
 
 

@@ -49,7 +49,14 @@ async def generate(request: Request) -> Response:
                 chat = await chat_input.from_form(fields.prompt, files, options, upload.client, loader)
         del form, files  # frees their media
         clamp_max_tokens = fields.requested_max_tokens() is None
-        await context.submit(chat, params, n=1, speculation=fields.speculation, clamp_max_tokens=clamp_max_tokens)
+        await context.submit(
+            chat,
+            params,
+            n=1,
+            speculation=fields.speculation,
+            clamp_max_tokens=clamp_max_tokens,
+            cache_salt=fields.cache_salt,
+        )
         if fields.stream:
             return EventStream(
                 _events(context),

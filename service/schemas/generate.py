@@ -13,6 +13,9 @@ from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 from service.validation import as_bad_request
 
+# Fields that are JSON text.
+JSON_FIELDS = ("logit_bias", "stop_token_ids", "mm_processor_kwargs", "media_io_kwargs", *structured.JSON_FIELDS)
+
 
 class GenerateRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     prompt: str = ""
@@ -36,7 +39,7 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
         if name != "media":
             raise _misplaced(name, "a file")
     try:
-        for name in ("logit_bias", "mm_processor_kwargs", *structured.JSON_FIELDS):
+        for name in JSON_FIELDS:
             if text := fields.get(name):
                 fields[name] = _parsed(name, str(text))
         request = msgspec.convert(fields, GenerateRequest, strict=False)

@@ -1,8 +1,8 @@
 """What a request may say of its images and videos: the frames of a video, and options of the model's processors.
 
 The same fields stand in a request, for all its media, and in a part of a chat message, for that one. Processor options
-may also come in `mm_processor_kwargs`, as vLLM takes them. Which options the model's processors know is not decided
-here: see `check_known`.
+may also come in `mm_processor_kwargs`, and the frames of videos in `media_io_kwargs`, as vLLM takes them. Which options
+the model's processors know is not decided here: see `check_known`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from service.errors import BadRequest
 from service.media.sniff import Kind
 
 KWARGS = "mm_processor_kwargs"
+IO_KWARGS = "media_io_kwargs"
+EVERY_FRAME = 1000.0  # frames per second: no video has more
 NumFrames = Annotated[int, msgspec.Meta(ge=1)]
 Fps = Annotated[float, msgspec.Meta(gt=0.0, le=1000.0)]
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -51,6 +53,7 @@ class ImageFields(msgspec.Struct, kw_only=True, frozen=True):
     min_pixels: Pixels | None = None
     max_pixels: Pixels | None = None
     mm_processor_kwargs: dict[str, Any] | None = None  # checked by `read`, so that errors name the key
+    media_io_kwargs: dict[str, dict[str, Any] | None] | None = None  # likewise
 
 
 class MediaFields(ImageFields, kw_only=True, frozen=True):
@@ -62,7 +65,10 @@ class MediaFields(ImageFields, kw_only=True, frozen=True):
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """What is wanted of a medium. values: options of the processor, by name; params: where each came from, by name."""
+    """What is wanted of a medium. values: options of the processor, by name; params: where each came from, by name.
+
+    With fps, num_frames is the maximum of frames.
+    """
 
     num_frames: int | None = None
     fps: float | None = None
@@ -101,12 +107,11 @@ def read(fields: ImageFields, path: str = "") -> MediaOptions:
         if (type_ := TYPES.get(name) or SAMPLING.get(name)) is None:
             known = ", ".join((*TYPES, *SAMPLING))
             raise BadRequest(f"{param} is not a known option; known are {known}", param=param, code="unknown_field")
-        value = _converted(value, type_, param)
-        if name in sent and sent[name][0] != value:
-            raise BadRequest(f"{sent[name][1]} and {param} differ; send one", param=param)
-        sent[name] = value, param
+        _add(sent, name, _converted(value, type_, param), param)
     if "num_frames" in sent and "fps" in sent:
         raise BadRequest("send num_frames or fps, not both", param=sent["fps"][1])
+    for name, (value, param) in _loading(fields.media_io_kwargs or {}, path).items():
+        _add(sent, name, value, param)
     values = {name: value for name, (value, _) in sent.items() if name in TYPES}
     if values.get("min_pixels", 0) > values.get("max_pixels", math.inf):
         raise BadRequest("min_pixels must not be above max_pixels", param=sent["min_pixels"][1])
@@ -114,6 +119,34 @@ def read(fields: ImageFields, path: str = "") -> MediaOptions:
         values["size"] = _size(values["size"], sent["size"][1])
     num_frames, fps = (sent[name][0] if name in sent else None for name in SAMPLING)
     return MediaOptions(num_frames, fps, values, {name: param for name, (_, param) in sent.items()})
+
+
+def _add(sent: dict[str, tuple[Any, str]], name: str, value: Any, param: str) -> None:
+    """Add an option. Raises BadRequest where another field gives it another value."""
+    if name in sent and sent[name][0] != value:
+        raise BadRequest(f"{sent[name][1]} and {param} differ; send one", param=param)
+    sent[name] = value, param
+
+
+def _loading(kwargs: Mapping[str, Mapping[str, Any] | None], path: str) -> dict[str, tuple[Any, str]]:
+    """Return the frames that vLLM's `media_io_kwargs` want, as (value, param) by name. With both, as vLLM: frames at
+    this rate, but at most so many. Raises BadRequest."""
+    found: dict[str, tuple[Any, str]] = {}
+    for kind, options in kwargs.items():
+        for name, value in (options or {}).items():
+            param = f"{path}{IO_KWARGS}.{kind[:64]}.{name[:64]}"
+            if kind == "video" and name in SAMPLING:
+                if value is not None and (name, value) != ("num_frames", -1):
+                    found[name] = _converted(value, SAMPLING[name], param), param
+                elif value is not None:
+                    found.setdefault("fps", (EVERY_FRAME, param))
+            elif (kind, name, value) != ("image", "image_mode", "RGB"):
+                raise BadRequest(
+                    f"{param} is not a known option; known are video.num_frames and video.fps",
+                    param=param,
+                    code="unknown_field",
+                )
+    return found
 
 
 def check_known(options: MediaOptions, geometry: Geometry, kinds: Iterable[Kind]) -> None:

@@ -7,97 +7,173 @@ Unknown fields are refused with 400.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import msgspec
 
-from model.request import EngineInfo
+from model.request import EngineInfo, ToolCall
 from service.errors import BadRequest
 from service.schemas import sampling
 from service.schemas.media_options import ImageFields, MediaFields, MediaOptions
 from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 
+# By field, the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "modalities": (["text"],),
+    "modalities": (["text"], []),
     "audio": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "verbosity": (),
     "web_search_options": (),
     "moderation": (),
+    # vLLM's
+    "use_beam_search": (False,),
+    "best_of": (1,),
+    "prompt_logprobs": (False,),
+    "logprob_token_ids": ([],),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "truncate_prompt_tokens": (),
+    "echo": (False,),
+    "add_special_tokens": (False,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "chat_template": ("",),
+    "thinking_token_budget": (),
+    "watermarking": (False,),
+    "repetition_detection": (),
+    "logits_processors": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    # SGLang's
+    "stop_regex": ("", []),
+    "no_stop_trim": (False,),
+    "lora_path": ("",),
+    "custom_logit_processor": ("",),
 }
-# The same for messages: fields of conversations with tools, audio or refusals.
-NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "audio": (),
-    "refusal": (),
-}
-# Labels and routing hints of OpenAI's platform, which do not change an answer.
+# The same for messages.
+NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"audio": (), "prefix": (False,), "partial": (False,)}
+# Labels and routing hints of OpenAI's platform and others, which do not change an answer.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
+    *("length_penalty", "spaces_between_special_tokens", "stream_interval"),
 )
+Uuid = Annotated[str, msgspec.Meta(max_length=256)]
 
 
-class Url(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    url: str
-    detail: str | None = None  # without effect: the target has one image size
+class ImageUrl(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    url: str | None = None
+    detail: Any = None  # without effect: the model's processor decides on the size
+
+
+class VideoUrl(MediaFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    url: str | None = None
+    detail: Any = None
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
     text: str
-    prompt_cache_breakpoint: Any = None  # without effect, here and below
+    cache_control: Any = None  # without effect, as is the next, here and below
+    prompt_cache_breakpoint: Any = None
 
 
 class ImagePart(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"):
     kind: ClassVar[Literal["image"]] = "image"
 
-    image_url: Url | str  # clients of Ollama and vLLM may send the URL alone
+    image_url: ImageUrl | str | None = None  # clients of Ollama and vLLM may send the URL alone
+    uuid: Uuid | None = None
+    modalities: Any = None  # SGLang's, without effect: the number of images tells how they are read
+    cache_control: Any = None
     prompt_cache_breakpoint: Any = None
 
     @property
-    def url(self) -> str:
-        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+    def url(self) -> str | None:
+        return _url(self.image_url)
 
 
 class VideoPart(MediaFields, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="video_url"):
     kind: ClassVar[Literal["video"]] = "video"
 
-    video_url: Url | str
+    video_url: VideoUrl | str | None = None
+    uuid: Uuid | None = None
+    modalities: Any = None
+    cache_control: Any = None
     prompt_cache_breakpoint: Any = None
 
     @property
-    def url(self) -> str:
-        return self.video_url if isinstance(self.video_url, str) else self.video_url.url
+    def url(self) -> str | None:
+        return _url(self.video_url)
+
+
+class AudioPart(msgspec.Struct, frozen=True, tag_field="type", tag="input_audio"):
+    """A kind of part that is refused by its name, as are the next ones."""
+
+
+class AudioUrlPart(msgspec.Struct, frozen=True, tag_field="type", tag="audio_url"):
+    pass
+
+
+class FilePart(msgspec.Struct, frozen=True, tag_field="type", tag="file"):
+    pass
 
 
 Part = TextPart | ImagePart | VideoPart
+RefusedPart = AudioPart | AudioUrlPart | FilePart
+
+
+class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    arguments: dict[str, Any] | str | None = None  # JSON text; Ollama's clients send the object
+
+
+class CallField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call of a tool in a message of the history."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] | None = None
+    index: int | None = None  # without effect: left by clients that put streams together
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]  # the last two: not built
-    content: str | list[Part] | msgspec.UnsetType | None = msgspec.UNSET
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part | RefusedPart] | msgspec.UnsetType | None = msgspec.UNSET
     name: str | None = None
-    # A response may be sent back as it came: these fields are in it, and empty.
-    refusal: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
-    function_call: Any = None
+    tool_calls: list[CallField] | None = None
+    tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, as vLLM and OpenRouter name it
+    refusal: str | None = None  # what an assistant's message without content says
     audio: Any = None
-    annotations: list[Any] | None = None
+    prefix: Any = None
+    partial: Any = None
+    # Without effect: labels, and what only answers have.
+    id: Any = None
+    annotations: Any = None
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
 
     def parts(self) -> list[Part]:
-        """The content as a list of parts."""
-        return [TextPart(self.content)] if isinstance(self.content, str) else self.content or []
+        """The content as a list of parts. Call it only after `check`."""
+        if isinstance(self.content, str):
+            return [TextPart(self.content)]
+        if not self.content and self.refusal:
+            return [TextPart(self.refusal)]
+        return cast("list[Part]", self.content or [])
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,6 +200,33 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
+    use_beam_search: Any = None
+    best_of: Any = None
+    prompt_logprobs: Any = None
+    logprob_token_ids: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    truncate_prompt_tokens: Any = None
+    echo: Any = None
+    add_special_tokens: Any = None
+    skip_special_tokens: Any = None
+    include_stop_str_in_output: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    documents: Any = None
+    chat_template: Any = None
+    thinking_token_budget: Any = None
+    watermarking: Any = None
+    repetition_detection: Any = None
+    logits_processors: Any = None
+    return_tokens_as_token_ids: Any = None
+    return_token_ids: Any = None
+    return_token_offsets: Any = None
+    return_prompt_text: Any = None
+    stop_regex: Any = None
+    no_stop_trim: Any = None
+    lora_path: Any = None
+    custom_logit_processor: Any = None
 
     user: Any = None
     metadata: Any = None
@@ -134,6 +237,9 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
     parallel_tool_calls: Any = None
+    length_penalty: Any = None
+    spaces_between_special_tokens: Any = None
+    stream_interval: Any = None
 
     def requested_max_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -158,13 +264,16 @@ def check(request: ChatRequest, settings: Settings) -> None:
         raise BadRequest(f"at most {settings.max_parts} texts, images and videos are allowed", param="messages")
     num_chars = num_media = 0
     for index, message in enumerate(request.messages):
-        for part in message.parts():
+        num_chars += len(reasoning(message) or "")
+        num_chars += sum(len(call.name) + len(call.arguments) for call in calls(message, f"messages[{index}]"))
+        for number, part in enumerate(message.parts()):
             if isinstance(part, TextPart):
                 num_chars += len(part.text)
                 continue
             num_media += 1
-            if message.role != "user":
-                raise BadRequest("images and videos belong in user messages", param=f"messages[{index}].content")
+            if part.url is None and not part.uuid:
+                param = f"messages[{index}].content[{number}].{part.kind}_url"
+                raise BadRequest(f"{param} is missing", param=param, code="missing_field")
     sampling.check_prompt_chars(num_chars, settings, param="messages")
     if num_media > settings.max_media:
         raise BadRequest(
@@ -172,6 +281,34 @@ def check(request: ChatRequest, settings: Settings) -> None:
             param="messages",
             code="too_many_media",
         )
+
+
+def reasoning(message: ChatMessage) -> str | None:
+    """Return what the assistant thought before this message of the history."""
+    return message.reasoning_content or message.reasoning or None
+
+
+def calls(message: ChatMessage, path: str) -> tuple[ToolCall, ...]:
+    """Return the calls of tools in a message. path: of the message in the request. Raises BadRequest."""
+    if message.function_call is not None:
+        return (ToolCall("", message.function_call.name, _arguments(message.function_call, f"{path}.function_call")),)
+    return tuple(
+        ToolCall(call.id or "", call.function.name, _arguments(call.function, f"{path}.tool_calls[{index}].function"))
+        for index, call in enumerate(message.tool_calls or ())
+    )
+
+
+def _arguments(function: FunctionCall, path: str) -> str:
+    """Return the arguments of a call as the text of a JSON object."""
+    arguments = function.arguments or {}
+    if isinstance(arguments, str):
+        try:
+            msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
+        except (msgspec.MsgspecError, RecursionError):
+            param = f"{path}.arguments"
+            raise BadRequest(f"{param} is not a JSON object", param=param) from None
+        return arguments
+    return msgspec.json.encode(arguments).decode()
 
 
 @dataclass(frozen=True)
@@ -192,6 +329,9 @@ def media_options(request: ChatRequest, settings: Settings, info: EngineInfo | N
                 continue
             path = f"messages[{index}].content[{number}]."
             own = sampling.check_media_options(part, settings, info, kind=part.kind, path=path)
+            if isinstance(url := part.image_url if isinstance(part, ImagePart) else part.video_url, ImageFields):
+                at = f"{path}{part.kind}_url."
+                own = sampling.check_media_options(url, settings, info, kind=part.kind, path=at).over(own)
             parts.append(own.over(general))
     return ChatMediaOptions(general, tuple(parts))
 
@@ -200,19 +340,28 @@ def _refuse_not_built(struct: ChatRequest | ChatMessage, fields: dict[str, tuple
     """Raise BadRequest for a field with a value that is not one of those that mean "none"."""
     for name, harmless in fields.items():
         value = getattr(struct, name)
-        if value is not None and value not in harmless:
+        if value is not None and not any(value == each and type(value) is type(each) for each in harmless):
             raise _not_built(f"{prefix}{name}", "leave it out")
 
 
-def _check_message(message: ChatMessage, param: str) -> None:
-    """Raise BadRequest for an unsupported kind of message, or one without content."""
-    if message.role in ("tool", "function"):
-        raise _not_built(f"{param}.role", "send the tool's result as a user's text", value=f" {message.role!r}")
-    _refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{param}.")
-    if message.content is None:
-        raise _not_built(f"{param}.content", 'send "" for an empty message', value=" null")
-    if message.content is msgspec.UNSET:
-        raise BadRequest(f"{param}.content is missing", param=f"{param}.content", code="missing_field")
+def _url(value: ImageUrl | VideoUrl | str | None) -> str | None:
+    """Return the URL of a part, or None where it is absent or null."""
+    return value if isinstance(value, str) or value is None else value.url
+
+
+def _check_message(message: ChatMessage, path: str) -> None:
+    """Raise BadRequest for a message that has what is not supported, or no content."""
+    _refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{path}.")
+    if message.content is msgspec.UNSET and not (message.tool_calls or message.function_call or message.refusal):
+        raise BadRequest(f"{path}.content is missing", param=f"{path}.content", code="missing_field")
+    if message.role != "assistant":
+        for name in ("tool_calls", "function_call"):
+            if getattr(message, name):
+                raise BadRequest(f"{path}.{name} belongs in an assistant's message", param=f"{path}.{name}")
+    for index, part in enumerate(message.content if isinstance(message.content, list) else ()):
+        if isinstance(part, RefusedPart):
+            kind = type(part).__struct_config__.tag
+            raise _not_built(f"{path}.content[{index}].type", "send text, images or videos", value=f" {kind!r}")
 
 
 def _not_built(param: str, instead: str, value: str = "") -> BadRequest:

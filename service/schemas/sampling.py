@@ -20,6 +20,7 @@ from service.settings import Settings
 SEED_MASK = 2**63 - 1  # maps seeds to non-negative signed 64-bit integers
 
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+LEAST_TOP_P = 1e-9  # a nucleus of the likeliest token alone: in any vocabulary it is likelier than this
 MAX_BIAS = 100.0
 MAX_NAMED = 8  # invalid keys that an error lists
 TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
@@ -31,11 +32,12 @@ class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown
     model: str | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None  # 0: only the likeliest token
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31)] | None = None  # 0 and -1: no limit
     min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**31)]] | None = None
     n: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -46,6 +48,7 @@ class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool | None = None
+    cache_salt: Annotated[str, msgspec.Meta(max_length=1024)] | None = None  # parts the caches, as vLLM's
     speculation: Literal["auto", "off"] | None = None  # None: auto
 
     def requested_max_tokens(self) -> int | None:
@@ -114,7 +117,7 @@ def sampling_params(fields: SamplingFields, settings: Settings, *, default_tempe
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=default_temperature if fields.temperature is None else fields.temperature,
-            top_p=1.0 if fields.top_p is None else fields.top_p,
+            top_p=1.0 if fields.top_p is None else max(fields.top_p, LEAST_TOP_P),
             top_k=max(0, fields.top_k or 0),
             min_p=fields.min_p or 0.0,
             seed=(secrets.randbits(63) if fields.seed is None else fields.seed) & SEED_MASK,
@@ -126,6 +129,7 @@ def sampling_params(fields: SamplingFields, settings: Settings, *, default_tempe
             repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
             logit_bias=_logit_bias(fields.logit_bias or {}, settings),
             logprobs=_logprobs(fields, settings),
+            stop_token_ids=_stop_token_ids(fields.stop_token_ids or [], settings),
             grammar=structured.grammar(fields, settings),
         )
     except RequestError as error:
@@ -148,6 +152,13 @@ def _stop_strings(stop: str | list[str] | None, settings: Settings) -> tuple[str
     if any(not 0 < len(string) <= settings.max_stop_chars for string in strings):
         raise BadRequest(f"a stop string must have 1 to {settings.max_stop_chars} characters", param="stop")
     return strings
+
+
+def _stop_token_ids(ids: list[int], settings: Settings) -> tuple[int, ...]:
+    if len(ids) > settings.max_stop_token_ids:
+        most = settings.max_stop_token_ids
+        raise BadRequest(f"at most {most} stop_token_ids are allowed", param="stop_token_ids")
+    return tuple(dict.fromkeys(ids))
 
 
 def _logit_bias(bias: dict[str, Any], settings: Settings) -> tuple[tuple[int, float], ...]:

@@ -220,7 +220,7 @@ def test_a_url_alone_is_media_and_no_text(client: openai.OpenAI) -> None:
     for wrong, code, param in (
         ("x.png", "unsupported_url", "messages[0].content[0]"),
         ("", "unsupported_url", "messages[0].content[0]"),
-        (None, "invalid_request", "messages[0].content[0].image_url"),
+        (None, "missing_field", "messages[0].content[0].image_url"),
         ([], "invalid_request", "messages[0].content[0].image_url"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
