@@ -19,7 +19,7 @@ import model
 from service.deps import service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
 from service.origin import AllowedHosts, checks_hosts
-from service.routes import admin, generate, openai, ops, playground
+from service.routes import admin, completions, generate, openai, ops, playground
 from service.settings import Settings
 from service.state import Service
 from service.stream import ClosingResponse
@@ -45,7 +45,14 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
 
     # Plain routes and no generated documentation: handlers read their bodies themselves, so FastAPI has nothing to
     # inject or describe, and its page would load scripts from other sites.
-    routes: list[BaseRoute] = [*generate.ROUTES, *openai.ROUTES, *ops.ROUTES, *admin.ROUTES, *playground.ROUTES]
+    routes: list[BaseRoute] = [
+        *generate.ROUTES,
+        *openai.ROUTES,
+        *completions.ROUTES,
+        *ops.ROUTES,
+        *admin.ROUTES,
+        *playground.ROUTES,
+    ]
     app = FastAPI(title="FlashServe", version=model.__version__, lifespan=lifespan, openapi_url=None, routes=routes)
     app.router.redirect_slashes = False  # it would redirect to any host that the request names
     error_response = _map_errors(app)

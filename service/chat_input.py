@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from model.request import Medium, Message
+from model.request import Medium, Message, TemplateOptions
 from service.errors import BadRequest, ServiceError
 from service.media_loader import MediaLoader
 from service.schemas import openai
@@ -35,6 +35,8 @@ class ChatInput:
     messages: tuple[Message, ...]
     num_media: int
     seconds: float  # spent on fetching and decoding
+    prompts: tuple[str | tuple[int, ...], ...] = ()  # raw prompts in place of the messages
+    template: TemplateOptions = TemplateOptions()
 
 
 async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upload, loader: MediaLoader) -> ChatInput:

@@ -98,6 +98,7 @@ class RequestContext:
         self._outputs: deque[tuple[int, RequestOutput]] = deque()  # (choice, output), not yet read
         self._waiter: asyncio.Future[None] | None = None  # set while a reader waits for outputs
         self._num_media = 0
+        self._num_prompts = 1
         self._error: BaseException | None = None
         self._task = cast("asyncio.Task[Any]", asyncio.current_task())
         self._cancelled_for: ServiceError | None = None  # why `end` cancelled the task
@@ -144,25 +145,38 @@ class RequestContext:
         running_stats: bool = False,
         clamp_max_tokens: bool = False,
         cache_salt: str | None = None,
+        own_seeds: bool = False,
     ) -> None:
-        """Send `n` choices to the engine and wait for the first output, so that refusals come before a status of 200.
+        """Send `n` choices of each prompt to the engine and wait for the first output, so that refusals come before a
+        status of 200.
 
         running_stats: give choices their `stats` from their first output on, not only at their end; clamp_max_tokens:
         lower max_tokens to what fits the model's context; cache_salt: caches are shared only with requests of the same,
-        and of the same key.
+        and of the same key; own_seeds: no choice has the seed of another prompt's.
         """
         self.media_seconds, self._num_media = chat.seconds, chat.num_media
         salt = _salt(self._key, cache_salt or "")
-        for index in range(n):
-            own = params if index == 0 else replace(params, seed=seed_of_choice(params.seed, index))
-            name, speculates = f"{self.id}-{index}", speculation != "off"
-            message = Submit(name, chat.messages, own, speculates, running_stats, salt, clamp_max_tokens)
+        self._num_prompts = len(chat.prompts) or 1
+        for index in range(n * self._num_prompts):
+            variant = index if own_seeds else index % n
+            message = Submit(
+                f"{self.id}-{index}",
+                chat.messages,
+                params if variant == 0 else replace(params, seed=seed_of_choice(params.seed, variant)),
+                speculation != "off",
+                running_stats,
+                salt,
+                clamp_max_tokens,
+                chat.template,
+                chat.prompts[index // n] if chat.prompts else None,
+            )
             self.choices.append(Choice(self._service.pool.submit(message, partial(self._deliver, index))))
         await self._wait_for_output()
         index, output = self._outputs[0]
-        if output.stats is not None:  # the prompt's length is the same for every choice
+        if output.stats is not None:  # the prompt's length is the same for every choice of it
             opening = replace(NO_STATS, prompt_tokens=output.stats.prompt_tokens)
-            for choice in self.choices:
+            first = index // n * n
+            for choice in self.choices[first : first + n]:
                 choice.stats = opening
             self.choices[index].stats = replace(opening, cached_tokens=output.stats.cached_tokens)
 
@@ -193,6 +207,8 @@ class RequestContext:
     def _deliver(self, index: int, event: Event) -> None:
         """Queue an event of a choice and wake the reader."""
         if isinstance(event, ServiceError):
+            if event.param == "prompt" and self._num_prompts > 1:
+                event.param = f"prompt[{index * self._num_prompts // len(self.choices)}]"
             self._error = self._error or event
         else:
             self._outputs.append((index, event))

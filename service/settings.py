@@ -242,6 +242,7 @@ class Settings(BaseSettings):
     max_new_tokens: int = option("Limits", 2048, "Largest max_tokens that a request may set.", ge=1)
     default_max_tokens: int = option("Limits", 256, "max_tokens of requests that do not set it.", ge=1)
     max_n: int = option("Limits", 8, "Maximum choices (n) per request.", ge=1)
+    max_prompts: int = option("Limits", 32, "Maximum prompts of a request to /v1/completions.", ge=1)
     max_stop: int = option("Limits", 8, "Maximum stop strings per request.", ge=0)
     max_stop_chars: int = option("Limits", 128, "Maximum characters of one stop string.", ge=1)
     max_stop_token_ids: int = option("Limits", 64, "Maximum tokens in a request's stop_token_ids.", ge=0)

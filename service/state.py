@@ -92,12 +92,17 @@ class Service:
 
     @property
     def max_choices(self) -> int:
-        """The largest `n` of one request: capacity for more would never be free, however long it waited."""
+        """The largest `n` of one request."""
+        return min(self.settings.max_n, self.max_parallel)
+
+    @property
+    def max_parallel(self) -> int:
+        """The most choices of one request: capacity for more would never be free, however long it waited."""
         settings = self.settings
         workers = [worker.info or self.pool.info for worker in self.pool.workers if worker.state != "given_up"]
         capacity = sum(info.max_num_seqs for info in workers if info) + settings.max_waiting
         per_key = settings.max_requests_per_key if settings.api_key else None
-        return min(settings.max_n, capacity, per_key or capacity)
+        return min(capacity, per_key or capacity)
 
     def _num_unassigned(self) -> int:
         """Return how many admitted engine requests no worker has yet."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from model.request import RequestStats
+from service.schemas.answers import Speculation, Timings, Usage
 
 
-def usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
-    """Sum over all choices; the prompt is counted once, and known as soon as one choice has an output."""
-    prompt = max(one.prompt_tokens for one in stats)
+def usage(stats: Sequence[RequestStats], num_prompts: int = 1) -> Usage:
+    """Sum over all choices, which belong to so many prompts in turn; each prompt is counted once, and known as soon as
+    one of its choices has an output."""
+    n = len(stats) // num_prompts
+    by_prompt = [stats[at : at + n] for at in range(0, len(stats), n)]
+    prompt = sum(max(one.prompt_tokens for one in each) for each in by_prompt)
     completion = sum(one.completion_tokens for one in stats)
     accepted = sum(one.accepted_tokens for one in stats)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": stats[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(each[0].cached_tokens for each in by_prompt)},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": sum(one.draft_tokens for one in stats) - accepted,
@@ -25,7 +28,7 @@ def usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
     }
 
 
-def speculation(stats: RequestStats) -> dict[str, Any]:
+def speculation(stats: RequestStats) -> Speculation:
     """Statistics of one choice's drafts. `acceptance_length`: mean tokens per verify step with a draft, the bonus token
     included; 1 without drafts."""
     return {
@@ -38,7 +41,7 @@ def speculation(stats: RequestStats) -> dict[str, Any]:
 
 def timings(
     *, queue: float, media: float, time_to_first_token: float, decode: float, seconds_per_token: float | None
-) -> dict[str, float]:
+) -> Timings:
     """All in seconds, but `tokens_per_second`, which counts decoding after the first output."""
     return {
         "queue": queue,

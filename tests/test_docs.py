@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.media import refusal
+from service.schemas.completions import CompletionRequest
 from service.schemas.generate import GenerateRequest
 from service.schemas.openai import ChatRequest, StreamOptions
 from tests.documents import (
@@ -150,7 +151,10 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
 API = (ROOT / "docs/api.md").read_text()
 
 
-@pytest.mark.parametrize("name", sorted({*GenerateRequest.__struct_fields__, *ChatRequest.__struct_fields__}))
+@pytest.mark.parametrize(
+    "name",
+    sorted({*GenerateRequest.__struct_fields__, *ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__}),
+)
 def test_the_api_reference_names_every_field(name: str) -> None:
     assert f"`{name}`" in API
 

@@ -55,6 +55,10 @@ class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown
         """The maximum number of tokens that the client set, if any."""
         return self.max_tokens
 
+    def requested_logprobs(self) -> int | None:
+        """The number of likeliest tokens to report with each token; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 def check_model(name: str | None, settings: Settings) -> None:
     """Raise UnknownModel for a name other than the served model's."""
@@ -194,4 +198,4 @@ def _logprobs(fields: SamplingFields, settings: Settings) -> int | None:
         raise BadRequest(f"top_logprobs must be at most {settings.max_top_logprobs}", param="top_logprobs")
     if top and not fields.logprobs:
         raise BadRequest("top_logprobs needs logprobs; set logprobs too", param="top_logprobs")
-    return top if fields.logprobs else None
+    return fields.requested_logprobs()

@@ -212,7 +212,8 @@ class FakeEngine:
                 (self.crash_dir / f"medium-{index}.txt").write_text(repr(note))
         text = _text(request)
         if len(text.split()) > MAX_PROMPT_TOKENS:
-            raise RequestError("the prompt is too long for the model", param="messages", code="context_length_exceeded")
+            param = "messages" if request.prompt is None else "prompt"
+            raise RequestError("the prompt is too long for the model", param=param, code="context_length_exceeded")
         if "CHOKE" in text:
             raise KeyError("a template's own trouble")
         return Sequence(request, answer_words(request), text, time.monotonic())
