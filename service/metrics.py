@@ -1,6 +1,6 @@
 """Prometheus metrics, under the names that dashboards rely on. All live in the API process.
 
-Workers send their engines' counts (`EngineStats`); request contexts report times. Knows nothing of requests.
+Workers send their engines' counts (`EngineStats`); request contexts report times and what has ended.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import generate_latest
 
 from model.request import EngineStats
+from service.metrics_aliases import VllmAliases
+from service.request_record import RequestRecord
 
 # The `_created` series would be a third of all lines, and nobody uses them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -32,6 +34,7 @@ class Metrics:
 
     def __init__(self, model: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
+        self.aliases: VllmAliases | None = None  # the same under other names, from when the model is loaded
         self._model = model
         self._clock = clock
         self._recent: deque[tuple[float, int]] = deque()  # (time, tokens) of the last RATE_WINDOW seconds
@@ -111,7 +114,8 @@ class Metrics:
             self._step.labels(model, phase)
 
     def render(self) -> bytes:
-        return generate_latest(self.registry)
+        """Return the text that Prometheus reads."""
+        return generate_latest(self.registry) + (self.aliases.render() if self.aliases else b"")
 
     def tokens_per_second(self) -> float:
         """Return the mean over the last RATE_WINDOW seconds."""
@@ -160,6 +164,8 @@ class Metrics:
             self._batch_size.observe(size)
         for phase, seconds in stats.step_seconds:
             self._step.labels(model, phase).observe(seconds)
+        if self.aliases:
+            self.aliases.engine_stats(worker, stats)
         if stats.generation_tokens:
             self._recent.append((self._clock(), stats.generation_tokens))
 
@@ -175,14 +181,30 @@ class Metrics:
     def media_done(self, kind: str, seconds: float) -> None:
         self._media.labels(self._model, kind).observe(seconds)
 
-    def first_token(self, seconds: float) -> None:
+    def first_output(self, seconds: float) -> None:
+        """Observe the seconds from a request's arrival to the first output of an answer."""
         self._ttft.observe(seconds)
+        if self.aliases:
+            self.aliases.first_output(seconds)
 
-    def queued(self, seconds: float) -> None:
-        self._queue.observe(seconds)
+    def next_output(self, seconds: float) -> None:
+        """Observe the seconds between two outputs of an answer."""
+        if self.aliases:
+            self.aliases.next_output(seconds)
 
-    def answered(self, outcome: str, latency: float, per_token: float | None) -> None:
+    def request_ended(self, record: RequestRecord) -> None:
+        """Count the answers of a request, or the request where it was accepted and has none."""
+        for choice in record.choices:
+            self._answered(choice.finish_reason or record.outcome, record.latency)
+            if choice.seconds_per_token is not None:
+                self._tpot.observe(choice.seconds_per_token)
+            if choice.finish_reason is not None:
+                self._queue.observe(choice.stats.queue)
+        if not record.choices and record.outcome != "refused":
+            self._answered(record.outcome, record.latency)
+        if self.aliases:
+            self.aliases.request_ended(record)
+
+    def _answered(self, outcome: str, latency: float) -> None:
         self._requests.labels(self._model, outcome).inc()
         self._latency.observe(latency)
-        if per_token is not None:
-            self._tpot.observe(per_token)

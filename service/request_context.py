@@ -12,65 +12,25 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from starlette.requests import ClientDisconnect, Request
 
-from model.request import FinishReason, RequestOutput, RequestStats, SamplingParams, TokenLogprobs
+from model.request import RequestOutput, RequestStats, SamplingParams
 from service.chat_input import ChatInput
 from service.errors import BadRequest, EngineFailure, ServiceError, TimedOut
 from service.log import fields
-from service.pool.generation import Event, Generation
+from service.pool.generation import Event
 from service.pool.messages import Submit
+from service.request_record import NO_STATS, Choice, RequestRecord
 from service.schemas.sampling import seed_of_choice
 from service.state import Service
 from service.trace_context import TraceContext
 
 log = logging.getLogger("flashserve.request")
-
-NO_STATS = RequestStats(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
-
-
-@dataclass
-class Choice:
-    """One answer of a request, as far as it was generated."""
-
-    generation: Generation
-    finish_reason: FinishReason | None = None
-    stats: RequestStats = NO_STATS
-    num_tokens: int = 0
-    num_first_tokens: int = 0  # tokens of the first output
-    first_at: float | None = None
-    last_at: float = 0.0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, where requested
-
-    @property
-    def text(self) -> str:
-        return self.generation.text
-
-    @property
-    def decode_seconds(self) -> float:
-        return 0.0 if self.first_at is None else self.last_at - self.first_at
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """Seconds per token after the first output; None without any. The first output's tokens arrive together."""
-        later = self.num_tokens - self.num_first_tokens
-        return self.decode_seconds / later if later > 0 else None
-
-    def add(self, output: RequestOutput, now: float) -> None:
-        """Count an output that arrived at `now`."""
-        if output.tokens:
-            self.last_at = now
-            if self.first_at is None:
-                self.first_at, self.num_first_tokens = now, len(output.tokens)
-            self.num_tokens += len(output.tokens)
-            self.logprobs += output.logprobs or ()
-        self.stats = output.stats or self.stats
-        self.finish_reason = output.finish_reason or self.finish_reason
 
 
 class RequestContext:
@@ -231,10 +191,12 @@ class RequestContext:
         return TimedOut(f"the request took longer than {self._service.settings.request_timeout:g} s")
 
     def _count(self, choice: Choice, output: RequestOutput) -> None:
-        is_first = choice.first_at is None
+        first_at, last_at = choice.first_at, choice.last_at
         choice.add(output, time.monotonic())
-        if is_first and choice.first_at is not None:
-            self._service.metrics.first_token(self.time_to_first_token(choice))
+        if output.tokens and first_at is None:
+            self._service.metrics.first_output(self.time_to_first_token(choice))
+        elif output.tokens:
+            self._service.metrics.next_output(choice.last_at - last_at)
         if choice.finish_reason is not None:
             self._reservation.release(1)
 
@@ -256,37 +218,47 @@ class RequestContext:
 
     def _record(self, outcome: str) -> None:
         """Log the request and count its answers. outcome: that of choices without a finish reason."""
-        metrics, latency = self._service.metrics, time.monotonic() - self._arrived
-        answered = [] if isinstance(self._error, BadRequest) else self.choices
-        if answered and outcome == "refused":
+        choices = [] if isinstance(self._error, BadRequest) else self.choices
+        if choices and outcome == "refused":
             outcome = "error"  # its workers were lost
-        for choice in answered:
-            metrics.answered(choice.finish_reason or outcome, latency, choice.seconds_per_token)
-            if choice.finish_reason is not None:
-                metrics.queued(choice.stats.queue)
-        if not answered and outcome != "refused":
-            metrics.answered(outcome, latency, None)
-        if not log.isEnabledFor(logging.INFO):
-            return
-        stats = [choice.stats for choice in answered]
-        log.info(
-            "request %s",
-            fields(
-                id=self.id,
-                request_id=None if self.request_id == self.id else self.request_id,
-                trace_id=self.trace and self.trace.trace_id,
-                outcome=",".join(choice.finish_reason or outcome for choice in answered) or outcome,
-                media=self._num_media,
-                prompt_tokens=max((one.prompt_tokens for one in stats), default=0),
-                completion_tokens=sum(choice.num_tokens for choice in answered),
-                drafts=sum(one.drafts for one in stats),
-                accepted_tokens=sum(one.accepted_tokens for one in stats),
-                media_seconds=self.media_seconds,
-                queue=max((one.queue for one in stats), default=0.0),
-                time_to_first_token=self.time_to_first_token(answered[0]) if answered else None,
-                seconds=latency,
-            ),
+        record = RequestRecord(
+            id=self.id,
+            client_id=None if self.request_id == self.id else self.request_id,
+            trace=self.trace,
+            arrived=self._arrived,
+            ended=time.monotonic(),
+            outcome=outcome,
+            choices=choices,
+            num_media=self._num_media,
+            media_seconds=self.media_seconds,
         )
+        self._service.metrics.request_ended(record)
+        if log.isEnabledFor(logging.INFO):
+            _log(record)
+
+
+def _log(record: RequestRecord) -> None:
+    """Log a request in one line, without what it said."""
+    stats = [choice.stats for choice in record.choices]
+    outcomes = [choice.finish_reason or record.outcome for choice in record.choices]
+    log.info(
+        "request %s",
+        fields(
+            id=record.id,
+            request_id=record.client_id,
+            trace_id=record.trace and record.trace.trace_id,
+            outcome=",".join(outcomes) or record.outcome,
+            media=record.num_media,
+            prompt_tokens=max((one.prompt_tokens for one in stats), default=0),
+            completion_tokens=sum(choice.num_tokens for choice in record.choices),
+            drafts=sum(one.drafts for one in stats),
+            accepted_tokens=sum(one.accepted_tokens for one in stats),
+            media_seconds=record.media_seconds,
+            queue=max((one.queue for one in stats), default=0.0),
+            time_to_first_token=record.time_to_first_token,
+            seconds=record.latency,
+        ),
+    )
 
 
 def _salt(key: str, cache_salt: str) -> str:

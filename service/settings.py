@@ -211,6 +211,11 @@ class Settings(BaseSettings):
         "HTTP", "info", "Log level: debug, info, warning or error."
     )
 
+    # Monitoring
+    metrics_aliases: Literal["vllm"] | None = option(
+        "Monitoring", None, "Publish metrics also under vLLM's names, for its dashboards: vllm. Default: ours only."
+    )
+
     # Limits
     max_connections: int = option(
         "Limits", 4096, "Maximum connections; beyond, those that wait longest for their clients are closed.", ge=16

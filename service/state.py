@@ -21,6 +21,7 @@ from service.log import fields
 from service.media import MediaDecoder, MediaLimits
 from service.media_loader import MediaLoader
 from service.metrics import Metrics
+from service.metrics_aliases import VllmAliases
 from service.pool.arena import Arena
 from service.pool.drafts import Drafts
 from service.pool.pool import Pool
@@ -186,6 +187,8 @@ class Service:
             self._on_fatal(str(error))
             return False
         self.decoder = decoder
+        if self.settings.metrics_aliases == "vllm":
+            self.metrics.aliases = self._vllm_aliases(info)
         if self._draft_watcher is not None:
             self._watcher_task = asyncio.create_task(self._draft_watcher.run())
         log.info(
@@ -202,6 +205,16 @@ class Service:
             ),
         )
         return True
+
+    def _vllm_aliases(self, info: EngineInfo) -> VllmAliases:
+        return VllmAliases(
+            self.metrics.registry,
+            self.settings.model_name,
+            info,
+            num_engines=len(self.pool.workers),
+            prefix_cache=self.settings.prefix_cache,
+            memory_utilization=self.settings.memory_utilization,
+        )
 
     def _max_frames(self, info: EngineInfo) -> int:
         """Return the frames of a video that settings and the model's context allow."""

@@ -20,6 +20,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
-    server = EngineServer(Path(tmp_path_factory.mktemp("demo")), {})
+    server = EngineServer(Path(tmp_path_factory.mktemp("demo")), {"metrics_aliases": "vllm"})
     yield server
     assert server.close() == 0, server.log_text()

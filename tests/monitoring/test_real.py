@@ -20,6 +20,7 @@ from loadtest import media
 from loadtest.client import Answer, Question, Variant
 from tests.e2e.server import EngineServer
 from tests.e2e.test_bundled_model import CLIP, SCENE
+from tests.monitoring import vllm_queries
 from tests.monitoring.prometheus import (
     ProjectPrometheus,
     alerts,
@@ -75,6 +76,14 @@ def test_a_panel_shows_nothing_of_models_and_instances_that_were_not_chosen(aske
             for choice in ({"model": "another"}, {"instance": "another"}):
                 filled = fill_in(expr, rate_interval=6, **choice)
                 assert not prometheus.over_time(filled, start, end, 5), filled
+
+
+def test_dashboards_of_vllm_have_data(asked: Asked) -> None:
+    prometheus, _, start, end = asked
+    queries = [fill_in(expr, rate_interval=6) for expr in vllm_queries.queries("demo")]
+    assert [expr for expr in queries if not has_data(prometheus, expr, start, end)] == []
+    other = [fill_in(expr, rate_interval=6) for expr in vllm_queries.queries("another") if "another" in expr]
+    assert not any(prometheus.over_time(expr, start, end, 5) for expr in other[:: len(other) // 20])
 
 
 def test_every_recording_rule_has_data(asked: Asked) -> None:
