@@ -19,7 +19,7 @@ import model
 from service.deps import service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
 from service.origin import AllowedHosts, checks_hosts
-from service.routes import admin, completions, generate, openai, ops, playground
+from service.routes import admin, completions, generate, models, openai, ops, playground, tokenize
 from service.settings import Settings
 from service.state import Service
 from service.stream import ClosingResponse
@@ -49,6 +49,8 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         *generate.ROUTES,
         *openai.ROUTES,
         *completions.ROUTES,
+        *models.ROUTES,
+        *tokenize.ROUTES,
         *ops.ROUTES,
         *admin.ROUTES,
         *playground.ROUTES,

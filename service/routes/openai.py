@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/models, as OpenAI's clients expect them.
+"""POST /v1/chat/completions, as OpenAI's clients expect it.
 
 `temperature` defaults to 1, as at OpenAI. Without `seed` a random one is drawn. With `n`, choice j > 0 has a seed
 derived from (seed, j), so that choice 0 is the context of a request without `n`.
@@ -11,7 +11,6 @@ from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from typing import Any
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -26,7 +25,6 @@ from service.deps import service_of, with_request_id
 from service.errors import ServiceError
 from service.request_context import RequestContext
 from service.schemas import openai
-from service.schemas.sampling import unknown_model
 from service.stream import DONE, EventStream, LastEvent, event, json_response
 from service.usage import usage
 
@@ -49,22 +47,6 @@ async def chat_completions(request: Request) -> Response:
             )
         await chat.finish()
         return json_response(_completion(chat))
-
-
-@require_api_key
-async def models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model(request)]})
-
-
-@require_api_key
-async def model(request: Request) -> Response:
-    name = request.path_params["name"]
-    if not name:
-        raise HTTPException(404)
-    settings = service_of(request).settings
-    if name != settings.model_name:
-        raise unknown_model(name, settings)
-    return json_response(_model(request))
 
 
 def _completion(chat: Chat) -> dict[str, Any]:
@@ -158,24 +140,4 @@ def _head(context: RequestContext, kind: str) -> dict[str, Any]:
     return {"id": context.id, "object": kind, "created": context.created, "model": context.model}
 
 
-def _model(request: Request) -> dict[str, Any]:
-    service = service_of(request)
-    info = service.pool.info
-    return {
-        "id": service.settings.model_name,
-        "object": "model",
-        "created": int(request.app.state.started),
-        "owned_by": "flashserve",
-        # vLLM's fields
-        "root": service.settings.model_name,
-        "parent": None,
-        "permission": [],
-        "max_model_len": info.max_model_len if info else None,
-    }
-
-
-ROUTES = [
-    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-    Route("/v1/models", models),
-    Route("/v1/models/{name:path}", model),
-]
+ROUTES = [Route("/v1/chat/completions", chat_completions, methods=["POST"])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from model.request import FinishReason
 
@@ -66,6 +66,68 @@ class Completion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
+
+
+# GET /v1/models
+
+
+class Architecture(TypedDict):
+    modality: str
+    input_modalities: list[str]
+    output_modalities: list[str]
+
+
+class Capabilities(TypedDict):
+    completion: bool
+    completion_chat: bool
+    vision: bool
+    video: bool
+    structured_output: bool
+
+
+class ModelLimits(TypedDict):
+    max_completion_tokens: int
+    max_media: int  # images and videos of a request
+    max_frames: int  # of a video
+
+
+class Model(TypedDict):
+    """The served model. What is null is not known before it is loaded."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    permission: list[Any]
+    type: str
+    max_model_len: int | None
+    context_length: int | None
+    architecture: Architecture
+    capabilities: Capabilities
+    limits: ModelLimits
+    supported_parameters: list[str]
+
+
+class Models(TypedDict):
+    object: Literal["list"]
+    data: list[Model]
+
+
+# POST /tokenize, /detokenize
+
+
+class Tokenized(TypedDict):
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    prompt: str
+    content: str  # the same, by llama.cpp's name
 
 
 # POST /v1/generate

@@ -9,6 +9,8 @@ from typing import Any
 import openai
 import pytest
 
+from loadtest import media
+from loadtest.client import data_uri
 from tests.e2e.server import EngineServer
 
 
@@ -78,3 +80,21 @@ def test_token_ids_that_are_none_are_refused(client: openai.OpenAI, ids: Any) ->
 def test_a_placeholder_is_refused(client: openai.OpenAI, prompt: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="stands for an image"):
         ask(client, prompt)
+
+
+def test_a_conversation_is_tokenized_as_it_is_charged(server: EngineServer) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_uri(media.image(1))}}
+    text = {"type": "text", "text": "what is <image> red?"}
+    for content in ("fox", [image, text], [text, image, image]):
+        messages = [{"role": "user", "content": content}]
+        chat = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+        found = server.http.post("/tokenize", json={"messages": messages, "return_token_strs": True}).json()
+        assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) == chat["usage"]["prompt_tokens"]
+        if content == "fox":
+            written = server.http.post("/detokenize", json={"tokens": found["tokens"]}).json()["prompt"]
+            assert server.http.post("/tokenize", json={"prompt": written}).json()["tokens"] == found["tokens"]
+            fields = {"prompt": found["tokens"], "max_tokens": 8, "temperature": 0}
+            raw = server.http.post("/v1/completions", json=fields).json()
+            whole = {"messages": messages, "max_tokens": 8, "temperature": 0}
+            answer = server.http.post("/v1/chat/completions", json=whole).json()
+            assert raw["choices"][0]["text"] == answer["choices"][0]["message"]["content"]
