@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 import model
-from service.deps import service_of
+from service.deps import name_ignored, service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
 from service.origin import AllowedHosts, checks_hosts
 from service.routes import admin, completions, generate, models, openai, ops, playground, tokenize
@@ -24,6 +24,7 @@ from service.settings import Settings
 from service.state import Service
 from service.stream import ClosingResponse
 from service.trace_context import REQUEST_ID, read_request_id
+from service.unknown_fields import HEADER as IGNORED
 
 log = logging.getLogger("flashserve")
 
@@ -64,7 +65,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
             allow_origins=settings.allowed_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID, "Retry-After"),
+            expose_headers=(REQUEST_ID, IGNORED, "Retry-After"),
         )
     if checks_hosts(settings):
         app.add_middleware(AllowedHosts, allowed=settings.allowed_hosts, refuse=error_response)
@@ -85,6 +86,7 @@ def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Res
         request_id = getattr(request.state, "request_id", None) or read_request_id(request.headers)
         if request_id is not None:
             response.headers[REQUEST_ID] = request_id
+        name_ignored(request, response)
         if error.code == "draining":  # the client should retry at another server
             response.headers["Connection"] = "close"
         return response

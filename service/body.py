@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 import msgspec
 from multipart import MultipartError, MultipartSegment, PushMultipartParser, parse_options_header
 
+from service import unknown_fields
 from service.errors import BadRequest, TooLarge, UnsupportedMedia
 from service.media.data_uri import START_IN_JSON
 from service.settings import Settings
@@ -43,16 +44,21 @@ async def read_json(upload: Upload, schema: type[Schema], settings: Settings) ->
         raise _wrong_content_type(kind, JSON)
     body = bytearray()
     await upload.read(settings.max_body_bytes, body.extend)
+    ignored: list[str] = []
 
     def decode(body: bytearray) -> Schema:
         if _num_text_bytes(body, settings.max_text_bytes) > settings.max_text_bytes:
             raise _too_much_text(settings)
-        return msgspec.json.decode(body, type=schema)
+        if settings.strict:
+            return msgspec.json.decode(body, type=schema)
+        return unknown_fields.decode(body, schema, ignored)
 
     try:
         return await _parse(decode, body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise as_bad_request(error) from None
+    finally:
+        upload.note_ignored(ignored)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Form:
 
     fields: list[tuple[str, str]] = field(default_factory=list)
     files: list[tuple[str, bytes]] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)  # names of unknown fields, which whoever reads the form adds
 
 
 async def read_form(upload: Upload, settings: Settings, *, max_files: int, max_fields: int) -> Form:

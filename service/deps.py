@@ -10,6 +10,7 @@ from typing import cast
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service import unknown_fields
 from service.state import Service
 from service.trace_context import REQUEST_ID, read_request_id, read_trace_context
 
@@ -18,6 +19,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 def service_of(request: Request) -> Service:
     return cast("Service", request.app.state.service)
+
+
+def name_ignored(request: Request, response: Response) -> None:
+    """Name the fields of a request that were ignored, if any, in a header of its response."""
+    if ignored := getattr(request.state, "ignored", None):
+        response.headers[unknown_fields.HEADER] = unknown_fields.header(ignored)
 
 
 def with_request_id(prefix: str) -> Callable[[Handler], Handler]:
@@ -36,6 +43,7 @@ def with_request_id(prefix: str) -> Callable[[Handler], Handler]:
             state.trace = read_trace_context(request.headers)
             response = await handler(request)
             response.headers[REQUEST_ID] = state.request_id
+            name_ignored(request, response)
             return response
 
         return with_id

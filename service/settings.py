@@ -207,6 +207,9 @@ class Settings(BaseSettings):
     sse_keepalive_seconds: float = option(
         "HTTP", 10.0, "Send a comment in a stream after so many seconds of silence; 0: never.", ge=0
     )
+    strict: bool = option(
+        "HTTP", False, "Refuse requests with unknown fields instead of ignoring these with a warning."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "HTTP", "info", "Log level: debug, info, warning or error."
     )

@@ -19,7 +19,9 @@ from typing import Self
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.errors import ClientLimit, NoCapacity, ServiceError, TooLarge, TooSlow, UnsupportedMedia
+from service import unknown_fields
+from service.compression import Decompressor
+from service.errors import ClientLimit, NoCapacity, ServiceError, TooLarge, TooSlow
 from service.settings import Settings
 
 PERIOD = 1.0  # seconds between two checks
@@ -46,13 +48,15 @@ class Upload:
         return self._request.headers.get("content-type", "")
 
     async def read(self, limit: int, feed: Callable[[bytes], object]) -> None:
-        """Read the body and pass its pieces to `feed`; `request.state.body_complete` says whether all has arrived.
+        """Read the body and pass its pieces, decompressed, to `feed`; `request.state.body_complete` says whether all of
+        it has arrived.
 
-        Raises TooLarge beyond `limit` bytes, TooSlow, and ClientLimit or NoCapacity where there are too many uploads.
+        Raises TooLarge beyond `limit` bytes, BadRequest for a body that cannot be decompressed, TooSlow, and
+        ClientLimit or NoCapacity where there are too many uploads.
         """
         state = self._request.state
         state.body_complete = False
-        self._check_head(limit)
+        decompressor = self._check_head(limit)
         try:
             async with asyncio.timeout(self._uploads.timeout) as self._timeout:
                 self._uploads.begin(self)
@@ -61,11 +65,16 @@ class Upload:
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnect
                     state.body_complete = not message.get("more_body", False)
-                    piece = message.get("body", b"")
-                    self.count_bytes(len(piece))
-                    if self._num_bytes > limit:
-                        raise _too_large(limit)
-                    feed(piece)
+                    sent = message.get("body", b"")
+                    for piece in decompressor.feed(sent) if decompressor else (sent,):
+                        self.count_bytes(len(piece))
+                        if self._num_bytes > limit:
+                            raise _too_large(limit)
+                        feed(piece)
+                        if decompressor:
+                            await asyncio.sleep(0)  # a few bytes may become very many
+                if decompressor:
+                    decompressor.finish()
         except TimeoutError:
             raise self._abort_error or TooSlow(f"the body did not arrive within {self._uploads.timeout:g} s") from None
         finally:
@@ -75,6 +84,12 @@ class Upload:
         """Count bytes that arrived with the request or were fetched for it. Raises NoCapacity."""
         self._num_bytes += num_bytes
         self._uploads.count_bytes(num_bytes)
+
+    def note_ignored(self, names: list[str]) -> None:
+        """Log fields of the request that are ignored, and have them named in a header of its response."""
+        if names:
+            self._request.state.ignored = names
+            unknown_fields.warnings.warn(names)
 
     def check_rate(self, period: float, rate: float) -> None:
         """Update by how many seconds the upload is behind the least rate. Call it once a period.
@@ -98,21 +113,18 @@ class Upload:
         self._uploads.count_bytes(-self._num_bytes)
         self._num_bytes = 0
 
-    def _check_head(self, limit: int) -> None:
-        """Raise the error that the request's headers alone justify."""
+    def _check_head(self, limit: int) -> Decompressor | None:
+        """Return what decompresses the body, None where nothing does. Raises the error that the request's headers alone
+        justify."""
         headers = self._request.headers
-        encoding = headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
-            raise UnsupportedMedia(
-                f"Content-Encoding {encoding[:32]} is not supported: send the body uncompressed",
-                param="content-encoding",
-                code="unsupported_encoding",
-            )
+        encoding = headers.get("content-encoding", "").strip().lower()
+        decompressor = None if encoding in ("", "identity") else Decompressor(encoding)
         declared = headers.get("content-length", "")
         if declared.isdecimal():
             if int(declared) > limit:
                 raise _too_large(limit)
             self._uploads.check_room(int(declared))
+        return decompressor
 
     def __enter__(self) -> Self:
         return self

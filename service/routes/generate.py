@@ -39,6 +39,7 @@ async def generate(request: Request) -> Response:
         upload = resources.enter_context(service.uploads.open(request, request.state.key))
         form = await read_form(upload, service.settings, max_files=service.settings.max_media, max_fields=MAX_FIELDS)
         fields, files = schema.read(form, service.settings)
+        upload.note_ignored(form.ignored)
         params = sampling_params(fields, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         context.reserve(1)
         resources.enter_context(cancel_on_disconnect(request.receive))

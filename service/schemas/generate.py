@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from service import unknown_fields
 from service.body import Form
 from service.errors import BadRequest, TooLarge
 from service.schemas import sampling, structured
@@ -22,7 +23,10 @@ class GenerateRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_
 
 
 def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
-    """Return the fields and the media of a form. An empty field, as browsers send it, counts as missing."""
+    """Return the fields and the media of a form. An empty field, as browsers send it, counts as missing.
+
+    Adds the names of fields that are ignored to `form.ignored`.
+    """
     fields: dict[str, Any] = {}
     for name, value in form.fields:
         if name == "media":
@@ -42,6 +46,8 @@ def read(form: Form, settings: Settings) -> tuple[GenerateRequest, list[bytes]]:
         for name in JSON_FIELDS:
             if text := fields.get(name):
                 fields[name] = _parsed(name, str(text))
+        if not settings.strict:
+            unknown_fields.drop(fields, GenerateRequest, form.ignored)
         request = msgspec.convert(fields, GenerateRequest, strict=False)
     except msgspec.ValidationError as error:
         raise as_bad_request(error) from None
