@@ -50,6 +50,8 @@ class EngineConfig:
     max_nodes: int | None = None  # maximum draft nodes per sequence and step; None: MAX_NODES, or a fixed tree's number
     tree_width: int = 4  # candidates kept at each depth
     encoder_cache_bytes: int = 256 << 20
+    grammar_cache: int = 128  # compiled grammars that are kept
+    max_grammar_symbols: int = 100_000  # maximum size of a compiled grammar
     prefix_cache: bool = True  # reuse keys and values of common prompt prefixes
     tensor_parallel: int = 1  # devices that share the decoder's layers; `device` is the first
     graphs: bool | None = None  # record torch's passes and replay them (CUDA graphs); None: on a GPU only
@@ -72,6 +74,8 @@ class EngineConfig:
             "max_nodes": (0, MOST_NODES),
             "tree_width": (1, WIDEST_TREE),
             "encoder_cache_bytes": (0, math.inf),
+            "grammar_cache": (1, math.inf),
+            "max_grammar_symbols": (1, math.inf),
             "tensor_parallel": (1, math.inf),
             "threads": (1, math.inf),
         }

@@ -84,7 +84,19 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.repetition_penalty != 1.0
+            or self.grammar
         )
+
+    def ends(self, eos_ids: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end the answer. eos_ids: the target's end-of-sequence tokens, which always end a
+        grammar."""
+        eos = frozenset[int]() if self.ignore_eos and self.grammar is None else eos_ids
+        return eos.union(self.stop_token_ids) if self.stop_token_ids else eos
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether the likeliest token is chosen as the target gives it, of those that the grammar allows."""
+        return self.temperature == 0.0 and not replace(self, grammar=None).processes
 
     def __post_init__(self) -> None:
         checks = {

@@ -25,26 +25,32 @@ def process(
     answer: Seq[int],
     paths: Seq[Seq[int]],
     ends: Collection[int],
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Apply all processors of `params`: (rows, vocab) any float -> a new (rows, vocab) float64.
 
-    paths[r]: the draft tokens between the answer so far and row r; ends: end-of-sequence tokens. The order is:
+    paths[r]: the draft tokens between the answer so far and row r; ends: end-of-sequence tokens; allowed: (rows,
+    vocab) bool, the tokens that a grammar allows, None for all. The order is: tokens that are not allowed get -inf;
     logit_bias is added; the logits of tokens in prompt or answer are divided (positive) or multiplied (negative) by
     repetition_penalty (Keskar et al., arXiv 1909.05858, as transformers has it); frequency_penalty, times the count of
     a token in the answer, and presence_penalty, once, are subtracted, as OpenAI has them; before min_tokens,
-    end-of-sequence tokens get -inf.
+    tokens that end the answer get -inf, where the grammar allows any other.
     """
     logits = logits.to(torch.float64, copy=True)
+    if allowed is not None:
+        logits.masked_fill_(~allowed, -torch.inf)
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
         logits[:, upload(np.array(ids), logits.device)] += upload(np.array(bias, np.float64), logits.device)
     if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
         _penalise(logits, params, prompt, answer, paths)
-    if ends and not params.ignore_eos:
+    if ends := params.ends(frozenset(ends)):
         early = [row for row, path in enumerate(paths) if len(answer) + len(path) < params.min_tokens]
         if early:
             rows, columns = (upload(np.array(each), logits.device) for each in (early, list(ends)))
-            logits[rows[:, None], columns] = -torch.inf
+            longer = logits[rows].index_fill(1, columns, -torch.inf)
+            goes_on = longer.isfinite().any(-1, keepdim=True)
+            logits[rows] = torch.where(goes_on, longer, logits[rows])
     return logits
 
 

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from model.decoding import processors, sampling
 from model.decoding.detokenize import Vocabulary
+from model.decoding.grammar import Guide
 from model.decoding.tree import Trees
 from model.engine.sequence import Sequence
 from model.request import TokenLogprob, TokenLogprobs
+from model.transfer import upload
 
 
 def choose_at_nodes(
@@ -23,7 +26,10 @@ def choose_at_nodes(
     by_slot: the sequence of each tree, None where a slot idles; likeliest: (batch, rows), the greedy tokens if they are
     already known; logits: (batch, rows, vocab); eos_ids: end-of-sequence tokens.
     """
-    params = [sequence.request.params if sequence else sampling.GREEDY for sequence in by_slot]
+    params = [
+        sampling.GREEDY if sequence is None or sequence.takes_likeliest else sequence.request.params
+        for sequence in by_slot
+    ]
 
     def positions(b: int) -> list[int]:
         """Return the answer positions of the tokens chosen behind tree b's nodes."""
@@ -43,18 +49,47 @@ def processing(
 
     def process(b: int, logits: Tensor) -> Tensor:
         """Apply the logits processors of request b: (rows, vocab) -> (rows, vocab) float64."""
-        sequence = by_slot[b]
+        sequence, to_rows = by_slot[b], paths(b)
         assert sequence is not None
+        params = sequence.request.params
         return processors.process(
             logits,
-            sequence.request.params,
+            params,
             prompt=sequence.prompt.ids,
             answer=sequence.tokens,
-            paths=paths(b),
+            paths=to_rows,
             ends=eos_ids,
+            allowed=None if sequence.guide is None else _allowed(sequence.guide, to_rows, logits),
         )
 
     return process
+
+
+def _allowed(guide: Guide, paths: list[list[int]], logits: Tensor) -> Tensor:
+    """Return which tokens a grammar allows behind every path: (rows, vocab) bool."""
+    allowed = np.ones(logits.shape, bool)
+    for row, path in enumerate(paths):
+        if (mask := guide.mask(path)) is not None:
+            allowed[row] = mask
+    return upload(allowed, logits.device)
+
+
+def follow(guide: Guide, trees: Trees, b: int, likeliest: np.ndarray, logits: Tensor) -> None:
+    """Replace the greedy tokens of tree b, likeliest (rows,), by the likeliest tokens that a grammar allows.
+
+    Only at the nodes that are visited: down from the root, to the child that carries the token chosen at its parent.
+    logits: (rows, vocab).
+    """
+    size = int(trees.sizes[b])
+    tokens, parents = trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist()
+    row, path = 0, list[int]()
+    while row >= 0:
+        if forced := guide.forced(path):
+            likeliest[row] = forced[0]
+        elif not guide.allows(path, int(likeliest[row])) and (mask := guide.mask(path)) is not None:
+            likeliest[row] = int(logits[row].masked_fill(~upload(mask, logits.device), -torch.inf).argmax())
+        path.append(int(likeliest[row]))
+        row = next((r for r in range(row + 1, size) if parents[r] == row and tokens[r] == path[-1]), -1)
 
 
 def token_logprobs(

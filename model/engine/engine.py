@@ -24,6 +24,8 @@ from model.backends.native import library
 from model.config import EngineConfig
 from model.decoding import sampling, verify
 from model.decoding.detokenize import Vocabulary
+from model.decoding.grammar import Grammars
+from model.decoding.guided_trees import Guided
 from model.decoding.tree import IDLE, PLAIN
 from model.drafters import hot_swap, registry
 from model.drafters.base import Drafter, Room
@@ -104,6 +106,13 @@ class Engine:
         self.use(drafter or registry.load_drafter(config, target, self._room))
         self._verified = 0  # draft nodes verified in the latest round
         self.vocabulary = Vocabulary(target.tokenizer)
+        self.grammars = Grammars(
+            target.tokenizer,
+            target.vocab_size,
+            target.eos_ids,
+            num_cached=config.grammar_cache,
+            max_symbols=config.max_grammar_symbols,
+        )
         self.scheduler = Scheduler(config, self.load)
         features = EncoderCache(
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
@@ -188,7 +197,7 @@ class Engine:
     def prepare(self, request: Request) -> Sequence:
         """Build a request's sequence and leave the engine unchanged. Any thread may call it, one at a time. Raises
         RequestError."""
-        return intake.prepare(request, self.target, self.vocabulary, self.max_model_len)
+        return intake.prepare(request, self.target, self.vocabulary, self.grammars, self.max_model_len)
 
     def tokenize(self, request: Request) -> list[int]:
         """Return the tokens of a request's prompt. Any thread may call it, one at a time. Raises RequestError."""
@@ -351,19 +360,26 @@ class Engine:
         batch = 1 + max(s.slot for s in decoding.sequences if s.slot is not None)
         now.budgets[:batch] = IDLE
         by_slot: list[Sequence | None] = [None] * batch
+        guided: dict[int, Guided] = {}
         for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
             slot = sequence.slot
             assert slot is not None
             by_slot[slot] = sequence
             now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes if sequence.speculates else PLAIN
             now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
+            if sequence.guide is not None:
+                guided[slot] = Guided(sequence.guide, max(nodes, self._num_forced(sequence, decoding.most)))
         active, most = len(decoding.sequences), max(decoding.nodes)
         self.counters.batch_sizes.append(active)
-        trees, likeliest, logits = now.draft_and_verify(batch, most)
+        trees, likeliest, logits = now.draft_and_verify(batch, most, guided)
         chosen = likeliest
         if chosen is None or not all(s is None or s.takes_likeliest for s in by_slot):
             with self._torch():
                 chosen = choice.choose_at_nodes(by_slot, trees, likeliest, logits, self.target.eos_ids)
+        for slot, each in guided.items():
+            owner = by_slot[slot]
+            if owner is not None and owner.takes_likeliest:
+                choice.follow(each.guide, trees, slot, chosen[slot], logits[slot])
         sizes = trees.sizes.tolist()
         accepted = now.commit(chosen)
         self._verified = sum(sizes) - batch
@@ -383,6 +399,13 @@ class Engine:
             outputs.append(self._emit(sequence, tokens, size - 1, token_logprobs))
         return outputs
 
+    def _num_forced(self, sequence: Sequence, most: int) -> int:
+        """Return how many nodes of text that the grammar forces to verify: it costs no draft, so it is proposed even
+        where drafting does not pay. most: room for nodes."""
+        if sequence.guide is None or self.drafter is None or not sequence.request.speculation:
+            return 0
+        return min(len(sequence.guide.forced()), sequence.remaining - 1, most)
+
     # --- outputs
 
     def _emit(
@@ -397,7 +420,8 @@ class Engine:
         tokens: accepted draft tokens, then the bonus token; proposed: draft tokens verified. The last emitted token
         counts as the target's, also if the answer ends before the bonus token.
         """
-        params, eos = sequence.request.params, self.target.eos_ids
+        params, guide = sequence.request.params, sequence.guide
+        ends = params.ends(self.target.eos_ids)
         sequence.last_token = self.counters.now()
         sequence.first_token = sequence.first_token or sequence.last_token
         decode, stops = sequence.detokenizer.decode, sequence.stops
@@ -409,11 +433,15 @@ class Engine:
             emitted.append(Token(token, piece, "draft"))
             searched = params.stop and len(sequence.tokens) + index >= params.min_tokens
             text += stops.decode(piece) if searched else piece
-            if stops.stopped or (token in eos and not params.ignore_eos):
+            if stops.stopped or token in ends:
                 finish = "stop"
                 break
         emitted[-1].source = "target"
         sequence.tokens += tokens[: len(emitted)]
+        if guide is not None:
+            guide.commit(tokens[: len(emitted)])
+            if guide.error is not None:
+                return self._finish(sequence, "error", f"the grammar cannot be followed: {guide.error}")
         if finish is None and sequence.remaining == 0:
             finish = "length"
         self.counters.generation_tokens += len(emitted)

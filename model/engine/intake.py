@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from model.decoding.detokenize import Detokenizer, StopStrings, Vocabulary
+from model.decoding.grammar import Grammars
 from model.engine.sequence import Sequence
 from model.request import Medium, Request, RequestError
 from model.targets.base import Target
@@ -13,7 +14,9 @@ from model.targets.prompt import TokenizedPrompt
 from model.targets.raw_prompt import raw_prompt
 
 
-def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_len: int) -> Sequence:
+def prepare(
+    request: Request, target: Target, vocabulary: Vocabulary, grammars: Grammars, max_model_len: int
+) -> Sequence:
     """Tokenise a request's conversation and check it against the limits.
 
     max_model_len: limit of prompt and answer together, tokens. Raises RequestError if the request cannot be served.
@@ -42,10 +45,15 @@ def prepare(request: Request, target: Target, vocabulary: Vocabulary, max_model_
         raise RequestError(
             f"logit_bias names token {unknown[0]}; tokens are 0 to {target.vocab_size - 1}", param="logit_bias"
         )
+    if unknown := [token for token in request.params.stop_token_ids if not 0 <= token < target.vocab_size]:
+        raise RequestError(
+            f"stop_token_ids names token {unknown[0]}; tokens are 0 to {target.vocab_size - 1}", param="stop_token_ids"
+        )
+    guide = None if request.params.grammar is None else grammars.begin(request.params.grammar)
     for medium in prompt.media:
         _ = medium.digest  # computed here, off the engine's thread, and cached for the encoder cache
     detokenizer = Detokenizer(vocabulary, target.eos_ids, follows=() if request.prompt is None else prompt.ids)
-    return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop))
+    return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop), guide)
 
 
 def tokenize(request: Request, target: Target) -> TokenizedPrompt:

@@ -8,6 +8,7 @@ nodes after the second.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -20,9 +21,12 @@ from model.backends.native.library import constant, functions, pointer
 from model.backends.native.stack import described_cache
 from model.backends.native.step import Verifier, described_linear
 from model.config import MOST_NODES
+from model.decoding import guided_trees
+from model.decoding.guided_trees import Guided
 from model.decoding.tree import IDLE, PLAIN, Trees
 from model.drafters.base import Proposing
 from model.drafters.flash.drafter import FlashDrafter
+from model.engine.round import NONE_GUIDED
 from model.engine.speculation import BINS, FINENESS, SpeculationController
 from model.engine.stats import Counters
 
@@ -137,18 +141,21 @@ class NativeRound:
             struct.draft = ctypes.pointer(step.struct)
             struct.draft_cache = described_cache(drafter.cache)
 
-    def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray, Tensor]:
-        """Draft and verify in one native call (see `Round`). Drafters that do not run in it propose before it."""
+    def draft_and_verify(
+        self, batch: int, nodes: int, guided: Mapping[int, Guided] = NONE_GUIDED
+    ) -> tuple[Trees, np.ndarray, Tensor]:
+        """Draft and verify in one native call (see `Round`). Drafters that do not run in it propose before it, and so
+        does every drafter where trees are fitted to a grammar."""
         struct, flash, trees = self._struct, self.flash, None
         rows = 1
-        if flash is not None:
+        if guided or (nodes and flash is None and self.drafter is not None):
+            with self._counters.timed("draft"):
+                newest, budgets = self.newest[:batch], self.budgets[:batch]
+                trees = guided_trees.drafted(self.drafter, self.load.admitted, newest, budgets, guided)
+            rows = trees.rows
+        elif flash is not None:
             rows += min(nodes, self._most_nodes)
             struct.worth.seconds = self.load.curve_at
-        elif nodes and self.drafter is not None:
-            with self._counters.timed("draft"):
-                trees = self.drafter.propose(self.newest[:batch], self.budgets[:batch].clip(0))
-                trees = self.load.admitted(trees, self.budgets[:batch])
-            rows = trees.rows
         shape = self._shapes.get((batch, rows))
         if shape is None:
             shape = self._shapes[batch, rows] = _Shape(self, batch, rows)

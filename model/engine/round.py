@@ -7,6 +7,7 @@ are two implementations: `TorchRound` here, and `NativeRound` in native_round.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +17,15 @@ from torch import Tensor
 from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKind
 from model.backends.graphs import MAX_ROWS, Recorder, Replays
 from model.backends.kv_cache import KVCache
-from model.decoding import tree, verify
+from model.decoding import guided_trees, tree, verify
+from model.decoding.guided_trees import Guided
 from model.decoding.tree import IDLE, PLAIN, Trees
 from model.drafters.base import Proposing
 from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 from model.targets.base import Target
+
+NONE_GUIDED: Mapping[int, Guided] = {}
 
 
 class Round(Protocol):
@@ -41,12 +45,14 @@ class Round(Protocol):
         """Draft with this drafter from the next round on; None: verify roots alone, which is plain decoding."""
         ...
 
-    def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+    def draft_and_verify(
+        self, batch: int, nodes: int, guided: Mapping[int, Guided] = NONE_GUIDED
+    ) -> tuple[Trees, np.ndarray | None, Tensor]:
         """Draft a tree for each of slots 0..batch and compute the target's logits at every node.
 
-        nodes: the largest of the budgets. Returns the trees; the target's greedy token behind each node (batch, rows)
-        int64, or None if it is not known yet; and the logits (batch, rows, vocab). All are valid until the next round.
-        The values in padding rows are undefined.
+        nodes: the largest of the budgets; guided: the sequences whose answers follow a grammar, by slot. Returns the
+        trees; the target's greedy token behind each node (batch, rows) int64, or None if it is not known yet; and the
+        logits (batch, rows, vocab). All are valid until the next round. The values in padding rows are undefined.
         """
         ...
 
@@ -89,14 +95,16 @@ class TorchRound:
     def use(self, drafter: Proposing | None) -> None:
         self.drafter = drafter
 
-    def draft_and_verify(self, batch: int, nodes: int) -> tuple[Trees, np.ndarray | None, Tensor]:
+    def draft_and_verify(
+        self, batch: int, nodes: int, guided: Mapping[int, Guided] = NONE_GUIDED
+    ) -> tuple[Trees, np.ndarray | None, Tensor]:
         """Draft and verify in torch (see `Round`). Never returns greedy tokens."""
         newest, budgets = self.newest[:batch], self.budgets[:batch]
-        if self.drafter is None or not nodes:
-            trees = tree.roots(newest)
-        else:
+        if nodes or guided:
             with self._counters.timed("draft"):
-                trees = self.load.admitted(self.drafter.propose(newest, budgets.clip(0)), budgets)
+                trees = guided_trees.drafted(self.drafter, self.load.admitted, newest, budgets, guided)
+        else:
+            trees = tree.roots(newest)
         with self._counters.timed("verify"):
             starts = np.array(self.cache.lengths[:batch], np.int32)
             counts = np.where(budgets == IDLE, 0, trees.sizes).astype(np.int32)

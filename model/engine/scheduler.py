@@ -26,10 +26,12 @@ class Chunk:
 
 @dataclass(slots=True)  # not frozen: a frozen one takes several times as long to create, once per step
 class Decoding:
-    """A step that decodes all of these sequences. sequences[i] may verify nodes[i] draft nodes."""
+    """A step that decodes all of these sequences. sequences[i] may verify nodes[i] draft nodes; `most`: the largest
+    number for which each of them has room."""
 
     sequences: list[Sequence]
     nodes: list[int]
+    most: int = 0
 
 
 WHOLE_CHUNKS = 4  # full-size chunks at the start of a prompt; the rest is read in smaller ones
@@ -131,4 +133,4 @@ class Scheduler:
         """Divide `max_verify_tokens` among the sequences. The speculation controller decides how many of its draft
         nodes each one uses."""
         share = max(0, min(self._load.nodes, self._config.max_verify_tokens // len(sequences) - 1))
-        return Decoding(sequences, self._load.budgets(sequences, share))
+        return Decoding(sequences, self._load.budgets(sequences, share), share)

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from model.decoding.detokenize import Detokenizer, StopStrings
+from model.decoding.grammar import Guide
 from model.engine.prefix_cache import Contents
 from model.request import FinishReason, Request, RequestStats
 from model.targets.prompt import TokenizedPrompt
@@ -23,6 +24,7 @@ class Sequence:
     prompt: TokenizedPrompt
     detokenizer: Detokenizer
     stops: StopStrings
+    guide: Guide | None = None  # where the answer follows a grammar
     arrived: float = field(default_factory=time.perf_counter)
     slot: int | None = None  # in the KV cache; None before prefill starts and after the end
     features: list[list[Tensor]] = field(default_factory=list)  # by medium, in pieces; in prefill only
@@ -48,7 +50,7 @@ class Sequence:
     def __post_init__(self) -> None:
         params = self.request.params
         self.contents = Contents.of(self.prompt, self.request.salt)
-        self.takes_likeliest = params.temperature == 0.0 and not params.processes
+        self.takes_likeliest = params.is_greedy
 
     @property
     def known(self) -> int:

@@ -156,7 +156,7 @@ def test_the_sequential_head_says_along_a_path_what_it_was_taught_to() -> None:
     head = SequentialHead(DraftConfig(32, 24, vocab_size=50, aux_layers=(1,), sequential_rank=8)).requires_grad_(False)
     torch.nn.init.normal_(head.after.weight)
     hidden, tokens = torch.randn(3, 6, 24), torch.randint(50, (3, 6))
-    taught, step = head.bias(hidden, tokens), head.along(hidden)
+    taught, step = head.bias(hidden, tokens), head.along(head.context(hidden))
     states = None
     for depth in range(6):
         level = tokens[:, depth, None].expand(-1, 1 if depth == 0 else 2).clone()

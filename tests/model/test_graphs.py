@@ -352,8 +352,9 @@ def test_a_pass_asks_for_no_number_on_its_way(
     assert aux_hidden_states.shape == (1, 5, 3 * 64)
     drafter.cache, plan = on_meta(2, 2, 16)
     drafter._observe(plan, ids[None], aux_hidden_states)
-    (found,) = drafter._propose(plan, ids[None], None)
-    assert found.shape == (1, 3, 20)
+    nodes, logits, contexts = drafter._propose(plan, ids[None], None)
+    assert nodes.shape == (1, 3, 20)
+    assert logits.shape[:2] == contexts.shape[:2] == (1, drafter.block)
 
 
 # -- on a GPU

@@ -331,7 +331,7 @@ def test_candidates_are_those_of_best_first(dtype: torch.dtype, width: int, rank
     expected = tree.best_first(
         newest,
         logits.double(),
-        exact.along(hidden.double()) if exact else None,
+        exact.along(exact.context(hidden.double())) if exact else None,
         torch.tensor(sorted(ending), dtype=torch.int64),
         width=width,
         budgets=budgets,

@@ -88,7 +88,7 @@ void propose(const DraftNetwork& draft, const Rows& rows, const void* last_conte
                   Arena::bytes<Growth>(rows.batch) + Arena::bytes<int64_t>(rows.batch) +
                   Arena::bytes<float>(2 * rows.batch * nodes));
   T* embeds = scratch.take<T>(count * width);
-  T* contexts = scratch.take<T>(count * rank);
+  T* contexts = draft.candidates.contexts ? (T*)draft.candidates.contexts : scratch.take<T>(count * rank);
   Kept<T>* hidden = scratch.take<Kept<T>>(most * width_out);
   Kept<T>* last = scratch.take<Kept<T>>(sequences * width);
   Kept<T>* features = scratch.take<Kept<T>>(sequences * width);

@@ -96,13 +96,12 @@ class SequentialHead(nn.Module):
         entering = self.before(tokens) + context
         return F.silu(entering if states is None else entering + self.state(states))
 
-    def along(self, hidden: Tensor) -> Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
-        """Build the head's step function for one pass of the draft. hidden: (batch, block, target_hidden).
+    def along(self, contexts: Tensor) -> Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """Build the head's step function for one pass of the draft. contexts: (batch, block, rank), C of its rows.
 
         The function takes a depth, the tokens (batch, any) before that depth, and the states of the tokens before
         those. It returns the tokens' states and the bias of the logits.
         """
-        contexts = self.context(hidden)
 
         def step(depth: int, tokens: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
             """Advance the states by one depth and compute the bias."""

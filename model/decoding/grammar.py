@@ -1,0 +1,205 @@
+"""Says which tokens may follow, for answers that must match a grammar. Knows tokens only.
+
+A `Guide` follows one answer. It also looks ahead along the paths of a draft tree: it advances to a node and rolls back
+again, so that a node is treated as it would be without a draft. Grammars are compiled and matched by llguidance, which
+computes masks lazily and tells where only one text can follow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import llguidance.hf
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
+
+from model.request import Grammar, RequestError
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+Path = Sequence[int]  # tokens behind the answer so far
+
+# JSON is written as Python's json.dumps writes it. Free white space would let a model write blanks for ever, and would
+# leave nothing between values that is sure to come.
+JSON_OPTIONS: JsonCompileOptions = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+LONGEST_REASON = 400  # characters of an error that a client sees
+WORD = 32  # bits of a mask's word
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary, and keeps the latest compiled ones. Any thread may use it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        eos_ids: Collection[int],
+        *,
+        num_cached: int,
+        max_symbols: int,
+    ) -> None:
+        """Set the limits. num_cached: compiled grammars that are kept; max_symbols: of one grammar, compiled."""
+        self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, frozenset(eos_ids)
+        self._num_cached, self._limits = num_cached, LLParserLimits(max_grammar_size=max_symbols, verbose_errors=False)
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._vocabulary: LLTokenizer | None = None  # made for the first grammar: a large one takes a second
+        self._lock = Lock()
+
+    def begin(self, grammar: Grammar) -> Guide:
+        """Compile a grammar, unless it is cached, for one answer. Raises RequestError if it cannot be compiled."""
+        key = grammar.kind, grammar.source
+        with self._lock:
+            matcher = self._compiled.pop(key, None)
+            if matcher is None:
+                matcher = self._compile(grammar)
+            self._compiled[key] = matcher
+            while len(self._compiled) > self._num_cached:
+                self._compiled.popitem(last=False)
+            return Guide(matcher.deep_copy(), self._vocab_size, self._eos_ids)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        """Compile a grammar. The GIL is released meanwhile. Raises RequestError."""
+        try:
+            matcher = LLMatcher(self._known_vocabulary(grammar), _source(grammar), limits=self._limits, log_level=0)
+        except ValueError as error:
+            raise _not_compiled(grammar, str(error)) from None
+        if matcher.is_error():
+            raise _not_compiled(grammar, matcher.get_error())
+        return matcher
+
+    def _known_vocabulary(self, grammar: Grammar) -> LLTokenizer:
+        """Return the vocabulary as llguidance knows it. Raises RequestError if it cannot read this tokenizer."""
+        if self._vocabulary is None:
+            if not isinstance(self._tokenizer, TokenizersBackend):
+                raise RequestError(
+                    f"{grammar.param}: this model's tokenizer does not work with grammars; leave {grammar.param} out",
+                    param=grammar.param,
+                    code="not_supported",
+                )
+            self._vocabulary = llguidance.hf.from_tokenizer(
+                self._tokenizer, n_vocab=self._vocab_size, eos_token=sorted(self._eos_ids)
+            )
+        return self._vocabulary
+
+
+class Guide:
+    """Follows one answer through its grammar.
+
+    A path is the tokens of a draft tree between the answer so far and a node. `error` is set, and every token allowed
+    from then on, once a step is beyond llguidance's limits.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._matcher, self._vocab_size, self._eos_ids = matcher, vocab_size, eos_ids
+        self._at: list[int] = []  # the path at which the matcher stands
+        self._masks: dict[tuple[int, ...], np.ndarray | None] = {}
+        self._forced: dict[tuple[int, ...], list[int]] = {}
+        self.error: str | None = None
+
+    def forced(self, path: Path = ()) -> list[int]:
+        """Return the tokens that must follow a path because the grammar leaves no other text; often none."""
+        key = tuple(path)
+        if (tokens := self._forced.get(key)) is None:
+            tokens = []
+            if self._move(key):
+                tokens = self._matcher.compute_ff_tokens()
+                if not tokens and len(self._eos_ids) == 1 and self._matcher.is_stopped():
+                    tokens = list(self._eos_ids)
+            self._forced[key] = tokens
+        return tokens
+
+    def allows(self, path: Path, token: int) -> bool:
+        """Return whether a token may follow a path."""
+        words = self._words(tuple(path))
+        return words is None or bool(words[token // WORD] >> (token % WORD) & 1)
+
+    def mask(self, path: Path) -> np.ndarray | None:
+        """Return which tokens may follow a path, (vocab,) bool; None if all may, or if the path itself is none."""
+        words = self._words(tuple(path))
+        if words is None:
+            return None
+        return np.unpackbits(words.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
+
+    def accepts(self, path: Path, token: int) -> bool:
+        """Return whether a token can continue a path. Cheaper than `allows`, which is the truth: a token of forced text
+        may pass here although the text is to be written with other tokens."""
+        if forced := self.forced(path):
+            return forced[0] == token
+        return self.allows(path, token) if token in self._eos_ids else self._move((*path, token))
+
+    def commit(self, tokens: Path) -> None:
+        """Append tokens to the answer. An end-of-sequence token, which is the last, leaves the matcher where it is."""
+        if tokens and tokens[-1] in self._eos_ids:
+            tokens = tokens[:-1]
+        if not self._move(tuple(tokens)) and self.error is None:
+            self.error = "the answer left the grammar"
+        self._at.clear()
+        self._masks.clear()
+        self._forced.clear()
+
+    def _words(self, path: tuple[int, ...]) -> np.ndarray | None:
+        """Compute the mask behind a path as bits of 32-bit words; None if there is none."""
+        if path in self._masks:
+            return self._masks[path]
+        words: np.ndarray | None = None
+        if self._move(path):
+            words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if self._matcher.is_error():
+                self.error, words = self._matcher.get_error(), None
+        self._masks[path] = words
+        return words
+
+    def _move(self, path: tuple[int, ...]) -> bool:
+        """Move the matcher to a path. Returns whether the grammar has such a path."""
+        if self.error is not None:
+            return False
+        common = next(
+            (i for i, (a, b) in enumerate(zip(self._at, path, strict=False)) if a != b), min(len(self._at), len(path))
+        )
+        if back := len(self._at) - common:
+            self._matcher.rollback(back)
+            del self._at[common:]
+        if rest := list(path[common:]):
+            self._at += rest[: self._matcher.try_consume_tokens(rest)]
+        if self._matcher.is_error():
+            self.error = self._matcher.get_error()
+            return False
+        return len(self._at) == len(path)
+
+
+def _source(grammar: Grammar) -> str:
+    """Write a grammar as llguidance reads it. Raises ValueError."""
+    source = grammar.source
+    match grammar.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(source, defaults=JSON_OPTIONS)
+        case "regex":
+            return LLMatcher.grammar_from_regex(source)
+        case "choice":
+            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(source))
+            return LLMatcher.grammar_from_lark(f"start: {choices}")
+        case "gbnf":
+            try:
+                return LLMatcher.grammar_from_lark(any_to_lark(source))
+            except Exception as error:  # its parser raises many kinds
+                raise ValueError(str(error)) from None
+        case "lark":
+            return LLMatcher.grammar_from_lark(source)
+
+
+def _not_compiled(grammar: Grammar, reason: str) -> RequestError:
+    kind = grammar.kind.replace("_", " ")
+    reason = " ".join(reason.split())[:LONGEST_REASON]
+    return RequestError(
+        f"{grammar.param}: the {kind} cannot be compiled: {reason}", param=grammar.param, code="invalid_grammar"
+    )

@@ -1,0 +1,147 @@
+"""Answers that follow a grammar: what a guide allows, what trees keep, and what the engine refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from model.decoding import guided_trees, tree
+from model.decoding.grammar import Grammars
+from model.decoding.guided_trees import Guided
+from model.engine.engine import Engine
+from model.request import Grammar, RequestError
+from tests.model import tiny
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 20}, "shape": {"enum": ["circle", "square"]}},
+    "required": ["count", "shape"],
+    "additionalProperties": False,
+}
+JSON = Grammar("json_schema", json.dumps(SCHEMA))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path) -> Engine:
+    return Engine(tiny.config(tiny_checkpoint, drafter="ngram", max_num_seqs=4))
+
+
+def grammars(engine: Engine, num_cached: int = 8, max_symbols: int = 100_000) -> Grammars:
+    target = engine.target
+    return Grammars(target.tokenizer, target.vocab_size, target.eos_ids, num_cached=num_cached, max_symbols=max_symbols)
+
+
+def answer(engine: Engine, *, speculation: bool = True, **params: Any) -> tuple[list[int], str]:
+    outputs = tiny.drain(engine, [tiny.ask("r", "red", speculation=speculation, **params)])["r"]
+    assert outputs[-1].finish_reason in ("stop", "length"), outputs[-1].error
+    return tiny.token_ids(outputs), tiny.text_of(outputs)
+
+
+def ids(engine: Engine, text: str) -> list[int]:
+    return list(engine.target.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def test_a_guide_allows_what_continues_the_grammar_at_any_path(engine: Engine) -> None:
+    """A guide that looked ahead and did not come back would allow the tokens of another node."""
+    guide = grammars(engine).begin(Grammar("regex", "ab|ac|xyz"))
+    tokens = {letter: ids(engine, letter)[0] for letter in "abcxyz"}
+
+    def allowed(path: str) -> str:
+        mask = guide.mask([tokens[letter] for letter in path])
+        assert mask is not None
+        return "".join(letter for letter, token in tokens.items() if mask[token])
+
+    for path, expected in {"": "ax", "a": "bc", "x": "y", "xy": "z", "ab": ""}.items():
+        for _ in range(2):  # from wherever the one before has left the guide
+            assert allowed(path) == expected, path
+    assert guide.mask([tokens["y"]]) is None, "no such path"
+    guide.commit([tokens["a"]])
+    assert allowed("") == "bc"
+    assert guide.error is None
+
+
+def test_forced_text_is_known_to_the_end(engine: Engine) -> None:
+    guide = grammars(engine).begin(JSON)
+    forced = guide.forced()
+    assert engine.target.tokenizer.decode(forced).startswith('{"count')
+    over = grammars(engine).begin(Grammar("choice", '["yes"]'))
+    over.commit(ids(engine, "yes"))
+    assert over.forced() == list(engine.target.eos_ids), "nothing can follow but the end"
+
+
+def test_trees_lose_what_the_grammar_refuses_and_gain_what_it_forces(engine: Engine) -> None:
+    guide = grammars(engine).begin(Grammar("regex", "(ab|ac)xyzq"))
+    a, b, c, x = (ids(engine, letter)[0] for letter in "abcx")
+    drafted = tree.chains(np.array([0, 0]), [[a, x, b], [a, b]])  # x cannot follow a
+    fitted = guided_trees.fit(drafted, {0: Guided(guide, 5)}, None)
+    assert fitted.paths(0)[1:] == [[a]], "b or c: nothing is forced, and nobody drafts on"
+    assert fitted.paths(1) == drafted.paths(1), "a sequence without a grammar is left alone"
+    guide.commit([a])
+    drafted = tree.chains(np.array([0]), [[c]])
+    paths = guided_trees.fit(drafted, {0: Guided(guide, 4)}, None).paths(0)
+    assert [len(path) for path in paths] == [0, 1, 2, 3, 4]
+    assert engine.target.tokenizer.decode(paths[-1]) == "cxyz"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        (Grammar("json_schema", '{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}'), "nowhere"),
+        (Grammar("json_schema", '{"type": "strin"}', param="guided_json"), "strin"),
+        (Grammar("json_schema", "{", param="guided_json"), "cannot be compiled"),
+        (Grammar("regex", "(a", param="guided_regex"), "cannot be compiled"),
+        (Grammar("lark", "start: undefined_rule", param="guided_grammar"), "undefined_rule"),
+        (Grammar("gbnf", "root ::= nowhere", param="guided_grammar"), "nowhere"),
+    ],
+)
+def test_a_grammar_that_cannot_be_compiled_is_refused_by_name(engine: Engine, grammar: Grammar, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        engine.prepare(tiny.ask("r", "red", grammar=grammar))
+    assert caught.value.param == grammar.param
+    assert caught.value.code == "invalid_grammar"
+    assert caught.value.message.startswith(f"{grammar.param}: ")
+
+
+def test_too_large_a_grammar_is_refused(engine: Engine) -> None:
+    wide = json.dumps({"type": "object", "properties": {f"key{i}": {"type": "string"} for i in range(300)}})
+    grammars(engine).begin(Grammar("json_schema", wide))
+    with pytest.raises(RequestError, match="too big"):
+        grammars(engine, max_symbols=1000).begin(Grammar("json_schema", wide))
+
+
+def test_compiled_grammars_are_kept_up_to_a_number(engine: Engine) -> None:
+    known = grammars(engine, num_cached=2)
+    for pattern in ("a", "b", "a", "c", "a"):
+        known.begin(Grammar("regex", pattern))
+    assert [source for _, source in known._compiled] == ["c", "a"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_matches_its_schema_with_and_without_speculation(engine: Engine, temperature: float) -> None:
+    params: dict[str, Any] = {"max_tokens": 200, "temperature": temperature, "seed": 5, "grammar": JSON, "logprobs": 1}
+    answers = [answer(engine, speculation=on, **params) for on in (True, False)]
+    assert answers[0] == answers[1]
+    jsonschema.validate(json.loads(answers[0][1]), SCHEMA)
+
+
+def test_a_minimum_length_does_not_make_a_grammar_go_on(engine: Engine) -> None:
+    grammar = Grammar("choice", '["yes", "no"]')
+    for on in (True, False):
+        _, text = answer(engine, speculation=on, max_tokens=50, min_tokens=20, ignore_eos=True, grammar=grammar)
+        assert text in ("yes", "no")
+
+
+def test_stop_token_ids_end_the_answer(engine: Engine) -> None:
+    free, _ = answer(engine, max_tokens=30)
+    third = free[2]
+    cut, _ = answer(engine, max_tokens=30, stop_token_ids=(third,))
+    assert cut == free[: free.index(third) + 1]
+    late, _ = answer(engine, max_tokens=30, min_tokens=10, stop_token_ids=(third,))
+    assert third not in late[:10]
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        engine.prepare(tiny.ask("r", "red", stop_token_ids=(10**6,)))
