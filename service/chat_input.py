@@ -14,10 +14,11 @@ from typing import Literal
 
 from model.request import Medium, Message, TemplateOptions
 from service.errors import BadRequest, ServiceError
+from service.media import Kind
 from service.media_loader import MediaLoader
 from service.schemas import openai
 from service.schemas.media_options import MediaOptions
-from service.schemas.openai import ChatMediaOptions, ChatMessage, ChatRequest, ImagePart, TextPart, VideoPart
+from service.schemas.openai import ChatMediaOptions, ChatMessage, ChatRequest, TextPart
 from service.uploads import Upload
 
 ROLES: dict[str, Literal["system", "user", "assistant", "tool"]] = {
@@ -45,6 +46,7 @@ async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upl
     loads: list[Awaitable[Medium]] = []
     positions: list[tuple[int, int]] = []  # of each medium: message, part
     contents: list[list[str | Medium]] = []
+    urls: dict[str, str] = {}  # by uuid, of the parts so far
     for index, message in enumerate(request.messages):
         contents.append([])
         for number, part in enumerate(message.parts()):
@@ -54,7 +56,10 @@ async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upl
                 contents[index].append("")  # replaced by the medium
                 positions.append((index, number))
                 own, param = options.parts[len(loads)], f"messages[{index}].content[{number}]"
-                loads.append(_load_part(loader, part, own, upload, param))
+                uuid, url = part.uuid or None, part.url
+                if uuid is not None and (url := url or urls.get(uuid)) is not None:
+                    urls[uuid] = url
+                loads.append(_load_part(loader, url, uuid, part.kind, own, upload, param))
     media = await _gather(loads)
     for (index, number), medium in zip(positions, media, strict=True):
         contents[index][number] = medium
@@ -78,12 +83,16 @@ async def from_form(
 
 
 async def _load_part(
-    loader: MediaLoader, part: ImagePart | VideoPart, options: MediaOptions, upload: Upload, param: str
+    loader: MediaLoader,
+    url: str | None,
+    uuid: str | None,
+    kind: Kind,
+    options: MediaOptions,
+    upload: Upload,
+    param: str,
 ) -> Medium:
     with _naming(param):
-        if part.url is None:
-            raise BadRequest(f"{part.kind}_url is missing, and no medium is known by this uuid", code="missing_field")
-        return await loader.from_url(part.url, part.kind, options, upload)
+        return await loader.from_url(url, uuid, kind, options, upload)
 
 
 async def _load_file(loader: MediaLoader, file: bytes, options: MediaOptions, client: str) -> Medium:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from model.request import Geometry, Medium
-from service.errors import NoCapacity
-from service.media import Kind, MediaDecoder, MediaLimits, fetch
+from service.errors import BadRequest, NoCapacity
+from service.media import Kind, MediaCache, MediaDecoder, MediaLimits, fetch
 from service.schemas import media_options
 from service.schemas.media_options import MediaOptions
 from service.uploads import Upload
@@ -24,16 +25,34 @@ class MediaLoader:
     decoder: MediaDecoder | None  # None before the target's geometry is known
     limits: MediaLimits
     allowed_domains: tuple[str, ...]
+    allowed_folders: tuple[Path, ...]
+    cache: MediaCache
+    on_cache_query: Callable[[bool], None]  # called with whether a uuid was found
     on_loaded: Callable[[str, float], None]  # called with the kind of each medium and the seconds that it took
     count_decoded: Callable[[int], None]  # called with the bytes of each medium
 
-    async def from_url(self, url: str, kind: Kind, options: MediaOptions, upload: Upload) -> Medium:
-        """Load a medium from a data: or http(s) URL; its fetched bytes count as part of the upload."""
+    async def from_url(
+        self, url: str | None, uuid: str | None, kind: Kind, options: MediaOptions, upload: Upload
+    ) -> Medium:
+        """Load a medium from a URL and remember its file under its `uuid`; without a URL, use the remembered file.
+
+        Bytes that do not come with the body count as part of the upload too.
+        """
         started = time.monotonic()
-        data = await fetch.resolve(
-            url, limits=self.limits, allowed_domains=self.allowed_domains, count=upload.count_bytes
-        )
-        return await self._decode(data, kind, options, upload.client, started)
+        if url is None:
+            data = self._remembered(uuid or "", kind, upload)
+        else:
+            data = await fetch.resolve(
+                url,
+                limits=self.limits,
+                allowed_domains=self.allowed_domains,
+                allowed_folders=self.allowed_folders,
+                count=upload.count_bytes,
+            )
+        medium = await self._decode(data, kind, options, upload.client, started)
+        if uuid and url is not None:
+            self.cache.put(upload.client, uuid, data)
+        return medium
 
     async def from_file(self, data: bytes, options: MediaOptions, client: str) -> Medium:
         """Load an uploaded file; its bytes say whether it is an image or a video."""
@@ -43,6 +62,18 @@ class MediaLoader:
         """Raise BadRequest for an option of a request that none of its media is for."""
         geometry = Geometry() if self.decoder is None else self.decoder.geometry
         media_options.check_used(options, geometry, [medium.kind for medium in media])
+
+    def _remembered(self, uuid: str, kind: Kind, upload: Upload) -> bytes:
+        """Return the file that the client named so. Raises BadRequest."""
+        data = self.cache.get(upload.client, uuid)
+        self.on_cache_query(data is not None)
+        if data is None:
+            raise BadRequest(
+                f"no {kind} is remembered under the uuid {uuid!r}, or not any more: send it again with its URL",
+                code="media_not_cached",
+            )
+        upload.count_bytes(len(data))  # it stays in memory until it is decoded, even if the cache forgets it
+        return data
 
     async def _decode(
         self, data: bytes, kind: Kind | None, options: MediaOptions, client: str, started: float

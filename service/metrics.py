@@ -79,10 +79,14 @@ class Metrics:
             "flash_prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", "worker"
         )
 
+        self._media_cache_queries = counter("flash_media_cache_queries_total", "Media looked up by their uuid.")
+        self._media_cache_hits = counter("flash_media_cache_hits_total", "Media found by their uuid.")
+
         # State
         self._running = gauge("flash_requests_running", "Requests being decoded.", "worker")
         self._waiting = gauge("flash_requests_waiting", "Requests admitted and not yet decoded.", "worker")
         self._kv_usage = gauge("flash_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", "worker")
+        self._media_cache_usage = gauge("flash_media_cache_usage_ratio", "Share of the media cache in use, 0 to 1.")
         self._worker_up = gauge("flash_worker_up", "1 if the worker accepts requests, else 0.", "worker")
         self._restarts = counter("flash_worker_restarts_total", "Restarts of workers that died.", "worker")
 
@@ -103,6 +107,8 @@ class Metrics:
 
         # A series that first appears with its first event has no rate, so create all known ones at the start.
         self._tokens_per_second.labels(model).set_function(self.tokens_per_second)
+        self._media_cache_queries.labels(model)
+        self._media_cache_hits.labels(model)
         for outcome in ("stop", "length", "abort", "error", "timeout"):
             self._requests.labels(model, outcome)
         full = ("queue_full", "uploads_full", "bodies_full")
@@ -174,6 +180,13 @@ class Metrics:
     def watch_unassigned(self, count: Callable[[], float]) -> None:
         """Report requests that no worker has yet (loading media, no worker up) as waiting at the worker ''."""
         self._waiting.labels(self._model, "").set_function(count)
+
+    def watch_media_cache(self, usage: Callable[[], float]) -> None:
+        self._media_cache_usage.labels(self._model).set_function(usage)
+
+    def media_cache_query(self, hit: bool) -> None:
+        self._media_cache_queries.labels(self._model).inc()
+        self._media_cache_hits.labels(self._model).inc(hit)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(self._model, reason).inc()

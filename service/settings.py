@@ -204,6 +204,12 @@ class Settings(BaseSettings):
     allowed_media_domains: Annotated[tuple[str, ...], NoDecode] = option(
         "HTTP", (), "Domains from which http(s) media may be fetched, comma-separated. Default: none."
     )
+    allowed_media_path: Annotated[tuple[Path, ...], NoDecode] = option(
+        "HTTP",
+        (),
+        "Folders below which file:// media may be read, comma-separated: every client may then read every image and "
+        "video there. Default: none.",
+    )
     sse_keepalive_seconds: float = option(
         "HTTP", 10.0, "Send a comment in a stream after so many seconds of silence; 0: never.", ge=0
     )
@@ -293,6 +299,13 @@ class Settings(BaseSettings):
         "503. A worker holds as much again for its requests.",
         ge=1,
     )
+    media_cache_bytes: int = option(
+        "Limits",
+        256 * MIB,
+        "Memory for files of media that clients named by a uuid, so that they need not send them again, bytes; 0: none "
+        "are remembered.",
+        ge=0,
+    )
     request_timeout: float = option("Limits", 300.0, "Seconds for a whole request; then 504.", gt=0)
 
     # Processes
@@ -354,7 +367,9 @@ class Settings(BaseSettings):
         return values
 
     @field_validator(
-        *("api_key", "allowed_media_domains", "allowed_origins", "allowed_hosts", "trusted_proxies"), mode="before"
+        *("api_key", "allowed_media_domains", "allowed_media_path"),
+        *("allowed_origins", "allowed_hosts", "trusted_proxies"),
+        mode="before",
     )
     @classmethod
     def split_commas(cls, value: Any) -> Any:
@@ -369,6 +384,14 @@ class Settings(BaseSettings):
             if not (text.isascii() and text.isprintable() and text == text.strip()):
                 raise ValueError("a key must be printable ASCII without surrounding spaces")
         return value
+
+    @field_validator("allowed_media_path")
+    @classmethod
+    def media_folders_exist(cls, folders: tuple[Path, ...]) -> tuple[Path, ...]:
+        for folder in folders:
+            if not folder.is_absolute() or not folder.is_dir() or folder.resolve() == Path("/"):
+                raise ValueError(f"{folder} must be the absolute path of a folder, and not the root folder")
+        return folders
 
     @field_validator("device")
     @classmethod

@@ -18,7 +18,7 @@ from service.decoded_media import DecodedMedia
 from service.draft_watcher import DraftWatcher
 from service.errors import NoCapacity, ServiceError
 from service.log import fields
-from service.media import MediaDecoder, MediaLimits
+from service.media import MediaCache, MediaDecoder, MediaLimits
 from service.media_loader import MediaLoader
 from service.metrics import Metrics
 from service.metrics_aliases import VllmAliases
@@ -64,6 +64,8 @@ class Service:
         self.admission = Admission(self._capacity, self.unavailable_reason, settings.max_requests_per_key)
         self.uploads = Uploads(settings)
         self.decoded_media = DecodedMedia(settings.max_decoded_bytes)
+        self.media_cache = MediaCache(settings.media_cache_bytes)
+        self.metrics.watch_media_cache(lambda: self.media_cache.usage)
         self.metrics.watch_unassigned(self._num_unassigned)
         self._on_fatal = on_fatal
         self._lifecycle_task: asyncio.Task[None] | None = None
@@ -112,8 +114,16 @@ class Service:
     def media_loader(self, count_decoded: Callable[[int], None]) -> MediaLoader:
         """Return what loads the media of a request under the present limits. count_decoded: called with the bytes of
         each medium; it may raise."""
-        domains = self.settings.allowed_media_domains
-        return MediaLoader(self.decoder, self.media_limits, domains, self.metrics.media_done, count_decoded)
+        return MediaLoader(
+            decoder=self.decoder,
+            limits=self.media_limits,
+            allowed_domains=self.settings.allowed_media_domains,
+            allowed_folders=self.settings.allowed_media_path,
+            cache=self.media_cache,
+            on_cache_query=self.metrics.media_cache_query,
+            on_loaded=self.metrics.media_done,
+            count_decoded=count_decoded,
+        )
 
     async def change_draft(self, folder: str) -> int:
         """Change the draft of all workers, and return their number. Raises ServiceError and changes none where it is

@@ -319,12 +319,14 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Cache hits",
             SHARE,
-            "Part of media whose features, and of prompt tokens whose keys and values, an earlier request has left.",
+            "Part of media whose features, of prompt tokens whose keys and values, and of uuids whose file an earlier "
+            "request has left; and how full the memory for these files is.",
             {
                 f"{{{{model}}}} {what}": f"{rate(f'flash_{cache}_cache_hits_total')} / "
                 f"{rate(f'flash_{cache}_cache_queries_total')}"
-                for what, cache in (("media", "encoder"), ("prompt tokens", "prefix"))
-            },
+                for what, cache in (("media", "encoder"), ("prompt tokens", "prefix"), ("uuids", "media"))
+            }
+            | {"{{instance}} files in memory": chosen("flash_media_cache_usage_ratio")},
             most=1,
         ),
         Panel(

@@ -1,4 +1,4 @@
-"""Resolve a media URL to bytes: data: URIs, and http(s) from domains that the operator allows.
+"""Resolve a media URL to bytes: data: URIs, http(s) from domains and file:// below folders that the operator allows.
 
 Fetching URLs of strangers invites server-side request forgery (SSRF). So no domain is allowed by default; a URL is
 parsed once, and the parsed parts are fetched; a host name is resolved once, all its addresses must be public, and the
@@ -13,12 +13,13 @@ import functools
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import httpx
 
 from service.errors import BadRequest, ServiceError, TooLarge
-from service.media import data_uri, frame_list
+from service.media import data_uri, frame_list, local_file
 from service.media.limits import MediaLimits
 from service.media.sniff import sniff
 
@@ -67,14 +68,16 @@ async def resolve(
     *,
     limits: MediaLimits,
     allowed_domains: tuple[str, ...] = (),
+    allowed_folders: Sequence[Path] = (),
     allow_private: bool = False,
     count: Callable[[int], None] = lambda _: None,
 ) -> bytes:
     """Return the bytes behind a URL.
 
     allowed_domains: "example.com", "*.example.com" (its subdomains), each optionally with ":port"; without one, the
-    scheme's own port only. allow_private: accept addresses that are not public, for tests and closed networks. count:
-    called with the number of bytes as they are fetched; may raise.
+    scheme's own port only. allowed_folders: those below which file:// URLs may be read. allow_private: accept
+    addresses that are not public, for tests and closed networks. count: called with the number of bytes as they are
+    fetched; may raise.
 
     Raises BadRequest (malformed, not allowed, not found, too slow) and TooLarge.
     """
@@ -82,7 +85,9 @@ async def resolve(
         return await _from_data_uri(url, limits)
     if url[:8].partition(":")[0].lower() in DEFAULT_PORTS:
         return await _fetch(url, limits, allowed_domains, allow_private, count)
-    raise BadRequest("a media URL must be a data: URI, or http(s) where allowed", code="unsupported_url")
+    if local_file.START.match(url):
+        return await local_file.read(url, allowed_folders, limits, count)
+    raise BadRequest("a media URL must be a data: URI, or http(s) or file:// where allowed", code="unsupported_url")
 
 
 async def _from_data_uri(url: str, limits: MediaLimits) -> bytes:

@@ -132,9 +132,7 @@ async def test_a_data_uri_without_base64_is_a_medium_or_malformed():
         assert "no ;base64" in error.message
 
 
-@pytest.mark.parametrize(
-    "url", ["", "ftp://example.com/a", "file:///etc/passwd", "/etc/passwd", "gopher://x", "javascript:1"]
-)
+@pytest.mark.parametrize("url", ["", "ftp://example.com/a", "/etc/passwd", "gopher://x", "javascript:1"])
 async def test_other_schemes_are_refused(url):
     assert (await refused(url, allowed_domains=("example.com",), allow_private=True)).code == "unsupported_url"
 

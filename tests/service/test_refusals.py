@@ -158,7 +158,7 @@ def test_bodies_that_are_no_request_are_a_400(server: Server, body: bytes) -> No
 )
 def test_media_that_cannot_be_had_are_refused_and_named(server: Server, url: str, status: int) -> None:
     error = refusal(server.http.post("/v1/chat/completions", json=image(url)), status)
-    assert error["param"] == "messages[0].content[0]"
+    assert error["param"] == "messages[0].content[0]" + ("" if url else ".image_url")
     assert "passwd" not in error["message"]
 
 
