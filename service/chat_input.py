@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.request import Medium, Message, TemplateOptions
-from service.errors import BadRequest, ServiceError
+from service.errors import ServiceError
 from service.media import Kind
-from service.media_loader import MediaLoader
+from service.media_loader import MediaLoader, Source
 from service.schemas import openai
 from service.schemas.media_options import MediaOptions
 from service.schemas.openai import ChatMediaOptions, ChatMessage, ChatRequest, TextPart
@@ -59,7 +59,8 @@ async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upl
                 uuid, url = part.uuid or None, part.url
                 if uuid is not None and (url := url or urls.get(uuid)) is not None:
                     urls[uuid] = url
-                loads.append(_load_part(loader, url, uuid, part.kind, own, upload, param))
+                source = Source(url, uuid, request.cache_salt or "")
+                loads.append(_load_part(loader, source, part.kind, own, upload, param))
     media = await _gather(loads)
     for (index, number), medium in zip(positions, media, strict=True):
         contents[index][number] = medium
@@ -83,16 +84,10 @@ async def from_form(
 
 
 async def _load_part(
-    loader: MediaLoader,
-    url: str | None,
-    uuid: str | None,
-    kind: Kind,
-    options: MediaOptions,
-    upload: Upload,
-    param: str,
+    loader: MediaLoader, source: Source, kind: Kind, options: MediaOptions, upload: Upload, param: str
 ) -> Medium:
     with _naming(param):
-        return await loader.from_url(url, uuid, kind, options, upload)
+        return await loader.load(source, kind, options, upload)
 
 
 async def _load_file(loader: MediaLoader, file: bytes, options: MediaOptions, client: str) -> Medium:

@@ -13,9 +13,22 @@ from pathlib import Path
 from model.request import Geometry, Medium
 from service.errors import BadRequest, NoCapacity
 from service.media import Kind, MediaCache, MediaDecoder, MediaLimits, fetch
+from service.media.media_cache import Owner
 from service.schemas import media_options
 from service.schemas.media_options import MediaOptions
 from service.uploads import Upload
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the file of a medium comes from: its URL; without one, it was sent before under the same `uuid`.
+
+    salt: separates the uuids of users who share one key.
+    """
+
+    url: str | None
+    uuid: str | None = None
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,27 +44,26 @@ class MediaLoader:
     on_loaded: Callable[[str, float], None]  # called with the kind of each medium and the seconds that it took
     count_decoded: Callable[[int], None]  # called with the bytes of each medium
 
-    async def from_url(
-        self, url: str | None, uuid: str | None, kind: Kind, options: MediaOptions, upload: Upload
-    ) -> Medium:
-        """Load a medium from a URL and remember its file under its `uuid`; without a URL, use the remembered file.
+    async def load(self, source: Source, kind: Kind, options: MediaOptions, upload: Upload) -> Medium:
+        """Load a medium, and remember its file where it has a `uuid`.
 
         Bytes that do not come with the body count as part of the upload too.
         """
         started = time.monotonic()
-        if url is None:
-            data = self._remembered(uuid or "", kind, upload)
+        owner = (upload.client, source.salt)
+        if source.url is None:
+            data = self._remembered(owner, source.uuid or "", kind, upload)
         else:
             data = await fetch.resolve(
-                url,
+                source.url,
                 limits=self.limits,
                 allowed_domains=self.allowed_domains,
                 allowed_folders=self.allowed_folders,
                 count=upload.count_bytes,
             )
         medium = await self._decode(data, kind, options, upload.client, started)
-        if uuid and url is not None:
-            self.cache.put(upload.client, uuid, data)
+        if source.uuid and source.url is not None:
+            self.cache.put(owner, source.uuid, data)
         return medium
 
     async def from_file(self, data: bytes, options: MediaOptions, client: str) -> Medium:
@@ -63,9 +75,9 @@ class MediaLoader:
         geometry = Geometry() if self.decoder is None else self.decoder.geometry
         media_options.check_used(options, geometry, [medium.kind for medium in media])
 
-    def _remembered(self, uuid: str, kind: Kind, upload: Upload) -> bytes:
+    def _remembered(self, owner: Owner, uuid: str, kind: Kind, upload: Upload) -> bytes:
         """Return the file that the client named so. Raises BadRequest."""
-        data = self.cache.get(upload.client, uuid)
+        data = self.cache.get(owner, uuid)
         self.on_cache_query(data is not None)
         if data is None:
             raise BadRequest(

@@ -345,8 +345,8 @@ def _refuse_not_built(struct: ChatRequest | ChatMessage, fields: dict[str, tuple
 
 
 def _url(value: ImageUrl | VideoUrl | str | None) -> str | None:
-    """Return the URL of a part, or None where it is absent or null."""
-    return value if isinstance(value, str) or value is None else value.url
+    """Return the URL of a part, or None where it is absent, null or empty."""
+    return (value if isinstance(value, str) or value is None else value.url) or None
 
 
 def _check_message(message: ChatMessage, path: str) -> None:

@@ -109,6 +109,14 @@ def test_a_name_is_of_one_client_only(server: Server) -> None:
     assert is_picture(server, 1)
 
 
+def test_a_cache_salt_separates_users_who_share_a_key(server: Server) -> None:
+    ok(ask(server, named(FIRST, "of a tenant"), cache_salt="tenant 1"))
+    for salt in (None, "tenant 2"):
+        refused(ask(server, alone("of a tenant"), cache_salt=salt), "media_not_cached")
+    ok(ask(server, alone("of a tenant"), cache_salt="tenant 1"))
+    assert is_picture(server, 1)
+
+
 def test_names_count_within_a_request_too(server: Server) -> None:
     """As in a conversation that is sent again with each turn."""
     ok(ask(server, named(FIRST, "turn"), alone("turn"), named(SECOND, "other"), alone("turn"), alone("other")))
