@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI
@@ -19,7 +20,8 @@ import model
 from service.deps import name_ignored, service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
 from service.origin import AllowedHosts, checks_hosts
-from service.routes import admin, completions, generate, models, openai, ops, playground, tokenize
+from service.routes import admin, completions, generate, messages, models, openai, ops, playground, responses, tokenize
+from service.schemas import anthropic
 from service.settings import Settings
 from service.state import Service
 from service.stream import ClosingResponse
@@ -46,16 +48,8 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
 
     # Plain routes and no generated documentation: handlers read their bodies themselves, so FastAPI has nothing to
     # inject or describe, and its page would load scripts from other sites.
-    routes: list[BaseRoute] = [
-        *generate.ROUTES,
-        *openai.ROUTES,
-        *completions.ROUTES,
-        *models.ROUTES,
-        *tokenize.ROUTES,
-        *ops.ROUTES,
-        *admin.ROUTES,
-        *playground.ROUTES,
-    ]
+    modules = (generate, openai, completions, responses, messages, models, tokenize, ops, admin, playground)
+    routes: list[BaseRoute] = [route for module in modules for route in module.ROUTES]
     app = FastAPI(title="FlashServe", version=model.__version__, lifespan=lifespan, openapi_url=None, routes=routes)
     app.router.redirect_slashes = False  # it would redirect to any host that the request names
     error_response = _map_errors(app)
@@ -77,15 +71,19 @@ def _map_errors(app: FastAPI) -> Callable[[Request, ServiceError], Awaitable[Res
 
     @app.exception_handler(ServiceError)
     async def error_response(request: Request, error: ServiceError) -> Response:
-        """Send an error in OpenAI's envelope and count it."""
+        """Send an error in the envelope of the route's API and count it."""
         if not isinstance(error, EngineFailure | TimedOut):  # those had been accepted, and count as answered
             service_of(request).metrics.rejected(error.code or error.type)
         headers = error.headers() | {"Content-Type": "application/json"}
         kind = ClosingResponse if _body_still_arrives(request) else Response
-        response = kind(msgspec.json.encode(error.envelope()), error.status, headers)
         request_id = getattr(request.state, "request_id", None) or read_request_id(request.headers)
+        envelope: Any = error.envelope()
         if request_id is not None:
-            response.headers[REQUEST_ID] = request_id
+            headers[REQUEST_ID] = request_id
+        if request.url.path.startswith(messages.PATH):
+            envelope = anthropic.error_envelope(error, request_id)
+            headers[messages.REQUEST_ID] = request_id or ""
+        response = kind(msgspec.json.encode(envelope), error.status, headers)
         name_ignored(request, response)
         if error.code == "draining":  # the client should retry at another server
             response.headers["Connection"] = "close"

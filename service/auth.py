@@ -40,8 +40,10 @@ def require_admin_key(handler: Handler) -> Handler:
                 f"{request.url.path} is disabled: start the service with --admin-key KEY (FLASH_ADMIN_KEY) to use it",
                 code="admin_off",
             )
-        token = _bearer_token(request, "the admin key")
-        if not hmac.compare_digest(token, key.get_secret_value().encode()):
+        token = _bearer(request)
+        if not token:
+            raise _no_key("the admin key")
+        if not hmac.compare_digest(token.encode(), key.get_secret_value().encode()):
             raise Unauthorized("this is not the admin key")
         return await handler(request)
 
@@ -62,18 +64,25 @@ def _key_of(request: Request) -> str | None:
     keys = service_of(request).settings.api_key
     if not keys:
         return None
-    token = _bearer_token(request, "an API key")
+    # Anthropic's clients send the key in a header of its own, or in both.
+    tokens = [token for token in (request.headers.get("x-api-key", "").strip(), _bearer(request)) if token]
+    if not tokens:
+        raise _no_key("an API key")
     # Compare with every key, each in constant time, so that the duration says nothing about the keys.
     secrets = [key.get_secret_value() for key in keys]
-    matching = [secret for secret in secrets if hmac.compare_digest(token, secret.encode())]
+    matching = [
+        secret for secret in secrets for token in tokens if hmac.compare_digest(token.encode(), secret.encode())
+    ]
     if not matching:
         raise Unauthorized("the API key is not valid")
     return matching[0]
 
 
-def _bearer_token(request: Request, required: str) -> bytes:
-    """Return the bearer token. Raises Unauthorized without one; `required` names the key in its message."""
+def _bearer(request: Request) -> str:
+    """Return the bearer token, "" without one."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise Unauthorized(f"{required} is required: send 'Authorization: Bearer KEY'", code="missing_api_key")
-    return token.strip().encode()
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _no_key(required: str) -> Unauthorized:
+    return Unauthorized(f"{required} is required: send 'Authorization: Bearer KEY'", code="missing_api_key")

@@ -67,10 +67,17 @@ class Chat:
 
 
 async def begin(
-    request: Request, body: openai.ChatRequest, context: RequestContext, upload: Upload, resources: ExitStack
+    request: Request,
+    body: openai.ChatRequest,
+    context: RequestContext,
+    upload: Upload,
+    resources: ExitStack,
+    *,
+    clamp_max_tokens: bool = False,
 ) -> Chat:
     """Check a body, load its media and send it to the engine; return when its first output is there. Callers keep no
-    reference to the body, so that its media are freed. resources: gets what must be closed with the request.
+    reference to the body, so that its media are freed. resources: gets what must be closed with the request;
+    clamp_max_tokens: lower max_tokens to what fits, also where the client sent it.
 
     Raises ServiceError for whatever is refused.
     """
@@ -91,7 +98,7 @@ async def begin(
     with_usage = bool(stream_options.include_usage)
     running_stats = with_usage and bool(stream_options.continuous_usage_stats)
     chat = Chat(context, bool(body.stream), with_usage, running_stats, [AnswerParser() for _ in range(n)])
-    clamp_max_tokens = body.requested_max_tokens() is None
+    clamp_max_tokens = clamp_max_tokens or body.requested_max_tokens() is None
     speculation, cache_salt = body.speculation, body.cache_salt
     del body  # frees its media
     await context.submit(

@@ -27,8 +27,9 @@ def name_ignored(request: Request, response: Response) -> None:
         response.headers[unknown_fields.HEADER] = unknown_fields.header(ignored)
 
 
-def with_request_id(prefix: str) -> Callable[[Handler], Handler]:
-    """Give each request an id, and send it back in a header; `service.app` does so in errors.
+def with_request_id(prefix: str, *, header: str = REQUEST_ID) -> Callable[[Handler], Handler]:
+    """Give each request an id, and send it back in a header; `service.app` does so in errors. header: another name that
+    the API's clients look for.
 
     Sets `request.state.id`, which is unique and the `id` of the answer; `request.state.request_id`, the client's
     `X-Request-Id` or else the same; and `request.state.trace`, the client's TraceContext or None.
@@ -42,7 +43,7 @@ def with_request_id(prefix: str) -> Callable[[Handler], Handler]:
             state.request_id = read_request_id(request.headers) or state.id
             state.trace = read_trace_context(request.headers)
             response = await handler(request)
-            response.headers[REQUEST_ID] = state.request_id
+            response.headers[REQUEST_ID] = response.headers[header] = state.request_id
             name_ignored(request, response)
             return response
 

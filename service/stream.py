@@ -31,6 +31,11 @@ def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
+def typed_event(value: dict[str, Any]) -> bytes:
+    """Encode one event that has its type as its name too."""
+    return f"event: {value['type']}\n".encode() + event(value)
+
+
 def json_response(value: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
 
@@ -89,8 +94,10 @@ class EventStream(Response):
         *,
         deadline: float,
         keep_alive: float,
+        keep_alive_event: bytes = KEEP_ALIVE,
     ) -> None:
-        """deadline: of the event loop's clock; keep_alive: seconds of silence before a comment is sent, 0: never."""
+        """deadline: of the event loop's clock; keep_alive: seconds of silence before a comment is sent, 0: never;
+        keep_alive_event: what is sent instead of a comment."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         del self.headers["content-length"]
@@ -98,6 +105,7 @@ class EventStream(Response):
         self._resources = resources
         self._deadline = deadline
         self._keep_alive = keep_alive
+        self._keep_alive_event = keep_alive_event
         self._sending = asyncio.Lock()
         self._sent_at = 0.0
 
@@ -132,5 +140,5 @@ class EventStream(Response):
             await asyncio.sleep(self._sent_at + self._keep_alive - loop.time())
             async with self._sending:
                 if loop.time() >= self._sent_at + self._keep_alive:
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    await send({"type": "http.response.body", "body": self._keep_alive_event, "more_body": True})
                     self._sent_at = loop.time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from model.request import RequestStats
 from service.schemas.answers import Speculation, Timings, Usage
@@ -25,6 +26,31 @@ def usage(stats: Sequence[RequestStats], num_prompts: int = 1) -> Usage:
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": sum(one.draft_tokens for one in stats) - accepted,
         },
+    }
+
+
+def responses_usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
+    """The same as OpenAI's Responses API names it."""
+    of_chat = usage(stats)
+    return {
+        "input_tokens": of_chat["prompt_tokens"],
+        "input_tokens_details": {**of_chat["prompt_tokens_details"], "cache_write_tokens": 0},
+        "output_tokens": of_chat["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0, **of_chat["completion_tokens_details"]},
+        "total_tokens": of_chat["total_tokens"],
+    }
+
+
+def anthropic_usage(stats: Sequence[RequestStats]) -> dict[str, Any]:
+    """The same as Anthropic names it. Its `input_tokens` are those that were not in the cache."""
+    of_chat = usage(stats)
+    cached = of_chat["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": of_chat["prompt_tokens"] - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": of_chat["completion_tokens"],
+        "output_tokens_details": {"thinking_tokens": 0, **of_chat["completion_tokens_details"]},
     }
 
 

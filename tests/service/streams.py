@@ -55,3 +55,15 @@ def unread(server: Server) -> Iterator[None]:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(head.encode() + body)
         yield
+
+
+def read_events(body: str) -> list[dict[str, Any]]:
+    """Read a stream of named events; each has its name as its type too."""
+    events = []
+    for block in body.split("\n\n"):
+        if not block or block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events

@@ -20,7 +20,7 @@ def test_every_answer_of_a_post_route_has_an_id_that_the_log_has_too(start_serve
         ("/v1/chat/completions", {"json": chat}, {"json": {"messages": []}}),
         ("/v1/chat/completions", {"json": chat | {"stream": True}}, {"content": b"{"}),
         ("/v1/generate", {"data": form}, {"data": {"prompt": ""}}),
-        ("/v1/generate", {"data": form | {"stream": "true"}}, {"data": form | {"colour": "red"}}),
+        ("/v1/generate", {"data": form | {"stream": "true"}}, {"data": form | {"top_p": "red"}}),
     ):
         for fields, headers, status in ((good, key, 200), (bad, key, 400), (good, {}, 401)):
             response = server.http.post(path, headers=headers, **fields)
@@ -46,17 +46,19 @@ def test_refusals_are_counted_by_reason(server: Server) -> None:
 
 def test_with_keys_every_v1_route_wants_one_and_the_others_do_not(start_server: StartServer) -> None:
     server = start_server(api_key="first,second")
-    requests = [("POST", "/v1/chat/completions"), ("POST", "/v1/generate")]
+    requests = [("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "responses", "messages")]
+    requests += [("POST", "/v1/generate"), ("POST", "/tokenize"), ("POST", "/detokenize")]
     requests += [("GET", "/v1/models"), ("GET", "/v1/models/demo")]
     routes = {route.path for route in create_app(Settings(), on_fatal=print).routes if isinstance(route, Route)}
-    assert {path for path in routes if path.startswith("/v1")} == {
+    assert {path for path in routes if path.startswith(("/v1", "/tok", "/detok"))} == {
         path.replace("demo", "{name:path}") for _, path in requests
     }, "a /v1 route that this test does not know"
     for method, path in requests:
         for header in (None, "Bearer wrong", "Bearer", "Basic first", "Bearer \xfc"):
             headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
-            error = refusal(server.http.request(method, path, headers=headers), 401)
-            assert error["type"] == "authentication_error"
+            response = server.http.request(method, path, headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["type"] == "authentication_error"
     for key in ("first", "second"):
         assert server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     for path in ("/livez", "/readyz", "/health", "/metrics", "/version", "/", "/static/app.js"):

@@ -1,0 +1,81 @@
+"""Turn requests of other APIs into chat completions, and name their own fields in errors about those."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from service.errors import BadRequest, ServiceError
+from service.schemas.openai import ChatRequest
+from service.schemas.sampling import SamplingFields
+from service.validation import as_bad_request
+
+
+class FieldNames:
+    """Maps fields of a chat completion to those of the request that it was made from.
+
+    `messages[2].content[0]` may be the `input[1].content[0]` of a response, and `max_completion_tokens` its
+    `max_output_tokens`. What follows a name stays: `messages[2].content[0].image_url` becomes
+    `input[1].content[0].image_url`.
+    """
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self._names = dict(names)
+
+    def add(self, name: str, own: str) -> None:
+        self._names[name] = own
+
+    def own(self, param: str) -> str:
+        """Return a field's name in the request, by the longest name in the chat completion that it begins with."""
+        for end in range(len(param), 0, -1):
+            if (own := self._names.get(param[:end])) is not None and param[end : end + 1] in ("", ".", "["):
+                return own + param[end:]
+        return param
+
+    @contextmanager
+    def in_errors(self) -> Iterator[None]:
+        """Let errors name the fields of the request."""
+        try:
+            yield
+        except ServiceError as error:
+            self.rename(error)
+            raise
+
+    def rename(self, error: ServiceError) -> None:
+        """Name the fields of the request in an error. Words such as "messages" may be plain English in its text."""
+        names = {name for name in (*self._names, error.param or "") if re.search(r"[_.\[]", name)}
+        if names:
+            longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+            error.message = re.sub(
+                rf"(?<![\w.])(?:{longest_first})(?!\w)", lambda found: self.own(found[0]), error.message
+            )
+        error.param = error.param and self.own(error.param)
+
+
+def sampling_fields(request: SamplingFields) -> dict[str, Any]:
+    """Return the fields that a request has in common with a chat completion, without those at their default."""
+    fields = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def chat_request(fields: dict[str, Any], names: FieldNames) -> ChatRequest:
+    """Build a chat completion. Raises BadRequest, with the request's own names."""
+    try:
+        return msgspec.convert(fields, ChatRequest)
+    except msgspec.ValidationError as error:
+        bad = as_bad_request(error)
+        names.rename(bad)
+        raise bad from None
+
+
+def not_built(param: str, instead: str, value: str = "") -> BadRequest:
+    """Return the error for what this service does not do. instead: what to do."""
+    return BadRequest(f"{param}{value} is not supported; {instead}", param=param, code="not_built")
+
+
+def missing(param: str) -> BadRequest:
+    return BadRequest(f"{param} is missing", param=param, code="missing_field")
