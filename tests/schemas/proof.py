@@ -17,6 +17,7 @@ from typing import Any
 
 import llguidance.hf
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from model.bench.replay import ReplayDrafter
 from model.config import EngineConfig
@@ -218,9 +219,13 @@ class Subject:
         )
 
     @cached_property
-    def known(self) -> dict[str, Answer]:
+    def alone(self) -> tuple[dict[str, Answer], Counts]:
         """The answers alone and without a draft, by request."""
-        return self.run(self.engine(), together=False)[0]
+        return self.run(self.engine(), together=False)
+
+    @property
+    def known(self) -> dict[str, Answer]:
+        return self.alone[0]
 
     def run(self, engine: Engine, *, together: bool, counts: Counts | None = None) -> tuple[dict[str, Answer], Counts]:
         """Run all requests, one after the other or up to TOGETHER at a time, one joining at each step."""
@@ -240,10 +245,13 @@ class Subject:
 
     def proven(self, mode: Mode) -> Counts:
         """Run all requests in a mode, and check every answer."""
-        engine = mode.start(self)
-        answers, counts = self.run(engine, together=mode.together)
-        if mode.drafter in KNOWING:
-            engine.use(None)
+        if mode == ALONE:
+            answers, counts = self.alone[0], replace(self.alone[1], faults=list(self.alone[1].faults))
+        else:
+            engine = mode.start(self)
+            answers, counts = self.run(engine, together=mode.together)
+            if mode.drafter in KNOWING:
+                engine.use(None)
         for ask in self.asks:
             self._check(ask, answers[ask.request.request_id], counts)
         return counts
@@ -290,7 +298,7 @@ def _source(grammar: Grammar) -> str:
         case "choice":
             return LLMatcher.grammar_from_regex("|".join(map(re.escape, json.loads(grammar.source))))
         case "gbnf":
-            return LLMatcher.grammar_from_lark(llguidance.gbnf_to_lark(grammar.source))
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.source))
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.source)
 
@@ -327,10 +335,11 @@ class Mode:
         return engine
 
 
+ALONE = Mode("off, alone", together=False)
 MODES: Mapping[str, Mode] = {
     mode.name: mode
     for mode in (
-        Mode("off, alone", together=False),
+        ALONE,
         Mode("off, 16", together=True),
         Mode("flash, alone", together=False, drafter="flash"),
         Mode("flash, 16", together=True, drafter="flash"),

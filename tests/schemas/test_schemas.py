@@ -19,7 +19,7 @@ from tests.schemas.proof import FORMS
 def matcher() -> Callable[[str], LLMatcher]:
     """Compiles a grammar, for documents as json.dumps writes them."""
     vocabulary: LLTokenizer = llguidance.hf.from_tokenizer(scripted.tokenizer(), n_vocab=scripted.VOCABULARY)
-    written = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    written: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
     def compiled(schema: str) -> LLMatcher:
         found = LLMatcher(vocabulary, LLMatcher.grammar_from_json_schema(schema, defaults=written), log_level=0)
