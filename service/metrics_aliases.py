@@ -141,8 +141,10 @@ class VllmAliases:
         finished = [choice for choice in record.choices if choice.finish_reason is not None]
         if not finished:
             return
-        self._n.observe(len(record.choices))
-        self._longest.observe(max(choice.num_tokens for choice in finished))
+        n = len(record.choices) // record.num_prompts
+        for at in range(0, len(record.choices), n):
+            self._n.observe(n)
+            self._longest.observe(max(choice.num_tokens for choice in record.choices[at : at + n]))
         for choice in finished:
             stats = choice.stats
             prefill = max(0.0, stats.time_to_first_token - stats.queue)

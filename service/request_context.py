@@ -43,6 +43,7 @@ class RequestContext:
         self.id: str = request.state.id  # of the answer; unique
         self.request_id: str = request.state.request_id  # the client's own, where it sent one
         self.trace: TraceContext | None = request.state.trace
+        self.route = request.url.path
         self.created = int(time.time())
         self.model = service.settings.model_name
         self.choices: list[Choice] = []
@@ -51,6 +52,9 @@ class RequestContext:
         self.deadline = self._loop.time() + service.settings.request_timeout
         self._service = service
         self._arrived = time.monotonic()
+        self._load_at: float | None = None
+        self._loaded_at: float | None = None
+        self._submitted_at: float | None = None
         self._reservation = service.admission.enter(key)
         self._decoded = service.decoded_media.open()
         self._num_reserved = 0
@@ -87,10 +91,12 @@ class RequestContext:
 
     @asynccontextmanager
     async def time_limit(self) -> AsyncIterator[None]:
-        """Raise TimedOut at the deadline. `submit` and `outputs` keep it by themselves."""
+        """Raise TimedOut at the deadline, while media are loaded. `submit` and `outputs` keep it by themselves."""
+        self._load_at = time.monotonic()
         try:
             async with asyncio.timeout_at(self.deadline):
                 yield
+            self._loaded_at = time.monotonic()
         except TimeoutError:
             self._error = self._timed_out()
             raise self._error from None
@@ -117,6 +123,7 @@ class RequestContext:
         self.media_seconds, self._num_media = chat.seconds, chat.num_media
         salt = _salt(self._key, cache_salt or "")
         self._num_prompts = len(chat.prompts) or 1
+        self._submitted_at = time.monotonic()
         for index in range(n * self._num_prompts):
             variant = index if own_seeds else index % n
             message = Submit(
@@ -211,28 +218,38 @@ class RequestContext:
                 self._service.pool.abort(choice.generation)
         self._decoded.close()
         self._reservation.leave()
-        self._record(_outcome(self._error or error))
+        self._record(self._error or error)
         # As in cancel_on_disconnect: undo the cancellation, unless somebody else requested one too.
         if self._cancelled_for and isinstance(error, asyncio.CancelledError) and not self._task.uncancel():
             raise self._cancelled_for from None
 
-    def _record(self, outcome: str) -> None:
-        """Log the request and count its answers. outcome: that of choices without a finish reason."""
+    def _record(self, error: BaseException | None) -> None:
+        """Log the request, count its answers and trace it. error: what ended it early."""
+        outcome = _outcome(error)
         choices = [] if isinstance(self._error, BadRequest) else self.choices
         if choices and outcome == "refused":
             outcome = "error"  # its workers were lost
+        finished = bool(choices) and self.finished
         record = RequestRecord(
             id=self.id,
             client_id=None if self.request_id == self.id else self.request_id,
+            route=self.route,
             trace=self.trace,
             arrived=self._arrived,
+            load_at=self._load_at,
+            loaded_at=self._loaded_at,
+            submitted_at=self._submitted_at,
             ended=time.monotonic(),
             outcome=outcome,
+            error=None if finished else (isinstance(error, ServiceError) and error.code) or outcome,
             choices=choices,
+            num_prompts=self._num_prompts,
             num_media=self._num_media,
             media_seconds=self.media_seconds,
         )
         self._service.metrics.request_ended(record)
+        if self._service.tracer is not None:
+            self._service.tracer.request_ended(record)
         if log.isEnabledFor(logging.INFO):
             _log(record)
 

@@ -56,16 +56,23 @@ class RequestRecord:
     """A request that has ended.
 
     outcome: timeout, error, refused or abort; that of the request where it has no choices, else of those without a
-    finish reason.
+    finish reason. error: the code of what ended it early; None where every choice is finished. load_at and loaded_at:
+    when its body was complete, and when its media were; submitted_at: when the engine got it. None: not reached.
     """
 
     id: str
     client_id: str | None  # the client's own, where it sent one
+    route: str
     trace: TraceContext | None
     arrived: float
+    load_at: float | None
+    loaded_at: float | None
+    submitted_at: float | None
     ended: float
     outcome: str
-    choices: Sequence[Choice]
+    error: str | None
+    choices: Sequence[Choice]  # those of a prompt side by side
+    num_prompts: int
     num_media: int
     media_seconds: float
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -23,7 +24,7 @@ from model.config import (
     DrafterName,
     EngineConfig,
 )
-from service import cores
+from service import cores, extras
 
 MIB = 1024 * 1024
 # Fields that are passed to the engine unchanged; None means the engine's default.
@@ -225,6 +226,13 @@ class Settings(BaseSettings):
         "Monitoring", None, "Publish metrics also under vLLM's names, for its dashboards: vllm. Default: ours only."
     )
 
+    otlp_endpoint: str | None = option(
+        "Monitoring",
+        None,
+        "URL of an OpenTelemetry collector that gets traces by OTLP over HTTP, such as http://collector:4318; needs "
+        "the extra otel. Default: OTEL_EXPORTER_OTLP_ENDPOINT, else no traces.",
+    )
+
     # Limits
     max_connections: int = option(
         "Limits", 4096, "Maximum connections; beyond, those that wait longest for their clients are closed.", ge=16
@@ -393,6 +401,22 @@ class Settings(BaseSettings):
                 raise ValueError(f"{folder} must be the absolute path of a folder, and not the root folder")
         return folders
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def collector_can_be_reached(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            url = urlsplit(value)
+            usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:  # a port that is no number
+            usable = False
+        if not usable or url.query or url.fragment:
+            raise ValueError("must be a URL such as http://collector:4318")
+        if not extras.has_otel():
+            raise ValueError("traces need the extra otel: pip install 'flashserve[otel]'")
+        return value
+
     @field_validator("device")
     @classmethod
     def device_is_known(cls, value: str) -> str:
@@ -451,7 +475,10 @@ class Settings(BaseSettings):
 
 
 def holds_keys(variable: str) -> bool:
-    """Return whether an environment variable is a setting that holds keys, which only the API process needs."""
+    """Return whether an environment variable holds keys, which only the API process needs: of ours, or those that
+    OpenTelemetry sends as headers."""
+    if variable.startswith("OTEL_") and variable.endswith("_HEADERS"):
+        return True
     prefix, _, name = variable.lower().partition("_")
     field = Settings.model_fields.get(name) if prefix == "flash" else None
     return field is not None and "SecretStr" in str(field.annotation)

@@ -28,9 +28,12 @@ from service.pool.pool import Pool
 from service.pool.supervisor import WorkerConfig
 from service.schemas.sampling import max_frames
 from service.settings import Settings
+from service.tracing import start_tracer
 from service.uploads import Uploads
 
 log = logging.getLogger("flashserve")
+
+MAX_TRACES_SECONDS = 5.0  # for the last traces to be sent
 
 
 class Endable(Protocol):
@@ -46,6 +49,7 @@ class Service:
         """on_fatal: called once, with the reason, when nothing can be served any more, or ever."""
         self.settings = settings
         self.metrics = Metrics(settings.model_name)
+        self.tracer = start_tracer(settings)
         self.media_limits = media_limits(settings)
         self.decoder: MediaDecoder | None = None  # None until the target's geometry is known
         self.draining = False
@@ -152,15 +156,19 @@ class Service:
                 request.end(_shutting_down())
 
     async def stop(self) -> None:
-        """Stop the workers and media children."""
+        """Stop the workers and media children, and send the last traces."""
         self.draining = True
         tasks = [task for task in (self._lifecycle_task, self._watcher_task) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.pool.stop()
+        await asyncio.gather(self.pool.stop(), self._close_tracer())
         if self.decoder is not None:
             await self.decoder.close()
+
+    async def _close_tracer(self) -> None:
+        if self.tracer is not None:
+            await self.tracer.close(min(MAX_TRACES_SECONDS, self.settings.drain_timeout))
 
     async def _run_lifecycle(self) -> None:
         """Open when the first worker is ready. When the last one fails for good, fail all requests and end the process,

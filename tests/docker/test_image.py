@@ -96,7 +96,8 @@ def test_torch_is_split_from_the_rest_and_nothing_is_lost(tmp_path):
         (tmp_path / f"{name}.txt").read_text().splitlines() for name in ("torch", "torchvision", "libraries")
     )
     assert [line.partition("==")[0] for line in (*torch, *torchvision)] == ["torch", "torchvision"]
-    assert {*torch, *torchvision, *libraries} == set(PROJECT["project"]["dependencies"])
+    wanted = {*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["otel"]}
+    assert {*torch, *torchvision, *libraries} == wanted
     assert {*torch, *torchvision} <= set((ROOT / "constraints.txt").read_text().splitlines())
 
 

@@ -74,8 +74,24 @@ def choice(
     return made
 
 
-def record(*choices: Choice, outcome: str = "abort") -> RequestRecord:
-    return RequestRecord("r", None, None, 5.0, 13.0, outcome, choices, 0, 0.0)
+def record(*choices: Choice, outcome: str = "abort", num_prompts: int = 1) -> RequestRecord:
+    return RequestRecord(
+        id="r",
+        client_id=None,
+        route="/v1/chat/completions",
+        trace=None,
+        arrived=5.0,
+        load_at=5.0,
+        loaded_at=5.0,
+        submitted_at=5.0,
+        ended=13.0,
+        outcome=outcome,
+        error=None,
+        choices=choices,
+        num_prompts=num_prompts,
+        num_media=0,
+        media_seconds=0.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +203,18 @@ def test_only_answers_that_the_engine_finished_are_observed(
     found = {dict(key)["finished_reason"]: value for key, value in series(text, "request_success_total").items()}
     assert found == dict.fromkeys(("stop", "length", "abort", "error"), 0) | counted
     assert series(text, "request_generation_tokens_count") == {(("engine", "0"),): observed}
+
+
+def test_prompts_of_a_request_are_counted_one_by_one() -> None:
+    """Two prompts with three answers each: n is 3, twice."""
+    metrics = aliased()
+    lengths = (2, 7, 3, 4, 4, 5)
+    metrics.request_ended(record(*(choice(num_tokens=length) for length in lengths), num_prompts=2))
+    text, one = metrics.render(), (("engine", "0"),)
+    assert series(text, "request_params_n_count")[one] == 2
+    assert series(text, "request_params_n_sum")[one] == 6
+    assert series(text, "request_max_num_generation_tokens_sum")[one] == 7 + 5
+    assert series(text, "request_generation_tokens_sum")[one] == sum(lengths)
 
 
 def test_capacity_of_the_cache_is_blocks_times_their_size() -> None:
