@@ -1,4 +1,4 @@
-"""POST /v1/messages, Anthropic's Messages API."""
+"""POST /v1/messages and /v1/messages/count_tokens, Anthropic's Messages API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from service.chat import Chat, begin
 from service.deps import service_of, with_request_id
 from service.errors import ServiceError
 from service.request_context import RequestContext
+from service.routes.tokenize import admitted, tokenize_chat
 from service.schemas import anthropic as schema
+from service.schemas.answers import CountedTokens
 from service.stream import EventStream, LastEvent, json_response, typed_event
 from service.usage import anthropic_usage
 
@@ -58,6 +60,19 @@ async def create_message(request: Request) -> Response:
             content.feed(deltas, output)
         content.finish()
         return json_response(_message(chat, content))
+
+
+@with_request_id("msg_", header=REQUEST_ID)
+@require_api_key
+async def count_tokens(request: Request) -> Response:
+    service = service_of(request)
+    async with admitted(request) as upload:
+        body = await read_json(upload, schema.MessagesRequest, service.settings, media=MEDIA_IN_ANTHROPIC)
+        names = schema.field_names()
+        with names.in_errors():
+            tokens = await tokenize_chat(service, schema.to_chat(body, names, service.settings), upload)
+    answer: CountedTokens = {"input_tokens": len(tokens.ids)}
+    return json_response(answer)
 
 
 class Content:
@@ -175,4 +190,7 @@ def _event(kind: str, **fields: Any) -> bytes:
     return typed_event({"type": kind, **fields})
 
 
-ROUTES = [Route(PATH, create_message, methods=["POST"])]
+ROUTES = [
+    Route(PATH, create_message, methods=["POST"]),
+    Route(f"{PATH}/count_tokens", count_tokens, methods=["POST"]),
+]

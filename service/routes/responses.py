@@ -1,4 +1,7 @@
-"""POST /v1/responses, OpenAI's Responses API: one answer to the items that are sent. Nothing is stored."""
+"""POST /v1/responses, OpenAI's Responses API: one answer to the items that are sent. Nothing is stored.
+
+POST /v1/responses/input_tokens counts the tokens of the same request.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ from service.chat import Chat, begin
 from service.deps import service_of, with_request_id
 from service.errors import ServiceError
 from service.request_context import RequestContext
+from service.routes.tokenize import admitted, tokenize_chat
 from service.schemas import responses as schema
-from service.schemas.answers import ChatLogprob
+from service.schemas.answers import ChatLogprob, InputTokens
 from service.stream import EventStream, LastEvent, json_response, typed_event
 from service.usage import responses_usage
 
@@ -53,6 +57,19 @@ async def create_response(request: Request) -> Response:
             output.feed(deltas, step)
         output.finish()
         return json_response(_response(chat, echo, output))
+
+
+@with_request_id("resp_")
+@require_api_key
+async def count_input_tokens(request: Request) -> Response:
+    service = service_of(request)
+    async with admitted(request) as upload:
+        body = await read_json(upload, schema.ResponsesRequest, service.settings)
+        names = schema.field_names()
+        with names.in_errors():
+            tokens = await tokenize_chat(service, schema.to_chat(body, names), upload)
+    answer: InputTokens = {"object": "response.input_tokens", "input_tokens": len(tokens.ids)}
+    return json_response(answer)
 
 
 class Output:
@@ -207,4 +224,7 @@ def _response(
     }
 
 
-ROUTES = [Route("/v1/responses", create_response, methods=["POST"])]
+ROUTES = [
+    Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/input_tokens", count_input_tokens, methods=["POST"]),
+]

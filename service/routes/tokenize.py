@@ -32,11 +32,11 @@ from service.uploads import Upload
 @require_api_key
 async def tokenize(request: Request) -> Response:
     service = service_of(request)
-    async with _admitted(request) as upload:
+    async with admitted(request) as upload:
         body = await read_json(upload, schema.TokenizeRequest, service.settings)
         schema.check(body, service.settings)
         if body.text is None:
-            found = await _tokenize_chat(service, body.chat(), upload)
+            found = await tokenize_chat(service, body.chat(), upload)
         else:
             template = TemplateOptions(add_special_tokens=body.adds_special_tokens)
             try:
@@ -58,7 +58,7 @@ async def tokenize(request: Request) -> Response:
 @require_api_key
 async def detokenize(request: Request) -> Response:
     service = service_of(request)
-    async with _admitted(request) as upload:
+    async with admitted(request) as upload:
         body = await read_json(upload, schema.DetokenizeRequest, service.settings)
         sampling.check_model(body.model, service.settings)
         text = await service.pool.detokenize(tuple(body.tokens))
@@ -66,7 +66,7 @@ async def detokenize(request: Request) -> Response:
     return json_response(answer)
 
 
-async def _tokenize_chat(service: Service, body: openai.ChatRequest, upload: Upload) -> m.Tokenized:
+async def tokenize_chat(service: Service, body: openai.ChatRequest, upload: Upload) -> m.Tokenized:
     """Load a conversation's media, whose number of tokens may depend on their size, and tokenize it."""
     openai.check(body, service.settings)
     options = openai.media_options(body, service.settings, service.pool.info)
@@ -78,7 +78,7 @@ async def _tokenize_chat(service: Service, body: openai.ChatRequest, upload: Upl
 
 
 @asynccontextmanager
-async def _admitted(request: Request) -> AsyncIterator[Upload]:
+async def admitted(request: Request) -> AsyncIterator[Upload]:
     """Refuse while requests are refused; otherwise read within the time of a request."""
     service = service_of(request)
     reservation = service.admission.enter(request.state.key)

@@ -130,6 +130,21 @@ class Detokenized(TypedDict):
     content: str  # the same, by llama.cpp's name
 
 
+# POST /v1/responses/input_tokens
+
+
+class InputTokens(TypedDict):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+# POST /v1/messages/count_tokens
+
+
+class CountedTokens(TypedDict):
+    input_tokens: int
+
+
 # POST /v1/generate
 
 

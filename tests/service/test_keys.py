@@ -47,6 +47,7 @@ def test_refusals_are_counted_by_reason(server: Server) -> None:
 def test_with_keys_every_v1_route_wants_one_and_the_others_do_not(start_server: StartServer) -> None:
     server = start_server(api_key="first,second")
     requests = [("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "responses", "messages")]
+    requests += [("POST", "/v1/responses/input_tokens"), ("POST", "/v1/messages/count_tokens")]
     requests += [("POST", "/v1/generate"), ("POST", "/tokenize"), ("POST", "/detokenize")]
     requests += [("GET", "/v1/models"), ("GET", "/v1/models/demo")]
     routes = {route.path for route in create_app(Settings(), on_fatal=print).routes if isinstance(route, Route)}

@@ -128,7 +128,7 @@ def test_the_clients_stream_helper_accepts_the_events(client: anthropic.Anthropi
     assert final.usage == whole.usage
 
 
-HISTORY = [
+HISTORY: list[Any] = [
     {"role": "user", "content": "first"},
     {"role": "assistant", "content": "second"},
     {"role": "user", "content": "third"},
@@ -433,3 +433,18 @@ def test_an_answer_without_anything_is_an_empty_text() -> None:
     events, blocks = rendered([[]])
     assert blocks == [{"type": "text", "text": "", "citations": None}]
     assert [event["type"] for event in events] == ["content_block_start", "content_block_stop"]
+
+
+def test_tokens_are_counted_without_an_answer(client: anthropic.Anthropic, server: Server) -> None:
+    messages: Any = [user(text("how many are"), image("red"), text("these words?"))]
+    fields: Any = {"model": "demo", "messages": messages, "system": "Count."}
+    counted = client.messages.count_tokens(**fields)
+    usage = client.messages.create(**fields, max_tokens=1).usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0) > 5
+    assert (
+        client.messages.count_tokens(model="demo", messages=[*messages, *HISTORY]).input_tokens > counted.input_tokens
+    )
+    broken = {"messages": [user(text("x"), image() | {"source": image()["source"] | {"data": "AAAA"}})]}
+    refused = server.http.post("/v1/messages/count_tokens", json=broken)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (415, "messages[0].content[1]")
+    ErrorResponse.model_validate(refused.json(), strict=True)

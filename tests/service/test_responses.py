@@ -382,3 +382,15 @@ def test_log_probabilities_go_with_their_text() -> None:
     (item,) = out.items
     assert [entry["token"] for entry in item["content"][0]["logprobs"]] == ["a", "b", "c", "d"]
     assert item["content"][0]["logprobs"][0]["top_logprobs"][0]["logprob"] == -0.5
+
+
+def test_tokens_are_counted_without_a_response(client: openai.OpenAI, server: Server) -> None:
+    content: Any = [user(text("how many are"), image("red"), text("these words?"))]
+    counted = client.responses.input_tokens.count(model="demo", input=content, instructions="Count.")
+    answer = client.responses.create(model="demo", input=content, instructions="Count.", max_output_tokens=1)
+    assert answer.usage is not None
+    assert counted.input_tokens == answer.usage.input_tokens > 5
+    assert counted.object == "response.input_tokens"
+    broken = {"input": [user(text("x"), image() | {"image_url": "what"})]}
+    refused = server.http.post("/v1/responses/input_tokens", json=broken)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[0].content[1]")
