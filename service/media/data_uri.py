@@ -2,7 +2,7 @@
 
 Follows "data: URL processor" of WHATWG Fetch and "forgiving-base64 decode" of WHATWG Infra: scheme and `;base64` in any
 case, percent-encoding decoded, white space dropped, padding optional, everything after `#` ignored. Also accepts
-base64's URL-safe alphabet, and a comma within a quoted parameter of the header.
+base64's URL-safe alphabet, a comma within a quoted parameter of the header, and base64 alone where it tells its kind.
 
 Knows nothing of the content's format, and nothing of HTTP but the errors.
 """
@@ -23,10 +23,14 @@ MAX_HEADER = 4096  # characters up to the comma
 SLICE = 1024 * 1024  # characters decoded at a time: each call holds the GIL, which the event loop needs too
 
 START = re.compile(r"[\x00-\x20]*+data:", re.IGNORECASE | re.ASCII)
-# Matches the beginning of a JSON string that decodes to START; any character may be escaped.
+# Base64 alone whose first bytes tell a JPEG, PNG, GIF, WebP, MP4 or Matroska file: no URL begins like this.
+BARE = re.compile(r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX|GkXfo")
+LIKE_BASE64 = re.compile(r"[A-Za-z0-9+/_\-=\s]{64,}+\Z", re.ASCII)
+# Matches the beginning of a JSON string that decodes to START, any character of which may be escaped, or to BARE.
 START_IN_JSON = re.compile(
-    rb'"(?: |\\[btnfr]|\\u00(?:[01][0-9a-fA-F]|20))*+'
+    rb'"(?:(?: |\\[btnfr]|\\u00(?:[01][0-9a-fA-F]|20))*+'
     rb"(?:[dD]|\\u00[46]4)(?:[aA]|\\u00[46]1)(?:[tT]|\\u00[57]4)(?:[aA]|\\u00[46]1)(?::|\\u003[aA])"
+    rb"|\\?/9j\\?/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX|GkXfo)"
 )
 
 _HEADER = re.compile(r'(?:[^",]++|"(?:[^"\\]++|\\.)*+")*+(?=,)', re.DOTALL)

@@ -87,7 +87,12 @@ async def resolve(
         return await _fetch(url, limits, allowed_domains, allow_private, count)
     if local_file.START.match(url):
         return await local_file.read(url, allowed_folders, limits, count)
-    raise BadRequest("a media URL must be a data: URI, or http(s) or file:// where allowed", code="unsupported_url")
+    if data_uri.BARE.match(url):
+        return await asyncio.to_thread(data_uri.decode_base64, url, limits.max_bytes)
+    hint = "; write base64 as data:image/png;base64,..." if data_uri.LIKE_BASE64.match(url) else ""
+    raise BadRequest(
+        f"a media URL must be a data: URI, or http(s) or file:// where allowed{hint}", code="unsupported_url"
+    )
 
 
 async def _from_data_uri(url: str, limits: MediaLimits) -> bytes:

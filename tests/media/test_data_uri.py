@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import random
@@ -9,14 +10,17 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
 import pytest
 
 from service.body import _num_text_bytes
 from service.errors import BadRequest, TooLarge
-from service.media import data_uri
+from service.media import MediaLimits, data_uri, fetch
+from tests.media.samples import encoded, picture
 
+DEMO = Path(__file__).parents[2] / "model" / "demo" / "media"
 DATA = random.Random(0).randbytes(1000)
 HEADERS = (
     *("data:image/png;base64,", "data:;base64,", "DATA:image/png;BASE64,", "dAtA:video/mp4;charset=x;BaSe64,"),
@@ -272,3 +276,46 @@ def test_a_header_of_quotes_takes_no_longer_than_another(parameter):
         return time.process_time() - begun
 
     assert min(seconds() for _ in range(5)) < 0.02
+
+
+# -- base64 without a URI around it
+
+
+def resolve(url: str) -> bytes:
+    return asyncio.run(fetch.resolve(url, limits=MediaLimits()))
+
+
+@pytest.mark.parametrize("name", ["scene.png", "clip.mp4"])
+@pytest.mark.parametrize("form", ["as it is", "lines", "no padding", "trailing newline"])
+def test_base64_alone_is_read_where_it_tells_its_kind(name, form):
+    data = (DEMO / name).read_bytes()
+    url = FORMS[form](base64.b64encode(data).decode())
+    assert resolve(url) == data
+    body = bytearray(json.dumps({"url": url}).encode())
+    assert _num_text_bytes(body, 10**9) < 100, "and is no text"
+    assert _num_text_bytes(body.replace(b"/", b"\\/"), 10**9) < 100, "as PHP writes it"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_base64_alone_is_read_of_every_kind_of_picture(format):
+    data = encoded(picture(40, 30), format)
+    assert resolve(base64.b64encode(data).decode()) == data
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (base64.b64encode(DATA).decode(), "write base64 as data:image/png;base64,..."),
+        (lines(base64.b64encode(DATA).decode()), "write base64 as data:image/png;base64,..."),
+        (base64.urlsafe_b64encode(DATA).decode().rstrip("="), "write base64 as data:image/png;base64,..."),
+        ("iVBORw0KGgo!" + "A" * 100, "'!'"),
+        ("/9j/" + "A" * 101, "truncated base64"),
+        ("scene.png", "must be a data: URI"),
+        ("/9j", "must be a data: URI"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_other_base64_is_refused_and_says_what_to_write(url, says):
+    with pytest.raises(BadRequest) as error:
+        resolve(url)
+    assert says in error.value.message

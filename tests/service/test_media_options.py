@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,81 @@ def test_sampling_may_stand_among_the_options(server: Server, fields: dict[str, 
     assert questions(server)[-1].endswith(end)
 
 
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({"media_io_kwargs": {"video": {"num_frames": 2}}}, "2 None"),
+        ({"media_io_kwargs": {"video": {"fps": 4, "num_frames": None}}}, "None 4.0"),
+        ({"media_io_kwargs": {"video": {"num_frames": -1}}}, "None 1000.0"),
+        ({"media_io_kwargs": {"video": {"num_frames": -1, "fps": 2}}}, "None 2.0"),
+        ({"media_io_kwargs": {"video": {"num_frames": 3, "fps": 2}}}, "None 2.0"),
+        ({"media_io_kwargs": {"video": {"num_frames": 2}, "image": {"image_mode": "RGB"}, "audio": None}}, "2 None"),
+        ({"media_io_kwargs": {"video": {"num_frames": 2}}, "num_frames": 2}, "2 None"),
+    ],
+    ids=str,
+)
+def test_sampling_may_be_asked_for_as_vllm_has_it(server: Server, fields: dict[str, Any], end: str) -> None:
+    ok(ask(server, part(MP4), **fields))
+    assert questions(server)[-1].endswith(end)
+    ok(ask(server, part(MP4) | fields))
+    assert questions(server)[-1].endswith(end)
+    form = {"prompt": "?", "max_tokens": "2"} | {name: json.dumps(value) for name, value in fields.items()}
+    ok(server.http.post("/v1/generate", files=[("media", MP4)], data=form))
+    assert questions(server)[-1].endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("both", "alone"),
+    [
+        ({"fps": 1000, "num_frames": 3}, {"num_frames": 3}),
+        ({"fps": 1000, "num_frames": 1}, {"num_frames": 1}),
+        ({"fps": 1000, "num_frames": 20}, {"fps": 1000}),
+        ({"fps": 5, "num_frames": 20}, {"fps": 5}),
+        ({"fps": 5, "num_frames": 4}, {"num_frames": 4}),
+        ({"num_frames": -1}, {"fps": 1000}),
+    ],
+    ids=str,
+)
+def test_with_a_rate_the_number_of_frames_is_the_most(
+    bundled: Server, both: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    clip = video_bytes("mp4", (64, 64), num_frames=12)  # ten in a second
+    answers = [
+        ask(bundled, part(clip), temperature=0, **fields)
+        for fields in ({"media_io_kwargs": {"video": both}}, alone, {"num_frames": 7})
+    ]
+    for answer in answers:
+        ok(answer)
+    first, same, other = (answer.json()["choices"][0]["message"]["content"] for answer in answers)
+    assert first == same != other, "the fake engine's words are those of the frames"
+
+
+def test_options_may_stand_beside_the_url(server: Server) -> None:
+    def within(part: dict[str, Any], **options: Any) -> dict[str, Any]:
+        kind = part["type"]
+        return part | {kind: part[kind] | options}
+
+    ok(
+        ask(
+            server,
+            within(part(PNG, "image"), max_pixels=2048),
+            within(part(PNG, "image"), mm_processor_kwargs={"min_pixels": 99}) | {"max_pixels": 1024},
+            within(part(PNG, "image"), min_pixels=77) | {"min_pixels": 66},
+            within(part(MP4), fps=2.0, max_pixels=512),
+            max_pixels=4096,
+        )
+    )
+    assert [options_of(server, index) for index in range(4)] == [
+        {"max_pixels": 2048},
+        {"max_pixels": 1024, "min_pixels": 99},
+        {"max_pixels": 4096, "min_pixels": 77},
+        {"max_pixels": 512},
+    ]
+    assert questions(server)[-1].endswith("None 2.0")
+    wrong = ask(server, within(part(MP4), fps=-1))
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "messages[0].content[0].video_url.fps")
+
+
 def test_a_form_takes_them_too(server: Server) -> None:
     data = {"prompt": "?", "max_tokens": "2", "min_pixels": "65", "mm_processor_kwargs": '{"max_pixels": 4097}'}
     ok(server.http.post("/v1/generate", files=[("media", PNG), ("media", MP4)], data=data))
@@ -112,6 +188,18 @@ def test_a_form_takes_them_too(server: Server) -> None:
             {"mm_processor_kwargs": {"pixels": 1}},
             "mm_processor_kwargs.pixels",
             "known are min_pixels, max_pixels, size",
+        ),
+        (
+            {"media_io_kwargs": {"video": {"backend": "x"}}},
+            "media_io_kwargs.video.backend",
+            "known are video.num_frames",
+        ),
+        ({"media_io_kwargs": {"image": {"image_mode": "L"}}}, "media_io_kwargs.image.image_mode", "not a known option"),
+        ({"media_io_kwargs": {"video": {"fps": 0}}}, "media_io_kwargs.video.fps", "Expected `float` > 0"),
+        (
+            {"media_io_kwargs": {"video": {"fps": 2}}, "fps": 3.0},
+            "media_io_kwargs.video.fps",
+            "differ; send one",
         ),
         ({"mm_processor_kwargs": {"do_resize": False}}, "mm_processor_kwargs.do_resize", "not a known option"),
         ({"mm_processor_kwargs": {"max_soft_tokens": 9}}, "mm_processor_kwargs.max_soft_tokens", "does not take"),

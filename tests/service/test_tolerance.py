@@ -15,6 +15,7 @@ from model.request import Message, SamplingParams, ToolCall
 from service import chat_input
 from service.errors import BadRequest
 from service.media_loader import MediaLoader
+from service.request_context import _salt
 from service.schemas import openai
 from service.schemas.openai import ChatRequest
 from service.schemas.sampling import sampling_params
@@ -251,6 +252,17 @@ def test_tokens_that_end_the_answer_may_be_named() -> None:
     for wrong in ([-1], ["a"], 5):
         with pytest.raises(msgspec.ValidationError, match="stop_token_ids"):
             params(stop_token_ids=wrong)
+
+
+def test_a_salt_of_the_caches_is_the_clients_and_the_keys() -> None:
+    """vLLM's users share nothing with those of another salt; nor do two keys that send the same one."""
+    assert _salt("", "") == ""
+    salts = [_salt(key, salt) for key in ("", "a", "b") for salt in ("", "x", "y")]
+    assert len(set(salts)) == len(salts)
+    assert _salt("a", "x") == _salt("a", "x")
+    assert params(cache_salt="x", seed=1) == params(seed=1), "it does not change the answer"
+    with pytest.raises(msgspec.ValidationError, match="cache_salt"):
+        params(cache_salt="x" * 1025)
 
 
 # -- media in messages of any role, and options of theirs
