@@ -19,8 +19,21 @@ from starlette.routing import BaseRoute, Route
 import model
 from service.deps import name_ignored, service_of
 from service.errors import BadRequest, EngineFailure, MethodNotAllowed, NotFound, ServiceError, TimedOut
+from service.openapi.document import document
 from service.origin import AllowedHosts, checks_hosts
-from service.routes import admin, completions, generate, messages, models, openai, ops, playground, responses, tokenize
+from service.routes import (
+    admin,
+    completions,
+    documentation,
+    generate,
+    messages,
+    models,
+    openai,
+    ops,
+    playground,
+    responses,
+    tokenize,
+)
 from service.schemas import anthropic
 from service.settings import Settings
 from service.state import Service
@@ -30,6 +43,7 @@ from service.unknown_fields import HEADER as IGNORED
 
 log = logging.getLogger("flashserve")
 
+MODULES = (generate, openai, completions, responses, messages, tokenize, models, ops, admin, playground, documentation)
 SHORT_BODY = 64 * 1024  # bytes that may follow a refusal on a connection that stays open
 
 
@@ -46,11 +60,12 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         finally:
             await service.stop()
 
-    # Plain routes and no generated documentation: handlers read their bodies themselves, so FastAPI has nothing to
-    # inject or describe, and its page would load scripts from other sites.
-    modules = (generate, openai, completions, responses, messages, models, tokenize, ops, admin, playground)
-    routes: list[BaseRoute] = [route for module in modules for route in module.ROUTES]
+    # Plain routes: handlers read their bodies themselves, so FastAPI has nothing to inject, and the document that it
+    # would generate knows nothing of them.
+    modules = [each for each in MODULES if settings.docs or each is not documentation]
+    routes: list[BaseRoute] = [route for each in modules for route in each.ROUTES]
     app = FastAPI(title="FlashServe", version=model.__version__, lifespan=lifespan, openapi_url=None, routes=routes)
+    app.state.openapi = document((operation for each in modules for operation in each.OPERATIONS), settings)
     app.router.redirect_slashes = False  # it would redirect to any host that the request names
     error_response = _map_errors(app)
     if settings.allowed_origins:

@@ -217,6 +217,7 @@ class Settings(BaseSettings):
     strict: bool = option(
         "HTTP", False, "Refuse requests with unknown fields instead of ignoring these with a warning."
     )
+    docs: bool = option("HTTP", True, "Serve the OpenAPI document at /openapi.json, and a page of it at /docs.")
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "HTTP", "info", "Log level: debug, info, warning or error."
     )

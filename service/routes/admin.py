@@ -11,7 +11,9 @@ from starlette.routing import Route
 from service.auth import require_admin_key
 from service.body import read_json
 from service.deps import service_of
+from service.openapi.operation import Operation
 from service.schemas.admin import DraftChange
+from service.schemas.answers import DraftChanged
 from service.stream import json_response
 
 
@@ -23,14 +25,27 @@ async def draft(request: Request) -> Response:
     started = time.monotonic()
     workers = await service.change_draft(change.draft)
     info = service.pool.info
-    return json_response(
-        {
-            "drafter": info.drafter if info else None,
-            "draft": change.draft,
-            "workers": workers,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-    )
+    answer: DraftChanged = {
+        "drafter": info.drafter if info else None,
+        "draft": change.draft,
+        "workers": workers,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    return json_response(answer)
 
 
 ROUTES = [Route("/admin/draft", draft, methods=["POST"])]
+OPERATIONS = [
+    Operation(
+        "post",
+        "/admin/draft",
+        "Change the draft of this instance",
+        {200: DraftChanged},
+        "Operations",
+        "Needs the key of --admin-key; off (404) without one.",
+        body=DraftChange,
+        key="admin",
+        request_id=None,
+        example={"draft": "/models/draft"},
+    )
+]

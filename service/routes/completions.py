@@ -22,6 +22,7 @@ from service.chat_input import ChatInput
 from service.deps import service_of, with_request_id
 from service.errors import BadRequest, ServiceError
 from service.logprobs import TextLogprobs
+from service.openapi.operation import Operation
 from service.request_context import RequestContext
 from service.schemas import completions as schema
 from service.schemas.answers import Completion, CompletionChoice, CompletionLogprobs
@@ -185,3 +186,16 @@ async def _events(answer: _Answer, *, with_usage: bool, running_stats: bool) -> 
 
 
 ROUTES = [Route("/v1/completions", completions, methods=["POST"])]
+OPERATIONS = [
+    Operation(
+        "post",
+        "/v1/completions",
+        "Continue raw prompts, as OpenAI's older API",
+        {200: Completion},
+        "Generate",
+        "Texts or token ids, without a chat template and without media.",
+        body=schema.CompletionRequest,
+        events=(Completion,),
+        example={"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0},
+    )
+]

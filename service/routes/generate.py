@@ -6,22 +6,22 @@ Unlike OpenAI's route, greedy by default (`temperature` 0).
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from typing import Any
+from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from model.request import TokenLogprobs
 from service import chat_input, logprobs
 from service.auth import require_api_key
 from service.body import read_form
 from service.deps import service_of, with_request_id
 from service.errors import ServiceError
+from service.openapi.operation import Files, Operation
 from service.request_context import RequestContext
 from service.schemas import generate as schema
+from service.schemas.answers import DoneEvent, Generated, GeneratedToken, TokenEvent
 from service.schemas.sampling import check_media_options, sampling_params
 from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
 from service.usage import speculation, timings, usage
@@ -69,14 +69,13 @@ async def generate(request: Request) -> Response:
         return json_response(_result(context))
 
 
-def _result(context: RequestContext) -> dict[str, Any]:
+def _result(context: RequestContext) -> Generated:
     (choice,) = context.choices
-    return {
+    result: Generated = {
         "id": context.id,
         "model": context.model,
         "text": choice.text,
         "finish_reason": choice.finish_reason,
-        **_logprobs(choice.logprobs),
         "usage": usage(context.stats),
         "speculation": speculation(choice.stats),
         "timings": timings(
@@ -87,6 +86,9 @@ def _result(context: RequestContext) -> dict[str, Any]:
             seconds_per_token=choice.seconds_per_token,
         ),
     }
+    if choice.logprobs:
+        result["logprobs"] = logprobs.to_openai(choice.logprobs)
+    return result
 
 
 async def _events(context: RequestContext) -> AsyncGenerator[bytes, None]:
@@ -95,20 +97,33 @@ async def _events(context: RequestContext) -> AsyncGenerator[bytes, None]:
     try:
         async for _, output in context.outputs():
             if output.tokens or output.text:
-                more = _logprobs(output.logprobs)
-                chunk = event({"type": "token", "text": output.text, "tokens": output.tokens, **more})
+                # The tokens' own form is that of GeneratedToken.
+                tokens = cast("list[GeneratedToken]", output.tokens)
+                step: TokenEvent = {"type": "token", "text": output.text, "tokens": tokens}
+                if output.logprobs:
+                    step["logprobs"] = logprobs.to_openai(output.logprobs)
+                chunk = event(step)
                 if context.finished:
                     last = chunk
                 else:
                     yield chunk
-        yield LastEvent(last + event({"type": "done", **_result(context)}))
+        done: DoneEvent = {"type": "done", **_result(context)}
+        yield LastEvent(last + event(done))
     except ServiceError as error:
         yield LastEvent(event(error.envelope()) + DONE)
 
 
-def _logprobs(tokens: Seq[TokenLogprobs] | None) -> dict[str, Any]:
-    """Return the `logprobs` field, or no field where they were not requested."""
-    return {"logprobs": logprobs.to_openai(tokens)} if tokens else {}
-
-
 ROUTES = [Route("/v1/generate", generate, methods=["POST"])]
+OPERATIONS = [
+    Operation(
+        "post",
+        "/v1/generate",
+        "Generate from files and a prompt",
+        {200: Generated},
+        "Generate",
+        "A form with media as files. Says for each token whether draft or target chose it. Greedy by default.",
+        body=schema.GenerateRequest,
+        form=Files("media", "Images and videos, in their order; they come before the prompt."),
+        events=(TokenEvent, DoneEvent),
+    )
+]

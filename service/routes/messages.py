@@ -20,10 +20,11 @@ from service.body import MEDIA_IN_ANTHROPIC, read_json
 from service.chat import Chat, begin
 from service.deps import service_of, with_request_id
 from service.errors import ServiceError
+from service.openapi.operation import Operation
 from service.request_context import RequestContext
 from service.routes.tokenize import admitted, tokenize_chat
 from service.schemas import anthropic as schema
-from service.schemas.answers import CountedTokens
+from service.schemas.answers import AnthropicError, AnthropicEvent, AnthropicMessage, CountedTokens
 from service.stream import EventStream, LastEvent, json_response, typed_event
 from service.usage import anthropic_usage
 
@@ -193,4 +194,29 @@ def _event(kind: str, **fields: Any) -> bytes:
 ROUTES = [
     Route(PATH, create_message, methods=["POST"]),
     Route(f"{PATH}/count_tokens", count_tokens, methods=["POST"]),
+]
+OPERATIONS = [
+    Operation(
+        "post",
+        PATH,
+        "Answer a conversation, as Anthropic's Messages API",
+        {200: AnthropicMessage},
+        "Generate",
+        body=schema.MessagesRequest,
+        events=(AnthropicEvent,),
+        named_events=True,
+        closing_event=None,
+        error=AnthropicError,
+        example={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0},
+    ),
+    Operation(
+        "post",
+        f"{PATH}/count_tokens",
+        "Count the tokens of a conversation, as Anthropic's Messages API",
+        {200: CountedTokens},
+        "Tokens",
+        body=schema.MessagesRequest,
+        error=AnthropicError,
+        example={"messages": [{"role": "user", "content": "Hello"}]},
+    ),
 ]

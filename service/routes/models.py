@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from service.auth import require_api_key
 from service.deps import service_of
+from service.openapi.operation import LOOKUP_REFUSALS, Operation
 from service.schemas import openai
 from service.schemas.answers import Model, Models
 from service.schemas.sampling import unknown_model
@@ -77,4 +78,25 @@ def _model(request: Request) -> Model:
 ROUTES = [
     Route("/v1/models", models),
     Route("/v1/models/{name:path}", model),
+]
+OPERATIONS = [
+    Operation(
+        "get",
+        "/v1/models",
+        "List the served model",
+        {200: Models},
+        "Models",
+        refusals=LOOKUP_REFUSALS,
+        request_id=None,
+    ),
+    Operation(
+        "get",
+        "/v1/models/{name:path}",
+        "Return the served model",
+        {200: Model},
+        "Models",
+        refusals=(*LOOKUP_REFUSALS, 404),
+        request_id=None,
+        parameters={"name": "The model's name, as served."},
+    ),
 ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,8 +22,19 @@ from service.body import read_json
 from service.chat import Chat, begin
 from service.deps import service_of, with_request_id
 from service.errors import ServiceError
+from service.openapi.operation import Operation
 from service.request_context import RequestContext
 from service.schemas import openai
+from service.schemas.answers import (
+    ChatAnswer,
+    ChatChunk,
+    ChatCompletion,
+    ChatDelta,
+    ChatFinishReason,
+    ChatLogprobs,
+    ChunkChoice,
+    FunctionDelta,
+)
 from service.stream import DONE, EventStream, LastEvent, event, json_response
 from service.usage import usage
 
@@ -49,9 +59,12 @@ async def chat_completions(request: Request) -> Response:
         return json_response(_completion(chat))
 
 
-def _completion(chat: Chat) -> dict[str, Any]:
+def _completion(chat: Chat) -> ChatCompletion:
     return {
-        **_head(chat.context, "chat.completion"),
+        "id": chat.context.id,
+        "object": "chat.completion",
+        "created": chat.context.created,
+        "model": chat.context.model,
         "choices": [
             {
                 "index": index,
@@ -65,10 +78,10 @@ def _completion(chat: Chat) -> dict[str, Any]:
     }
 
 
-def _message(answer: Answer) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+def _message(answer: Answer) -> ChatAnswer:
+    message: ChatAnswer = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.reasoning is not None:
-        message |= _reasoning(answer.reasoning)
+        message["reasoning_content"] = message["reasoning"] = answer.reasoning
     if calls := answer.tool_calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -77,37 +90,49 @@ def _message(answer: Answer) -> dict[str, Any]:
     return message
 
 
-def _fields(delta: Delta) -> dict[str, Any]:
+def _fields(delta: Delta) -> ChatDelta:
     """Return the `delta` of a chunk."""
     match delta:
         case TextDelta():
             return {"content": delta.text}
         case ReasoningDelta():
-            return _reasoning(delta.text)
+            return {"reasoning_content": delta.text, "reasoning": delta.text}  # the names that clients know it by
         case ToolCallStart():
-            function = {"name": delta.name, "arguments": ""}
+            function: FunctionDelta = {"name": delta.name, "arguments": ""}
             return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
         case ArgumentsDelta():
             return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.text}}]}
 
 
-def _reasoning(text: str) -> dict[str, str]:
-    """Return the reasoning under both names that clients know it by."""
-    return {"reasoning_content": text, "reasoning": text}
-
-
 async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
     """Yield a chunk that opens each choice, one per delta, one that closes each choice; then usage, if requested."""
     context = chat.context
-    head = _head(context, "chat.completion.chunk") | ({"usage": None} if chat.with_usage else {})
+
+    def whole(choices: list[ChunkChoice], *, with_usage: bool) -> bytes:
+        head: ChatChunk = {
+            "id": context.id,
+            "object": "chat.completion.chunk",
+            "created": context.created,
+            "model": context.model,
+            "choices": choices,
+        }
+        if chat.with_usage:
+            head["usage"] = usage(context.stats) if with_usage else None
+        return event(head)
 
     def chunk(
-        index: int, delta: dict[str, Any], finish_reason: str | None = None, tokens: Seq[TokenLogprobs] | None = None
+        index: int,
+        delta: ChatDelta,
+        finish_reason: ChatFinishReason | None = None,
+        tokens: Seq[TokenLogprobs] | None = None,
     ) -> bytes:
-        if chat.running_stats:
-            head["usage"] = usage(context.stats)
-        choice = {"index": index, "delta": delta, "logprobs": _logprobs(tokens), "finish_reason": finish_reason}
-        return event({**head, "choices": [choice]})
+        choice: ChunkChoice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": _logprobs(tokens),
+            "finish_reason": finish_reason,
+        }
+        return whole([choice], with_usage=chat.running_stats)
 
     for index in range(len(chat.answers)):
         yield chunk(index, {"role": "assistant", "content": ""})
@@ -115,7 +140,9 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
     try:
         async for index, deltas, output in chat.deltas():
             # A token may have log-probabilities before its text is complete.
-            fields = [_fields(delta) for delta in deltas] or [{"content": ""}] * bool(output.logprobs)
+            fields = [_fields(delta) for delta in deltas]
+            if not fields and output.logprobs:
+                fields = [{"content": ""}]
             chunks = b"".join(
                 chunk(index, delta, tokens=None if number else output.logprobs) for number, delta in enumerate(fields)
             )
@@ -126,18 +153,26 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
             elif chunks:
                 yield chunks
         if chat.with_usage:
-            last += event({**head, "choices": [], "usage": usage(context.stats)})
+            last += whole([], with_usage=True)
         yield LastEvent(last + DONE)
     except ServiceError as error:
         yield LastEvent(event(error.envelope()) + DONE)
 
 
-def _logprobs(tokens: Seq[TokenLogprobs] | None) -> dict[str, Any] | None:
+def _logprobs(tokens: Seq[TokenLogprobs] | None) -> ChatLogprobs | None:
     return {"content": logprobs.to_openai(tokens), "refusal": None} if tokens else None
 
 
-def _head(context: RequestContext, kind: str) -> dict[str, Any]:
-    return {"id": context.id, "object": kind, "created": context.created, "model": context.model}
-
-
 ROUTES = [Route("/v1/chat/completions", chat_completions, methods=["POST"])]
+OPERATIONS = [
+    Operation(
+        "post",
+        "/v1/chat/completions",
+        "Answer a conversation with images and videos, as OpenAI's chat API",
+        {200: ChatCompletion},
+        "Generate",
+        body=openai.ChatRequest,
+        events=(ChatChunk,),
+        example={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0},
+    )
+]

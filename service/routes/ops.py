@@ -22,6 +22,9 @@ import model
 from model.config import TRAINED
 from service.auth import may_see_details
 from service.deps import service_of
+from service.errors import NoCapacity
+from service.openapi.operation import TEXT, Operation
+from service.schemas.answers import DraftHealth, Health, Status, Version, WorkerHealth
 from service.state import Service
 from service.stream import json_response
 
@@ -33,7 +36,7 @@ async def livez(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     reason = service_of(request).unavailable_reason()
-    return _status({"status": "ready" if reason is None else reason.code}, healthy=reason is None)
+    return _status({"status": _state(reason)}, healthy=reason is None)
 
 
 async def health(request: Request) -> Response:
@@ -41,7 +44,7 @@ async def health(request: Request) -> Response:
         return await readyz(request)
     service = service_of(request)
     reason, info = service.unavailable_reason(), service.pool.info
-    workers = [
+    workers: list[WorkerHealth] = [
         {
             "worker": worker.index,
             "state": worker.state,
@@ -53,8 +56,8 @@ async def health(request: Request) -> Response:
     ]
     # Leaves out `model`, the path it was loaded from: clients need not know this machine's folders.
     engine = {name: value for name, value in asdict(info).items() if name != "model"} if info else None
-    details = {
-        "status": "ready" if reason is None else reason.code,
+    details: Health = {
+        "status": _state(reason),
         "model": service.settings.model_name,
         "requests": service.admission.in_use,
         "uploads": len(service.uploads),
@@ -65,7 +68,7 @@ async def health(request: Request) -> Response:
     return _status(details, healthy=reason is None)
 
 
-def _draft(service: Service) -> dict[str, Any]:
+def _draft(service: Service) -> DraftHealth:
     """Describe the served draft, by its folder's name alone; `changes` counts those that were replaced before it."""
     served = service.pool.drafts.served
     since = datetime.fromtimestamp(served.since, UTC).isoformat(timespec="milliseconds") if served.since else None
@@ -78,10 +81,19 @@ async def metrics(request: Request) -> Response:
 
 
 async def version(_: Request) -> Response:
-    return json_response({"name": "flashserve", "version": model.__version__, "python": platform.python_version()})
+    answer: Version = {
+        "name": "flashserve",
+        "version": model.__version__,
+        "python": platform.python_version(),
+    }
+    return json_response(answer)
 
 
-def _status(details: dict[str, Any], *, healthy: bool) -> Response:
+def _state(reason: NoCapacity | None) -> str:
+    return "ready" if reason is None else reason.code or reason.type
+
+
+def _status(details: Status | Health, *, healthy: bool) -> Response:
     response = json_response(details, {"Cache-Control": "no-store"})
     response.status_code = 200 if healthy else 503
     return response
@@ -93,4 +105,19 @@ ROUTES = [
     Route("/health", health),
     Route("/metrics", metrics),
     Route("/version", version),
+]
+
+
+def _operation(path: str, summary: str, answers: dict[int, Any]) -> Operation:
+    return Operation("get", path, summary, answers, "Operations", key=None, refusals=(403,), request_id=None)
+
+
+OPERATIONS = [
+    _operation("/livez", "503 only where a restart is the cure", {200: Status, 503: Status}),
+    _operation("/readyz", "503 while loading, draining or without a live worker", {200: Status, 503: Status}),
+    _operation(
+        "/health", "Readiness with details; where keys are set, for those who have one", {200: Health, 503: Health}
+    ),
+    _operation("/metrics", "Prometheus metrics", {200: TEXT}),
+    _operation("/version", "Name and version", {200: Version}),
 ]

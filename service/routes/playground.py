@@ -9,9 +9,10 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from service.errors import NotFound
+from service.openapi.operation import HTML, Operation
 
 STATIC = Path(__file__).parent.parent / "static"
-FILES = {"app.js": "text/javascript", "style.css": "text/css", "icon.svg": "image/svg+xml"}
+FILES = {"app.js": "text/javascript", "style.css": "text/css", "docs.css": "text/css", "icon.svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src blob:; "
@@ -35,3 +36,19 @@ async def static(request: Request) -> Response:
 
 
 ROUTES = [Route("/", page), Route("/static/{name}", static)]
+OPERATIONS = [
+    Operation(
+        "get", "/", "A page to try the service", {200: HTML}, "Pages", key=None, refusals=(403,), request_id=None
+    ),
+    Operation(
+        "get",
+        "/static/{name}",
+        "A file of the pages",
+        {200: tuple(FILES.values())},
+        "Pages",
+        key=None,
+        refusals=(403, 404),
+        request_id=None,
+        parameters={"name": "The file's name."},
+    ),
+]

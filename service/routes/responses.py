@@ -23,10 +23,11 @@ from service.body import read_json
 from service.chat import Chat, begin
 from service.deps import service_of, with_request_id
 from service.errors import ServiceError
+from service.openapi.operation import Operation
 from service.request_context import RequestContext
 from service.routes.tokenize import admitted, tokenize_chat
 from service.schemas import responses as schema
-from service.schemas.answers import ChatLogprob, InputTokens
+from service.schemas.answers import ChatLogprob, InputTokens, ResponseEvent, ResponseObject
 from service.stream import EventStream, LastEvent, json_response, typed_event
 from service.usage import responses_usage
 
@@ -227,4 +228,28 @@ def _response(
 ROUTES = [
     Route("/v1/responses", create_response, methods=["POST"]),
     Route("/v1/responses/input_tokens", count_input_tokens, methods=["POST"]),
+]
+OPERATIONS = [
+    Operation(
+        "post",
+        "/v1/responses",
+        "Answer, as OpenAI's Responses API",
+        {200: ResponseObject},
+        "Generate",
+        "Stateless: nothing is stored.",
+        body=schema.ResponsesRequest,
+        events=(ResponseEvent,),
+        named_events=True,
+        closing_event=None,
+        example={"input": "Hello", "max_output_tokens": 8, "temperature": 0},
+    ),
+    Operation(
+        "post",
+        "/v1/responses/input_tokens",
+        "Count the tokens of an input, as OpenAI's Responses API",
+        {200: InputTokens},
+        "Tokens",
+        body=schema.ResponsesRequest,
+        example={"input": "Hello"},
+    ),
 ]

@@ -19,6 +19,7 @@ from service.auth import require_api_key
 from service.body import read_json
 from service.deps import service_of, with_request_id
 from service.errors import BadRequest, TimedOut
+from service.openapi.operation import Operation
 from service.pool import messages as m
 from service.schemas import openai, sampling
 from service.schemas import tokenize as schema
@@ -95,4 +96,25 @@ async def admitted(request: Request) -> AsyncIterator[Upload]:
 ROUTES = [
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
+]
+OPERATIONS = [
+    Operation(
+        "post",
+        "/tokenize",
+        "Count and list the tokens of a text or a conversation",
+        {200: Tokenized},
+        "Tokens",
+        "Send one of prompt, content and messages.",
+        body=schema.TokenizeRequest,
+        example={"prompt": "Once upon a time"},
+    ),
+    Operation(
+        "post",
+        "/detokenize",
+        "Return the text of tokens",
+        {200: Detokenized},
+        "Tokens",
+        body=schema.DetokenizeRequest,
+        example={"tokens": [15, 16, 17]},
+    ),
 ]

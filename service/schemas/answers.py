@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-from model.request import FinishReason
+from model.request import FinishReason, TokenSource
 
 # Parts of several answers
 
@@ -163,3 +163,227 @@ class Timings(TypedDict):
     time_to_first_token: float
     decode: float
     tokens_per_second: float
+
+
+class GeneratedToken(TypedDict):
+    id: int
+    text: str
+    source: TokenSource
+
+
+class Generated(TypedDict):
+    id: str
+    model: str
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: NotRequired[list[ChatLogprob]]
+    usage: Usage
+    speculation: Speculation
+    timings: Timings
+
+
+class TokenEvent(TypedDict):
+    """What one step added."""
+
+    type: Literal["token"]
+    text: str
+    tokens: list[GeneratedToken]
+    logprobs: NotRequired[list[ChatLogprob]]
+
+
+class DoneEvent(Generated):
+    """The whole answer, at the end of a stream."""
+
+    type: Literal["done"]
+
+
+# POST /v1/chat/completions
+
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str  # JSON text
+
+
+class CallOfTool(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatAnswer(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]  # the same, by vLLM's and OpenRouter's name
+    tool_calls: NotRequired[list[CallOfTool]]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatLogprob]
+    refusal: None
+
+
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason | None
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: NotRequired[str]
+
+
+class CallDelta(TypedDict):
+    """A call that begins, or a piece of its arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+class ChatDelta(TypedDict):
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str | None]
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    tool_calls: NotRequired[list[CallDelta]]
+
+
+class ChunkChoice(TypedDict):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason | None
+
+
+class ChatChunk(TypedDict):
+    """A part of a streamed answer; the last one before `[DONE]` may have usage and no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage | None]
+
+
+# POST /v1/responses
+
+
+class ResponseObject(TypedDict):
+    """OpenAI's Response object; further fields repeat the request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    background: bool
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, str] | None
+    model: str
+    output: list[dict[str, Any]]  # items: message, reasoning, function_call
+    usage: dict[str, Any] | None
+
+
+class ResponseEvent(TypedDict):
+    """An event of OpenAI's Responses API; its type says which fields follow."""
+
+    type: str
+    sequence_number: int
+
+
+# POST /v1/messages
+
+
+class AnthropicMessage(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]  # blocks: text, thinking, tool_use
+    stop_reason: str | None
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class AnthropicEvent(TypedDict):
+    """An event of Anthropic's Messages API; its type says which fields follow."""
+
+    type: str
+
+
+class AnthropicErrorBody(TypedDict):
+    type: str
+    message: str
+    param: str | None
+    code: str | None
+
+
+class AnthropicError(TypedDict):
+    type: Literal["error"]
+    error: AnthropicErrorBody
+    request_id: str | None
+
+
+# Operations
+
+
+class Status(TypedDict):
+    status: str
+
+
+class WorkerHealth(TypedDict):
+    worker: int
+    state: str
+    pid: int | None
+    restarts: int
+    requests: int
+
+
+class DraftHealth(TypedDict):
+    name: str
+    since: str | None
+    changes: int
+
+
+class Health(TypedDict):
+    """Where a key is needed and missing, `status` alone."""
+
+    status: str
+    model: NotRequired[str]
+    requests: NotRequired[int]
+    uploads: NotRequired[int]
+    workers: NotRequired[list[WorkerHealth]]
+    engine: NotRequired[dict[str, Any] | None]
+    draft: NotRequired[DraftHealth | None]
+
+
+class Version(TypedDict):
+    name: str
+    version: str
+    python: str
+
+
+class DraftChanged(TypedDict):
+    drafter: str | None
+    draft: str
+    workers: int
+    seconds: float
