@@ -47,6 +47,8 @@ ENGINE_OPTIONS = (
         "max_nodes",
         "max_verify_tokens",
         "encoder_cache_bytes",
+        "grammar_cache",
+        "max_grammar_symbols",
         "prefix_cache",
         "tensor_parallel",
     ),
@@ -173,6 +175,12 @@ class Settings(BaseSettings):
         None,
         f"Encoder cache: memory for features of recent media, bytes. Default: {EngineConfig.encoder_cache_bytes}.",
         ge=0,
+    )
+    grammar_cache: int = option(
+        "Model", EngineConfig.grammar_cache, "Number of compiled schemas and grammars that each worker keeps.", ge=1
+    )
+    max_grammar_symbols: int = option(
+        "Limits", EngineConfig.max_grammar_symbols, "Maximum size of a compiled schema or grammar, symbols.", ge=1
     )
     prefix_cache: bool = option("Model", True, "Prefix caching: reuse the KV cache of a common beginning of prompts.")
 

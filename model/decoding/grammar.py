@@ -104,7 +104,10 @@ class Guide:
         self.error: str | None = None
 
     def forced(self, path: Path = ()) -> list[int]:
-        """Return the tokens that must follow a path because the grammar leaves no other text; often none."""
+        """Return the tokens that must follow a path because the grammar leaves no other text; often none.
+
+        Such text is written to its end with the tokens that were found at its start.
+        """
         key = tuple(path)
         if (tokens := self._forced.get(key)) is None:
             tokens = []
@@ -113,6 +116,8 @@ class Guide:
                 if not tokens and len(self._eos_ids) == 1 and self._matcher.is_stopped():
                     tokens = list(self._eos_ids)
             self._forced[key] = tokens
+            for end in range(1, len(tokens)):
+                self._forced[(*key, *tokens[:end])] = tokens[end:]
         return tokens
 
     def allows(self, path: Path, token: int) -> bool:
@@ -141,15 +146,19 @@ class Guide:
         if not self._move(tuple(tokens)) and self.error is None:
             self.error = "the answer left the grammar"
         self._at.clear()
-        self._masks.clear()
-        self._forced.clear()
+        num, behind = len(tokens), tuple(tokens)
+        self._masks = {path[num:]: words for path, words in self._masks.items() if path[:num] == behind}
+        self._forced = {path[num:]: forced for path, forced in self._forced.items() if path[:num] == behind}
 
     def _words(self, path: tuple[int, ...]) -> np.ndarray | None:
         """Compute the mask behind a path as bits of 32-bit words; None if there is none."""
         if path in self._masks:
             return self._masks[path]
         words: np.ndarray | None = None
-        if self._move(path):
+        if forced := self.forced(path):
+            words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
+            words[forced[0] // WORD] = 1 << forced[0] % WORD
+        elif self._move(path):
             words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             if self._matcher.is_error():

@@ -24,7 +24,7 @@ from model.backends.native import library
 from model.config import EngineConfig
 from model.decoding import sampling, verify
 from model.decoding.detokenize import Vocabulary
-from model.decoding.grammar import Grammars
+from model.decoding.grammar import Grammars, Guide
 from model.decoding.guided_trees import Guided
 from model.decoding.tree import IDLE, PLAIN
 from model.drafters import hot_swap, registry
@@ -367,8 +367,10 @@ class Engine:
             by_slot[slot] = sequence
             now.newest[slot], now.budgets[slot] = sequence.tokens[-1], nodes if sequence.speculates else PLAIN
             now.roots[slot] = sequence.next_position + len(sequence.tokens) - 1
-            if sequence.guide is not None:
-                guided[slot] = Guided(sequence.guide, max(nodes, self._num_forced(sequence, decoding.most)))
+            if (guide := sequence.guide) is not None:
+                most = max(nodes, self._num_forced(sequence, guide, decoding.most))
+                if most:
+                    guided[slot] = Guided(guide, most)
         active, most = len(decoding.sequences), max(decoding.nodes)
         self.counters.batch_sizes.append(active)
         trees, likeliest, logits = now.draft_and_verify(batch, most, guided)
@@ -376,10 +378,9 @@ class Engine:
         if chosen is None or not all(s is None or s.takes_likeliest for s in by_slot):
             with self._torch():
                 chosen = choice.choose_at_nodes(by_slot, trees, likeliest, logits, self.target.eos_ids)
-        for slot, each in guided.items():
-            owner = by_slot[slot]
-            if owner is not None and owner.takes_likeliest:
-                choice.follow(each.guide, trees, slot, chosen[slot], logits[slot])
+        for slot, owner in enumerate(by_slot):
+            if owner is not None and owner.guide is not None and owner.takes_likeliest:
+                choice.follow(owner.guide, trees, slot, chosen[slot], logits[slot])
         sizes = trees.sizes.tolist()
         accepted = now.commit(chosen)
         self._verified = sum(sizes) - batch
@@ -399,12 +400,12 @@ class Engine:
             outputs.append(self._emit(sequence, tokens, size - 1, token_logprobs))
         return outputs
 
-    def _num_forced(self, sequence: Sequence, most: int) -> int:
+    def _num_forced(self, sequence: Sequence, guide: Guide, most: int) -> int:
         """Return how many nodes of text that the grammar forces to verify: it costs no draft, so it is proposed even
         where drafting does not pay. most: room for nodes."""
-        if sequence.guide is None or self.drafter is None or not sequence.request.speculation:
+        if self.drafter is None or not sequence.request.speculation:
             return 0
-        return min(len(sequence.guide.forced()), sequence.remaining - 1, most)
+        return min(len(guide.forced()), sequence.remaining - 1, most)
 
     # --- outputs
 

@@ -24,6 +24,7 @@ from model.backends.linear import pack, weight_bytes
 from model.decoding import tree
 from model.decoding.tree import FixedTree, Trees
 from model.drafters.base import Room
+from model.drafters.flash.continuation import Continuation
 from model.drafters.flash.native import native_step
 from model.drafters.flash.network import DraftConfig, DraftNetwork
 from model.drafters.slots import exchange_items, exchange_rows, indexed, take_last
@@ -64,13 +65,10 @@ class FlashDrafter:
         self._visual: dict[int, list[Tensor]] = {}  # slot -> kept states of a partly prefilled medium
         self._ends = torch.tensor(sorted(target.eos_ids), device=target.device)
         self._head = target.head.of(network.offered)
+        self._continuation = Continuation(network)
         positions = self.cache.stride + config.block
         self.step = native_step(target, network, self._head.matrix, self.width, self._fixed, positions)
         self.drafted: Tensor | None = None  # (slots, block, vocab): the logits of the last block
-        self._contexts: Tensor | None = None  # (slots, block, rank): the sequential head's, of the last block
-        self._drafting = np.zeros(0, bool)  # (slots,) which slots the last block is for
-        # States of the sequential head behind tokens of the last block: (slot, path from the newest token on) -> state.
-        self._states: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         self._proposals = self._observations = None
         if self.step is None:
             pack(network)
@@ -238,16 +236,16 @@ class FlashDrafter:
         starts = np.array(self.cache.lengths[: len(newest)], np.int32)
         counts = (budgets > 0).astype(np.int32) * np.int32(self.block)
         rows = AttentionMetadata(self.cache, 0, self.block, starts, counts, MaskKind.FULL)
-        self._newest, self._drafting = newest, budgets > 0
-        self._states.clear()
-        if self.step is not None:
-            trees, self.drafted, self._contexts = self.step.propose(newest, budgets, rows, self.tails)
-            return trees
         numbers = np.repeat(newest[None, :, None], self.block, 2)
-        if self._proposals is not None:
-            nodes, self.drafted, self._contexts = self._proposals(rows, numbers)
+        if self.step is not None:
+            trees, self.drafted, contexts = self.step.propose(newest, budgets, rows, self.tails)
+        elif self._proposals is not None:
+            nodes, self.drafted, contexts = self._proposals(rows, numbers)
         else:
-            nodes, self.drafted, self._contexts = self._propose(rows.plan, upload(numbers, self.target.device), None)
+            nodes, self.drafted, contexts = self._propose(rows.plan, upload(numbers, self.target.device), None)
+        self._continuation.take(newest, budgets > 0, self.drafted, contexts)
+        if self.step is not None:
+            return trees
         found = nodes.cpu().numpy()
         if self._fixed is not None:
             return tree.planted(newest, found, self._fixed, budgets)
@@ -271,28 +269,6 @@ class FlashDrafter:
         nodes = tree.candidates(newest, logits, along, self._ends, width=self.width, offered=self.network.offered)
         return nodes, logits, contexts
 
-    @torch.inference_mode()
     def best(self, slot: int, path: Seq[int], allowed: np.ndarray, num: int) -> list[tuple[int, float]]:
         """Choose the likeliest allowed tokens behind a path of the last block (see guided_trees.Continuing)."""
-        depth, offered = len(path), self.network.offered
-        if self.drafted is None or depth >= self.block or slot >= len(self._drafting) or not self._drafting[slot]:
-            return []
-        logits = self.drafted[slot, depth].float()
-        if (head := self.network.sequential) is not None:
-            logits = logits + head.after(self._state(slot, (int(self._newest[slot]), *path))).float()
-        open_ = upload(allowed, logits.device) if offered is None else upload(allowed, logits.device)[offered]
-        scores = logits.masked_fill(~open_, -torch.inf).log_softmax(-1).topk(min(num, len(logits)))
-        found = tree.named(scores.indices, offered).tolist()
-        return [each for each in zip(found, scores.values.tolist(), strict=True) if each[1] > -torch.inf]
-
-    def _state(self, slot: int, path: tuple[int, ...]) -> Tensor:
-        """Return the sequential head's state behind the last token of a path, which begins with the newest token:
-        (rank,)."""
-        if (state := self._states.get((slot, path))) is None:
-            assert self.network.sequential is not None
-            assert self._contexts is not None
-            before = self._state(slot, path[:-1]) if len(path) > 1 else None
-            token = torch.tensor(path[-1], device=self._contexts.device)
-            state = self.network.sequential(token, self._contexts[slot, len(path) - 1], before)
-            self._states[slot, path] = state
-        return state
+        return self._continuation.best(slot, path, allowed, num)
