@@ -16,6 +16,8 @@ DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"
 # The bundled models by name: folders of target and draft in DEMO_WEIGHTS.
 BUNDLED = {DEMO: ("target", "draft"), "demo-qwen": ("qwen-target", "qwen-draft")}
 DrafterName = Literal["auto", "flash", "flash-paper", "eagle", "medusa", "ngram", "off"]
+ToolCallParser = Literal["auto", "off", "hermes", "qwen3_coder", "glm45", "llama3_json", "pythonic", "mistral"]
+ReasoningParser = Literal["auto", "off", "deepseek_r1", "qwen3", "glm45", "mistral", "kimi"]
 DRAFTERS: tuple[str, ...] = get_args(DrafterName)
 TRAINED: tuple[DrafterName, ...] = ("flash", "flash-paper", "eagle", "medusa")  # these need a trained draft
 MAX_NODES, PAPER_NODES = 15, 25  # default draft nodes per sequence and step; those of flash-paper's fixed tree
@@ -34,6 +36,9 @@ class EngineConfig:
     revision: str | None = None  # branch, tag or commit of a hub id; None: its main branch
     hf_token: str | None = field(default=None, repr=False)  # for private models; None: HF_TOKEN, or the saved login
     trust_remote_code: bool = False  # run Python code that the checkpoint brings
+    chat_template: str | None = None  # file of a chat template that replaces the checkpoint's
+    tool_call_parser: ToolCallParser = "auto"  # how answers call tools; "auto": as the chat template writes calls
+    reasoning_parser: ReasoningParser = "auto"  # how answers show reasoning; "auto": as in the chat template
     draft: str | None = None  # folder of a trained draft; None: the bundled one for a bundled model, else none
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"
@@ -63,6 +68,9 @@ class EngineConfig:
             raise ConfigError(f"drafter must be one of {', '.join(DRAFTERS)}; got {self.drafter!r}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        for name, names in (("tool_call_parser", ToolCallParser), ("reasoning_parser", ReasoningParser)):
+            if getattr(self, name) not in get_args(names):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(names))}; got {getattr(self, name)!r}")
         if not 0.0 < self.memory_utilization <= 1.0:
             raise ConfigError(f"memory_utilization must be above 0 and at most 1; got {self.memory_utilization}")
         bounds: dict[str, tuple[float, float]] = {

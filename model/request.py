@@ -225,13 +225,15 @@ class TemplateOptions:
 
     tools: a list of tools in OpenAI's form as JSON text, "" for none; variables: further variables of the template, a
     JSON object as JSON text, "" for none; continue_final_message: the answer continues the last message, whose turn
-    stays open; add_special_tokens: for a text in place of messages, add the tokens that the tokenizer adds by itself.
+    stays open; add_generation_prompt: the prompt ends where an answer begins; add_special_tokens: for a text in place
+    of messages, add the tokens that the tokenizer adds by itself.
     """
 
     tools: str = ""
     variables: str = ""
     continue_final_message: bool = False
     add_special_tokens: bool = True
+    add_generation_prompt: bool = True
 
 
 @dataclass(frozen=True, eq=False)

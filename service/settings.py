@@ -23,6 +23,8 @@ from model.config import (
     PAPER_NODES,
     DrafterName,
     EngineConfig,
+    ReasoningParser,
+    ToolCallParser,
 )
 from service import cores, extras
 
@@ -33,6 +35,9 @@ ENGINE_OPTIONS = (
         "model",
         "revision",
         "trust_remote_code",
+        "chat_template",
+        "tool_call_parser",
+        "reasoning_parser",
         "draft",
         "dtype",
         "drafter",
@@ -91,6 +96,23 @@ class Settings(BaseSettings):
     )
     trust_remote_code: bool = option(
         "Model", False, "Run Python code that the checkpoint brings: only if you trust its author."
+    )
+    chat_template: str | None = option(
+        "Model",
+        None,
+        "File of a chat template that replaces the checkpoint's. Default: the checkpoint's own.",
+        min_length=1,
+    )
+    tool_call_parser: ToolCallParser = option(
+        "Model",
+        "auto",
+        "How answers call tools: auto (as the chat template writes calls), off, hermes, qwen3_coder, glm45, "
+        "llama3_json, pythonic or mistral.",
+    )
+    reasoning_parser: ReasoningParser = option(
+        "Model",
+        "auto",
+        "How answers show reasoning: auto (as in the chat template), off, deepseek_r1, qwen3, glm45, mistral or kimi.",
     )
     draft: str | None = option("Model", None, "Folder of a trained draft. Default: the bundled model's own, else none.")
     drafter: DrafterName = option(

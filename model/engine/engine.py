@@ -130,6 +130,7 @@ class Engine:
             geometry=target.geometry,
             max_frames=most_frames(target, self.max_model_len),
             memory=self._memory(),
+            chat=target.template.format(config.tool_call_parser, config.reasoning_parser),
         )
 
     def use(self, drafter: Drafter | None) -> None:

@@ -52,14 +52,15 @@ def prepare(
     guide = None if request.params.grammar is None else grammars.begin(request.params.grammar)
     for medium in prompt.media:
         _ = medium.digest  # computed here, off the engine's thread, and cached for the encoder cache
-    detokenizer = Detokenizer(vocabulary, target.eos_ids, follows=() if request.prompt is None else prompt.ids)
+    goes_on = request.prompt is not None or request.template.continue_final_message
+    detokenizer = Detokenizer(vocabulary, target.eos_ids, follows=prompt.ids if goes_on else ())
     return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop), guide)
 
 
 def tokenize(request: Request, target: Target) -> TokenizedPrompt:
     """Tokenise a request's conversation, or the raw prompt in place of one. Raises RequestError."""
     if request.prompt is None:
-        return target.prompt(request.messages)
+        return target.prompt(request.messages, request.template)
     return raw_prompt(request.prompt, target, add_special_tokens=request.template.add_special_tokens)
 
 

@@ -19,10 +19,11 @@ from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.backends.kv_cache import Layers
 from model.backends.native.step import Verifier
 from model.errors import ConfigError
-from model.request import Geometry, Kind, Medium, Message, VideoMetadata
+from model.request import Geometry, Kind, Medium, Message, TemplateOptions, VideoMetadata
+from model.targets.chat_template import ChatTemplate
 from model.targets.head import Head
 from model.targets.parallel import Group
-from model.targets.prompt import TokenizedPrompt
+from model.targets.prompt import PLAIN, TokenizedPrompt
 from model.targets.states import States
 
 Features = Mapping[str, Tensor]  # by stream (see Target.stream): (visual tokens, width), in the order of the tokens
@@ -61,6 +62,7 @@ class Target(Protocol):
     tokens_per_image: int
     placeholders: dict[str, int]  # tokens in the place of visual tokens, by stream
     geometry: Geometry
+    template: ChatTemplate
     head: Head  # lm_head
     verifier: Verifier | None  # for a native round; None if the decoder does not run natively
     native: bool  # whether decoder and tower both run in the native library
@@ -74,7 +76,7 @@ class Target(Protocol):
         """Return the bytes of its weights as they are stored in memory."""
         ...
 
-    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
+    def prompt(self, messages: tuple[Message, ...], options: TemplateOptions = PLAIN) -> TokenizedPrompt:
         """Apply the chat template and tokenise. User text never becomes special tokens. Raises RequestError if the
         messages do not fit the template or the model."""
         ...

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers.video_utils import VideoMetadata as FamilyMetadata
 
 from model.errors import ConfigError
-from model.request import MEDIA_OPTIONS, Geometry, Kind, Medium, Message, RequestError, VideoMetadata
+from model.request import MEDIA_OPTIONS, Geometry, Kind, Medium, Message, RequestError, TemplateOptions, VideoMetadata
 from model.targets.blocks import Rule
-from model.targets.prompt import Conversations, TokenizedPrompt, media_of
+from model.targets.chat_template import ChatTemplate
+from model.targets.prompt import PLAIN, Conversations, TokenizedPrompt, media_of
 
 log = logging.getLogger("flashserve.targets")
 
@@ -116,8 +117,8 @@ class ChatProcessor:
             video_options=self._options_of("video_processor"),
             size_is_area=_size_is_area(self.processor.image_processor),
         )
-        render = partial(self.processor.apply_chat_template, add_generation_prompt=True, tokenize=False)
-        self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
+        self.template = ChatTemplate(self.processor, self.tokenizer)
+        self._conversations = Conversations(self.tokenizer, self.template, lambda medium: [{"type": medium.kind}])
         self._contexts: dict[str, str] = {}  # by kind: a conversation with one medium
         self._tokens: dict[str, str] = {}  # by kind: its placeholder in the template
         for kind in KINDS:
@@ -125,7 +126,7 @@ class ChatProcessor:
                 continue
             try:
                 parts = [{"type": kind}, {"type": "text", "text": "?"}]
-                self._contexts[kind] = render([{"role": "user", "content": parts}])
+                self._contexts[kind] = self.template.render([{"role": "user", "content": parts}])
                 outputs = self._called(_sample(kind))
                 self._tokens[kind] = outputs["text_replacement_offsets"][0][0]["text"]
             except Exception as error:  # a template and a processor may raise any error
@@ -182,7 +183,7 @@ class ChatProcessor:
             log.info("the model's processor does not sample %s with %s", source, options, exc_info=True)
             return None
 
-    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
+    def prompt(self, messages: tuple[Message, ...], options: TemplateOptions = PLAIN) -> TokenizedPrompt:
         """Apply the chat template, process the media and tokenise. Raises RequestError."""
         if not self.takes_videos:
             messages = tuple(map(_frames_as_images, messages))
@@ -191,7 +192,7 @@ class ChatProcessor:
         media = tuple(map(self.processed, media_of(messages)))
         if self._jointly and len(media) > 1:
             media = self._processed_jointly(media)
-        ids = self._conversations.ids(messages, partial(self._fill, media))
+        ids = self._conversations.ids(messages, options, partial(self._fill, media))
         if self._prefix and ids[: len(self._prefix)] != self._prefix:
             ids = [*self._prefix, *ids]
         visual = np.flatnonzero(np.isin(ids, self.visual))

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from model.config import EngineConfig
 from model.errors import ConfigError
+from model.targets.chat_template import ChatTemplate
 from model.targets.stored import StoredTensor, stored_tensors
 
 log = logging.getLogger("flashserve.loading")
@@ -250,8 +251,26 @@ def load_processor(config: EngineConfig, **options: Any) -> Any:
             f"model {config.model!r} cannot be loaded: it has no tokenizer (tokenizer.json); copy it from the "
             "checkpoint that it was made from"
         )
+    if config.chat_template is not None:
+        _replace_template(config.chat_template, processor)
     check_template(config, processor.chat_template or processor.tokenizer.chat_template)
     return processor
+
+
+def _replace_template(file: str, processor: Any) -> None:
+    """Give a processor the chat template of a file. Raises ConfigError if it cannot be read or refuses a greeting."""
+    option = f"chat_template {file!r} cannot be used"
+    try:
+        processor.chat_template = processor.tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{option}: {error}") from error
+    try:
+        template = ChatTemplate(processor, processor.tokenizer)
+        template.render([template.greeting])
+    except Exception as error:  # a template may raise any error
+        line = getattr(error, "lineno", None)
+        place = "" if line is None else f"line {line}: "
+        raise ConfigError(f"{option}: {place}{type(error).__name__}: {error}") from error
 
 
 def check_template(config: EngineConfig, template: Any) -> None:

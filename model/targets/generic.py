@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from model.backends.attention import AttentionMetadata, AttentionTensors
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.request import Kind, Medium, Message, VideoMetadata
+from model.request import Kind, Medium, Message, TemplateOptions, VideoMetadata
 from model.targets import load_check, packed, probe, support
 from model.targets.base import Features, Pass
 from model.targets.chat_processor import ChatProcessor, ProcessedMedium
@@ -34,7 +34,7 @@ from model.targets.encoder_form import EncoderForm
 from model.targets.head import matching_head
 from model.targets.language import LanguageModel, language_model
 from model.targets.parallel import Group
-from model.targets.prompt import TokenizedPrompt
+from model.targets.prompt import PLAIN, TokenizedPrompt
 from model.targets.states import States
 from model.transfer import upload
 
@@ -72,7 +72,7 @@ class GenericTarget(LanguageModel):
         support.check_windows(config, text, shapes)
         accepted = inspect.signature(self._base.forward).parameters
         self.chat = chat = ChatProcessor(config.model, processor, model.config)
-        self.geometry, self.tokens_per_image = chat.geometry, chat.tokens_per_image
+        self.template, self.geometry, self.tokens_per_image = chat.template, chat.geometry, chat.tokens_per_image
         self.placeholders = chat.placeholders
         self._markers = {name: mark for name, mark in chat.markers.items() if name in accepted}  # of use to a pass
         self._video_stream = "video" if hasattr(self._base, "get_video_features") else "image"
@@ -106,8 +106,8 @@ class GenericTarget(LanguageModel):
         language.register_forward_pre_hook(self._keep_embeds, with_kwargs=True)
         load_check.compare(self, checks, config.model)
 
-    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
-        return self.chat.prompt(messages)
+    def prompt(self, messages: tuple[Message, ...], options: TemplateOptions = PLAIN) -> TokenizedPrompt:
+        return self.chat.prompt(messages, options)
 
     def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None:
         return self.chat.sample_frames(source, num_frames, fps)

@@ -5,7 +5,7 @@ A video is written as its frames: the marker <|video|> if the checkpoint has one
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from transformers import LlavaForConditionalGeneration
 from model.backends.native import library
 from model.config import EngineConfig
 from model.errors import ConfigError
-from model.request import Geometry, Kind, Medium, Message
+from model.request import Geometry, Kind, Medium, Message, TemplateOptions
 from model.targets import packed, pixels
+from model.targets.chat_template import ChatTemplate
 from model.targets.checkpoint import load_model, load_processor
 from model.targets.language import LanguageModel
 from model.targets.parallel import Group, loading
-from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
+from model.targets.prompt import PLAIN, Conversations, Place, TokenizedPrompt, media_of, widened
 
 FRAMES_AT_ONCE = 8  # frames that pass through the tower together
 
@@ -51,8 +52,8 @@ class LlavaTarget(LanguageModel):
         self.image_id: int = self.model.config.image_token_index
         self.placeholders = {"image": self.image_id}
         self.tokens_per_image = self._features_of_an_image(config.model)
-        render = partial(self.processor.apply_chat_template, add_generation_prompt=True)
-        self._conversations = Conversations(self.tokenizer, render, self._parts)
+        self.template = ChatTemplate(self.processor, self.tokenizer)
+        self._conversations = Conversations(self.tokenizer, self.template, self._parts)
 
     @property
     def num_bytes(self) -> int:
@@ -100,10 +101,10 @@ class LlavaTarget(LanguageModel):
         """Return the template's parts for a medium."""
         return [{"type": "video"}] * (medium.kind == "video") + [{"type": "image"}] * len(medium.frames)
 
-    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
+    def prompt(self, messages: tuple[Message, ...], options: TemplateOptions = PLAIN) -> TokenizedPrompt:
         media, placeholder = media_of(messages), Place(self.image_id, self.tokens_per_image)
         places = [[placeholder] * len(medium.frames) for medium in media]
-        return widened(self._conversations.ids(messages), media, places, frozenset([self.image_id]))
+        return widened(self._conversations.ids(messages, options), media, places, frozenset([self.image_id]))
 
     def positions(self, prompt: TokenizedPrompt) -> np.ndarray:
         return np.arange(len(prompt.ids), dtype=np.int32)[None]

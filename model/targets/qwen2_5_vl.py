@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,13 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from model.backends.native import library
 from model.config import EngineConfig
-from model.request import Area, Geometry, Medium, Message, RequestError
+from model.request import Area, Geometry, Medium, Message, RequestError, TemplateOptions
 from model.targets import pixels, windows
+from model.targets.chat_template import ChatTemplate
 from model.targets.checkpoint import hub_options, load_model, load_processor
 from model.targets.language import LanguageModel
 from model.targets.parallel import Group, loading
-from model.targets.prompt import Conversations, Place, TokenizedPrompt, media_of, widened
+from model.targets.prompt import PLAIN, Conversations, Place, TokenizedPrompt, media_of, widened
 
 PATCHES_AT_ONCE = 8192  # maximum patches per pass of the tower
 SECONDS_PER_FRAME = 0.5  # if unknown: two frames a second, as Qwen samples them
@@ -72,8 +72,8 @@ class Qwen25VLTarget(LanguageModel):
         longest = max(area.longest for area in self._areas.values())
         self.tower = windows.tower(self.model.model.visual, longest // self.patch)
         self.native = self.decoder is not None and self.tower is not None
-        render = partial(processor.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        self._conversations = Conversations(self.tokenizer, render, lambda medium: [{"type": medium.kind}])
+        self.template = ChatTemplate(processor, self.tokenizer)
+        self._conversations = Conversations(self.tokenizer, self.template, lambda medium: [{"type": medium.kind}])
 
     @property
     def num_bytes(self) -> int:
@@ -101,12 +101,12 @@ class Qwen25VLTarget(LanguageModel):
 
     # --- prompt
 
-    def prompt(self, messages: tuple[Message, ...]) -> TokenizedPrompt:
+    def prompt(self, messages: tuple[Message, ...], options: TemplateOptions = PLAIN) -> TokenizedPrompt:
         """Apply the chat template and tokenise. Raises RequestError, also if videos span more positions than the model
         has."""
         media = tuple(map(self._at_geometry, media_of(messages)))
         places = [[Place(self.placeholders[medium.kind], math.prod(self.grid(medium)))] for medium in media]
-        ids = self._conversations.ids(messages)
+        ids = self._conversations.ids(messages, options)
         prompt = widened(ids, media, places, frozenset(self.placeholders.values()))
         reach = int(self.positions(prompt).max()) if media else 0
         if max(self.max_positions, len(prompt.ids)) <= reach:
