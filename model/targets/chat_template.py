@@ -92,12 +92,13 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
     ) -> str:
         """Apply the template. Variables that it does not know are ignored. Raises whatever the template raises."""
-        source = self._named.get("tool_use", self.source) if tools else self.source
+        # Named only where it is not the processor's own: some processors have a second one for videos.
+        own = None if getattr(self._processor, "chat_template", None) else self.source
         known = {name: value for name, value in (variables or {}).items() if name in self.variables}
         return str(
             self._processor.apply_chat_template(
                 turns,
-                chat_template=source,
+                chat_template=self._named.get("tool_use", own) if tools else own,
                 tools=[dict(tool) for tool in tools] or None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
