@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -31,11 +31,21 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from service.media.limits import MediaLimits
+from service.media.metadata import strip_png
 from service.media.refusal import Refusal
 from service.media.sampling import Timeline
 from service.media.sniff import Format
 
-DEMUXERS: dict[Format, str] = {"MP4": "mov", "WEBM": "matroska", "AVI": "avi", "GIF": "gif", "PNG": "apng"}
+DEMUXERS: dict[Format, str] = {
+    "MP4": "mov",
+    "WEBM": "matroska",
+    "AVI": "avi",
+    "MPEG-TS": "mpegts",
+    "GIF": "gif",
+    "PNG": "apng",
+    "AVIF": "mov",
+    "HEIC": "mov",
+}
 NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 MAX_GAP = 3600.0  # seconds between frames; a longer gap is a broken timestamp (ffplay's bound)
 DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single frame without a duration
@@ -97,12 +107,16 @@ class Clip:
                     return timeline, arrays
         return self._take_in_order(choose, convert)
 
+    def announced(self) -> Timeline:
+        """Return the timeline as the packets announce it. Raises Refusal where decoding them all is too much work."""
+        self._check_work(len(self._packets))
+        packets = [packet for packet in self._packets if not packet.hidden]
+        return self._timeline(sorted(packets, key=lambda packet: _first(packet) or 0))
+
     def _take_in_order(self, choose: Choose, convert: Convert) -> tuple[Timeline, dict[int, np.ndarray]]:
         """Decode everything. Which frames are wanted is certain only at the end, so the first pass uses the packets'
         timeline as a guess, and where that was wrong a second pass decodes the missing ones."""
-        self._check_work(len(self._packets))
-        announced = [packet for packet in self._packets if not packet.hidden]
-        wanted: Collection[int] = choose(self._timeline(sorted(announced, key=lambda packet: _first(packet) or 0)))
+        wanted: Collection[int] = choose(self.announced())
         arrays: dict[int, np.ndarray] = {}
         while True:
             shown: list[PacketInfo] = []
@@ -280,7 +294,7 @@ class Player:
         for other in container.streams:
             if other.index != track:
                 other.discard = Discard.all
-        self._decoder = stream.codec_context
+        self._decoder, self._limits = stream.codec_context, limits
         self._decoder.thread_count = 1  # a child has little memory, and other processors have other work
         self._decoder.options = {"max_pixels": str(2 * limits.max_video_pixels)}  # codecs round sizes up to blocks
         self._packets = enumerate(container.demux(stream))
@@ -338,7 +352,16 @@ class Player:
         self._deadline.check()
         self._last = number
         if packet.size or number == self._num_packets:  # an empty packet repeats a frame; the last one flushes
-            self._ready += self._decoder.decode(packet)
+            self._ready += self._decoder.decode(packet if self._decoder.name != "png" else self._stripped(packet))
+
+    def _stripped(self, packet: Packet[VideoStream]) -> Packet[VideoStream]:
+        """Return a packet of a PNG without its metadata: PyAV frees the name of a colour profile twice."""
+        if not packet.size:
+            return packet
+        stripped: Any = Packet(strip_png(bytes(packet), self._limits))
+        stripped.pts, stripped.dts, stripped.time_base = packet.pts, packet.dts, packet.time_base
+        stripped.duration, stripped.is_keyframe = packet.duration, packet.is_keyframe
+        return cast("Packet[VideoStream]", stripped)
 
 
 def main_track(container: InputContainer) -> VideoStream:

@@ -74,7 +74,7 @@ def iso_boxes(data: bytes, at: int, end: int, counter: PartCounter) -> Iterator[
 def check_complete(data: bytes, format: Format, limits: MediaLimits) -> None:
     """Raise Truncated for a file that is cut off, and Refusal for one with too many parts."""
     counter = PartCounter("too_many_elements", max_elements=limits.max_elements)
-    if format == "MP4":
+    if format in ("MP4", "AVIF", "HEIC"):
         _check_mp4(data, counter)
     elif format == "WEBM":
         _check_webm(data, counter)

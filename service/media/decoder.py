@@ -30,7 +30,7 @@ from service.media.refusal import HARMFUL, Refusal, client_error
 from service.media.size_estimate import size_share
 from service.media.sniff import KIND_OF, Format, Kind, may_be, sniff, unsupported_format
 
-SUPPORTED = "JPEG, PNG, WebP, GIF, BMP, AVIF or HEIC images, and MP4, WebM or AVI videos"
+SUPPORTED = "JPEG, PNG, WebP, GIF, BMP, AVIF or HEIC images, and MP4, WebM, AVI or MPEG-TS videos"
 MIN_TIME_SHARE = 1 / 8  # of the processor time for the largest image, which every image may use
 
 

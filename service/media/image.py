@@ -94,11 +94,8 @@ def _to_upright_rgb(
     picture: Picture,
     limits: MediaLimits,
 ) -> Image.Image:
-    """Convert decoded pixels of any mode to upright sRGB on white. opaque: mode L, 0 where transparent."""
-    colours, alpha = _split_alpha(image)
-    rgb = to_srgb(colours, profile if len(profile) <= limits.max_profile_bytes else b"")
-    if (opaque := opaque or alpha) is not None and opaque.getextrema() != (255, 255):
-        rgb.paste(WHITE, mask=ImageChops.invert(opaque))
+    """Convert decoded pixels of any mode to upright sRGB on white, the whole canvas. opaque: as in `flatten`."""
+    rgb = flatten(image, profile, limits, opaque)
     if picture.canvas is not None and picture.canvas != rgb.size:
         x, y = picture.offset
         if x + rgb.width > picture.canvas[0] or y + rgb.height > picture.canvas[1]:
@@ -106,7 +103,21 @@ def _to_upright_rgb(
         whole = Image.new("RGB", picture.canvas, WHITE)
         whole.paste(rgb, picture.offset)
         rgb = whole
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    return turned(rgb, orientation)
+
+
+def flatten(image: Image.Image, profile: bytes, limits: MediaLimits, opaque: Image.Image | None = None) -> Image.Image:
+    """Convert decoded pixels of any mode to sRGB on white. opaque: mode L, 0 where transparent, beside any alpha."""
+    colours, alpha = _split_alpha(image)
+    rgb = to_srgb(colours, profile if len(profile) <= limits.max_profile_bytes else b"")
+    if (opaque := opaque or alpha) is not None and opaque.getextrema() != (255, 255):
+        rgb.paste(WHITE, mask=ImageChops.invert(opaque))
+    return rgb
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """Turn a picture upright. orientation: EXIF's."""
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -45,6 +45,28 @@ def split_metadata(data: bytes, format: Format, limits: MediaLimits) -> Picture:
     return Picture(data) if split is None else split(data, limits)
 
 
+def split_video_metadata(data: bytes, format: Format, limits: MediaLimits) -> Picture:
+    """Rewrite an animated PNG, AVIF or HEIC without metadata, with all its frames; return any other file as it is.
+
+    Raises Refusal for files beyond the limits, ValueError and struct.error for broken ones.
+    """
+    if format in ("AVIF", "HEIC"):
+        return _split_heif(data, limits)
+    if format != "PNG":
+        return Picture(data)
+    frames, metadata = _split_png_chunks(data, PartCounter("too_many_elements", max_elements=limits.max_elements))
+    return Picture(
+        frames,
+        exif_orientation(metadata.get(b"eXIf", b"")),
+        _inflate_profile(metadata.get(b"iCCP", b""), limits.max_profile_bytes),
+    )
+
+
+def strip_png(data: bytes, limits: MediaLimits) -> bytes:
+    """Return a PNG without its metadata. Raises Refusal for too many chunks."""
+    return _split_png_chunks(data, _part_counter(limits))[0]
+
+
 def _part_counter(limits: MediaLimits) -> PartCounter:
     return PartCounter("too_many_parts", max_parts=limits.max_parts)
 
@@ -211,6 +233,23 @@ def _split_png(data: bytes, limits: MediaLimits) -> Picture:
         transparent,
         depth,
     )
+
+
+def _split_png_chunks(data: bytes, counter: PartCounter) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return a PNG with only those chunks that make its pixels and frames, and the content of its eXIf and iCCP."""
+    view = memoryview(data)
+    kept: list[bytes | memoryview] = [view[: len(_PNG)]]
+    metadata: dict[bytes, bytes] = {}
+    at = len(_PNG)
+    while at + 8 <= len(data):
+        counter.add()
+        length, name = struct.unpack_from(">I4s", data, at)
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND"):
+            kept.append(view[at : at + 12 + length])
+        elif name in (b"eXIf", b"iCCP"):
+            metadata.setdefault(name, bytes(view[at + 8 : at + 8 + length]))
+        at += 12 + length
+    return b"".join(kept), metadata
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:

@@ -6,10 +6,11 @@ import contextlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.frame import VideoFrame
 from PIL import Image
 
@@ -17,12 +18,23 @@ from model.request import Geometry, VideoMetadata
 from service.media.animation import Animation
 from service.media.clip import Clip, Deadline
 from service.media.container import check_complete
-from service.media.image import WHITE
+from service.media.image import flatten, turned
 from service.media.limits import MediaLimits
+from service.media.metadata import Picture, exif_orientation, split_video_metadata
 from service.media.resize import FrameSize
 from service.media.sampling import Choose, Sampler, Timeline
 from service.media.sniff import Format
 from service.media.wire import Job
+
+
+def _unnamed_type(cls: type[Type], value: int) -> Type:
+    """Return a type of side data that PyAV does not know, such as EXIF; by itself it would refuse to read any."""
+    member: Any = object.__new__(cls)
+    member._name_, member._value_ = f"TYPE_{value}", value
+    return cast("Type", member)
+
+
+Type._missing_ = classmethod(_unnamed_type)  # type: ignore[assignment, method-assign]
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,9 @@ def decode_video(
     """
     check_complete(data, job.format, limits)
     deadline = Deadline(job.cpu_seconds)
-    clip = Animation(data, limits, deadline) if job.format == "WEBP" else Clip(data, job.format, limits, deadline)
+    player = Animation if job.format in ("WEBP", "AVIF") else Clip
+    file = split_video_metadata(data, job.format, limits)
+    clip = player(file.data, job.format, limits, deadline)
     sampler, sizes = Sampler(job, limits, geometry, choose), FrameSize(limits, geometry)
     if all(clip.size):
         sizes.check(*clip.size)
@@ -54,30 +68,26 @@ def decode_video(
 
     def convert(picture: VideoFrame | Image.Image) -> np.ndarray:
         sizes.check(picture.width, picture.height)
-        return sizes.resize(upright(picture), len(sampler.indices))
+        return sizes.resize(upright(picture, file, limits), len(sampler.indices))
 
     timeline, frames = clip.take(sample, convert)
     pixels = sizes.conform([frames[index] for index in sample(timeline)])
     return Frames(pixels, sampler.seconds_per_frame, sampler.times, sampler.source)
 
 
-def upright(picture: VideoFrame | Image.Image) -> Image.Image:
-    """Convert a frame to RGB as players show it: transparency on white, rotated and mirrored as the file says."""
+def upright(picture: VideoFrame | Image.Image, file: Picture, limits: MediaLimits) -> Image.Image:
+    """Convert a frame to sRGB as players show it: transparency on white, rotated and mirrored as the file says."""
     if isinstance(picture, Image.Image):
-        return on_white(picture.convert("RGBA")) if picture.has_transparency_data else picture.convert("RGB")
+        picture = picture.copy()  # the conversion may be in place
+        rgb = flatten(picture, picture.info.get("icc_profile", b""), limits)
+        return turned(rgb, exif_orientation(picture.info.get("exif", b"")))
     transparent = any(component.is_alpha for component in picture.format.components) or picture.format.name == "pal8"
     pixels = picture.to_ndarray(format="rgba" if transparent else "rgb24", threads=1)
     side_data: Mapping[str, Any] = picture.side_data
     if (matrix := side_data.get("DISPLAYMATRIX")) is not None:
         pixels = apply_display_matrix(pixels, np.frombuffer(matrix, dtype=np.int32))
-    image = Image.fromarray(pixels)
-    return on_white(image) if transparent else image
-
-
-def on_white(rgba: Image.Image) -> Image.Image:
-    canvas = Image.new("RGB", rgba.size, WHITE)
-    canvas.paste(rgba, mask=rgba.getchannel("A"))
-    return canvas
+    profile = file.profile or bytes(side_data.get("ICC_PROFILE", b""))
+    return turned(flatten(Image.fromarray(pixels), profile, limits), file.orientation)
 
 
 def apply_display_matrix(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -96,7 +106,7 @@ def warm_up(geometry: Geometry) -> None:
     """Decode a tiny animation of every kind in every way, so that all lazy imports happen now."""
     av.logging.set_level(None)  # FFmpeg would print
     pictures = [Image.new("RGBA", (16, 16), (level, level, level, 255)) for level in (0, 255)]
-    formats: tuple[Format, ...] = ("GIF", "PNG", "WEBP")
+    formats: tuple[Format, ...] = ("GIF", "PNG", "WEBP", "AVIF")
     for format in formats:
         file = io.BytesIO()
         pictures[0].save(file, format, save_all=True, append_images=pictures[1:], duration=100)

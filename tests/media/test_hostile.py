@@ -104,6 +104,29 @@ async def test_types_that_are_not_read(decoder, data):
         assert type(await refusal(decoder, data, kind)) is UnsupportedMedia
 
 
+NAMED = {
+    "TIFF": [encoded(picture(16, 16), "TIFF"), b"MM\0*" + bytes(60), b"II+\0" + bytes(60)],
+    "JPEG XL": [b"\xff\x0a" + bytes(60), b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60)],
+    "JPEG 2000": [encoded(picture(16, 16), "JPEG2000"), b"\xff\x4f\xff\x51" + bytes(60)],
+    "PDF": [b"%PDF-1.7 " + bytes(60)],
+    "SVG": [b"<svg xmlns='x'/>", b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- by a tool -->\n<SVG/>"],
+    "HTML": [b"<!DOCTYPE html><p>", b"\n<html>"],
+    "FLV": [b"FLV\x01\x05" + bytes(60)],
+    "Ogg": [b"OggS" + bytes(60)],
+    "WMV": [b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + bytes(60)],
+    "MPEG program stream": [b"\0\0\x01\xba" + bytes(60)],
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+async def test_known_formats_that_are_not_read_are_named_and_what_is_read_too(decoder, name):
+    for data in NAMED[name]:
+        for kind in (None, "image", "video"):
+            error = await refusal(decoder, data, kind)
+            assert error.status == 415
+            assert error.message.startswith(f"{name} is not supported; send JPEG, PNG")
+
+
 async def test_a_kind_that_the_bytes_belie(decoder):
     """CVE-2026-34755 elsewhere: a video declared as an image went around the frame limit."""
     for format in VIDEO_FORMATS:

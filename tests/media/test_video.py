@@ -169,7 +169,6 @@ async def test_an_animated_gif_may_be_sent_as_a_video(decoder):
 @pytest.mark.parametrize(
     ("num_frames", "fps", "param"),
     [
-        (2, 1.0, "fps"),
         (0, None, "num_frames"),
         (-1, None, "num_frames"),
         (65, None, "num_frames"),
@@ -231,7 +230,12 @@ def partly_clear(number: int) -> Image.Image:
     return image
 
 
-ANIMATED: dict[str, dict[str, Any]] = {"GIF": {"disposal": 2}, "WEBP": {"lossless": True}, "PNG": {"disposal": 1}}
+ANIMATED: dict[str, dict[str, Any]] = {
+    "GIF": {"disposal": 2},
+    "WEBP": {"lossless": True},
+    "PNG": {"disposal": 1},
+    "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+}
 
 
 @pytest.mark.parametrize("format", ANIMATED)
@@ -254,10 +258,12 @@ async def test_animated_pictures_may_be_sent_as_a_video(format):
         for number, frame in enumerate(medium.frames):
             canvas = Image.new("RGBA", (40, 40), "white")
             canvas.alpha_composite(pictures[number])
-            assert (frame == np.asarray(canvas.convert("RGB"))).all(), number
+            most = 3 if format == "AVIF" else 0  # converts colours
+            assert np.abs(frame.astype(int) - np.asarray(canvas.convert("RGB"))).max() <= most, number
         by_time = await decoder.decode(data, kind="video", num_frames=None, fps=5.0)  # at 0, 0.2, 0.4, 0.6 seconds
         assert (by_time.frames == medium.frames[[0, 2, 2, 4]][[0, 1, 3]]).all()
         assert (await decoder.decode(data, kind=None, num_frames=None, fps=None)).kind == "image"
+        assert (await decoder.decode(data, kind="image", num_frames=None, fps=None)).frames.shape == (1, 40, 40, 3)
         still = encoded(pictures[1], format)
         if format != "GIF":
             with pytest.raises(UnsupportedMedia, match="sent as video"):

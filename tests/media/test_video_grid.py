@@ -67,6 +67,8 @@ CONTAINERS: dict[str, tuple[str, dict[str, str], bool]] = {
     "mkv": ("matroska", {}, True),
     "webm": ("webm", {}, True),
     "avi": ("avi", {}, True),
+    "ts": ("mpegts", {}, True),
+    "m2ts": ("mpegts", {"mpegts_m2ts_mode": "1"}, True),
     "fragmented": ("mp4", {"movflags": "frag_keyframe+empty_moov"}, True),
     "piped mp4": ("mp4", {"movflags": "frag_keyframe+empty_moov"}, False),
     "piped mkv": ("matroska", {}, False),
@@ -74,10 +76,10 @@ CONTAINERS: dict[str, tuple[str, dict[str, str], bool]] = {
     "piped avi": ("avi", {}, False),
 }
 WHERE = {
-    "h264": ("mp4", "mov", "matroska", "avi"),
-    "hevc": ("mp4", "mov", "matroska"),
+    "h264": ("mp4", "mov", "matroska", "avi", "mpegts"),
+    "hevc": ("mp4", "mov", "matroska", "mpegts"),
     "mpeg4": ("mp4", "mov", "matroska", "avi"),
-    "mpeg2": ("mp4", "mov", "matroska", "avi"),
+    "mpeg2": ("mp4", "mov", "matroska", "avi", "mpegts"),
     "vp8": ("matroska", "webm", "avi"),
     "vp9": ("mp4", "matroska", "webm"),
     "av1": ("mp4", "matroska", "webm"),
@@ -137,6 +139,8 @@ def exists(encoding: str, container: str, odd: str) -> bool:
         return False  # there is no MP4 to copy it from; no JPEG in there
     if odd == "edit list":
         return container in ("mp4", "mov")
+    if format == "mpegts":
+        return odd in ("late start", "variable rate")  # as AVI
     return odd == "late start" if format == "avi" else True  # has one rate, does not turn, and has no default track
 
 
@@ -286,6 +290,8 @@ QUICK = [
     ("h264 refresh", "fragmented", "turned"),
     ("vp9", "mkv", "mirrored"),
     ("mjpeg", "piped avi", "plain"),
+    ("h264 open", "ts", "variable rate"),
+    ("hevc open", "m2ts", "late start"),
 ]
 
 
