@@ -10,6 +10,8 @@ then.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 import tempfile
 import time
@@ -28,7 +30,7 @@ from model.bench.margins import margin
 from model.bench.replay import ReplayDrafter
 from model.drafters import checkpoint
 from model.engine.engine import Engine
-from model.request import Request, RequestOutput, SamplingParams
+from model.request import Grammar, Request, RequestOutput, SamplingParams
 from tests.families import cases
 from tests.families.reference import Answer, Reference
 from tests.families.zoo import POSITIONS, Family, families
@@ -44,6 +46,21 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "seed": 1},
     {"temperature": 1.0, "top_p": 0.9, "seed": 2},
     {"temperature": 1.0, "top_k": 8, "min_p": 0.05, "seed": 3},
+)
+
+OBJECT = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "shape": {"enum": ["circle", "square"]}},
+    "required": ["count", "shape"],
+    "additionalProperties": False,
+}
+GRAMMARS = (
+    Grammar("json_schema", json.dumps(OBJECT)),
+    Grammar("regex", "[a-z ]{3,12}, (yes|no)"),
+    Grammar("choice", json.dumps(["a circle", "a square", "schön"])),
+)
+WRITTEN = re.compile(
+    r'\{"count": [0-9]{1,2}, "shape": "(circle|square)"\}|[a-z ]{3,12}, (yes|no)|a circle|a square|schön'
 )
 
 
@@ -313,6 +330,30 @@ def sampling(trial: Trial) -> None:
     trial.compare(requests, trial.run(trial.subject.with_flash(), requests, every=1), known)
 
 
+def grammars(trial: Trial) -> None:
+    """Answers that follow a grammar: the same with speculation and without, alone and in a batch."""
+    engine = trial.subject.engine()
+    requests = [
+        replace(request, params=replace(request.params, max_tokens=48, grammar=GRAMMARS[i % len(GRAMMARS)]))
+        for i, request in enumerate(trial.subject.sampled())
+    ]
+    requests[::2] = [replace(request, params=replace(request.params, temperature=0.0)) for request in requests[::2]]
+    plain: dict[str, list[RequestOutput]] = {}
+    for request in requests:
+        plain |= trial.run(engine, [request])
+    for request_id, each in plain.items():
+        if each[-1].finish_reason == "stop" and not WRITTEN.fullmatch(tiny.text_of(each)):
+            trial.differ(medium(request_id), f"{tiny.text_of(each)!r} is not what the grammar says")
+    known = {name: tiny.token_ids(each) for name, each in plain.items()}
+    trial.compare(requests, trial.run(engine, requests, every=1), known)
+    replayed(engine, requests, known)
+    outputs = trial.run(engine, requests, every=1)
+    trial.compare(requests, outputs, known)
+    trial.must(outputs, "accepted_tokens", "no draft token was accepted")
+    engine.use(None)
+    trial.compare(requests, trial.run(trial.subject.with_flash(), requests, every=1), known)
+
+
 def rounded(trial: Trial) -> None:
     """The same in bfloat16, with an untrained draft: rounding moves logits, but the first tokens stay good ones."""
     flash = str(trial.subject.draft)
@@ -337,6 +378,7 @@ MODES: dict[str, Callable[[Trial], None]] = {
     "ngram": ngram,
     "replay": replay,
     "sampling": sampling,
+    "grammar": grammars,
     "bfloat16": rounded,
 }
 

@@ -29,6 +29,11 @@ def test_a_family_answers_as_transformers_does(name: str, saved: Callable[[str],
     check(name, saved(name), QUICK_MODES, 10)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5", "gemma3"])
+def test_a_family_follows_grammars(name: str, saved: Callable[[str], Path]) -> None:
+    check(name, saved(name), ("grammar",), 10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(families()))
 def test_every_family_answers_as_transformers_does(name: str, saved: Callable[[str], Path]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from model.decoding import guided_trees, tree
+from model.decoding.detokenize import Detokenizer, Vocabulary
 from model.decoding.grammar import Grammars
 from model.decoding.guided_trees import Guided
 from model.engine.engine import Engine
@@ -145,3 +149,52 @@ def test_stop_token_ids_end_the_answer(engine: Engine) -> None:
     assert third not in late[:10]
     with pytest.raises(RequestError, match="stop_token_ids"):
         engine.prepare(tiny.ask("r", "red", stop_token_ids=(10**6,)))
+
+
+def sentencepiece() -> Any:
+    """A tokenizer as Llama has it: spaces in front of words, and bytes for unknown characters."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    spaces = decoders.Replace("\u2581", " ")
+    backend.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(['{"name": "yes", "count": 3} the red circle is a shape'] * 20, trainer)
+    saved = json.loads(backend.to_str())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
+    whole = Tokenizer.from_str(json.dumps(saved))
+    return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("choice", '["sch\u00f6n \u9f9c", "red circle", "yes"]'),
+        Grammar("json_schema", '{"enum": [{"name": "\u9f9c"}, {"count": 3}, [1, "sch\u00f6n"]]}'),
+        Grammar("regex", "[a-z]{1,9} [0-9] \u00e9+x"),
+    ],
+)
+def test_spaces_and_bytes_of_sentencepiece_follow_grammars(grammar: Grammar) -> None:
+    tokenizer = sentencepiece()
+    end, vocabulary = tokenizer.eos_token_id, Vocabulary(tokenizer)
+    known = Grammars(tokenizer, len(tokenizer), [end], num_cached=4, max_symbols=100_000)
+    texts = set()
+    for seed in range(8):
+        guide, detokenizer = known.begin(grammar), Detokenizer(vocabulary, frozenset([end]))
+        rng, text, token = np.random.default_rng(seed), "", -1
+        while token != end:
+            mask = guide.mask(())
+            assert mask is not None
+            token = int(rng.choice(np.flatnonzero(mask)))
+            guide.commit([token])
+            text += detokenizer.decode(token)
+        assert guide.error is None
+        texts.add(text + detokenizer.flush())
+    assert len(texts) > 1
+    for text in texts:
+        if grammar.kind == "json_schema":
+            jsonschema.validate(json.loads(text), json.loads(grammar.source))
+        else:
+            assert (
+                text in json.loads(grammar.source) if grammar.kind == "choice" else re.fullmatch(grammar.source, text)
+            )
