@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import random
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.media.samples import encoded, picture, video_bytes
 from tests.service.conftest import StartServer
+from tests.service.refusals import connected
 from tests.service.server import chat_body
 from tests.service.streams import LONG, engine_is_idle, kill_worker, streaming, unread
 
@@ -125,4 +132,63 @@ def test_nothing_is_left_after_many_requests_of_which_some_are_dropped(start_ser
     server.wait(lambda: server.metric("flash_requests_total", outcome="abort") == 40, 5)
     assert all(worker["requests"] == 0 for worker in server.health()["workers"])
     assert server.metric("flash_kv_cache_usage_ratio") == 0
+    assert "Traceback" not in server.log_text()
+
+
+# -- clients that leave at any time
+
+
+def request_of(path: str, parts: dict[str, str], **fields: Any) -> bytes:
+    """A whole request with media, of either route."""
+    if path == "generate":
+        data = {"prompt": "x", "max_tokens": "2000", "ignore_eos": "true"} | {
+            n: str(v).lower() for n, v in fields.items()
+        }
+        files = [("media", base64.b64decode(uri.partition(",")[2])) for uri in parts.values()]
+        request = httpx.Request("POST", "http://x/v1/generate", data=data, files=files)
+    else:
+        content = [{"type": kind, kind: {"url": uri}} for kind, uri in parts.items()]
+        body = chat_body(messages=[{"role": "user", "content": content}], **LONG, **fields)
+        request = httpx.Request("POST", "http://x/v1/chat/completions", json=body)
+    head = f"POST {request.url.path} HTTP/1.1\r\n" + "".join(
+        f"{name}: {value}\r\n" for name, value in request.headers.items()
+    )
+    return head.encode() + b"\r\n" + request.read()
+
+
+def test_clients_leave_at_any_time_and_nothing_is_left_of_them(start_server: StartServer) -> None:
+    """While they upload, while their media are decoded, in the queue, in a stream, before an answer in one piece; some
+    close one half of their connection first."""
+    limits = {"max_num_seqs": 2, "max_decoded_bytes": 24_000_000, "media_workers": 2, "video_workers": 1}
+    server = start_server({"delay": 0.01, "any_size": 1}, **limits)
+    image = encoded(picture(1200, 900), "PNG")
+    clip = video_bytes("mp4", (160, 120), num_frames=64)
+    media = {
+        "image_url": "data:image/png;base64," + base64.b64encode(image).decode(),
+        "video_url": "data:video/mp4;base64," + base64.b64encode(clip).decode(),
+    }
+    rng = random.Random(0)
+
+    def leave(number: int) -> None:
+        stream, path = bool(number & 1), "generate" if number & 2 else "chat"
+        parts = {name: media[name] for name in rng.sample(sorted(media), rng.choice((1, 1, 2)))}
+        request = request_of(path, parts, stream=stream)
+        with connected(server) as sock:
+            sock.sendall(request if number % 5 else request[: len(request) // 2])
+            time.sleep(rng.choice((0.0, 0.02, 0.1, 0.3, 0.6)))
+            if number % 7 == 0:
+                sock.shutdown(socket.SHUT_WR)
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, range(40)))
+    server.wait(lambda: engine_is_idle(server) and not server.health()["uploads"], 20)
+    assert server.metric("flash_requests_waiting") == 0
+    assert [worker["requests"] for worker in server.health()["workers"]] == [0]
+    assert server.metric("flash_requests_total", outcome="abort") > 10
+    assert server.metric("flash_requests_total", outcome="error") == 0
+    assert server.metric("flash_kv_cache_usage_ratio") == 0
+    content = [{"type": "image_url", "image_url": media["image_url"]}] * 7  # 23 MB: no byte may still be counted
+    served = server.http.post("/v1/chat/completions", json=chat_body(messages=[{"role": "user", "content": content}]))
+    assert served.status_code == 200, served.text
     assert "Traceback" not in server.log_text()
