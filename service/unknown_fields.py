@@ -99,9 +99,9 @@ def as_part(value: Any, type_: inspect.Type) -> Any:
         return value
     if isinstance(value, str):
         return {"type": "text", "text": value}
-    if not isinstance(value, dict) or value.get("type") in _tagged(type_):
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(kind, str | None) or kind in _tagged(type_):
         return value
-    kind = value.get("type")
     if kind is None:
         names = [name for name in ("text", "image_url", "video_url") if name in value]
         return {"type": names[0], **value} if len(names) == 1 else value

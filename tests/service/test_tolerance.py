@@ -286,3 +286,13 @@ def test_pictures_may_stand_in_messages_of_any_role(server: Server) -> None:
     assert len(texts) == 4
     wrong = server.chat(messages=[{"role": "tool", "content": [{"type": "image_url", "image_url": "data:,x"}]}])
     assert refusal(wrong, 400)["param"] == "messages[0].content[0]"
+
+
+@pytest.mark.parametrize("kind", [{}, [], ["text"], {"a": 1}, 5, True, 1.5])
+def test_a_parts_type_that_is_no_text_is_refused(server: Server, kind: Any) -> None:
+    """What looks up tags must not fail on what cannot be a key."""
+    for unknown in ({}, {"unknown": 1}):
+        part = {"type": kind, "text": "a", **unknown}
+        answer = server.http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": [part]}]})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"].startswith("messages[0].content[0]")
