@@ -40,7 +40,6 @@ BOUNDS = {
     "messages": ("maxItems", "max_messages"),
     "max_tokens": ("maximum", "max_new_tokens"),
     "max_completion_tokens": ("maximum", "max_new_tokens"),
-    "max_output_tokens": ("maximum", "max_new_tokens"),
     "n": ("maximum", "max_n"),
     "logprobs": ("maximum", "max_top_logprobs"),
     "top_logprobs": ("maximum", "max_top_logprobs"),
@@ -57,7 +56,8 @@ def document(operations: Iterable[Operation], settings: Settings) -> Schema:
     requests = _reachable([by_type[repr(each.body)] for each in operations if each.body], components)
     for name in requests:
         _describe(components[name], strict=settings.strict)
-    _write_bounds([components[name] for name in requests], settings)
+    bounded = {_name(by_type[repr(each.body)]) for each in operations if each.body and each.bounded}
+    _write_bounds([components[name] for name in bounded], settings)
     paths: dict[str, Any] = {}
     for operation in operations:
         paths.setdefault(_template(operation.path), {})[operation.method] = _operation(

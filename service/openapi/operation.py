@@ -52,6 +52,7 @@ class Operation:
     request_id: str | None = REQUEST_ID
     parameters: Mapping[str, str] = field(default_factory=dict)  # in the path: descriptions by name
     example: Mapping[str, Any] | None = None
+    bounded: bool = True  # larger values than the settings allow are refused; otherwise lowered, or of no matter
 
     @property
     def types(self) -> list[Any]:

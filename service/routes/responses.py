@@ -238,6 +238,7 @@ OPERATIONS = [
         "Generate",
         "Stateless: nothing is stored.",
         body=schema.ResponsesRequest,
+        bounded=False,
         events=(ResponseEvent,),
         named_events=True,
         closing_event=None,
@@ -250,6 +251,7 @@ OPERATIONS = [
         {200: InputTokens},
         "Tokens",
         body=schema.ResponsesRequest,
+        bounded=False,
         example={"input": "Hello"},
     ),
 ]

@@ -9,7 +9,7 @@ import msgspec
 from service.errors import BadRequest
 from service.schemas import media_options, sampling
 from service.schemas.openai import StreamOptions
-from service.schemas.sampling import SamplingFields
+from service.schemas.sampling import SamplingFields, TokenId
 from service.settings import Settings
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
@@ -28,7 +28,7 @@ Prompt = str | tuple[int, ...]
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]]  # one or several texts, or one or several lists of token ids
+    prompt: str | list[str | TokenId | list[TokenId]]  # one or several texts, or one or several lists of token ids
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None  # type: ignore[assignment]  # chat: a boolean

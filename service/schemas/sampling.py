@@ -19,6 +19,7 @@ from service.settings import Settings
 
 SEED_MASK = 2**63 - 1  # maps seeds to non-negative signed 64-bit integers
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 LEAST_TOP_P = 1e-9  # a nucleus of the likeliest token alone: in any vocabulary it is likelier than this
 MAX_BIAS = 100.0
@@ -37,7 +38,7 @@ class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown
     min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**31)]] | None = None
+    stop_token_ids: list[TokenId] | None = None
     n: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None

@@ -10,6 +10,7 @@ from service.errors import BadRequest
 from service.schemas import sampling
 from service.schemas.media_options import MediaFields
 from service.schemas.openai import ChatMessage, ChatRequest
+from service.schemas.sampling import TokenId
 from service.settings import Settings
 
 # What the conversation is rendered with, by the names of the same fields of chats.
@@ -57,7 +58,7 @@ class TokenizeRequest(MediaFields, frozen=True, kw_only=True, forbid_unknown_fie
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[TokenId]
     model: str | None = None
 
 

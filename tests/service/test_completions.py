@@ -114,6 +114,8 @@ def test_fields_that_samplers_take_arrive(client: openai.OpenAI, server: Server)
         ({"prompt": {}}, "prompt", "got `object`"),
         ({"prompt": [True]}, "prompt[0]", "got `bool`"),
         ({"prompt": [1.5]}, "prompt[0]", "got `float`"),
+        ({"prompt": [1, -1]}, "prompt[1]", ">= 0"),
+        ({"prompt": [[1], [2**63]]}, "prompt[1][0]", "<= 2147483648"),
         ({"prompt": ["a"] * 33}, "prompt", "33 prompts; at most 32"),
         ({"prompt": ["a"] * 30, "n": 4}, "prompt", "30 prompts with n 4 are 120 answers; at most 80"),
         ({"prompt": ["x" * 20_000] * 2}, "prompt", "40000 characters"),
