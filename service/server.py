@@ -21,7 +21,7 @@ from typing import Any
 import httptools
 import msgspec
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service import log as logs
 from service.app import create_app
@@ -143,6 +143,22 @@ class DrainingServer(uvicorn.Server):
         self.failed = self.should_exit = True
 
 
+class UnchunkedCycle(RequestResponseCycle):
+    """uvicorn's request and response for clients of HTTP/1.0, which know no chunks: a response of unknown length ends
+    with its connection, which uvicorn closes anyway."""
+
+    ends_with_connection = False
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.ends_with_connection = all(name.lower() != b"content-length" for name, _ in message["headers"])
+            if self.ends_with_connection:
+                self.chunked_encoding = False
+        elif self.ends_with_connection:
+            self.expected_content_length = len(message.get("body", b""))  # uvicorn checks that no more is sent
+        await super().send(message)
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on the size and duration of request heads and on the number of connections.
 
@@ -224,6 +240,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise httptools.HttpParserError  # such as HTTP/0.9, whose requests are one line
         self._unset_keepalive_if_required()
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0" and self.cycle is not None:
+            self.cycle.__class__ = UnchunkedCycle
 
     def on_body(self, body: bytes) -> None:
         self._unreported_bytes = 0

@@ -95,6 +95,13 @@ def test_the_order_of_texts_and_images_is_kept(any_server: EngineServer) -> None
     assert in_turns["usage"]["prompt_tokens"] > answers[0]["usage"]["prompt_tokens"]
 
 
+@pytest.mark.parametrize("top_p", [0, 1e-300])
+def test_an_empty_nucleus_takes_the_likeliest_token(any_server: EngineServer, top_p: float) -> None:
+    greedy = ask(any_server, [user(IMAGE, text("x"))], max_tokens=16)
+    drawn = ask(any_server, [user(IMAGE, text("x"))], max_tokens=16, temperature=1, seed=5, top_p=top_p)
+    assert drawn["choices"] == greedy["choices"]
+
+
 # -- the chunks of a stream
 
 STREAM_OPTIONS: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ import http.client
 import json
 import time
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,40 @@ def test_many_offers_at_once_are_each_passed_over(server: Server) -> None:
             said += more
     assert said.count(b"HTTP/1.1 200 OK\r\n") == count
     assert said.count(b"HTTP/1.1 404 Not Found\r\n") == 1
+
+
+@pytest.mark.parametrize("connection", ["", "Connection: keep-alive\r\n", "Connection: close\r\n"])
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"stream": True}),
+        ("/v1/chat/completions", {"stream": True, "n": 3, "max_tokens": 50}),
+        ("/v1/chat/completions", {}),
+        ("/v1/chat/completions", {"temperature": -1}),
+        ("/v1/nowhere", {}),
+    ],
+    ids=str,
+)
+def test_http_1_0_knows_no_chunks(server: Server, path: str, fields: dict[str, Any], connection: str) -> None:
+    """What nginx speaks to its servers by default, and `ab`: a stream ends with the connection."""
+    body = json.dumps(chat_body(**{"max_tokens": 5, **fields})).encode()
+    answers = {}
+    for version in ("1.0", "1.1"):
+        close = connection if version == "1.0" else "Connection: close\r\n"
+        start = f"POST {path} HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n{close}"
+        with connected(server) as sock:
+            sock.sendall(f"{start}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            received = b"".join(iter(lambda: sock.recv(65536), b""))
+        answers[version] = received
+    head, _, content = answers["1.0"].partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    if "stream" in fields:
+        assert b"transfer-encoding: chunked" in answers["1.1"].lower()
+        events = [line for line in content.split(b"\n\n") if line]
+        assert all(event.startswith(b"data: ") for event in events)
+        assert events[-1] == b"data: [DONE]"
+        assert len(events) > 5 * fields.get("n", 1) // 4
+    else:
+        assert f"content-length: {len(content)}".encode() in head.lower()
+        assert json.loads(content)

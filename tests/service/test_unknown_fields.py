@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import tempfile
 import tracemalloc
@@ -89,6 +90,33 @@ def test_a_form_may_have_them_as_text_but_no_unknown_files(server: Server, stric
     assert (
         refusal(server.http.post("/v1/generate", data={"prompt": "x"}, files={"sound": b"x"}), 400)["param"] == "sound"
     )
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "chat/completions": user(TEXT),
+    "completions": {"prompt": "x", "max_tokens": 2},
+    "responses": {"input": [{"role": "user", "content": "x"}], "max_output_tokens": 16},
+    "messages": {"messages": [USER], "max_tokens": 2},
+    "messages/count_tokens": {"messages": [USER]},
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_takes_them_alike(server: Server, strict: Server, route: str) -> None:
+    path, body = f"/v1/{route}", ROUTES[route]
+    plain = server.http.post(path, json=body)
+    assert plain.status_code == 200, plain.text
+    assert HEADER not in plain.headers
+    assert strict.http.post(path, json=body).status_code == 200
+    more = server.http.post(path, json=body | {"colour": "red"})
+    assert (more.status_code, more.headers[HEADER]) == (200, "colour")
+    assert "usage" not in more.json() or more.json()["usage"] == plain.json()["usage"]
+    refused = strict.http.post(path, json=body | {"colour": "red"})
+    assert refused.status_code == 400
+    assert "colour is not a known field" in refused.text
+    compressed = gzip.compress(json.dumps(body).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert server.http.post(path, content=compressed, headers=headers).status_code == 200
 
 
 PARTS: list[tuple[Any, dict[str, Any]]] = [
