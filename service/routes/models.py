@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from model.request import ChatFormat
 from service.auth import require_api_key
 from service.deps import service_of
 from service.openapi.operation import LOOKUP_REFUSALS, Operation
@@ -21,6 +22,9 @@ from service.stream import json_response
 
 # Fields of a chat that are no parameters of its answer.
 NO_PARAMETERS = {"model", "messages", "stream", "stream_options", *openai.IGNORED, *openai.NOT_BUILT}
+# Fields that need a chat template with tools, and one that thinks.
+OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+OF_REASONING = ("reasoning_effort", "include_reasoning", "thinking_token_budget")
 
 
 @require_api_key
@@ -43,6 +47,8 @@ async def model(request: Request) -> Response:
 def _model(request: Request) -> Model:
     service = service_of(request)
     settings, info = service.settings, service.pool.info
+    chat = info.chat if info else ChatFormat()
+    unsupported = (() if chat.calls else OF_TOOLS) + (() if chat.reasoning else OF_REASONING)
     return {
         "id": settings.model_name,
         "object": "model",
@@ -65,13 +71,15 @@ def _model(request: Request) -> Model:
             "vision": True,
             "video": True,
             "structured_output": True,
+            "function_calling": bool(chat.calls),
+            "reasoning": chat.reasoning is not None,
         },
         "limits": {
             "max_completion_tokens": settings.max_new_tokens,
             "max_media": settings.max_media,
             "max_frames": service.media_limits.max_frames,
         },
-        "supported_parameters": sorted(set(openai.ChatRequest.__struct_fields__) - NO_PARAMETERS),
+        "supported_parameters": sorted(set(openai.ChatRequest.__struct_fields__) - NO_PARAMETERS - set(unsupported)),
     }
 
 

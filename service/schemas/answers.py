@@ -83,6 +83,8 @@ class Capabilities(TypedDict):
     vision: bool
     video: bool
     structured_output: bool
+    function_calling: bool
+    reasoning: bool
 
 
 class ModelLimits(TypedDict):

@@ -114,9 +114,12 @@ def test_the_served_model_says_what_it_can_do(server: Server) -> None:
     assert model["max_model_len"] == model["context_length"] == 4096
     assert model["architecture"]["input_modalities"] == ["text", "image", "video"]
     assert model["capabilities"]["vision"]
+    assert not model["capabilities"]["function_calling"], "as the engine says of its chat template"
+    assert not model["capabilities"]["reasoning"]
     assert model["limits"] == {"max_completion_tokens": 2048, "max_media": 8, "max_frames": 32}
     parameters = model["supported_parameters"]
     assert {"temperature", "top_k", "logprobs", "response_format", "stop", "n"} <= set(parameters)
+    assert not {"tools", "tool_choice", "reasoning_effort"} & set(parameters)
     assert not {"model", "messages", "audio", "user", "use_beam_search"} & set(parameters)
     for name in parameters:
         none: dict[str, Any] = {name: None}
