@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -135,6 +136,13 @@ async def test_links_are_followed_only_to_what_is_allowed(allowed: Path):
     assert await read(f"file://{allowed}/out.png", *both) == b"secret", "a link from one allowed folder to another"
 
 
+async def test_a_way_out_and_back_in_says_nothing_of_what_lies_outside(allowed: Path):
+    """Dots are resolved as URLs have it, without a look at the disk, so no link or folder outside can be guessed."""
+    (allowed.parent / "outside" / "link").symlink_to("/")
+    for name in ("deep", "link", "missing"):
+        assert await read(f"file://{allowed}/../outside/{name}/../../allowed/deep/a.png", allowed) == BODY
+
+
 async def test_the_folder_itself_may_be_a_link(allowed: Path, tmp_path: Path):
     """As volumes that are replaced at once are."""
     link = tmp_path / "current"
@@ -158,9 +166,20 @@ async def test_a_part_that_is_exchanged_for_a_link_meanwhile_is_not_followed(all
             place.symlink_to(allowed.parent / "outside" / at)
         return real
 
-    for at in ("deep", "deep/a.png"):
+    looked_at = os.stat
+
+    def exchange_later(path: bytes, **options: Any) -> os.stat_result:
+        status = looked_at(path, **options)
+        exchange(b"a.png", at="deep/a.png")
+        return status
+
+    for module, name, function, at in (
+        (os.path, "realpath", lambda path: exchange(path, at="deep"), "deep"),
+        (os.path, "realpath", lambda path: exchange(path, at="deep/a.png"), "deep/a.png"),
+        (os, "stat", exchange_later, "deep/a.png"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(os.path, "realpath", lambda path, at=at: exchange(path, at=at))
+            patch.setattr(module, name, function)
             assert (await refused(f"file://{allowed}/deep/a.png", allowed)).code == "file_not_read"
         (allowed / at).unlink()
         (allowed / "was").rename(allowed / at)
@@ -169,14 +188,13 @@ async def test_a_part_that_is_exchanged_for_a_link_meanwhile_is_not_followed(all
 
 async def test_only_regular_files_of_an_allowed_size_are_opened(allowed: Path, monkeypatch):
     os.mkfifo(allowed / "pipe")
-    listener = socket.socket(socket.AF_UNIX)
     monkeypatch.chdir(allowed)  # a socket's path must be short
-    listener.bind("socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
     for name in ("pipe", "socket", "deep", "missing", "deep/a.png/more"):
         error = await refused(f"file://{allowed}/{name}", allowed)
         assert (error.status, error.code) == (400, "file_not_read"), name
     assert (await refused("file:///dev/zero", Path("/dev"))).code == "file_not_read"
-    listener.close()
     for size, too_large in ((0, False), (1000, False), (1001, True), (10**12, True)):
         with (allowed / "size").open("wb") as file:
             file.truncate(size)

@@ -121,6 +121,8 @@ def test_names_count_within_a_request_too(server: Server) -> None:
     """As in a conversation that is sent again with each turn."""
     ok(ask(server, named(FIRST, "turn"), alone("turn"), named(SECOND, "other"), alone("turn"), alone("other")))
     assert [is_picture(server, seed, index) for index, seed in enumerate((1, 1, 2, 1, 2))] == [True] * 5
+    ok(ask(server, named(CLIP, "shown twice", "video"), alone("shown twice", "video"), num_frames=3))
+    assert levels(arrived(server, 1)[0]) == levels(arrived(server, 0)[0])
     error = refused(ask(server, alone("late"), named(FIRST, "late"), key="bob"), "media_not_cached")
     assert error["param"] == "messages[0].content[0]", "it comes before its bytes"
 
