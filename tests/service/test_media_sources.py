@@ -84,6 +84,16 @@ def test_a_named_video_serves_any_frames(server: Server) -> None:
     assert "sent as image" in error["message"]
 
 
+def test_each_video_is_sampled_by_its_own_length(server: Server) -> None:
+    """And a rate or number of frames for all is no option of the images beside them."""
+    long = part(video_bytes("webm", (40, 30), num_frames=60, rate=10), "video")
+    ok(ask(server, named(CLIP, "clip", "video"), part(FIRST, "image"), long, media_io_kwargs={"video": {"fps": 2.0}}))
+    counts = [len(arrived(server, index)[0]) for index in range(3)]
+    assert counts == [6, 1, 16], "this target takes every second frame; 16 are allowed"
+    ok(ask(server, alone("clip", "video"), part(FIRST, "image"), num_frames=4))
+    assert [len(arrived(server, index)[0]) for index in range(2)] == [4, 1]
+
+
 def test_other_bytes_under_a_name_replace_it(server: Server) -> None:
     for seed, data in ((1, FIRST), (2, SECOND), (1, FIRST)):
         ok(ask(server, named(data, "changes")))
