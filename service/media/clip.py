@@ -24,9 +24,11 @@ from typing import Any, cast
 
 import av
 import numpy as np
+from av.codec import CodecContext
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Discard, Disposition
+from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -52,6 +54,8 @@ DEFAULT_GAP = Fraction(1, 25)  # seconds, for a single frame without a duration
 CPU_SHARE = 0.9  # of the processor time that a decode is allowed
 MAX_FALSE_KEYFRAMES = 8  # in one clip; after that it is decoded in order
 SEEK_SAVING = 2  # seek where that decodes at most one packet in so many
+
+TRANSPARENT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 Tick = int | None  # a timestamp in units of the track
 
@@ -294,7 +298,7 @@ class Player:
         for other in container.streams:
             if other.index != track:
                 other.discard = Discard.all
-        self._decoder, self._limits = stream.codec_context, limits
+        self._decoder, self._limits = _decoder_of(stream), limits
         self._decoder.thread_count = 1  # a child has little memory, and other processors have other work
         self._decoder.options = {"max_pixels": str(2 * limits.max_video_pixels)}  # codecs round sizes up to blocks
         self._packets = enumerate(container.demux(stream))
@@ -377,6 +381,17 @@ def main_track(container: InputContainer) -> VideoStream:
     if track.codec_context is None:
         raise Refusal("unsupported_codec")
     return track
+
+
+def _decoder_of(track: VideoStream) -> VideoCodecContext:
+    """Return the track's decoder: for a transparent VP8 or VP9, libvpx's, since FFmpeg's own ignore transparency."""
+    own = track.codec_context
+    name = TRANSPARENT_DECODERS.get(own.name) if track.metadata.get("alpha_mode") == "1" else None
+    if name is None:
+        return own
+    decoder: Any = CodecContext.create(name, "r")
+    decoder.extradata = own.extradata
+    return cast("VideoCodecContext", decoder)
 
 
 def _is_hidden(codec: str, packet: Packet[VideoStream]) -> bool:

@@ -90,3 +90,29 @@ async def test_any_number_of_frames_may_be_wanted_of_any_clip(decoder: MediaDeco
         assert len(medium.frames) == expected, fps
         assert medium.frame_times is not None
         assert list(medium.frame_times) == sorted(set(medium.frame_times))
+
+
+@pytest.mark.parametrize("codec", ["libvpx-vp9", "libvpx", "ffv1"])
+@pytest.mark.parametrize("container", ["webm", "matroska", "piped"])
+async def test_transparent_videos_lie_on_white(decoder: MediaDecoder, codec: str, container: str) -> None:
+    """As stickers and overlays are; a WebM has its transparency beside each frame."""
+    if codec == "ffv1" and container == "webm":
+        container = "matroska"
+    file = io.BytesIO()
+    target: Any = type("Pipe", (), {"write": file.write})() if container == "piped" else file
+    options = {"auto-alt-ref": "0"} if codec.startswith("libvpx") else {}
+    with av.open(target, "w", format="matroska" if container == "piped" else container) as output:
+        stream: Any = output.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgra" if codec == "ffv1" else "yuva420p"
+        for number in range(12):
+            pixels = np.zeros((48, 64, 4), dtype=np.uint8)  # black and clear
+            pixels[:, :32] = (level(number), level(number), level(number), 255)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        output.mux(stream.encode())
+    data = file.getvalue()
+    for num_frames, numbers in ((1, [0]), (4, [0, 4, 7, 11]), (12, range(12))):
+        video = decode_video(data, Job("video", "WEBM", num_frames), limits=MediaLimits(), geometry=AS_SENT)
+        for frame, number in zip(video.pixels, numbers, strict=True):
+            assert frame[10:-10, 40:].min() >= 250
+            assert abs(int(frame[24, 16].mean()) - level(number)) <= 8
+    assert (await decoder.decode(data, kind="video", num_frames=2, fps=None)).frames.shape[0] == 2
