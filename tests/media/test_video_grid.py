@@ -96,10 +96,10 @@ def barcode(number: int, flip: bool = False) -> np.ndarray:
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """The number in an upright frame; -1 where it is none of ours."""
-    rows = pixels.mean(axis=2).reshape(8, SIDE // 8, 2, SIDE // 2).mean(axis=(1, 3))
-    bits = [int(left > right) for left, right in rows]
-    return sum(bit << place for place, bit in enumerate(bits)) if (abs(rows[:, 0] - rows[:, 1]) > 60).all() else -1
+    """The number in an upright frame, from the middle of each bar; -1 where it is none of ours."""
+    left, right = pixels[SIDE // 16 :: SIDE // 8, SIDE // 4 :: SIDE // 2, 1].astype(int).T
+    bits = left > right
+    return int(bits @ (1 << np.arange(8))) if (abs(left - right) > 60).all() else -1
 
 
 @cache
@@ -267,8 +267,10 @@ def check(data: bytes, odd: str = "plain", samplings: list[tuple[int | None, flo
             patch.setattr(clip, "SEEK_SAVING", saving)  # 0: by keyframes wherever the packets allow it
             pixels = decode_video(data, Job("video", format, num_frames, fps), limits=LIMITS, geometry=AS_SENT).pixels
         where = (num_frames, fps, saving)
-        assert [number_of(as_encoded(frame, odd)) for frame in pixels] == [numbers[index] for index in wanted], where
-        assert all((frame == frames[index][2]).all() for frame, index in zip(pixels, wanted, strict=True)), where
+        same = [np.array_equal(frame, frames[index][2]) for frame, index in zip(pixels, wanted, strict=True)]
+        if not all(same):
+            found = [number_of(as_encoded(frame, odd)) for frame in pixels]
+            raise AssertionError(f"{where}: {found}, not {[numbers[index] for index in wanted]}; the same: {same}")
 
 
 FILES = [
