@@ -1,12 +1,16 @@
-"""Real files over HTTP, against transformers alone: its own frame sampling, sizes and options on the decoded files."""
+"""Real files over HTTP, against transformers alone: its own frame sampling, sizes and options on the decoded files.
+
+One family is served over HTTP; the others go the same way from the form on, in this process.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,22 @@ import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
+from model.config import EngineConfig
+from model.engine.engine import Engine
+from model.request import Message, Request
+from service.body import Form
+from service.commands.decoding import answer_at_once
+from service.media import MediaDecoder
 from service.media.sampling import spread
+from service.media_loader import decode_with_options
+from service.schemas import generate as schema
+from service.schemas.sampling import check_media_options, max_frames, sampling_params
+from service.settings import Settings
+from service.state import media_limits
 from tests.e2e.server import EngineServer
 from tests.families.reference import Reference
 from tests.media.samples import encoded, picture, video_bytes
+from tests.model import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in processors of transformers
 NUM_TOKENS = 16
@@ -29,21 +45,10 @@ Saved = Callable[[str], Path]
 
 
 @dataclass(frozen=True)
-class Served:
-    """A checkpoint behind the service, and the same in transformers."""
+class Compared:
+    """A checkpoint in transformers, with which an answer is compared."""
 
-    server: EngineServer
     reference: Reference
-
-    def answer(self, data: bytes, **fields: Any) -> list[int]:
-        """The tokens of the service's answer about a file, behind the length of its prompt."""
-        form = {"prompt": QUESTION, "max_tokens": NUM_TOKENS, "ignore_eos": "true", "stream": "true", **fields}
-        text = {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in form.items()}
-        response = self.server.http.post("/v1/generate", data=text, files=[("media", data)])
-        assert response.status_code == 200, response.text
-        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
-        tokens = [token["id"] for event in events if event["type"] == "token" for token in event["tokens"]]
-        return [events[-1]["usage"]["prompt_tokens"], *tokens]
 
     def expected(self, part: dict[str, Any], **options: Any) -> list[int]:
         """The same by transformers."""
@@ -80,6 +85,48 @@ class Served:
         return self.expected(part, do_sample_frames=False, video_metadata=[metadata])
 
 
+@dataclass(frozen=True)
+class Served(Compared):
+    """The same checkpoint behind the service."""
+
+    server: EngineServer
+
+    def answer(self, data: bytes, **fields: Any) -> list[int]:
+        """The tokens of the service's answer about a file, behind the length of its prompt."""
+        response = self.server.http.post("/v1/generate", data=form(fields), files=[("media", data)])
+        assert response.status_code == 200, response.text
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        tokens = [token["id"] for event in events if event["type"] == "token" for token in event["tokens"]]
+        return [events[-1]["usage"]["prompt_tokens"], *tokens]
+
+
+@dataclass(frozen=True)
+class Local(Compared):
+    """The same checkpoint, and what the service does with a form and its file, in this process: a server of its own
+    would load torch and transformers again for each family."""
+
+    settings: Settings
+    engine: Engine
+    decoder: MediaDecoder
+    loop: asyncio.AbstractEventLoop
+
+    def answer(self, data: bytes, **fields: Any) -> list[int]:
+        """The tokens of the answer about a file, behind the length of its prompt."""
+        parsed, (content,) = schema.read(Form(list(form(fields).items()), [("media", data)]), self.settings)
+        options = check_media_options(parsed, self.settings, self.engine.info)
+        medium = self.loop.run_until_complete(decode_with_options(self.decoder, content, None, options))
+        params = sampling_params(parsed, self.settings, default_temperature=0.0)
+        (outputs,) = tiny.drain(self.engine, [Request("r", (Message("user", (medium, QUESTION)),), params)]).values()
+        assert outputs[-1].stats is not None
+        return [outputs[-1].stats.prompt_tokens, *tiny.token_ids(outputs)]
+
+
+def form(fields: dict[str, Any]) -> dict[str, str]:
+    """The texts of a form that asks about a file."""
+    values = {"prompt": QUESTION, "max_tokens": NUM_TOKENS, "ignore_eos": "true", "stream": "true", **fields}
+    return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in values.items()}
+
+
 def shown(data: bytes) -> tuple[np.ndarray, VideoMetadata]:
     """All frames of a file, and what its container says."""
     with av.open(io.BytesIO(data), "r") as container:
@@ -94,9 +141,24 @@ def shown(data: bytes) -> tuple[np.ndarray, VideoMetadata]:
 def serving(folder: Path, checkpoint: Path) -> Iterator[Served]:
     server = EngineServer(folder, SETTINGS | {"model": checkpoint})
     try:
-        yield Served(server, Reference(checkpoint))
+        yield Served(Reference(checkpoint), server)
     finally:
         assert server.close() == 0, server.log_text()
+
+
+@contextmanager
+def local(checkpoint: Path) -> Iterator[Local]:
+    settings = Settings.model_validate(SETTINGS | {"model": str(checkpoint)})
+    engine = Engine(EngineConfig(**settings.engine_options()[0]))
+    limits = replace(media_limits(settings), max_frames=max_frames(settings, engine.info))
+    sample_frames = answer_at_once(engine.sample_frames)
+    decoder = MediaDecoder(limits, engine.info.geometry, workers=1, sample_frames=sample_frames)
+    with asyncio.Runner() as runner:
+        runner.run(decoder.start())
+        try:
+            yield Local(Reference(checkpoint), settings, engine, decoder, runner.get_loop())
+        finally:
+            runner.run(decoder.close())
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +240,8 @@ SAMPLINGS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLINGS)
-def test_files_over_http_as_by_transformers(name: str, saved: Saved, tmp_path: Path) -> None:
-    with serving(tmp_path, saved(name)) as served:
+def test_files_of_every_kind_of_processor_as_by_transformers(name: str, saved: Saved) -> None:
+    with local(saved(name)) as served:
         for size in ((61, 47), (33, 170)):
             image = picture(*size)
             assert served.answer(encoded(image, "PNG")) == served.expected({"type": "image", "image": image})
