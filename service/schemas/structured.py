@@ -17,6 +17,8 @@ from service.schemas.media_options import MediaFields
 from service.settings import Settings
 
 Schema = dict[str, Any] | str  # a JSON schema, or its JSON text
+# llguidance's options, which a schema carries with it. By default answers are written as Python's json writes them.
+COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 COMMENT = re.compile(r"(?:#|//).*$")
 # Fields of a form that are JSON text.
 JSON_FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_choice", "json_schema")
@@ -117,8 +119,7 @@ def _grammars(fields: StructuredFields, settings: Settings) -> Iterator[Grammar]
         yield from _of_response_format(fields.response_format, settings)
     if fields.structured_outputs is not None:
         yield from _of_structured_outputs(fields.structured_outputs, settings)
-    spaces = {"whitespace_pattern": fields.guided_whitespace_pattern} if fields.guided_whitespace_pattern else {}
-    yield from _schema(fields.guided_json, "guided_json", settings, spaces)
+    yield from _schema(fields.guided_json, "guided_json", settings, _spaces(fields.guided_whitespace_pattern))
     yield from _text("regex", fields.guided_regex, "guided_regex")
     yield from _choice(fields.guided_choice, "guided_choice")
     yield from _notation(fields.guided_grammar, "guided_grammar")
@@ -150,11 +151,7 @@ def _of_response_format(wanted: ResponseFormat, settings: Settings) -> Iterator[
 
 def _of_structured_outputs(wanted: StructuredOutputs, settings: Settings) -> Iterator[Grammar]:
     param = "structured_outputs"
-    options: dict[str, Any] = {}
-    if wanted.disable_any_whitespace:
-        options["whitespace_flexible"] = False
-    if wanted.whitespace_pattern:
-        options["whitespace_pattern"] = wanted.whitespace_pattern
+    options = _spaces(wanted.whitespace_pattern) | (COMPACT if wanted.disable_any_whitespace else {})
     closed = bool(wanted.disable_additional_properties)
     yield from _schema(wanted.json, f"{param}.json", settings, options, closed=closed)
     yield from _text("regex", wanted.regex, f"{param}.regex")
@@ -166,6 +163,11 @@ def _of_structured_outputs(wanted: StructuredOutputs, settings: Settings) -> Ite
         at = f"{param}.structural_tag"
         tag = _converted(_object(wanted.structural_tag, at), at)
         yield _structural_tag(tag.structures, tag.triggers, at, settings)
+
+
+def _spaces(pattern: str | None) -> dict[str, Any]:
+    """Return the options for white space of this pattern between the tokens of JSON."""
+    return COMPACT | {"whitespace_flexible": True, "whitespace_pattern": pattern} if pattern else {}
 
 
 def _schema(

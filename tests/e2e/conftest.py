@@ -49,6 +49,12 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServ
     yield from running(tmp_path_factory.mktemp("demo"), FEW_SLOTS)
 
 
+@pytest.fixture(scope="session")
+def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """Says what the messages write down (tests/model/scripted.py)."""
+    yield from running(tmp_path_factory.mktemp("scripted"), {"engine": "tests.service.scripted_engine:load"})
+
+
 @pytest.fixture
 def start_server(tiny_settings: dict[str, Any], tmp_path: Path) -> Iterator[StartServer]:
     """Starts servers of one's own; all are ended with the test, and each must end well."""

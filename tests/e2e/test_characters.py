@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +24,9 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[EngineServer]:
-    with tempfile.TemporaryDirectory() as folder:
-        server = EngineServer(Path(folder), {"engine": "tests.service.scripted_engine:load"})
-        yield server
-        assert server.close() == 0, server.log_text()
+@pytest.fixture
+def server(scripted_server: EngineServer) -> EngineServer:
+    return scripted_server
 
 
 def whole(server: Server, text: str, **fields: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from service.errors import BadRequest, ServiceError, TooLarge
 from service.schemas import generate
 from service.schemas.openai import ChatRequest
 from service.schemas.sampling import sampling_params
+from service.schemas.structured import COMPACT
 from service.settings import Settings
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}, "required": ["b", "a"]}
@@ -124,6 +125,10 @@ def test_the_order_of_properties_is_kept() -> None:
 
 
 def test_white_space_and_further_properties_are_governed_through_the_schema() -> None:
+
+    def pattern(spaces: str) -> dict[str, Any]:
+        return COMPACT | {"whitespace_flexible": True, "whitespace_pattern": spaces}
+
     nested = {"type": "object", "properties": {"a": {"items": [{"properties": {}}, {"additionalProperties": True}]}}}
     found = grammar({"structured_outputs": {"json": nested, "disable_additional_properties": True}})
     assert found is not None
@@ -134,12 +139,12 @@ def test_white_space_and_further_properties_are_governed_through_the_schema() ->
         {"additionalProperties": True},
     ]
     for fields, options in (
-        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, {"whitespace_flexible": False}),
-        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}}, {"whitespace_pattern": " ?"}),
-        ({"guided_json": SCHEMA, "guided_whitespace_pattern": "[ ]"}, {"whitespace_pattern": "[ ]"}),
+        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, COMPACT),
+        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}}, pattern(" ?")),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": "[ ]"}, pattern("[ ]")),
         (
             {"guided_json": {**SCHEMA, "x-guidance": {"lenient": True}}, "guided_whitespace_pattern": "[ ]"},
-            {"lenient": True, "whitespace_pattern": "[ ]"},
+            {"lenient": True} | pattern("[ ]"),
         ),
     ):
         found = grammar(fields)
