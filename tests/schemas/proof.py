@@ -345,6 +345,7 @@ MODES: Mapping[str, Mode] = {
         Mode("flash, 16", together=True, drafter="flash"),
         Mode("ngram, 16", together=True, drafter="ngram"),
         Mode("replay, 16", together=True, drafter="replay"),
+        Mode("trees, alone", together=False, drafter="oracle"),
         Mode("trees, 16", together=True, drafter="oracle"),
         Mode("chunks, 16", together=True, drafter="oracle", settings={"prefill_chunk": 16, "prefix_cache": False}),
     )

@@ -24,11 +24,11 @@ from tests.schemas.proof import MODES, Counts, Subject
 
 # Each with its share of the requests.
 SUBJECTS: Mapping[str, tuple[float, Callable[[Path, int], Subject]]] = {
-    "demo": (0.3, lambda _, number: proof.bundled("demo", number)),
-    "demo-qwen": (0.2, lambda _, number: proof.bundled("demo-qwen", number)),
-    "torch": (0.15, proof.in_torch),
-    "scripted": (0.2, proof.by_script),
-    "unsure": (0.15, lambda folder, number: proof.by_script(folder, number, margin=8.0)),
+    "demo": (0.2, lambda _, number: proof.bundled("demo", number)),
+    "demo-qwen": (0.16, lambda _, number: proof.bundled("demo-qwen", number)),
+    "torch": (0.16, proof.in_torch),
+    "scripted": (0.28, proof.by_script),
+    "unsure": (0.2, lambda folder, number: proof.by_script(folder, number, margin=8.0)),
 }
 HEAD = ("model", "mode", "requests", "ended", "valid", "cut", "prefix", "different", "tokens", "drafted", "accepted")
 
