@@ -67,10 +67,7 @@ def _operation(method: str, path: str, operation: Schema) -> str:
 def _component(name: str, schema: Schema) -> str:
     description = escape(schema.get("description", ""))
     anchor = escape(name, quote=True)
-    return (
-        f'<details class="schema" id="{anchor}"><summary><code>{anchor}</code></summary>'
-        f"<p>{description}</p>{_schema(schema)}</details>"
-    )
+    return f'<section id="{anchor}"><h3><code>{anchor}</code></h3><p>{description}</p>{_schema(schema)}</section>'
 
 
 def _schema(schema: Schema) -> str:
