@@ -1,4 +1,4 @@
-"""Servers for tests: one per file for most, one's own for those that break it."""
+"""Servers for tests: one for most, one's own for those that break it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         server.http.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """One server with default limits, shared by the tests of a file."""
+    """One server with default limits, shared by all tests that leave it as they found it."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder), {}, {})
         yield server
