@@ -73,6 +73,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias added to its logit), each token once
     logprobs: int | None = None  # number of likeliest tokens to report with each token; None: no log-probabilities
     grammar: Grammar | None = None  # None: the answer may be any text
+    shown_tokens: tuple[int, ...] = ()  # special tokens whose text is part of the answer's
     stop_token_ids: tuple[int, ...] = ()  # these tokens end the answer, as an end-of-sequence token does
 
     @property
@@ -419,7 +420,7 @@ class ChatFormat:
     if requests cannot have tools; described: the template knows no tools, so that the system message describes them;
     reasoning: the texts that begin and end it, None if there is none; thinking: the template's variable that turns it
     on and off, "" if it has none; thinks, thinks_on, thinks_off: whether a prompt ends within the reasoning, without
-    this variable and with it; tokens: the special tokens among these texts and those of calls, by text.
+    this variable and with it; tokens: those of these texts, and of the texts of calls, that are tokens of their own.
     """
 
     calls: str = ""

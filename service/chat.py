@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from starlette.requests import Request
 
-from model.request import FinishReason, RequestOutput
+from model.request import ChatFormat, FinishReason, RequestOutput
 from service import chat_input
-from service.answers.events import Answer, Delta
+from service.answers import grammars
+from service.answers.events import Answer, Delta, ReasoningDelta
 from service.answers.parser import AnswerParser
 from service.deps import service_of
 from service.errors import BadRequest
 from service.request_context import RequestContext
-from service.schemas import openai
+from service.schemas import openai, tools
 from service.schemas.sampling import sampling_params
 from service.stream import cancel_on_disconnect
 from service.uploads import Upload
@@ -40,6 +41,7 @@ class Chat:
     with_usage: bool
     running_stats: bool
     parsers: list[AnswerParser]
+    include_reasoning: bool = True
     answers: list[Answer] = field(init=False)  # one per choice, as far as it has arrived
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class Chat:
             deltas = self.parsers[index].feed(output.text)
             if output.finish_reason is not None:
                 deltas += self.parsers[index].finish()
+            if not self.include_reasoning:
+                deltas = [delta for delta in deltas if not isinstance(delta, ReasoningDelta)]
             self.answers[index].add(deltas)
             yield index, deltas, output
 
@@ -85,6 +89,8 @@ async def begin(
     settings = service.settings
     openai.check(body, settings)
     params = sampling_params(body, settings, default_temperature=DEFAULT_TEMPERATURE)
+    offered = tools.read(body, settings)
+    template = tools.template_options(body, offered, service.chat_format)
     n = body.n or 1
     if n > service.max_choices:
         raise BadRequest(f"n must be at most {service.max_choices}", param="n")
@@ -93,16 +99,35 @@ async def begin(
     options = openai.media_options(body, settings, service.pool.info)
     async with context.time_limit():
         with upload:
-            messages = await chat_input.from_chat(body, options, upload, service.media_loader(context.count_decoded))
+            loader = service.media_loader(context.count_decoded)
+            chat_in = await chat_input.from_chat(body, options, upload, loader, template)
+    chat_format = service.chat_format
+    thinking = tools.thinking(template, chat_format)
+    params = replace(
+        params,
+        grammar=grammars.of_answer(chat_format, offered, params.grammar, thinking),
+        shown_tokens=_shown_tokens(chat_format, offered),
+    )
+    parsers = [
+        AnswerParser(
+            chat_format,
+            offered.schemas,
+            thinking=thinking == "open",
+            parallel=offered.parallel,
+            id=f"{context.id}/{index}",
+        )
+        for index in range(n)
+    ]
     stream_options = body.stream_options or openai.StreamOptions()
     with_usage = bool(stream_options.include_usage)
     running_stats = with_usage and bool(stream_options.continuous_usage_stats)
-    chat = Chat(context, bool(body.stream), with_usage, running_stats, [AnswerParser() for _ in range(n)])
+    include_reasoning = body.include_reasoning is not False
+    chat = Chat(context, bool(body.stream), with_usage, running_stats, parsers, include_reasoning)
     clamp_max_tokens = clamp_max_tokens or body.requested_max_tokens() is None
     speculation, cache_salt = body.speculation, body.cache_salt
     del body  # frees its media
     await context.submit(
-        messages,
+        chat_in,
         params,
         n=n,
         speculation=speculation,
@@ -111,3 +136,8 @@ async def begin(
         cache_salt=cache_salt,
     )
     return chat
+
+
+def _shown_tokens(chat: ChatFormat, offered: tools.Tools) -> tuple[int, ...]:
+    """Return the tokens that the parser must see: those of reasoning, and where there are tools those of calls."""
+    return tuple(token for text, token in chat.tokens if offered.tools or text in (chat.reasoning or ()))

@@ -40,7 +40,13 @@ class ChatInput:
     template: TemplateOptions = TemplateOptions()
 
 
-async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upload, loader: MediaLoader) -> ChatInput:
+async def from_chat(
+    request: ChatRequest,
+    options: ChatMediaOptions,
+    upload: Upload,
+    loader: MediaLoader,
+    template: TemplateOptions | None = None,
+) -> ChatInput:
     """Load all media of a chat completion at once. An error's `param` names the content part at fault."""
     started = time.monotonic()
     loads: list[Awaitable[Medium]] = []
@@ -69,7 +75,7 @@ async def from_chat(request: ChatRequest, options: ChatMediaOptions, upload: Upl
         _message(message, f"messages[{index}]", tuple(contents[index]))
         for index, message in enumerate(request.messages)
     )
-    return ChatInput(tuple(messages), len(media), time.monotonic() - started)
+    return ChatInput(tuple(messages), len(media), time.monotonic() - started, template=template or TemplateOptions())
 
 
 async def from_form(

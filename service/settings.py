@@ -305,6 +305,10 @@ class Settings(BaseSettings):
         "Limits", 64 * 1024, "Maximum bytes of a schema or grammar that a request brings.", ge=1
     )
     max_grammar_depth: int = option("Limits", 64, "Maximum levels of nesting in a request's JSON schema.", ge=1, le=256)
+    max_tools: int = option("Limits", 128, "Maximum tools per request.", ge=0)
+    max_tools_bytes: int = option(
+        "Limits", 128 * 1024, "Maximum names, descriptions and schemas of a request's tools, bytes of JSON.", ge=1
+    )
     max_waiting: int = option("Limits", 64, "Maximum requests that wait besides those decoded; beyond: 503.", ge=0)
     max_waiting_media: int = option(
         "Limits", 256, "Maximum images and videos that wait for decoding; beyond: 503.", ge=0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from model.request import EngineInfo
+from model.request import ChatFormat, EngineInfo
 from service import cores
 from service.admission import Admission
 from service.decoded_media import DecodedMedia
@@ -96,6 +96,11 @@ class Service:
         """Return how many engine requests may be decoded or wait now."""
         decoded_at_once = sum(worker.info.max_num_seqs for worker in self.pool.ready_workers if worker.info)
         return decoded_at_once + self.settings.max_waiting
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """How the model's answers show reasoning and calls; before it is known, they show none."""
+        return ChatFormat() if self.pool.info is None else self.pool.info.chat
 
     @property
     def max_choices(self) -> int:

@@ -77,10 +77,12 @@ class Vocabulary:
 class Detokenizer:
     """Decodes one answer. A character that is spread over several tokens comes with the last of them."""
 
-    def __init__(self, vocabulary: Vocabulary, skip: frozenset[int], follows: Seq[int] = ()) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, skip: frozenset[int], follows: Seq[int] = (), named: Seq[int] = ()
+    ) -> None:
         """Start an answer. skip: tokens without text, such as the end of sequence; follows: the tokens of a text that
-        the answer continues, so that it keeps a leading space."""
-        self._vocabulary, self._skip = vocabulary, skip
+        the answer continues, so that it keeps a leading space; named: special tokens whose names are text here."""
+        self._vocabulary, self._skip, self._named = vocabulary, skip, frozenset(named)
         self._bytes = UTF8("replace")  # for a context-free vocabulary
         # For other vocabularies: the tokens whose text is still to come, and some before them, which it depends on.
         self._ids: list[int] = []
@@ -95,6 +97,8 @@ class Detokenizer:
         """Return the text that this token completes; may be empty."""
         if token in self._skip:
             return ""
+        if token in self._named:
+            return self.flush() + self._vocabulary.bytes_of(token).decode(errors="replace")
         if self._vocabulary.context_free:
             return self._bytes.decode(self._vocabulary.written_bytes(token))
         return self._in_context(token)
@@ -116,9 +120,10 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """Return the text of an unfinished character at the end of the answer."""
-        tail = self._vocabulary.text(self._ids)[len(self._emitted) :] if self._ids else ""
-        return self._bytes.decode(b"", final=True) + tail
+        """Return the text of an unfinished character at the end of the answer, or before what is no part of it."""
+        before, self._emitted = self._emitted, self._vocabulary.text(self._ids) if self._ids else ""
+        self._shown = len(self._ids)
+        return self._bytes.decode(b"", final=True) + self._emitted[len(before) :]
 
 
 class StopStrings:

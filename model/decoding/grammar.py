@@ -203,7 +203,8 @@ def _source(grammar: Grammar) -> str:
             except Exception as error:  # its parser raises many kinds
                 raise ValueError(str(error)) from None
         case "lark":
-            return LLMatcher.grammar_from_lark(source)
+            # Several grammars that refer to each other are already written as llguidance reads them.
+            return source if source.startswith('{"grammars":') else LLMatcher.grammar_from_lark(source)
 
 
 def _not_compiled(grammar: Grammar, reason: str) -> RequestError:

@@ -53,7 +53,9 @@ def prepare(
     for medium in prompt.media:
         _ = medium.digest  # computed here, off the engine's thread, and cached for the encoder cache
     goes_on = request.prompt is not None or request.template.continue_final_message
-    detokenizer = Detokenizer(vocabulary, target.eos_ids, follows=prompt.ids if goes_on else ())
+    detokenizer = Detokenizer(
+        vocabulary, target.eos_ids, follows=prompt.ids if goes_on else (), named=request.params.shown_tokens
+    )
     return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop), guide)
 
 

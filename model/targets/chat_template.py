@@ -39,7 +39,10 @@ NOTATIONS = {
 }
 TOOL_CALL_PARSERS = tuple(NOTATIONS)
 # What may be a token of its own in the notations of calls.
-CALL_TEXTS = ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+CALL_TEXTS = (
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
 MARKUP = 40  # characters before a call's name that may belong to its notation
 PROBE = "Q7x"
 CALL = ToolCall("Probe1234", "probe", f'{{"value": "{PROBE}"}}')
@@ -116,9 +119,7 @@ class ChatTemplate:
         thinking = next((name for name in THINKING if name in self.variables), "") if markers else ""
         switches: tuple[dict[str, bool], ...] = ({}, {thinking: True}, {thinking: False})
         thinks, thinks_on, thinks_off = (markers is not None and self._opens(markers, each) for each in switches)
-        added = {
-            token.content: number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special
-        }
+        added = self._tokenizer.added_tokens_encoder
         texts = (*CALL_TEXTS, *(markers or ()))
         return ChatFormat(
             calls=calls,

@@ -45,14 +45,16 @@ class AnswerParser:
         tools: Mapping[str, Schema] | None = None,
         *,
         thinking: bool = False,
+        parallel: bool = True,
         id: str = "",
     ) -> None:
         """Start an answer. chat: the checkpoint's format; tools: the schemas of those that may be called, by name;
-        thinking: whether the prompt ends within the reasoning; id: the answer's, from which those of calls derive."""
+        thinking: whether the prompt ends within the reasoning; parallel: whether calls after the first count; id: the
+        answer's, from which those of calls derive."""
         self._tools = tools or {}
         self._format = chat.calls if chat and self._tools else ""
         self._markers = chat.reasoning if chat else None
-        self._thinking = thinking
+        self._thinking, self._parallel = thinking, parallel
         self._id = id
         self._text = Scanner()
         self._deltas: list[Delta] = []
@@ -353,6 +355,9 @@ class AnswerParser:
 
     def _begun(self, name: str) -> Callable[[str], None]:
         """Begin a call; return what emits its arguments."""
+        if self._calls and not self._parallel:
+            self._calls += 1
+            return _nothing
         index = self._calls
         digest = hashlib.blake2b(f"{self._id}/{index}".encode(), digest_size=12).hexdigest()
         self._calls += 1

@@ -21,7 +21,7 @@ from service.deps import service_of, with_request_id
 from service.errors import BadRequest, TimedOut
 from service.openapi.operation import Operation
 from service.pool import messages as m
-from service.schemas import openai, sampling
+from service.schemas import openai, sampling, tools
 from service.schemas import tokenize as schema
 from service.schemas.answers import Detokenized, Tokenized
 from service.state import Service
@@ -70,11 +70,13 @@ async def detokenize(request: Request) -> Response:
 async def tokenize_chat(service: Service, body: openai.ChatRequest, upload: Upload) -> m.Tokenized:
     """Load a conversation's media, whose number of tokens may depend on their size, and tokenize it."""
     openai.check(body, service.settings)
+    offered = tools.read(body, service.settings)
+    template = tools.template_options(body, offered, service.chat_format)
     options = openai.media_options(body, service.settings, service.pool.info)
     with ExitStack() as resources:
         decoded = service.decoded_media.open()
         resources.callback(decoded.close)
-        chat = await chat_input.from_chat(body, options, upload, service.media_loader(decoded.add))
+        chat = await chat_input.from_chat(body, options, upload, service.media_loader(decoded.add), template)
         return await service.pool.tokenize(chat.messages, template=chat.template)
 
 

@@ -15,19 +15,16 @@ from model.request import EngineInfo, ToolCall
 from service.errors import BadRequest
 from service.schemas import sampling
 from service.schemas.media_options import ImageFields, MediaFields, MediaOptions
-from service.schemas.sampling import SamplingFields
+from service.schemas.tools import ToolFields
 from service.settings import Settings
 
 # By field, the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": (),
     "web_search_options": (),
     "moderation": (),
@@ -43,8 +40,6 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "documents": ([],),
     "chat_template": ("",),
     "thinking_token_budget": (),
@@ -66,7 +61,7 @@ NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"audio": (), "prefix": (Fal
 # Labels and routing hints of OpenAI's platform and others, which do not change an answer.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
-    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
     *("length_penalty", "spaces_between_special_tokens", "stream_interval"),
 )
 Uuid = Annotated[str, msgspec.Meta(max_length=256)]
@@ -182,21 +177,18 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChatRequest(ToolFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     stream_options: StreamOptions | None = None
 
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
@@ -211,8 +203,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     add_special_tokens: Any = None
     skip_special_tokens: Any = None
     include_stop_str_in_output: Any = None
-    add_generation_prompt: Any = None
-    continue_final_message: Any = None
     documents: Any = None
     chat_template: Any = None
     thinking_token_budget: Any = None
@@ -236,7 +226,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
-    parallel_tool_calls: Any = None
     length_penalty: Any = None
     spaces_between_special_tokens: Any = None
     stream_interval: Any = None

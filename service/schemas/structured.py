@@ -183,7 +183,7 @@ def _schema(
     if schema is None or schema == "":
         return
     schema = _object(schema, param)
-    _check_depth(schema, param, settings)
+    check_depth(schema, param, settings)
     if closed:
         _close(schema)
     if options:
@@ -223,7 +223,7 @@ def _structural_tag(tags: list[Tag] | None, triggers: list[str] | None, param: s
         if trigger is None:
             at = f"{param}.structures[{index}].begin"
             raise BadRequest(f"{at} does not begin with any of the triggers", param=at)
-        _check_depth(tag.schema, f"{param}.structures[{index}].schema", settings)
+        check_depth(tag.schema, f"{param}.structures[{index}].schema", settings)
         parts.append(llguidance.StructTag(trigger=trigger, begin=tag.begin, grammar=tag.schema, end=tag.end))
     return Grammar("lark", llguidance.StructTag.to_grammar(parts), param)
 
@@ -245,7 +245,7 @@ def _converted(value: dict[str, Any], param: str) -> ResponseFormat:
         raise BadRequest(f"{param}: {error}", param=param) from None
 
 
-def _check_depth(schema: Any, param: str, settings: Settings) -> None:
+def check_depth(schema: Any, param: str, settings: Settings) -> None:
     """Raise BadRequest for a schema with values nested deeper than allowed."""
     level, depth = [schema], 0
     while level := [

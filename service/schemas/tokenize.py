@@ -30,11 +30,11 @@ class TokenizeRequest(MediaFields, frozen=True, kw_only=True, forbid_unknown_fie
     with_pieces: bool | None = None
     return_token_strs: bool | None = None
 
-    tools: Any = None
+    tools: list[Any] | None = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
-    add_generation_prompt: Any = None
-    continue_final_message: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @property
     def text(self) -> str | None:

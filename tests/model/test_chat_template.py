@@ -241,7 +241,8 @@ def test_the_format_of_answers_is_found_in_the_template(
     assert found.thinking == ("enable_thinking" if kind == "qwen3" else "")
     names = dict(found.tokens)
     assert names["[TOOL_CALLS]"] == tokenizer(kind).convert_tokens_to_ids("[TOOL_CALLS]")
-    assert "<think>" not in names, "it is an added token that is text"
+    assert names["<tool_call>"] == tokenizer(kind).convert_tokens_to_ids("<tool_call>")
+    assert ("<think>" in names) == (reasoning is not None)
     other = conversations(kind).template.format("pythonic", "mistral")
     assert (other.calls, other.reasoning) == ("pythonic", ("[THINK]", "[/THINK]"))
     off = conversations(kind).template.format("off", "off")

@@ -1,0 +1,211 @@
+"""Writes grammars of whole answers: reasoning, tool calls and text in the order and notation of the model.
+
+A forced call has a name among the tools and arguments that match the tool's schema. Where a model's own notation is not
+JSON, forced calls are Hermes'; the parser reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.request import ChatFormat, Grammar
+from service.schemas.tools import Thinking, Tool, Tools
+
+# As model/decoding/grammar.py has JSON written everywhere.
+JSON_OPTIONS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "additionalProperties", "unevaluatedProperties")
+TEXT = r"/(.|\n)*/"
+LEXEMES = re.compile(r'"[^"]*"|[{}]|[^"{}]+|"')  # texts are cut as JSON is, so that JSON may stand in their place
+
+
+@dataclass(frozen=True)
+class Notation:
+    """How calls are written: before each, between name and arguments, behind each, between two, and around all."""
+
+    begin: str
+    middle: str
+    end: str
+    between: str = ""
+    before: str = ""
+    behind: str = ""
+
+
+HERMES = Notation('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n")
+NOTATIONS = {
+    "llama3_json": Notation('{"name": "', '", "parameters": ', "}", "; "),
+    "mistral": Notation('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]"),
+}
+MISTRAL_NEW = Notation("[TOOL_CALLS]", "[ARGS]", "")
+
+
+def of_answer(chat: ChatFormat, tools: Tools, form: Grammar | None, thinking: Thinking) -> Grammar | None:
+    """Return the grammar of an answer; None if it may be any text.
+
+    form: what the content must match, if the request says so. Where both are possible, the answer is either calls or
+    content of this form. Strict tools bind calls of the model's own accord, where they are JSON in its notation.
+    """
+    if tools.choice == "required":
+        return _Writer(chat).written(tools, "calls", None, thinking)
+    strict = any(tool.strict for tool in tools.tools) and (chat.calls in NOTATIONS or chat.calls == "hermes")
+    if form is not None:
+        if tools.tools:
+            return _Writer(chat).written(tools, "calls | form", form, thinking)
+        if thinking != "none" and chat.reasoning is not None:
+            return _Writer(chat).written(tools, "form", form, thinking)
+        return form
+    return _Writer(chat).written(tools, "free", None, thinking) if strict else None
+
+
+class _Writer:
+    """Writes one grammar in Lark's notation."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self._chat = chat
+        self._tokens = dict(chat.tokens)
+        self._rules: list[str] = []
+        self._others: list[dict[str, str]] = []  # grammars beside the one in `_rules`
+
+    def written(self, tools: Tools, body: str, form: Grammar | None, thinking: Thinking) -> Grammar:
+        """Write the grammar. body: the alternatives that may follow the reasoning."""
+        start = self._reasoning(thinking)
+        self._rules.append(f"start: {start} body")
+        self._rules.append(f"body: {body}")
+        if "calls" in body:
+            self._calls(tools.tools, parallel=tools.parallel)
+        if "form" in body and form is not None:
+            self._form(form)
+        if body == "free":
+            self._free(tools)
+        source = "%llguidance {}\n" + "\n".join(self._rules) + "\n"
+        if self._others:
+            source = json.dumps({"grammars": [{"name": "answer", "lark_grammar": source}, *self._others]})
+        return Grammar("lark", source, "tools" if form is None or tools.tools else form.param)
+
+    def _reasoning(self, thinking: Thinking) -> str:
+        """Write the rules of the reasoning; return what stands for it before the rest."""
+        if thinking == "none" or self._chat.reasoning is None:
+            return ""
+        begin, end = self._chat.reasoning
+        self._rules.append(rf"reasoning: {self._up_to(end)} /\n{{0,2}}/")
+        return "reasoning" if thinking == "open" else f"({self._literal(begin)} reasoning)?"
+
+    def _calls(self, tools: Sequence[Tool], *, parallel: bool) -> None:
+        """Write the rule of calls alone, and those that it needs."""
+        notation = self._notation
+        more = f" ({self._literal(notation.between)} call)*" if parallel else ""
+        self._rules.append(f"calls: {self._literal(notation.before)} call{more} {self._literal(notation.behind)}")
+        self._rules.append(f"call: {' | '.join(self._each_call(tools))}")
+
+    def _each_call(self, tools: Sequence[Tool]) -> Iterable[str]:
+        """Write the rules of arguments; yield what stands for a call of each tool."""
+        notation = self._notation
+        for index, tool in enumerate(tools):
+            self._rules.append(f"arguments_{index}: %json {json.dumps(_schema(tool))}")
+            head = self._literal(f"{notation.begin}{tool.name}{notation.middle}")
+            yield f"{head} arguments_{index} {self._literal(notation.end)}"
+
+    def _form(self, form: Grammar) -> None:
+        """Write the rule of content that must match a grammar."""
+        source = form.source
+        match form.kind:
+            case "json_object":
+                self._rules.append(f"form: %json {json.dumps({'type': 'object', 'x-guidance': JSON_OPTIONS})}")
+            case "json_schema":
+                schema = json.loads(source)
+                options = JSON_OPTIONS | schema.get("x-guidance", {})
+                self._rules.append(f"form: %json {json.dumps(schema | {'x-guidance': options})}")
+            case "choice":
+                choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(source))
+                self._rules.append(f"form: {' | '.join(choices)}")
+            case "regex":
+                escaped = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", source).replace("\n", r"\n")
+                self._rules.append(f"form: /{escaped}/")
+            case _:
+                self._rules.append("form: @form")
+                self._others.append({"name": "form", "lark_grammar": _as_lark(form)})
+
+    def _free(self, tools: Tools) -> None:
+        """Write the rules of any text with calls in it, which match their schemas."""
+        notation = self._notation
+        trigger = notation.before or notation.begin
+        marker = re.match(r"<tool_call>|\[TOOL_CALLS\]", trigger)
+        if marker is None:  # nothing marks a call but that it comes first
+            self._rules.append("free: calls | TEXT?\nTEXT: /[^{\\s](.|\\n)*/")
+            self._calls(tools.tools, parallel=tools.parallel)
+            return
+        begin = trigger[len(marker[0]) :]
+        self._rules.append(
+            f"free: (marked)* TEXT\nTEXT: {TEXT}" if tools.parallel else f"free: marked | TEXT\nTEXT: {TEXT}"
+        )
+        calls = [each.removeprefix(self._literal(marker[0])) for each in self._each_call(tools.tools)]
+        if notation.before:
+            more = f" ({self._literal(notation.between)} call)*" if tools.parallel else ""
+            rest = f"{self._literal(begin)} call{more} {self._literal(notation.behind)}"
+        else:
+            rest = "call"
+        self._rules += [f"marked: {self._up_to(marker[0])} {rest}", f"call: {' | '.join(calls)}"]
+
+    @property
+    def _notation(self) -> Notation:
+        if self._chat.calls == "mistral" and "[ARGS]" in self._tokens:
+            return MISTRAL_NEW
+        return NOTATIONS.get(self._chat.calls, HERMES)
+
+    def _literal(self, text: str) -> str:
+        """Write a text; those parts of it that are tokens of their own are named by these."""
+        if not text:
+            return ""
+        known = "|".join(map(re.escape, sorted(self._tokens, key=len, reverse=True)))
+        pieces = re.split(f"({known})", text) if known else [text]
+        written: list[str] = []
+        for piece in filter(None, pieces):
+            if piece in self._tokens:
+                written.append(f"<[{self._tokens[piece]}]>")
+            else:
+                written += [json.dumps(each, ensure_ascii=False) for each in LEXEMES.findall(piece)]
+        return " ".join(written)
+
+    def _up_to(self, text: str) -> str:
+        """Write any text up to a literal, the first that comes, and the literal."""
+        name = f"up_to_{len(self._rules)}"
+        if text in self._tokens:
+            self._rules.append(f"{name}: {TEXT} {self._literal(text)}")
+        else:
+            self._rules.append(f"{name}[suffix={json.dumps(text)}]: {TEXT}")
+        return name
+
+
+def _schema(tool: Tool) -> dict[str, Any]:
+    """Return the schema of a tool's arguments: no others than those that it names."""
+    return _closed(tool.parameters) | {"x-guidance": JSON_OPTIONS}
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema whose objects have no properties but those that it names, as far as it does not say otherwise."""
+    changed = dict(schema)
+    properties = schema.get("properties")
+    if isinstance(properties, dict):
+        changed["properties"] = {
+            name: _closed(each) if isinstance(each, dict) else each for name, each in properties.items()
+        }
+        if not any(word in schema for word in (*COMBINING, "patternProperties")):
+            changed["additionalProperties"] = False
+    if isinstance(items := schema.get("items"), dict):
+        changed["items"] = _closed(items)
+    return changed
+
+
+def _as_lark(form: Grammar) -> str:
+    """Return a grammar in Lark's notation. One that cannot be converted is left to the engine to refuse."""
+    if form.kind != "gbnf":
+        return form.source
+    from llguidance.gbnf_to_lark import any_to_lark  # a large library that few requests need
+
+    try:
+        return str(any_to_lark(form.source))
+    except Exception:  # its parser raises many kinds
+        return form.source
