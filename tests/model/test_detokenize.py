@@ -117,6 +117,31 @@ def test_special_tokens_and_the_end_leave_no_text(tokenizer: PreTrainedTokenizer
 # -- stop strings
 
 
+def test_named_special_tokens_are_text_where_they_stand(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A call begins with one for some models; others stay out of the text."""
+    image, end = tokenizer.convert_tokens_to_ids([demo.IMAGE, demo.END])
+    rocket = tokenizer("\U0001f680", add_special_tokens=False).input_ids
+    word = tokenizer("a red", add_special_tokens=False).input_ids
+    for named in ([image], [image, end]):
+        detokenizer = Detokenizer(Vocabulary(tokenizer), frozenset([end]), named=named)
+        shown = [detokenizer.decode(token) for token in (*word, image, *rocket, image, *rocket[:-1], image, *word, end)]
+        assert "".join([*shown, detokenizer.flush()]) == f"a red<image>\U0001f680<image>{REPLACEMENT}<image>a red"
+    made = Tokenizer(models.BPE({"a": 0, "\u2581a": 1, "\u2581": 2, "[C]": 3}, [("\u2581", "a")], unk_token="a"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.add_special_tokens(["[C]"])
+    pieces_of_words = Detokenizer(Vocabulary(PreTrainedTokenizerFast(tokenizer_object=made)), frozenset(), named=[3])
+    assert [pieces_of_words.decode(token) for token in (1, 1, 3, 1, 0, 3, 3, 1)] == [
+        "a",
+        " a",
+        "[C]",
+        " a",
+        "a",
+        "[C]",
+        "[C]",
+        " a",
+    ]
+
+
 def through(stops: tuple[str, ...], chunks: list[str]) -> tuple[str, bool, list[str]]:
     filter_ = StopStrings(stops)
     shown = [filter_.decode(chunk) for chunk in chunks]

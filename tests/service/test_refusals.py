@@ -55,11 +55,9 @@ def test_wrong_fields_are_named(server: Server, fields: dict[str, Any], param: s
 @pytest.mark.parametrize(
     "field",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
+        {"functions": [{"name": "f"}]},
+        {"function_call": {"name": "f"}},
         {"modalities": ["audio"]},
-        {"reasoning_effort": "low"},
-        {"reasoning_effort": "minimal"},
         {"moderation": {}},
         {"moderation": {"model": "omni-moderation-latest"}},
     ],

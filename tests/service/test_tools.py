@@ -32,7 +32,7 @@ WEATHER: dict[str, Any] = {
     },
 }
 CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
-PARIS = {"city": "Paris", "days": 2}
+PARIS: dict[str, Any] = {"city": "Paris", "days": 2}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 Clients = Callable[[str], openai.OpenAI]
 
@@ -62,7 +62,7 @@ def client(clients: Clients) -> openai.OpenAI:
 
 
 def ask(client: openai.OpenAI, content: Any, **fields: Any) -> Any:
-    messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+    messages: Any = content if isinstance(content, list) else [{"role": "user", "content": content}]
     fields = {"max_tokens": 200, "temperature": 0, "tools": [WEATHER, CLOCK]} | fields
     fields = {name: value for name, value in fields.items() if value is not None}
     return client.chat.completions.create(model="demo", messages=messages, **fields)
@@ -74,7 +74,8 @@ def calls_of(message: Any) -> list[tuple[str, Any]]:
 
 def put_together(chunks: list[Any]) -> tuple[str | None, str | None, list[tuple[str, Any]], str]:
     """Put a stream together as clients do, and check the form of its deltas."""
-    text, reasoning, calls, reason = "", "", [], ""
+    text, reasoning, reason = "", "", ""
+    calls: list[list[str]] = []
     for chunk in chunks:
         for choice in chunk.choices:
             delta = choice.delta
@@ -193,7 +194,7 @@ def test_strict_tools_keep_to_their_schema_of_the_models_own_accord(client: open
 
 
 def test_an_answer_is_calls_or_content_of_the_form_that_was_sent(client: openai.OpenAI) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    schema: Any = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     called = ask(client, say(call("hermes", "get_weather", PARIS)), response_format=form).choices[0]
     assert calls_of(called.message) == [("get_weather", PARIS)]
@@ -214,14 +215,14 @@ def test_the_clients_helpers_work(client: openai.OpenAI) -> None:
     fields: Any = {"model": "demo", "messages": [{"role": "user", "content": prompt}], "temperature": 0, "tools": tools}
     parsed = client.chat.completions.parse(**fields)
     (one,) = parsed.choices[0].message.tool_calls or []
-    assert one.function.parsed_arguments == GetWeather(**PARIS)  # type: ignore[arg-type]
+    assert one.function.parsed_arguments == GetWeather(**PARIS)
     pieces = []
     with client.chat.completions.stream(**fields) as stream:
         for event in stream:
             if event.type == "tool_calls.function.arguments.delta":
                 pieces.append(event.arguments_delta)
             if event.type == "tool_calls.function.arguments.done":
-                assert event.parsed_arguments == GetWeather(**PARIS)  # type: ignore[arg-type]
+                assert event.parsed_arguments == GetWeather(**PARIS)
         final = stream.get_final_completion()
     assert json.loads("".join(pieces)) == PARIS
     assert len(pieces) > 2
@@ -246,16 +247,16 @@ def test_reasoning_is_split_off(clients: Clients) -> None:
 
 def test_thinking_is_switched_as_templates_have_it(clients: Clients) -> None:
     client = clients("qwen3")
+    switches: dict[str, dict[str, Any]] = {
+        "default": {},
+        "off": {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+        "on": {"extra_body": {"chat_template_kwargs": {"enable_thinking": True, "unknown": 1}}},
+        "none": {"reasoning_effort": "none"},
+        "high": {"reasoning_effort": "high"},
+        "both": {"reasoning_effort": "none", "extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
+    }
     tokens = {
-        name: ask(client, say("Hi"), tools=None, **fields).usage.prompt_tokens
-        for name, fields in {
-            "default": {},
-            "off": {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
-            "on": {"extra_body": {"chat_template_kwargs": {"enable_thinking": True, "unknown": 1}}},
-            "none": {"reasoning_effort": "none"},
-            "high": {"reasoning_effort": "high"},
-            "both": {"reasoning_effort": "none", "extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
-        }.items()
+        name: ask(client, say("Hi"), tools=None, **fields).usage.prompt_tokens for name, fields in switches.items()
     }
     assert tokens["off"] == tokens["none"] > tokens["default"] == tokens["on"] == tokens["high"] == tokens["both"]
 
@@ -283,7 +284,7 @@ def tool(**function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f"} | function}
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
+BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [WEATHER, 7]}, "tools[1]"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -329,4 +330,4 @@ def test_what_cannot_be_done_is_refused_by_its_name(
 def test_too_many_bytes_of_tools_are_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as refused:
         ask(client, "Hello", tools=[tool(description="x" * 140_000)])
-    assert (refused.value.status_code, refused.value.param) == (413, "tools")  # type: ignore[attr-defined]
+    assert (refused.value.status_code, refused.value.param) == (413, "tools")
