@@ -1,7 +1,7 @@
 """The request of an OpenAI chat completion, and its checks.
 
 Each field is supported, refused unless its value means "none" (NOT_BUILT), or accepted without effect (IGNORED).
-Unknown fields are refused with 400.
+Unknown fields are ignored with a warning (service/unknown_fields.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"], []),
     "audio": (),
     "prediction": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
     # vLLM's

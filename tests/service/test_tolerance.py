@@ -192,6 +192,7 @@ def test_thoughts_and_calls_count_as_text_of_the_prompt() -> None:
         {"add_generation_prompt": True, "add_special_tokens": False, "documents": None, "truncate_prompt_tokens": None},
         {"return_token_ids": False, "return_tokens_as_token_ids": None, "logprob_token_ids": [], "bad_words": []},
         {"modalities": ["text"], "audio": None, "prediction": None, "web_search_options": None},
+        {"verbosity": "medium", "reasoning_effort": "none", "parallel_tool_calls": True, "tools": []},
         {"stop_regex": "", "no_stop_trim": False, "lora_path": None, "custom_logit_processor": None},
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "k"},
     ],
@@ -263,6 +264,13 @@ def test_a_salt_of_the_caches_is_the_clients_and_the_keys() -> None:
     assert params(cache_salt="x", seed=1) == params(seed=1), "it does not change the answer"
     with pytest.raises(msgspec.ValidationError, match="cache_salt"):
         params(cache_salt="x" * 1025)
+
+
+@pytest.mark.parametrize("detail", [None, "auto", "original", "", 3, {}, ["low"]], ids=str)
+def test_the_detail_of_an_image_may_be_anything(detail: Any) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:,", "detail": detail}}
+    (message,) = read({"role": "user", "content": [part]}).messages
+    assert [part.url for part in message.parts() if isinstance(part, openai.ImagePart)] == ["data:,"]
 
 
 # -- media in messages of any role, and options of theirs
