@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from service.settings import Settings, error_messages
 from tests.media.samples import encoded, levels, picture, video_bytes
-from tests.service.conftest import StartServer
 from tests.service.server import Server
 from tests.service.test_frame_sampling import ANY_SIZE, arrived, body, ok, part
 
@@ -184,7 +185,17 @@ def test_files_below_the_allowed_folder_are_media(server: Server) -> None:
         assert error["param"] == "messages[0].content[0]"
 
 
-@pytest.mark.parametrize("value", ["relative", "/no/such/folder", "/etc/passwd", "/"])
-def test_a_folder_that_is_none_ends_the_start(start_server: StartServer, value: str) -> None:
-    with pytest.raises(AssertionError, match="--allowed-media-path"):
-        start_server(allowed_media_path=value)
+@pytest.mark.parametrize(
+    "value", ["relative", "/no/such/folder", "/etc/passwd", "/", "/etc,/no/such/folder", "/etc/.."]
+)
+def test_a_folder_that_is_none_is_no_setting(value: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Settings(allowed_media_path=value)  # type: ignore[arg-type]
+    (message,) = error_messages(error.value)
+    assert message.startswith("--allowed-media-path (FLASH_ALLOWED_MEDIA_PATH):")
+    assert "absolute path of a folder" in message
+
+
+def test_several_folders_are_a_setting() -> None:
+    assert Settings(allowed_media_path="/etc, /usr").allowed_media_path == (Path("/etc"), Path("/usr"))  # type: ignore[arg-type]
+    assert Settings().allowed_media_path == ()
