@@ -60,10 +60,10 @@ HELLO = [{"type": "text", "text": "Hello"}]
 class ChatTemplate:
     """The chat template of one checkpoint.
 
-    variables: those that a client may set; knows_tools: whether it describes tools by itself; text_roles: whose content
-    must be a text where it has no media, not a list of parts; text_arguments: whether a call's arguments must be JSON
-    text, not an object; short_ids: whether ids of calls must have nine letters and digits; takes_system: whether it
-    takes a system message.
+    markers: the texts around reasoning, None without; variables: those that a client may set; knows_tools: whether it
+    describes tools by itself; text_roles: whose content must be a text where it has no media, not a list of parts;
+    text_arguments: whether a call's arguments must be JSON text, not an object; short_ids: whether ids of calls must
+    have nine letters and digits; takes_system: whether it takes a system message.
     """
 
     def __init__(self, processor: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -73,6 +73,7 @@ class ChatTemplate:
         self._named: dict[str, str] = template if isinstance(template, dict) else {}
         self.source = str(self._named.get("default", "") if self._named else template)
         known = chat_template_utils._get_template_variables(self.source)
+        self.markers = next((pair for pair in MARKERS if pair[1] in self.source), None)
         self.variables = known - OWN - {*tokenizer.special_tokens_map}
         self.text_arguments = False
         self.short_ids = False
@@ -115,7 +116,7 @@ class ChatTemplate:
         calls = {"auto": found, "off": ""}.get(tool_call_parser, tool_call_parser)
         markers = REASONING_PARSERS.get(reasoning_parser)
         if reasoning_parser == "auto":
-            markers = next((pair for pair in MARKERS if pair[1] in self.source), None)
+            markers = self.markers
         thinking = next((name for name in THINKING if name in self.variables), "") if markers else ""
         switches: tuple[dict[str, bool], ...] = ({}, {thinking: True}, {thinking: False})
         thinks, thinks_on, thinks_off = (markers is not None and self._opens(markers, each) for each in switches)

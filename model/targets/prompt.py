@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -147,6 +147,8 @@ class Conversations:
         """Return a message as the template takes it. names: of the tools that were called, by id."""
         template = self.template
         turn: dict[str, Any] = {"role": message.role}
+        if message.role == "assistant" and message.reasoning is None:
+            message = self._with_reasoning(message)
         if message.reasoning is not None:
             turn["reasoning_content"] = texts.stand_in(message.reasoning)
         if message.tool_calls:
@@ -169,6 +171,20 @@ class Conversations:
         as_text = message.role in template.text_roles and all(part["type"] == "text" for part in parts)
         turn["content"] = "".join(part["text"] for part in parts) if as_text else parts
         return turn
+
+    def _with_reasoning(self, message: Message) -> Message:
+        """Return an answer with its reasoning apart, where it stands between marks before the content. Templates look
+        for the marks, and see none in a stand-in."""
+        markers = self.template.markers
+        text = message.content[0] if message.content else None
+        if markers is None or not isinstance(text, str) or "reasoning_content" not in self.template.source:
+            return message
+        begin, end = markers
+        before, _, rest = text.partition(end)
+        if not rest.strip() or not before.lstrip().startswith(begin):
+            return message
+        thought = before.lstrip().removeprefix(begin).strip()
+        return replace(message, content=(rest.lstrip(), *message.content[1:]), reasoning=thought)
 
     def _call(self, call: ToolCall, texts: _Texts) -> dict[str, Any]:
         """Return a call as the template takes it."""

@@ -117,6 +117,20 @@ def test_a_round_with_tools_is_tokenised_as_transformers_does(kind: str) -> None
         assert conversations(kind).ids(messages, options(*tools)) == theirs(kind, messages, tools)
 
 
+def test_reasoning_in_an_answer_that_is_sent_back_is_the_templates_to_keep() -> None:
+    """Clients that know no `reasoning_content` send the marks as text; templates drop them, or write them as tokens."""
+    question, again = Message("user", ("Hi",)), Message("user", ("And?",))
+    apart = (question, Message("assistant", ("Yes.",), reasoning="I think."), again)
+    for text in ("<think>\nI think.\n</think>\n\nYes.", "<think>I think.</think>Yes."):
+        together = (question, Message("assistant", (text,)), again)
+        assert conversations("qwen3").ids(together) == conversations("qwen3").ids(apart)
+    for text in ("Yes. <think>I think.</think>", "<think>I think."):
+        together = (question, Message("assistant", (text,)), again)
+        assert text in tokenizer("qwen3").decode(conversations("qwen3").ids(together))
+    kept = (question, Message("assistant", ("<think>I think.</think>Yes.",)), again)
+    assert "<think>I think." in tokenizer("hermes").decode(conversations("hermes").ids(kept))
+
+
 def test_variables_reach_the_template_and_unknown_ones_nothing() -> None:
     messages = (Message("user", ("Hi",)),)
     plain = conversations("qwen3").ids(messages)
