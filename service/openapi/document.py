@@ -44,6 +44,8 @@ BOUNDS = {
     "logprobs": ("maximum", "max_top_logprobs"),
     "top_logprobs": ("maximum", "max_top_logprobs"),
 }
+NOT_SUPPORTED = "Not supported: refused, unless the value asks for nothing."
+WITHOUT_EFFECT = "Without effect."
 PLAIN = {"string", "integer", "number", "boolean"}
 
 
@@ -56,6 +58,12 @@ def document(operations: Iterable[Operation], settings: Settings) -> Schema:
     requests = _reachable([by_type[repr(each.body)] for each in operations if each.body], components)
     for name in requests:
         _describe(components[name], strict=settings.strict)
+    for operation in operations:
+        if operation.body is not None:
+            fields = components[_name(by_type[repr(operation.body)])]["properties"]
+            for names, text in ((operation.not_supported, NOT_SUPPORTED), (operation.without_effect, WITHOUT_EFFECT)):
+                for name in fields.keys() & names:
+                    fields[name]["description"] = text
     bounded = {_name(by_type[repr(each.body)]) for each in operations if each.body and each.bounded}
     _write_bounds([components[name] for name in bounded], settings)
     paths: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,6 +52,8 @@ class Operation:
     request_id: str | None = REQUEST_ID
     parameters: Mapping[str, str] = field(default_factory=dict)  # in the path: descriptions by name
     example: Mapping[str, Any] | None = None
+    not_supported: Collection[str] = ()  # fields that are refused by name unless they ask for nothing
+    without_effect: Collection[str] = ()  # fields that are accepted
     bounded: bool = True  # larger values than the settings allow are refused; otherwise lowered, or of no matter
 
     @property

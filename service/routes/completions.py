@@ -196,6 +196,8 @@ OPERATIONS = [
         "Texts or token ids, without a chat template and without media.",
         body=schema.CompletionRequest,
         events=(Completion,),
+        not_supported=schema.NOT_BUILT,
+        without_effect=("user",),
         example={"prompt": "Once upon a time", "max_tokens": 8, "temperature": 0},
     )
 ]

@@ -208,6 +208,7 @@ OPERATIONS = [
         named_events=True,
         closing_event=None,
         error=AnthropicError,
+        not_supported=schema.NOT_BUILT,
         example={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0},
     ),
     Operation(

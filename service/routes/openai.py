@@ -173,6 +173,8 @@ OPERATIONS = [
         "Generate",
         body=openai.ChatRequest,
         events=(ChatChunk,),
+        not_supported=openai.NOT_BUILT,
+        without_effect=openai.IGNORED,
         example={"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0},
     )
 ]

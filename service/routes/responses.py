@@ -242,6 +242,7 @@ OPERATIONS = [
         events=(ResponseEvent,),
         named_events=True,
         closing_event=None,
+        not_supported=schema.NOT_BUILT,
         example={"input": "Hello", "max_output_tokens": 8, "temperature": 0},
     ),
     Operation(

@@ -110,6 +110,20 @@ def test_no_description_is_of_a_field_that_is_gone() -> None:
     assert set(FIELDS) - {"max_output_tokens"} <= names
 
 
+def test_fields_that_are_refused_or_without_effect_are_described_as_that() -> None:
+    schemas = built()["components"]["schemas"]
+    chat, completion = schemas["ChatRequest"]["properties"], schemas["CompletionRequest"]["properties"]
+    for field in (
+        chat["audio"],
+        chat["use_beam_search"],
+        completion["suffix"],
+        schemas["MessagesRequest"]["properties"]["n"],
+    ):
+        assert field["description"].startswith("Not supported")
+    assert chat["user"]["description"] == completion["user"]["description"] == "Without effect."
+    assert chat["temperature"]["description"] == "0 is greedy."
+
+
 def test_examples_are_what_they_are_examples_of(server: Server) -> None:
     document = server.http.get("/openapi.json").json()
     for operation in WITH_BODY:
