@@ -71,7 +71,11 @@ def ask(server: Server, route: str, *, stream: bool, n: int = 1, media: bool = F
         response = server.http.post(route, files={**form, **files}, headers=headers)
     else:
         content = [{"type": "text", "text": text}, *([image()] if media else [])]
-        body = {"prompt": text, **more} if route == "/v1/completions" else chat_body(content, **more)  # type: ignore[arg-type]
+        body: dict[str, Any] = chat_body(content, **more)  # type: ignore[arg-type]
+        if route == "/v1/completions":
+            body = {"prompt": text, **more}
+        elif route == "/v1/responses":
+            body = {"input": text, "stream": stream, "max_output_tokens": 21, "temperature": 0}
         response = server.http.post(route, json=body, headers=headers)
     assert response.status_code == 200, response.text
     found = re.search(r'"id": ?"([^"]+)"', response.text)
@@ -100,6 +104,10 @@ def trace_of(collector: Collector, answer: str) -> Span:
         ("/v1/completions", "text_completion", True, 2, False),
         ("/v1/generate", "generate_content", True, 1, True),
         ("/v1/generate", "generate_content", False, 1, False),
+        ("/v1/responses", "chat", False, 1, False),
+        ("/v1/responses", "chat", True, 1, False),
+        ("/v1/messages", "chat", False, 1, False),
+        ("/v1/messages", "chat", True, 1, False),
     ],
 )
 def test_a_request_is_one_span_with_its_stages(
