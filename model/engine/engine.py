@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from model.drafters.base import Drafter, Room
 from model.drafters.flash.drafter import FlashDrafter
 from model.drafters.hot_swap import Incoming, Packed
 from model.engine import choice, intake
+from model.engine.description import describe
 from model.engine.encoder_cache import EncoderCache
 from model.engine.media import MediaEncoder
 from model.engine.native_round import NativeRound
@@ -44,7 +44,6 @@ from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 from model.engine.warm_up import Chains, warm_up
 from model.request import (
-    EngineInfo,
     EngineStats,
     FinishReason,
     Request,
@@ -55,7 +54,6 @@ from model.request import (
     VideoMetadata,
 )
 from model.targets.base import Target
-from model.targets.frames import most_frames
 from model.targets.raw_prompt import checked_ids, token_names
 from model.targets.registry import load_target, open_checkpoint
 
@@ -118,20 +116,7 @@ class Engine:
             config.encoder_cache_bytes, f"{config.model} {transformers.__version__} {target.geometry}"
         )
         self.media = MediaEncoder(target, features, self.counters)
-        self.info = EngineInfo(
-            model=config.model,
-            device=config.device,
-            dtype=config.dtype,
-            backend=self._backend(),
-            drafter=self.drafter.name if self.drafter else "off",
-            max_model_len=self.max_model_len,
-            max_num_seqs=num_slots,
-            tokens_per_image=target.tokens_per_image,
-            geometry=target.geometry,
-            max_frames=most_frames(target, self.max_model_len),
-            memory=self._memory(),
-            chat=target.template.format(config.tool_call_parser, config.reasoning_parser),
-        )
+        self.info = describe(config, target, self.cache, self.drafter, self.max_model_len)
 
     def use(self, drafter: Drafter | None) -> None:
         """Draft with this drafter from the next step on; None: no drafting. No sequence may be running."""
@@ -157,19 +142,6 @@ class Engine:
         with nullcontext() if self.round.native else self._torch():
             warm_up(self.round, self.load, caches)
 
-    def _backend(self) -> str:
-        """Say what computes the target."""
-        if self.target.native:
-            return library.name()
-        return f"{library.name()}, vision torch" if self.round.native else "torch"
-
-    def _memory(self) -> dict[str, int]:
-        """Return bytes by purpose, known before the first request: allocated ones, and limits of caches."""
-        memory = {"weights": self.target.num_bytes, "kv_cache": self.cache.nbytes}
-        if self.drafter is not None:
-            memory |= {"draft_weights": self.drafter.num_bytes, "draft_kv_cache": self.drafter.cache_bytes}
-        return memory | {"encoder_cache": self.config.encoder_cache_bytes}
-
     # --- swapping the draft
 
     def read_draft(self, folder: str) -> Incoming:
@@ -191,7 +163,7 @@ class Engine:
         self.prefixes.forget_drafts()
         self.config = draft.config
         self._draft_with(draft.drafter)
-        self.info = replace(self.info, drafter=draft.drafter.name, memory=self._memory())
+        self.info = describe(self.config, self.target, self.cache, self.drafter, self.max_model_len)
 
     # --- requests
 
