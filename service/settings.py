@@ -1,7 +1,8 @@
 """The settings of the service: one frozen object, read at start from the command line and `FLASH_*` variables.
 
 Each field is an option of `flashserve serve` and an environment variable of the same name (an empty one counts as
-unset); its description is the help text. Nothing reads the environment later.
+unset); its description is the help text. Nothing reads the environment later. They are one file because they are one
+list: whoever looks for an option reads it from top to bottom.
 """
 
 from __future__ import annotations
