@@ -173,11 +173,11 @@ async def _events(answer: _Answer, *, with_usage: bool, running_stats: bool) -> 
             if not (output.text or output.logprobs or output.finish_reason):
                 continue
             logprobs, reason = answer.logprobs(index, output), output.finish_reason
-            made = chunk({"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": reason})
+            part = chunk({"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": reason})
             if context.finished:
-                last = made
+                last = part
             else:
-                yield made
+                yield part
         if with_usage:
             last += event(answer.completion([], with_usage=True))
         yield LastEvent(last + DONE)
