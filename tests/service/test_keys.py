@@ -40,7 +40,7 @@ def test_every_answer_of_a_post_route_has_an_id_that_the_log_has_too(start_serve
 
 def test_refusals_are_counted_by_reason(server: Server) -> None:
     before = server.metric("flash_requests_rejected_total", reason="not_built")
-    server.chat(tools=[{"type": "function"}])
+    server.chat(prediction={"type": "content", "content": "x"})
     assert server.metric("flash_requests_rejected_total", reason="not_built") == before + 1
 
 

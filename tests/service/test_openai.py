@@ -219,7 +219,7 @@ def test_a_url_alone_is_media_and_no_text(client: openai.OpenAI) -> None:
     assert ask(client, [{"type": "image_url", "image_url": url}]).choices
     for wrong, code, param in (
         ("x.png", "unsupported_url", "messages[0].content[0]"),
-        ("", "unsupported_url", "messages[0].content[0]"),
+        ("", "missing_field", "messages[0].content[0].image_url"),
         (None, "missing_field", "messages[0].content[0].image_url"),
         ([], "invalid_request", "messages[0].content[0].image_url"),
     ):
