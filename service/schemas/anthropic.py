@@ -28,6 +28,7 @@ NAMES = {
     "tool_choice.function": "tool_choice",
 }
 
+THINKS = "medium"  # effort, where thinking is on and nothing is said of it
 ERROR_TYPES = {  # by status
     401: "authentication_error",
     403: "permission_error",
@@ -167,7 +168,7 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None  # without effect: thinking counts as part of max_tokens
-    display: str | None = None  # without effect: thinking is sent whole
+    display: str | None = None  # "omitted": it is not sent. It is never summarized
 
 
 class JsonFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -235,9 +236,29 @@ def to_chat(request: MessagesRequest, names: FieldNames, settings: Settings) -> 
     output = request.output_config or OutputConfig()
     if (form := output.format or request.output_format) is not None:
         fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema}}
-    if output.effort is not None:
-        fields["reasoning_effort"] = output.effort
+    if (effort := _effort(request.thinking, output.effort)) is not None:
+        fields["reasoning_effort"] = effort
+    if request.thinking is not None and request.thinking.display == "omitted":
+        fields["include_reasoning"] = False
+    if request.chat_template_kwargs is not None:
+        fields["chat_template_kwargs"] = request.chat_template_kwargs
+    if _goes_on(fields["messages"][-1:]):
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
     return chat_request(fields, names)
+
+
+def _effort(thinking: Thinking | None, effort: str | None) -> str | None:
+    """Return how much the model is to think, as chats have it; None where the chat template decides."""
+    if thinking is None:
+        return effort
+    return "none" if thinking.type == "disabled" else effort or THINKS
+
+
+def _goes_on(last: list[dict[str, Any]]) -> bool:
+    """Return whether the answer continues the last message: an assistant's own text."""
+    return any(
+        message["role"] == "assistant" and message["content"] and not message.get("tool_calls") for message in last
+    )
 
 
 class _Messages:

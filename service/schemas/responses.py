@@ -35,6 +35,7 @@ NAMES = {
     "response_format": "text.format",
     "response_format.json_schema": "text.format",
     "tool_choice.function": "tool_choice",
+    "tool_choice.allowed_tools": "tool_choice",
 }
 LOGPROBS = "message.output_text.logprobs"  # in `include`
 
@@ -416,6 +417,7 @@ def _tools(request: ResponsesRequest, names: FieldNames) -> dict[str, Any]:
             raise not_built(f"{param}.type", "only tools of type 'function' are", f" {tool.type[:64]!r}")
         if tool.name is None:
             raise missing(f"{param}.name")
+        names.add(f"{param}.function", param)
     choice = request.tool_choice
     if isinstance(choice, ToolChoice):
         if choice.type == "function":
@@ -423,31 +425,30 @@ def _tools(request: ResponsesRequest, names: FieldNames) -> dict[str, Any]:
                 raise missing("tool_choice.name")
             fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
         elif choice.type == "allowed_tools":
-            tools = _allowed(tools, choice)
-            fields["tool_choice"] = choice.mode or "auto"
+            fields["tool_choice"] = _allowed(choice, names)
         else:
             raise not_built("tool_choice.type", "send 'function' or 'allowed_tools'", f" {choice.type[:64]!r}")
     elif choice is not None:
         fields["tool_choice"] = choice
     if tools:
-        fields["tools"] = []
-    for index, tool in enumerate(tools):
-        names.add(f"tools[{index}].function", f"tools[{(request.tools or []).index(tool)}]")
-        fields["tools"].append({"type": "function", "function": _sent(tool, without=("type",))})
+        fields["tools"] = [{"type": "function", "function": _sent(tool, without=("type",))} for tool in tools]
     if request.parallel_tool_calls is not None:
         fields["parallel_tool_calls"] = request.parallel_tool_calls
     return fields
 
 
-def _allowed(tools: list[Tool], choice: ToolChoice) -> list[Tool]:
-    """Return the tools that `tool_choice` allows."""
-    known = {tool.name for tool in tools}
-    for index, allowed in enumerate(choice.tools or ()):
-        if allowed.type != "function" or allowed.name not in known:
-            param = f"tool_choice.tools[{index}]"
-            raise BadRequest(f"{param} is none of tools", param=param)
-    names = {allowed.name for allowed in choice.tools or ()}
-    return [tool for tool in tools if tool.name in names]
+def _allowed(choice: ToolChoice, names: FieldNames) -> dict[str, Any]:
+    """Convert the tools that may be called."""
+    tools = []
+    for index, tool in enumerate(choice.tools or ()):
+        param = f"tool_choice.tools[{index}]"
+        names.add(f"tool_choice.allowed_tools.tools[{index}].function", param)
+        if tool.type != "function":
+            raise not_built(f"{param}.type", "only tools of type 'function' are", f" {tool.type[:64]!r}")
+        if tool.name is None:
+            raise missing(f"{param}.name")
+        tools.append({"type": "function", "function": {"name": tool.name}})
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode or "auto", "tools": tools}}
 
 
 def _response_format(form: Format) -> dict[str, Any]:
