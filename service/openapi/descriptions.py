@@ -29,6 +29,8 @@ FIELDS: dict[str, str] = {
     "stream_options": "What a stream also tells, such as usage.",
     "include_usage": "Send the usage in a last chunk.",
     "continuous_usage_stats": "Send the usage so far in every chunk.",
+    "stop_sequences": "The answer ends before any of these texts.",
+    "include": "What the response also tells: message.output_text.logprobs.",
     "cache_salt": "Caches are shared only between requests of the same salt.",
     "speculation": "off: no drafts for this request. The answer is the same.",
     # Prompts
@@ -36,6 +38,8 @@ FIELDS: dict[str, str] = {
     "prompt": "The text to answer or to continue.",
     "content": "A text, or a list of parts.",
     "role": "Who says it.",
+    "instructions": "A system message before the input.",
+    "system": "A system message before the others.",
     "echo": "Send the prompt before the answer.",
     "add_special_tokens": "Add the tokens that the tokenizer adds by itself, such as BOS.",
     "tokens": "Token ids.",
@@ -54,6 +58,7 @@ FIELDS: dict[str, str] = {
     # Structured output
     "response_format": "Bind the answer to JSON, or to a JSON schema.",
     "structured_outputs": "vLLM's: bind the answer to one of json, regex, choice, grammar.",
+    "output_config": "In format, the JSON schema that the answer is bound to; in effort, how much a model is to think.",
     "guided_json": "Bind the answer to a JSON schema.",
     "guided_regex": "Bind the answer to a regular expression.",
     "guided_choice": "The answer is one of these texts.",
