@@ -17,13 +17,16 @@ from service import chat_input
 from service.answers import grammars
 from service.answers.events import Answer, Delta, ReasoningDelta
 from service.answers.parser import AnswerParser
+from service.answers.reasoning import ReasoningCounter
 from service.deps import service_of
 from service.errors import BadRequest
 from service.request_context import RequestContext
 from service.schemas import openai, tools
+from service.schemas.answers import Usage
 from service.schemas.sampling import sampling_params
 from service.stream import cancel_on_disconnect
 from service.uploads import Upload
+from service.usage import usage
 
 DEFAULT_TEMPERATURE = 1.0
 
@@ -43,9 +46,16 @@ class Chat:
     parsers: list[AnswerParser]
     include_reasoning: bool = True
     answers: list[Answer] = field(init=False)  # one per choice, as far as it has arrived
+    counters: list[ReasoningCounter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.answers = [Answer() for _ in self.parsers]
+        self.counters = [ReasoningCounter() for _ in self.parsers]
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens of the prompt and of all choices so far."""
+        return usage(self.context.stats, reasoning_tokens=sum(counter.tokens for counter in self.counters))
 
     async def deltas(self) -> AsyncIterator[tuple[int, list[Delta], RequestOutput]]:
         """Yield (choice, what it adds to the answer, output) until every choice is finished, then nothing. Raises the
@@ -54,6 +64,7 @@ class Chat:
             deltas = self.parsers[index].feed(output.text)
             if output.finish_reason is not None:
                 deltas += self.parsers[index].finish()
+            self.counters[index].add(deltas, output)
             if not self.include_reasoning:
                 deltas = [delta for delta in deltas if not isinstance(delta, ReasoningDelta)]
             self.answers[index].add(deltas)

@@ -155,7 +155,7 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
             elif events:
                 yield events
         last += b"".join(content.finish())
-        usage = anthropic_usage(chat.context.stats)
+        usage = anthropic_usage(chat.usage)
         yield LastEvent(
             last + _event("message_delta", delta=_stop(chat, content), usage=usage) + _event("message_stop")
         )
@@ -173,7 +173,7 @@ def _message(chat: Chat, content: Content | None = None) -> dict[str, Any]:
         "model": context.model,
         "content": [] if content is None else content.blocks,
         **_stop(chat, content),
-        "usage": anthropic_usage(context.stats),
+        "usage": anthropic_usage(chat.usage),
     }
 
 

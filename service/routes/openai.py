@@ -36,7 +36,6 @@ from service.schemas.answers import (
     FunctionDelta,
 )
 from service.stream import DONE, EventStream, LastEvent, event, json_response
-from service.usage import usage
 
 
 @with_request_id("chatcmpl-")
@@ -74,7 +73,7 @@ def _completion(chat: Chat) -> ChatCompletion:
             }
             for index, answer in enumerate(chat.answers)
         ],
-        "usage": usage(chat.context.stats),
+        "usage": chat.usage,
     }
 
 
@@ -117,7 +116,7 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
             "choices": choices,
         }
         if chat.with_usage:
-            head["usage"] = usage(context.stats) if with_usage else None
+            head["usage"] = chat.usage if with_usage else None
         return event(head)
 
     def chunk(

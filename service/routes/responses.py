@@ -220,7 +220,7 @@ def _response(
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "model": context.model,
         "output": [] if output is None else output.items,
-        "usage": None if output is None else responses_usage(context.stats),
+        "usage": None if output is None else responses_usage(chat.usage),
         **echo,
     }
 

@@ -13,7 +13,8 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
-class PredictionTokens(TypedDict):
+class AnswerTokens(TypedDict):
+    reasoning_tokens: NotRequired[int]  # of chats
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
@@ -25,7 +26,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: PredictionTokens
+    completion_tokens_details: AnswerTokens
 
 
 class TopLogprob(TypedDict):

@@ -131,7 +131,7 @@ INPUT_TOOLS: list[Any] = [
     {**LOOK, "input_schema": SCHEMA},
     {"name": "stop", "description": "Stops.", "input_schema": {"type": "object", "properties": {}}},
 ]
-ARGUMENTS = {"at": [1, 20], "name": 'the "Ü"'}
+ARGUMENTS = {"at": [1, 20], "name": 'the "U"'}
 THOUGHT = "<think>\nI should look.\n</think>\n\n"
 CALLS = call("qwen3", "look", ARGUMENTS, ("stop", {}))
 ROUND = say(f"{THOUGHT}Let me look.\n{CALLS}", f"{THOUGHT}It is a dog.")
@@ -156,7 +156,8 @@ def test_a_round_of_responses_with_tools(of_openai: openai.OpenAI, server: Serve
     responses.check_events(events)
     last = events[-1]["response"]
     assert [strip(item) for item in last["output"]] == [strip(item.to_dict()) for item in whole]
-    assert last["usage"]["output_tokens_details"] == answer.usage.output_tokens_details.to_dict()
+    details = last["usage"]["output_tokens_details"]
+    assert details["reasoning_tokens"] == answer.usage.output_tokens_details.reasoning_tokens
     with of_openai.responses.stream(**fields, input=items) as stream:
         final: Any = stream.get_final_response()
     assert final.output[2].parsed_arguments == ARGUMENTS
@@ -211,31 +212,35 @@ def test_a_round_of_messages_with_tools(of_anthropic: anthropic.Anthropic, serve
 def test_a_call_can_be_forced(of_openai: openai.OpenAI, of_anthropic: anthropic.Anthropic, said: str) -> None:
     """Whatever the model would say: the grammar binds it to the call and its arguments to their schema."""
     prompt = say(said)
-    fields: Any = {"model": "demo", "input": prompt, "tools": TOOLS, "temperature": 0, "max_output_tokens": 500}
-    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]}
-    for choice in ({"type": "function", "name": "look"}, allowed):
+    thinks = said.startswith(THOUGHT)
+    fields: Any = {"model": "demo", "input": prompt, "tools": TOOLS, "temperature": 0, "max_output_tokens": 900}
+    fields |= {} if thinks else {"reasoning": {"effort": "none"}}
+    allowed: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]}
+    named: Any = {"type": "function", "name": "look"}
+    for choice in (named, allowed):
         answer = of_openai.responses.create(**fields, tool_choice=choice)
         (made,) = [item for item in answer.output if item.type == "function_call"]
         assert made.name == "look"
         jsonschema.validate(json.loads(made.arguments), SCHEMA)
     conversation: Any = [messages.user(messages.text(prompt))]
     tool: Any = {"type": "tool", "name": "look", "disable_parallel_tool_use": True}
-    message = of_anthropic.messages.create(
-        model="demo", messages=conversation, tools=INPUT_TOOLS, tool_choice=tool, max_tokens=500
-    )
+    fields = {"model": "demo", "messages": conversation, "tools": INPUT_TOOLS, "max_tokens": 900}
+    fields |= {"extra_body": {"temperature": 0}} | ({} if thinks else {"thinking": {"type": "disabled"}})
+    message: Any = of_anthropic.messages.create(**fields, tool_choice=tool)
     (used,) = [block for block in message.content if block.type == "tool_use"]
     assert (used.name, message.stop_reason) == ("look", "tool_use")
     jsonschema.validate(used.input, SCHEMA)
     anything: Any = {"type": "any"}
-    message = of_anthropic.messages.create(
-        model="demo", messages=conversation, tools=INPUT_TOOLS, tool_choice=anything, max_tokens=900
-    )
-    assert message.content[-1].type == "tool_use"
+    message = of_anthropic.messages.create(**fields, tool_choice=anything)
+    assert [block.type for block in message.content][-1] == "tool_use"
+    assert (message.content[0].type == "thinking") == thinks
 
 
 def test_without_a_choice_for_tools_text_stays_text(of_openai: openai.OpenAI, server: Server) -> None:
     fields: Any = {"model": "demo", "input": say(CALLS), "temperature": 0, "max_output_tokens": 300}
-    for tools in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+    none_wanted: Any = {"tools": TOOLS, "tool_choice": "none"}
+    choices: list[Any] = [{}, none_wanted]
+    for tools in choices:
         assert of_openai.responses.create(**fields, **tools).output_text == CALLS
     one = of_openai.responses.create(**fields, tools=TOOLS, parallel_tool_calls=False)
     assert [item.type for item in one.output] == ["function_call"]
