@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from service.errors import ServiceError
+from service.errors import BadRequest, ServiceError
 from service.schemas.conversion import FieldNames, chat_request, missing, not_built, sampling_fields
 from service.schemas.media_options import ImageFields, MediaFields
 from service.schemas.openai import ChatRequest
@@ -195,6 +195,7 @@ class MessagesRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_
     stop_sequences: list[str] | None = None
     container: Any = None
     mcp_servers: Any = None
+    thread: Any = None
 
     metadata: Any = None  # without effect, as are the next
     cache_control: Any = None
@@ -209,7 +210,8 @@ class MessagesRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_
 def error_envelope(error: ServiceError, request_id: str | None) -> dict[str, Any]:
     """Return an error as Anthropic's API sends it, with our `param` and `code` beside its fields."""
     kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    fields = {"type": kind, "message": error.message, "param": error.param, "code": error.code}
+    fields: dict[str, Any] = {"type": kind, "message": error.message, "param": error.param, "code": error.code}
+    fields["details"] = {"error_code": error.code}  # where the official client looks for it
     return {"type": "error", "error": fields, "request_id": request_id}
 
 
@@ -226,6 +228,10 @@ def to_chat(request: MessagesRequest, names: FieldNames, settings: Settings) -> 
         value = getattr(request, name)
         if value is not None and value not in harmless:
             raise not_built(name, instead)
+    if request.thread is not None:
+        # The official client's tool runner tries it, knows this code, and goes on with whole conversations.
+        message = "thread is not supported: messages are not stored; send the whole conversation in messages"
+        raise BadRequest(message, param="thread", code="thread_unsupported_request")
     fields = sampling_fields(request) | {"messages": _Messages(names).of(request)} | _tools(request, names)
     if request.max_tokens is not None:
         fields["max_tokens"] = min(request.max_tokens, settings.max_new_tokens)

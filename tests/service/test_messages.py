@@ -448,3 +448,11 @@ def test_tokens_are_counted_without_an_answer(client: anthropic.Anthropic, serve
     refused = server.http.post("/v1/messages/count_tokens", json=broken)
     assert (refused.status_code, refused.json()["error"]["param"]) == (415, "messages[0].content[1]")
     ErrorResponse.model_validate(refused.json(), strict=True)
+
+
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}, {}])
+def test_a_thread_is_refused_by_the_code_that_the_client_knows(server: Server, thread: dict[str, Any]) -> None:
+    body = {"max_tokens": 9, "messages": [{"role": "user", "content": "hello"}], "thread": thread}
+    refused = server.http.post("/v1/messages", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "thread")
+    assert refused.json()["error"]["details"]["error_code"] == "thread_unsupported_request"
