@@ -51,7 +51,12 @@ def read() -> dict[str, list[dict[str, Any]]]:
 
 
 def write(recorded: dict[str, list[dict[str, Any]]]) -> None:
-    FILE.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    """Write one request a line."""
+    libraries = []
+    for library, requests in sorted(recorded.items()):
+        lines = ",\n  ".join(json.dumps(request, sort_keys=True) for request in requests)
+        libraries.append(f'"{library}": [\n  {lines}\n ]')
+    FILE.write_text("{\n " + ",\n ".join(libraries) + "\n}\n")
 
 
 def _shorter(value: Any) -> Any:

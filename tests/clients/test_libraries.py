@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ SCENE = Path(__file__).parents[2] / "model" / "demo" / "media" / "scene.png"
 QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "HF_HUB_OFFLINE": "1"}
 CAPTION = "what the model answers a plain request"
 TOOLS = ["area", {"width": 6, "height": 7}, "The area is 42."]
+THING = {"center": "a medium orange dotted diamond"}
 ROUNDS: dict[str, dict[str, Any]] = {
     "openai": {
         "models": ["demo"],
@@ -35,23 +37,103 @@ ROUNDS: dict[str, dict[str, Any]] = {
         "caption_streamed": CAPTION,
         "caption_helper": CAPTION,
         "caption_async": CAPTION,
+        "caption_of_a_plain_url": CAPTION,
         "caption_again_after_history": "There are five objects in the image.",
         "error": "max_completion_tokens",
+        "scene": THING,
+        "scene_streamed": THING,
+        "json_object": {"center": "blue"},
+        "tools": TOOLS,
+        "tools_one_at_a_time": TOOLS,
+        "tools_streamed": TOOLS,
+        "tool_required": THING,
+        "tool_named": THING,
+        "completion": " short videos of colored",
+        "response": CAPTION,
+        "response_streamed": CAPTION,
+        "response_scene": THING,
+        "response_tools": TOOLS,
+        "response_tools_streamed": TOOLS,
     },
-    "langchain": {"caption": CAPTION, "caption_standard": CAPTION, "caption_streamed": CAPTION},
-    "litellm": {"caption": CAPTION, "caption_vllm": CAPTION, "caption_streamed": CAPTION, "error": "context window"},
-    "pydantic_ai": {"caption": CAPTION, "caption_streamed": CAPTION},
-    "smolagents": {"caption": CAPTION, "caption_streamed": CAPTION},
+    "anthropic": {
+        "caption": CAPTION,
+        "caption_streamed": CAPTION,
+        "count_tokens": True,
+        "thing": THING,
+        "tools": TOOLS,
+        "tools_streamed": TOOLS,
+        "tool_runner": TOOLS,
+        "tool_required": THING,
+        "tool_named": THING,
+        "error": "invalid_request_error",
+    },
+    "langchain": {
+        "caption": CAPTION,
+        "caption_standard": CAPTION,
+        "caption_streamed": CAPTION,
+        "thing": THING,
+        "thing_by_function": THING,
+        "thing_strict": THING,
+        "thing_by_json": THING,
+        "tools": TOOLS,
+        "tools_streamed": TOOLS,
+        "tool_required": THING,
+        "tool_named": THING,
+        "response": CAPTION,
+        "response_tools": TOOLS,
+        "claude_caption": CAPTION,
+        "claude_caption_streamed": CAPTION,
+        "claude_thing": THING,
+        "claude_tools": TOOLS,
+    },
+    "litellm": {
+        "caption": CAPTION,
+        "caption_vllm": CAPTION,
+        "caption_streamed": CAPTION,
+        "thing": THING,
+        "thing_vllm": THING,
+        "tools": TOOLS,
+        "tools_streamed": TOOLS,
+        "tool_required": THING,
+        "response": CAPTION,
+        "error": "context window",
+    },
+    "instructor": {
+        "thing": THING,
+        "thing_strict": THING,
+        "thing_by_responses": THING,
+        "thing_streamed": THING,
+        "thing_after_a_retry": THING,
+    },
+    "pydantic_ai": {
+        "caption": CAPTION,
+        "caption_streamed": CAPTION,
+        "thing": THING,
+        "thing_native": THING,
+        "thing_prompted": THING,
+        "tools": TOOLS,
+        "response": CAPTION,
+        "response_tools": TOOLS,
+        "response_thing": THING,
+        "claude_caption": CAPTION,
+        "claude_thing": THING,
+        "claude_tools": TOOLS,
+    },
+    "smolagents": {
+        "caption": CAPTION,
+        "caption_streamed": CAPTION,
+        "tools": TOOLS,
+        "tools_streamed": TOOLS,
+        "code": TOOLS,
+        "code_as_json": TOOLS,
+    },
 }
-OWN = ("openai",)  # the project's environment has these, in their newest versions
+OWN = ("openai", "anthropic")  # the project's environment has these, in their newest versions
 
 
 @pytest.fixture(scope="module")
 def caption(demo_server: EngineServer) -> str:
-    uri = "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()
-    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "Describe the image."}]
-    system = {"role": "system", "content": "You describe pictures."}
-    response = demo_server.chat(messages=[system, {"role": "user", "content": content}])
+    response = demo_server.http.post("/v1/chat/completions", json=question())
     answer: str = response.json()["choices"][0]["message"]["content"]
     assert "A medium orange dotted diamond is in the center" in answer
     return answer
@@ -78,6 +160,28 @@ def test_its_newest_version_does_too(
 ) -> None:
     results, _ = run(library, Path(sys.executable), demo_server.url, scripted_server.url)
     check(results, library, caption)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
+@pytest.mark.parametrize("stream", [False, True])
+def test_curl_does_too(demo_server: EngineServer, caption: str, tmp_path: Path, stream: bool) -> None:
+    (tmp_path / "body.json").write_text(json.dumps({**question(), "stream": stream}))
+    command = ["curl", "--silent", "--fail", f"{demo_server.url}/v1/chat/completions", "--data", "@body.json"]
+    text = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    if not stream:
+        assert json.loads(text)["choices"][0]["message"]["content"] == caption
+        return
+    *events, done = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert done == "[DONE]"
+    deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == caption
+
+
+def question() -> dict[str, Any]:
+    uri = "data:image/png;base64," + base64.b64encode(SCENE.read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "Describe the image."}]
+    system = {"role": "system", "content": "You describe pictures."}
+    return {"model": "demo", "temperature": 0, "messages": [system, {"role": "user", "content": content}]}
 
 
 def run(library: str, python: Path, url: str, scripted_url: str) -> tuple[dict[str, Any], list[bodies.Recorded]]:

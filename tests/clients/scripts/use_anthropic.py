@@ -25,12 +25,18 @@ TOOL: Any = {
 
 
 class Thing(BaseModel):
-    colour: Literal["red", "green", "blue", "brown", "orange", "yellow", "white"]
-    shape: Literal["circle", "square", "cross", "diamond", "crescent"]
+    center: Literal["a medium red dotted diamond", "a medium blue dotted diamond", "a medium orange dotted diamond"]
+
+
+THING: Any = {"name": "Thing", "input_schema": Thing.model_json_schema()}
 
 
 def messages(text: str = QUESTION) -> Any:
     return [{"role": "user", "content": [IMAGE, {"type": "text", "text": text}]}]
+
+
+def prompt_tokens(usage: Any) -> int:
+    return usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens
 
 
 def text_of(message: Any) -> str:
@@ -43,7 +49,7 @@ def caption() -> Any:
         model="demo", max_tokens=200, extra_body=GREEDY, system="You describe pictures.", messages=messages()
     )
     assert answer.stop_reason == "end_turn"
-    assert answer.usage.input_tokens > 20
+    assert prompt_tokens(answer.usage) > 20
     return text_of(answer)
 
 
@@ -67,7 +73,7 @@ def caption_streamed() -> Any:
 def count_tokens() -> Any:
     count = client.messages.count_tokens(model="demo", messages=messages()).input_tokens
     answer = client.messages.create(model="demo", max_tokens=1, messages=messages())
-    return count == answer.usage.input_tokens
+    return count == prompt_tokens(answer.usage)
 
 
 @a_round
@@ -125,19 +131,28 @@ def tool_runner() -> Any:
     return ["area", *calls, text_of(last)]
 
 
-@a_round
-def tool_named() -> Any:
+def forced_tool(tool_choice: Any, tools: Any) -> Any:
     answer = client.messages.create(
         model="demo",
         max_tokens=200,
         extra_body=GREEDY,
         messages=messages(),
-        tools=[TOOL],
-        tool_choice={"type": "tool", "name": "area"},
+        tools=tools,
+        tool_choice=tool_choice,
     )
+    assert answer.stop_reason == "tool_use"
     (call,) = [block for block in answer.content if block.type == "tool_use"]
-    assert set(call.input) == {"width", "height"}
-    return call.name
+    return call.input
+
+
+@a_round
+def tool_required() -> Any:
+    return forced_tool({"type": "any", "disable_parallel_tool_use": True}, [THING])
+
+
+@a_round
+def tool_named() -> Any:
+    return forced_tool({"type": "tool", "name": "Thing"}, [TOOL, THING])
 
 
 @a_round

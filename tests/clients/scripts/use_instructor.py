@@ -15,10 +15,9 @@ scripted = openai.OpenAI(base_url=f"{SCRIPTED_URL}/v1", api_key="none", max_retr
 
 
 class Thing(BaseModel):
-    """One thing in the picture."""
+    """What there is in the picture."""
 
-    colour: Literal["red", "green", "blue", "brown", "orange", "yellow", "white"]
-    shape: Literal["circle", "square", "cross", "diamond", "crescent"]
+    center: Literal["a medium red dotted diamond", "a medium blue dotted diamond", "a medium orange dotted diamond"]
 
 
 def messages(text: str = "What is there?") -> Any:
@@ -66,18 +65,18 @@ def thing_streamed() -> Any:
 def thing_after_a_retry() -> Any:
     """JSON of no particular form, which the model's own check refuses at first: the scripted model says both."""
 
-    class Square(Thing):
-        @field_validator("shape")
+    class Orange(Thing):
+        @field_validator("center")
         @classmethod
-        def is_square(cls, shape: str) -> str:
-            if shape != "square":
+        def is_orange(cls, center: str) -> str:
+            if "orange" not in center:
                 raise ValueError("look again")
-            return shape
+            return center
 
     client = instructor.from_openai(scripted, mode=instructor.Mode.JSON)
-    script = say('{"colour": "brown", "shape": "cross"}', '{"colour": "brown", "shape": "square"}')
+    script = say('{"center": "a medium red dotted diamond"}', '{"center": "a medium orange dotted diamond"}')
     return client.create(
-        model="demo", messages=messages(f"What is there? {script}"), response_model=Square, max_retries=1
+        model="demo", messages=messages(f"What is there? {script}"), response_model=Orange, max_retries=1
     ).model_dump()
 
 

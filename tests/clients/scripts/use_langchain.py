@@ -9,7 +9,7 @@ from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from rounds import IMAGE_BASE64, IMAGE_URI, QUESTION, SCRIPTED_URL, TOOL_PROMPT, URL, a_round, run
 
 KEY: Any = "none"
@@ -21,10 +21,9 @@ scripted_claude = ChatAnthropic(base_url=SCRIPTED_URL, model_name="demo", api_ke
 
 
 class Thing(BaseModel):
-    """One thing in the picture."""
+    """What there is in the picture."""
 
-    colour: Literal["red", "green", "blue", "brown", "orange", "yellow", "white"] = Field(description="its colour")
-    shape: Literal["circle", "square", "cross", "diamond", "crescent"] = Field(description="its shape")
+    center: Literal["a medium red dotted diamond", "a medium blue dotted diamond", "a medium orange dotted diamond"]
 
 
 @tool
@@ -100,7 +99,7 @@ def thing_strict() -> Any:
 def thing_by_json() -> Any:
     """JSON of no particular form: a scripted model has to say the right one."""
     chain = scripted.with_structured_output(Thing, method="json_mode")
-    text = 'What is there? Answer as JSON. say<<<{"colour": "brown", "shape": "square"}>>>'
+    text = 'What is there? Answer as JSON. say<<<{"center": "a medium orange dotted diamond"}>>>'
     return chain.invoke([question(text)]).model_dump()
 
 
@@ -120,15 +119,14 @@ def tools_streamed() -> Any:
 
 @a_round
 def tool_required() -> Any:
-    (call, *_) = model.bind_tools([area], tool_choice="any").invoke([question()]).tool_calls
-    assert {type(value) for value in call["args"].values()} == {int}
-    return call["name"]
+    (call, *_) = model.bind_tools([Thing], tool_choice="any").invoke([question()]).tool_calls
+    return call["args"]
 
 
 @a_round
 def tool_named() -> Any:
-    (call,) = model.bind_tools([area], tool_choice="area", strict=True).invoke([question()]).tool_calls
-    return call["name"]
+    (call,) = model.bind_tools([area, Thing], tool_choice="Thing", strict=True).invoke([question()]).tool_calls
+    return call["args"]
 
 
 @a_round

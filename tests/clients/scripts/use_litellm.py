@@ -27,8 +27,7 @@ TOOL = {
 
 
 class Thing(BaseModel):
-    colour: Literal["red", "green", "blue", "brown", "orange", "yellow", "white"]
-    shape: Literal["circle", "square", "cross", "diamond", "crescent"]
+    center: Literal["a medium red dotted diamond", "a medium blue dotted diamond", "a medium orange dotted diamond"]
 
 
 def messages(text: str = QUESTION) -> Any:
@@ -103,12 +102,12 @@ def tools_streamed() -> Any:
 
 @a_round
 def tool_required() -> Any:
+    tool = {"type": "function", "function": {"name": "Thing", "parameters": Thing.model_json_schema()}}
     answer = litellm.completion(
-        "hosted_vllm/demo", temperature=0, messages=messages(), tools=[TOOL], tool_choice="required", **DEMO
+        "hosted_vllm/demo", temperature=0, messages=messages(), tools=[tool], tool_choice="required", **DEMO
     )
     (call, *_) = answer.choices[0].message.tool_calls
-    assert set(json.loads(call.function.arguments)) == {"width", "height"}
-    return call.function.name
+    return json.loads(call.function.arguments)
 
 
 @a_round

@@ -24,10 +24,9 @@ GREEDY: Any = {"temperature": 0}
 
 
 class Thing(BaseModel):
-    """One thing in the picture."""
+    """What there is in the picture."""
 
-    colour: Literal["red", "green", "blue", "brown", "orange", "yellow", "white"]
-    shape: Literal["circle", "square", "cross", "diamond", "crescent"]
+    center: Literal["a medium red dotted diamond", "a medium blue dotted diamond", "a medium orange dotted diamond"]
 
 
 async def describe(with_model: Any) -> Any:
@@ -78,7 +77,7 @@ async def thing_native() -> Any:
 
 @a_round
 async def thing_prompted() -> Any:
-    text = "What is there? " + say('{"colour": "brown", "shape": "square"}')
+    text = "What is there? " + say('{"center": "a medium orange dotted diamond"}')
     return await thing_from(PromptedOutput(Thing), scripted, text)
 
 
