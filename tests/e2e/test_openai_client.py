@@ -155,7 +155,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_stream_begins(client: op
     "field",
     [
         {"prediction": {"type": "content", "content": "x"}},
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"modalities": ["text", "audio"]},
     ],
     ids=str,
 )
