@@ -100,7 +100,9 @@ class Guide:
         self._matcher, self._vocab_size, self._eos_ids = matcher, vocab_size, eos_ids
         self._at: list[int] = []  # the path at which the matcher stands
         self._masks: dict[tuple[int, ...], np.ndarray | None] = {}
-        self._forced: dict[tuple[int, ...], list[int]] = {}
+        # Where text is forced: the path at its start and its tokens. And paths behind which none is.
+        self._chains: list[tuple[tuple[int, ...], list[int]]] = []
+        self._open: set[tuple[int, ...]] = set()
         self.error: str | None = None
 
     def forced(self, path: Path = ()) -> list[int]:
@@ -109,15 +111,20 @@ class Guide:
         Such text is written to its end with the tokens that were found at its start.
         """
         key = tuple(path)
-        if (tokens := self._forced.get(key)) is None:
-            tokens = []
-            if self._move(key):
-                tokens = self._matcher.compute_ff_tokens()
-                if not tokens and len(self._eos_ids) == 1 and self._matcher.is_stopped():
-                    tokens = list(self._eos_ids)
-            self._forced[key] = tokens
-            for end in range(1, len(tokens)):
-                self._forced[(*key, *tokens[:end])] = tokens[end:]
+        if key in self._open:
+            return []
+        for start, tokens in self._chains:
+            if (rest := _behind(key, start, tokens)) is not None:
+                return rest
+        tokens = []
+        if self._move(key):
+            tokens = self._matcher.compute_ff_tokens()
+            if not tokens and len(self._eos_ids) == 1 and self._matcher.is_stopped():
+                tokens = list(self._eos_ids)
+        if tokens:
+            self._chains.append((key, tokens))
+        else:
+            self._open.add(key)
         return tokens
 
     def allows(self, path: Path, token: int) -> bool:
@@ -146,9 +153,15 @@ class Guide:
         if not self._move(tuple(tokens)) and self.error is None:
             self.error = "the answer left the grammar"
         self._at.clear()
-        num, behind = len(tokens), tuple(tokens)
-        self._masks = {path[num:]: words for path, words in self._masks.items() if path[:num] == behind}
-        self._forced = {path[num:]: forced for path, forced in self._forced.items() if path[:num] == behind}
+        self._open.clear()
+        num, path = len(tokens), tuple(tokens)
+        self._masks = {each[num:]: words for each, words in self._masks.items() if each[:num] == path}
+        chains, self._chains = self._chains, []
+        for start, forced in chains:
+            if start[:num] == path:
+                self._chains.append((start[num:], forced))
+            elif rest := _behind(path, start, forced):
+                self._chains.append(((), rest))
 
     def _words(self, path: tuple[int, ...]) -> np.ndarray | None:
         """Compute the mask behind a path as bits of 32-bit words; None if there is none."""
@@ -182,6 +195,14 @@ class Guide:
             self.error = self._matcher.get_error()
             return False
         return len(self._at) == len(path)
+
+
+def _behind(path: tuple[int, ...], start: tuple[int, ...], forced: list[int]) -> list[int] | None:
+    """Return what follows a path of the text that is forced at `start`; None if the path does not end within it."""
+    num = len(path) - len(start)
+    if not 0 <= num < len(forced) or path[: len(start)] != start or list(path[len(start) :]) != forced[:num]:
+        return None
+    return forced[num:]
 
 
 def _source(grammar: Grammar) -> str:

@@ -79,7 +79,8 @@ def fit(trees: Trees, guided: Mapping[int, Guided], drafter: object) -> Trees:
     """
     if not guided:
         return trees
-    fitted = {slot: _Growth(trees, slot, each, drafter) for slot, each in guided.items()}
+    continuing = drafter if isinstance(drafter, Continuing) else None
+    fitted = {slot: _Growth(trees, slot, each, continuing) for slot, each in guided.items()}
     for growth in fitted.values():
         growth.take_drafted()
         growth.extend()
@@ -97,7 +98,7 @@ def fit(trees: Trees, guided: Mapping[int, Guided], drafter: object) -> Trees:
 class _Growth:
     """One tree while it is fitted. Nodes are known by their paths, and kept in an order that has parents first."""
 
-    def __init__(self, trees: Trees, slot: int, guided: Guided, drafter: object) -> None:
+    def __init__(self, trees: Trees, slot: int, guided: Guided, drafter: Continuing | None) -> None:
         self._trees, self._slot, self._drafter = trees, slot, drafter
         self._guide, self._most = guided.guide, guided.nodes
         self.paths: dict[tuple[int, ...], float] = {}  # of the nodes but the root, with their scores
@@ -161,6 +162,6 @@ class _Growth:
 
     def _candidates(self, path: tuple[int, ...]) -> list[tuple[int, float]]:
         """Return the draft's two likeliest tokens behind a path, of those that the grammar allows."""
-        if not isinstance(self._drafter, Continuing) or (allowed := self._guide.mask(path)) is None:
+        if self._drafter is None or (allowed := self._guide.mask(path)) is None:
             return []
         return self._drafter.best(self._slot, path, allowed, 2)
