@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.request import ChatFormat, Grammar
+from service.schemas.json_schema import named_only
 from service.schemas.tools import Thinking, Tool, Tools
 
 # As model/decoding/grammar.py has JSON written everywhere.
 JSON_OPTIONS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-COMBINING = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "additionalProperties", "unevaluatedProperties")
 TEXT = r"/(.|\n)*/"
 LEXEMES = re.compile(r'"[^"]*"|[{}]|[^"{}]+|"')  # texts are cut as JSON is, so that JSON may stand in their place
 
@@ -181,22 +181,7 @@ class _Writer:
 
 def _schema(tool: Tool) -> dict[str, Any]:
     """Return the schema of a tool's arguments: no others than those that it names."""
-    return _closed(tool.parameters) | {"x-guidance": JSON_OPTIONS}
-
-
-def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema whose objects have no properties but those that it names, as far as it does not say otherwise."""
-    changed = dict(schema)
-    properties = schema.get("properties")
-    if isinstance(properties, dict):
-        changed["properties"] = {
-            name: _closed(each) if isinstance(each, dict) else each for name, each in properties.items()
-        }
-        if not any(word in schema for word in (*COMBINING, "patternProperties")):
-            changed["additionalProperties"] = False
-    if isinstance(items := schema.get("items"), dict):
-        changed["items"] = _closed(items)
-    return changed
+    return named_only(tool.parameters) | {"x-guidance": JSON_OPTIONS}
 
 
 def _as_lark(form: Grammar) -> str:

@@ -13,6 +13,7 @@ import msgspec
 
 from model.request import Grammar, GrammarKind
 from service.errors import BadRequest, TooLarge
+from service.schemas.json_schema import named_only
 from service.schemas.media_options import MediaFields
 from service.settings import Settings
 
@@ -186,6 +187,8 @@ def _schema(
     check_depth(schema, param, settings)
     if closed:
         _close(schema)
+    else:
+        schema = named_only(schema)
     if options:
         schema = {**schema, "x-guidance": {**schema.get("x-guidance", {}), **options}}
     yield Grammar("json_schema", msgspec.json.encode(schema).decode(), param)

@@ -13,6 +13,7 @@ from model.demo import checkpoint as demo
 from model.request import ChatFormat, Grammar
 from model.targets.chat_template import ChatTemplate
 from service.answers import grammars
+from service.schemas import json_schema
 from service.schemas.tools import Thinking, Tool, Tools
 from tests.model import scripted, tiny
 from tests.model.chat_templates import TEMPLATES, call
@@ -175,7 +176,7 @@ def test_objects_are_closed_only_where_that_is_safe() -> None:
             "h": True,
         },
     }
-    closed = grammars._closed(schema)
+    closed = json_schema.named_only(schema)
     assert closed["additionalProperties"] is False
     inner = closed["properties"]
     assert inner["a"]["items"]["additionalProperties"] is False
