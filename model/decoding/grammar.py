@@ -1,8 +1,8 @@
 """Says which tokens may follow, for answers that must match a grammar. Knows tokens only.
 
-A `Guide` follows one answer. It also looks ahead along the paths of a draft tree: it advances to a node and rolls back
-again, so that a node is treated as it would be without a draft. Grammars are compiled and matched by llguidance, which
-computes masks lazily and tells where only one text can follow.
+A `Guide` follows one answer. It also looks ahead along the paths of a draft tree, with a copy of its matcher, so that a
+node is treated as it would be without a draft. Grammars are compiled and matched by llguidance, which computes masks
+lazily and tells where only one text can follow.
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ class Guide:
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        self._matcher, self._vocab_size, self._eos_ids = matcher, vocab_size, eos_ids
-        self._at: list[int] = []  # the path at which the matcher stands
+        # Looking ahead is done by a copy. llguidance could roll back instead, but its masks are then wrong at times.
+        self._behind, self._matcher = matcher, matcher.deep_copy()
+        self._vocab_size, self._eos_ids = vocab_size, eos_ids
+        self._at: list[int] = []  # the path at which `_matcher` stands; `_behind` stands where the answer ends
         self._masks: dict[tuple[int, ...], np.ndarray | None] = {}
         # Where text is forced: the path at its start and its tokens. And paths behind which none is.
         self._chains: list[tuple[tuple[int, ...], list[int]]] = []
@@ -152,6 +154,7 @@ class Guide:
             tokens = tokens[:-1]
         if not self._move(tuple(tokens)) and self.error is None:
             self.error = "the answer left the grammar"
+        self._behind = self._matcher.deep_copy()
         self._at.clear()
         self._open.clear()
         num, path = len(tokens), tuple(tokens)
@@ -186,9 +189,8 @@ class Guide:
         common = next(
             (i for i, (a, b) in enumerate(zip(self._at, path, strict=False)) if a != b), min(len(self._at), len(path))
         )
-        if back := len(self._at) - common:
-            self._matcher.rollback(back)
-            del self._at[common:]
+        if common < len(self._at):
+            self._matcher, self._at, common = self._behind.deep_copy(), [], 0
         if rest := list(path[common:]):
             self._at += rest[: self._matcher.try_consume_tokens(rest)]
         if self._matcher.is_error():
