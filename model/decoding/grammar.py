@@ -97,14 +97,16 @@ class Guide:
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        # Looking ahead is done by a copy. llguidance could roll back instead, but its masks are then wrong at times.
-        self._behind, self._matcher = matcher, matcher.deep_copy()
-        self._vocab_size, self._eos_ids = vocab_size, eos_ids
-        self._at: list[int] = []  # the path at which `_matcher` stands; `_behind` stands where the answer ends
+        # `_matcher` stands where the answer ends. `_ahead` is a copy that stands at the path `_at`. llguidance could
+        # roll back instead, but its masks are then wrong at times.
+        self._matcher, self._vocab_size, self._eos_ids = matcher, vocab_size, eos_ids
+        self._ahead: LLMatcher | None = None
+        self._at: tuple[int, ...] = ()
         self._masks: dict[tuple[int, ...], np.ndarray | None] = {}
         # Where text is forced: the path at its start and its tokens. And paths behind which none is.
         self._chains: list[tuple[tuple[int, ...], list[int]]] = []
         self._open: set[tuple[int, ...]] = set()
+        self._errors: dict[tuple[int, ...], str] = {}  # of masks; they count once their token is in the answer
         self.error: str | None = None
 
     def forced(self, path: Path = ()) -> list[int]:
@@ -119,9 +121,9 @@ class Guide:
             if (rest := _behind(key, start, tokens)) is not None:
                 return rest
         tokens = []
-        if self._move(key):
-            tokens = self._matcher.compute_ff_tokens()
-            if not tokens and len(self._eos_ids) == 1 and self._matcher.is_stopped():
+        if (matcher := self._moved(key)) is not None:
+            tokens = matcher.compute_ff_tokens()
+            if not tokens and len(self._eos_ids) == 1 and matcher.is_stopped():
                 tokens = list(self._eos_ids)
         if tokens:
             self._chains.append((key, tokens))
@@ -146,18 +148,22 @@ class Guide:
         may pass here although the text is to be written with other tokens."""
         if forced := self.forced(path):
             return forced[0] == token
-        return self.allows(path, token) if token in self._eos_ids else self._move((*path, token))
+        return self.allows(path, token) if token in self._eos_ids else self._moved((*path, token)) is not None
 
     def commit(self, tokens: Path) -> None:
         """Append tokens to the answer. An end-of-sequence token, which is the last, leaves the matcher where it is."""
-        if tokens and tokens[-1] in self._eos_ids:
-            tokens = tokens[:-1]
-        if not self._move(tuple(tokens)) and self.error is None:
-            self.error = "the answer left the grammar"
-        self._behind = self._matcher.deep_copy()
-        self._at.clear()
+        path = tuple(tokens[:-1] if tokens and tokens[-1] in self._eos_ids else tokens)
+        num = len(path)
+        for each, reason in self._errors.items():
+            if len(each) < len(tokens) and path[: len(each)] == each:
+                self.error = reason
+        self._errors.clear()
+        if self._ahead is not None and self._at == path:
+            self._matcher = self._ahead  # it has computed masks on the way, and is quicker for that
+        elif self._matcher.try_consume_tokens(list(path)) < num and self.error is None:
+            self.error = self._matcher.get_error() or "the answer left the grammar"
+        self._ahead = None
         self._open.clear()
-        num, path = len(tokens), tuple(tokens)
         self._masks = {each[num:]: words for each, words in self._masks.items() if each[:num] == path}
         chains, self._chains = self._chains, []
         for start, forced in chains:
@@ -174,29 +180,29 @@ class Guide:
         if forced := self.forced(path):
             words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
             words[forced[0] // WORD] = 1 << forced[0] % WORD
-        elif self._move(path):
+        elif (matcher := self._moved(path)) is not None:
             words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if self._matcher.is_error():
-                self.error, words = self._matcher.get_error(), None
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if matcher.is_error():
+                self._errors[path], words = matcher.get_error(), None
+                self._ahead = None
         self._masks[path] = words
         return words
 
-    def _move(self, path: tuple[int, ...]) -> bool:
-        """Move the matcher to a path. Returns whether the grammar has such a path."""
+    def _moved(self, path: tuple[int, ...]) -> LLMatcher | None:
+        """Return a matcher that stands at a path; None if the grammar has no such path."""
         if self.error is not None:
-            return False
-        common = next(
-            (i for i, (a, b) in enumerate(zip(self._at, path, strict=False)) if a != b), min(len(self._at), len(path))
-        )
-        if common < len(self._at):
-            self._matcher, self._at, common = self._behind.deep_copy(), [], 0
-        if rest := list(path[common:]):
-            self._at += rest[: self._matcher.try_consume_tokens(rest)]
-        if self._matcher.is_error():
-            self.error = self._matcher.get_error()
-            return False
-        return len(self._at) == len(path)
+            return None
+        if not path:
+            return self._matcher
+        if self._ahead is None or path[: len(self._at)] != self._at:
+            self._ahead, self._at = self._matcher.deep_copy(), ()
+        if rest := list(path[len(self._at) :]):
+            self._at += tuple(rest[: self._ahead.try_consume_tokens(rest)])
+        if self._ahead.is_error():
+            self._ahead = None
+            return None
+        return self._ahead if self._at == path else None
 
 
 def _behind(path: tuple[int, ...], start: tuple[int, ...], forced: list[int]) -> list[int] | None:
