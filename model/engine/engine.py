@@ -238,7 +238,8 @@ class Engine:
         self.scheduler.took(work, seconds)
         if isinstance(work, Decoding):
             drafting = len(work.nodes) - work.nodes.count(0)
-            self.load.took(len(work.nodes), drafting, self._verified, seconds)
+            if not (drafting and any(sequence.guide for sequence in work.sequences)):  # those cost more than others
+                self.load.took(len(work.nodes), drafting, self._verified, seconds)
         return outputs
 
     @contextmanager

@@ -96,6 +96,7 @@ class NativeRound:
         self._drafted = like.new_empty(0)
         self._shapes: dict[tuple[int, int], _Shape] = {}
         self._now = _Shape(self, 1, 1)
+        self._guided = NONE_GUIDED
         for name, value in SHARED.items():
             assert constant(name) == value, f"{name} is {constant(name)} in the native library, and {value} here"
         self._struct = structures.Round(
@@ -166,6 +167,7 @@ class NativeRound:
         if trees is not None:
             shape.trees.fill(trees)
         struct.has_trees = trees is not None
+        self._guided = guided
         self._draft_and_verify(*self._arguments)
         return shape.trees, shape.chosen, shape.logits
 
@@ -174,7 +176,12 @@ class NativeRound:
         shape, drafter, counters = self._now, self.drafter, self._counters
         if chosen is not shape.chosen:
             shape.chosen[:] = chosen
-        self._commit(*self._arguments)
+        if self._guided:  # forced text is always right, and would make the draft look better than it is
+            tried, hits = self.load.tried.copy(), self.load.hits.copy()
+            self._commit(*self._arguments)
+            self.load.tried[:], self.load.hits[:] = tried, hits
+        else:
+            self._commit(*self._arguments)
         counts = shape.accepted.tolist()
         propose, grow, verify, accept, observe = self._seconds.tolist()
         counters.step_seconds.append(("verify", verify + accept))

@@ -86,6 +86,7 @@ class TorchRound:
         self.roots = np.zeros(slots, np.int32)
         self._trees = tree.roots(self.newest)
         self._taps = torch.empty(0)
+        self._guided = NONE_GUIDED
         self.passes = None
         if recorder is not None and load.nodes < MAX_ROWS:
             self.passes = Replays(self.run, cache, recorder, max_rows=load.nodes + 1)
@@ -111,7 +112,7 @@ class TorchRound:
             rows = AttentionMetadata(self.cache, 0, trees.rows, starts, counts, MaskKind.TREE, trees.parents)
             places = (self.roots[:batch, None] + trees.depths)[None]
             logits, aux_hidden_states = self.answers(trees.tokens, np.repeat(places, self.target.num_axes, 0), rows)
-        self._trees, self._taps = trees, aux_hidden_states
+        self._trees, self._taps, self._guided = trees, aux_hidden_states, guided
         return trees, None, logits
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
@@ -121,7 +122,7 @@ class TorchRound:
             verify.IDLE if self.budgets[b] == IDLE else verify.walk(self._trees, b, chosen[b]) for b in range(batch)
         ]
         paths = [verdict.path for verdict in verdicts]
-        self.load.saw(self._trees, paths)
+        self.load.saw(self._trees, [[] if b in self._guided else path for b, path in enumerate(paths)])
         with self._counters.timed("verify"):
             self.cache.keep(range(batch), paths)
         if self.drafter is not None:

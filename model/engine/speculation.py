@@ -243,9 +243,14 @@ class SpeculationController:
         return False
 
     def drafted(self, sequence: Sequence, accepted: int) -> None:
-        """Learn from a round in which this sequence drafted. accepted: its accepted draft nodes."""
+        """Learn from a round in which this sequence drafted. accepted: its accepted draft nodes.
+
+        An answer that follows a grammar says nothing of others: its forced text is always right.
+        """
         sequence.tries += 1
         sequence.brought += max(LEARN, 1.0 / (sequence.tries + TRIES)) * (accepted - sequence.brought)
+        if sequence.guide is not None:
+            return
         self._brought += (STEADY if self._tries > TRIES else 0.5) * (accepted - self._brought)
         self._tries += 1
 

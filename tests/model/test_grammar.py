@@ -133,6 +133,18 @@ def test_an_answer_matches_its_schema_with_and_without_speculation(engine: Engin
     jsonschema.validate(json.loads(answers[0][1]), SCHEMA)
 
 
+def test_answers_that_follow_a_grammar_teach_nothing_about_others(tiny_checkpoint: Path, tiny_draft: Path) -> None:
+    """Forced text is always right: counted, it would make a draft look better than it is, or hide that it is good."""
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tiny_draft)))
+    answer(engine, max_tokens=30)
+    load = engine.load
+    known = load.tried.tolist(), load.hits.tolist(), load._tries, load._brought
+    assert sum(known[0]) > 0
+    _, text = answer(engine, max_tokens=60, grammar=JSON)
+    assert text.startswith('{"count')
+    assert (load.tried.tolist(), load.hits.tolist(), load._tries, load._brought) == known
+
+
 def test_a_minimum_length_does_not_make_a_grammar_go_on(engine: Engine) -> None:
     grammar = Grammar("choice", '["yes", "no"]')
     for on in (True, False):

@@ -103,7 +103,8 @@ def known(plain: float = 1.0, drafting: float = 2.0, slots: int = 8, nodes: int 
 
 
 def sequence() -> Sequence:
-    return cast("Sequence", SimpleNamespace(speculates=True, remaining=99, tries=0, brought=0.0, pause=0, next_pause=0))
+    fields = {"speculates": True, "remaining": 99, "tries": 0, "brought": 0.0, "pause": 0, "next_pause": 0}
+    return cast("Sequence", SimpleNamespace(**fields, guide=None))
 
 
 def rounds(
