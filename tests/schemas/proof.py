@@ -69,7 +69,7 @@ def _schema_form(case: Case) -> Form:
 
 
 SUM = re.compile(r"\d{1,3}( [+*] \d{1,3}){0,9}")
-NOTE = re.compile(r"Note \d{1,2}: [a-z ]{1,30}[.!]")
+NOTE = re.compile(r"Note [0-9]{1,2}: [a-z ]{1,30}[.!]")
 YES = ("yes", "no", "yes, but not now", "vielleicht — später")
 
 
