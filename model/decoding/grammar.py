@@ -31,6 +31,8 @@ Path = Sequence[int]  # tokens behind the answer so far
 JSON_OPTIONS: JsonCompileOptions = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 LONGEST_REASON = 400  # characters of an error that a client sees
 WORD = 32  # bits of a mask's word
+# Items of llguidance's parser at one token. Ambiguous grammars have many, and may hold up a whole batch.
+MOST_STEP_ITEMS = 5000
 
 
 class Grammars:
@@ -47,7 +49,10 @@ class Grammars:
     ) -> None:
         """Set the limits. num_cached: compiled grammars that are kept; max_symbols: of one grammar, compiled."""
         self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, frozenset(eos_ids)
-        self._num_cached, self._limits = num_cached, LLParserLimits(max_grammar_size=max_symbols, verbose_errors=False)
+        self._num_cached = num_cached
+        self._limits = LLParserLimits(
+            max_grammar_size=max_symbols, step_max_items=MOST_STEP_ITEMS, verbose_errors=False
+        )
         self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._vocabulary: LLTokenizer | None = None  # made for the first grammar: a large one takes a second
         self._lock = Lock()
@@ -70,6 +75,8 @@ class Grammars:
             matcher = LLMatcher(self._known_vocabulary(grammar), _source(grammar), limits=self._limits, log_level=0)
         except ValueError as error:
             raise _not_compiled(grammar, str(error)) from None
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # some grammars fail only here
         if matcher.is_error():
             raise _not_compiled(grammar, matcher.get_error())
         return matcher

@@ -6,6 +6,7 @@ nothing here can change an answer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import numpy as np
 from model.decoding.grammar import Guide, Path
 from model.decoding.tree import Trees, roots
 
+MOST_SECONDS = 0.01  # that fitting one tree may take: an ambiguous grammar takes long for every node
 SURE = 1e-6  # how much less likely than its parent a forced token counts, so that parents stay before children
 
 
@@ -101,13 +103,14 @@ class _Growth:
     def __init__(self, trees: Trees, slot: int, guided: Guided, drafter: Continuing | None) -> None:
         self._trees, self._slot, self._drafter = trees, slot, drafter
         self._guide, self._most = guided.guide, guided.nodes
+        self._until = time.perf_counter() + MOST_SECONDS
         self.paths: dict[tuple[int, ...], float] = {}  # of the nodes but the root, with their scores
 
     def take_drafted(self) -> None:
         """Keep the drafted nodes that the grammar accepts behind their parents."""
         drafted = self._trees.paths(self._slot)
         for row, path in enumerate(map(tuple, drafted)):
-            if not row or len(self.paths) == self._most:
+            if not row or len(self.paths) == self._most or self._is_late:
                 continue
             parent = path[:-1]
             if (not parent or parent in self.paths) and self._guide.accepts(parent, path[-1]):
@@ -116,7 +119,7 @@ class _Growth:
     def extend(self) -> None:
         """Go on behind the likeliest path: with the text that must come, else with the likeliest allowed tokens."""
         path = self._likeliest()
-        while len(self.paths) < self._most:
+        while len(self.paths) < self._most and not self._is_late:
             if forced := self._guide.forced(path):
                 for token in forced[: self._most - len(self.paths)]:
                     path = self._add(path, token, -SURE)
@@ -142,6 +145,10 @@ class _Growth:
         trees.sizes[slot] = size
         trees.tokens[slot, size:] = trees.depths[slot, size:] = trees.scores[slot, size:] = 0
         trees.parents[slot, size:] = -1
+
+    @property
+    def _is_late(self) -> bool:
+        return time.perf_counter() > self._until
 
     def _add(self, path: tuple[int, ...], token: int, logprob: float) -> tuple[int, ...]:
         """Add a node behind a path, unless it is there. Returns its path."""

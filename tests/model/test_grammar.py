@@ -118,6 +118,31 @@ def test_too_large_a_grammar_is_refused(engine: Engine) -> None:
         grammars(engine, max_symbols=1000).begin(Grammar("json_schema", wide))
 
 
+def test_a_grammar_that_fails_at_its_first_token_is_refused_before(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="cannot be compiled"):
+        grammars(engine).begin(Grammar("json_schema", '{"$ref": "#"}'))
+
+
+def test_answers_with_one_grammar_do_not_share_their_place(engine: Engine) -> None:
+    known, a = grammars(engine), ids(engine, "a")
+    one, other = (known.begin(Grammar("regex", "ab|ac|xyz")) for _ in range(2))
+    one.commit(a)
+    third = known.begin(Grammar("regex", "ab|ac|xyz"))
+    assert [guide.allows((), a[0]) for guide in (one, other, third)] == [False, True, True]
+
+
+def test_an_ambiguous_grammar_ends_its_own_answer_alone(engine: Engine) -> None:
+    """Every way to read a text is an item of the parser, and there are more of them with every letter."""
+    ambiguous = Grammar("lark", "start: s\ns: s s s | s s | /[a-z ]/ |")
+    requests = [
+        tiny.ask("ambiguous", "red", grammar=ambiguous, max_tokens=40, seed=1, temperature=1.0),
+        tiny.ask("other", "red", max_tokens=30),
+    ]
+    outputs = tiny.drain(engine, requests)
+    assert outputs["other"][-1].finish_reason == "length"
+    assert outputs["ambiguous"][-1].finish_reason in ("stop", "length", "error")
+
+
 def test_compiled_grammars_are_kept_up_to_a_number(engine: Engine) -> None:
     known = grammars(engine, num_cached=2)
     for pattern in ("a", "b", "a", "c", "a"):
