@@ -238,7 +238,10 @@ class Engine:
         self.scheduler.took(work, seconds)
         if isinstance(work, Decoding):
             drafting = len(work.nodes) - work.nodes.count(0)
-            if not (drafting and any(sequence.guide for sequence in work.sequences)):  # those cost more than others
+            guided = any(sequence.guide for sequence in work.sequences)
+            if guided:
+                self.load.took_guided(drafting > 0, seconds)
+            if not (guided and drafting):  # those cost more than others
                 self.load.took(len(work.nodes), drafting, self._verified, seconds)
         return outputs
 
@@ -335,6 +338,7 @@ class Engine:
         now.budgets[:batch] = IDLE
         by_slot: list[Sequence | None] = [None] * batch
         guided: dict[int, Guided] = {}
+        undrafted: set[int] = set()  # slots whose trees need no draft
         for sequence, nodes in zip(decoding.sequences, decoding.nodes, strict=True):
             slot = sequence.slot
             assert slot is not None
@@ -345,6 +349,7 @@ class Engine:
                 most = max(nodes, self._num_forced(sequence, guide, decoding.most))
                 if most:
                     guided[slot] = Guided(guide, most)
+                    undrafted |= set() if guided[slot].needs_draft else {slot}
         active, most = len(decoding.sequences), max(decoding.nodes)
         self.counters.batch_sizes.append(active)
         trees, likeliest, logits = now.draft_and_verify(batch, most, guided)
@@ -363,7 +368,7 @@ class Engine:
             assert sequence.slot is not None
             tokens, size = accepted[sequence.slot], sizes[sequence.slot]
             sequence.computed += len(tokens)
-            if nodes:
+            if nodes and sequence.slot not in undrafted:
                 load.drafted(sequence, len(tokens) - 1)
             token_logprobs = None
             if sequence.request.params.logprobs is not None:

@@ -78,6 +78,9 @@ class SpeculationController:
         self._tries, self._brought = 0, 0.0  # drafting rounds so far; accepted nodes of one, running mean
         self._answers, self._length = 0, 0.0  # finished answers; tokens of one, running mean
         self._readings, self._reading = 0, 0.0  # prompt readings; seconds per prompt token, running mean
+        # Rounds with a grammar, without drafting and with it: seconds relative to a plain round, running mean.
+        self._guided = [1.0, 1.0]
+        self._brought_guided = float(nodes)  # accepted nodes of a drafting round with a grammar, running mean
         self._verified: dict[int, float] = {}  # batch size -> nodes per sequence, running mean
         self._passed_over = 0  # refused sequences since the last accepted one
         self._plain_runs: dict[int, tuple[int, int]] = {}  # batch size -> its last `_since`, `_patience`
@@ -167,6 +170,11 @@ class SpeculationController:
             before = self._verified.get(batch, each)
             self._verified[batch] = before + LEARN * (each - before)
 
+    def took_guided(self, drafting: bool, seconds: float) -> None:
+        """Learn from the seconds of a round in which a sequence follows a grammar: its trees are fitted in Python."""
+        if self.known and self._plain:
+            self._guided[drafting] += LEARN * (min(8.0, seconds / self._plain) - self._guided[drafting])
+
     # --- gain of drafting
 
     def admitted(self, trees: Trees, budgets: np.ndarray) -> Trees:
@@ -236,8 +244,9 @@ class SpeculationController:
             sequence.pause -= 1
             return not sequence.pause  # at 0 it tries again
         if not sequence.tries:
-            sequence.brought = self._brought
-        if self._tries < TRIES or 1.0 + sequence.brought >= SLACK * self._price:
+            sequence.brought = self._brought if sequence.guide is None else self._brought_guided
+        price = self._price if sequence.guide is None else self._guided[True] / self._guided[False]
+        if self._tries < TRIES or 1.0 + sequence.brought >= SLACK * price:
             return True
         sequence.pause = sequence.next_pause = min(2 * sequence.next_pause or FIRST_PAUSE, LONGEST_PAUSE)
         return False
@@ -250,6 +259,7 @@ class SpeculationController:
         sequence.tries += 1
         sequence.brought += max(LEARN, 1.0 / (sequence.tries + TRIES)) * (accepted - sequence.brought)
         if sequence.guide is not None:
+            self._brought_guided += LEARN * (accepted - self._brought_guided)
             return
         self._brought += (STEADY if self._tries > TRIES else 0.5) * (accepted - self._brought)
         self._tries += 1
