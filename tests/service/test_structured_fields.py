@@ -18,7 +18,8 @@ from service.schemas.structured import COMPACT
 from service.settings import Settings
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}, "required": ["b", "a"]}
-TEXT = json.dumps(SCHEMA, separators=(",", ":"))
+CLOSED = {**SCHEMA, "additionalProperties": False}  # objects have no properties but those that are named
+TEXT = json.dumps(CLOSED, separators=(",", ":"))
 LARK = 'start: "a" | %json {"type": "integer"}  // ::= stands in a comment'
 GBNF = '# a comment\nroot ::= "a" | [0-9]+'
 
@@ -149,7 +150,7 @@ def test_white_space_and_further_properties_are_governed_through_the_schema() ->
     ):
         found = grammar(fields)
         assert found is not None
-        assert json.loads(found.source) == {**SCHEMA, "x-guidance": options}
+        assert json.loads(found.source) == {**CLOSED, "x-guidance": options}
 
 
 TAG = {"begin": "<f=a>", "schema": SCHEMA, "end": "</f>"}
