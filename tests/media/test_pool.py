@@ -297,7 +297,7 @@ async def test_a_small_picture_is_served_beside_eight_clients_that_send_slow_one
 
 
 async def test_a_small_picture_is_served_beside_eight_clients_that_send_broken_ones_without_pause():
-    async with started(MediaLimits(), workers=3, spares=1) as decoder:
+    async with started(MediaLimits(decodes_per_child=100_000), workers=3, spares=1) as decoder:
 
         async def flood(data: bytes) -> None:
             while True:
