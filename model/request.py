@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -22,6 +22,9 @@ Kind = Literal["image", "video"]  # of a medium
 
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "choice", "lark", "gbnf"]
+# Options of llguidance for JSON, which is written as Python's json.dumps writes it. Free white space would let a model
+# write blanks for ever, and would leave nothing between values that is sure to come.
+JSON_OPTIONS: dict[str, Any] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 class RequestError(ValueError):

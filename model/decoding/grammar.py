@@ -11,7 +11,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import llguidance.hf
 import numpy as np
@@ -19,16 +18,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from model.request import Grammar, RequestError
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
+from model.request import JSON_OPTIONS, Grammar, RequestError
 
 Path = Sequence[int]  # tokens behind the answer so far
 
-# JSON is written as Python's json.dumps writes it. Free white space would let a model write blanks for ever, and would
-# leave nothing between values that is sure to come.
-JSON_OPTIONS: JsonCompileOptions = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 LONGEST_REASON = 400  # characters of an error that a client sees
 WORD = 32  # bits of a mask's word
 # Items of llguidance's parser at one token. Ambiguous grammars have many, and may hold up a whole batch.
@@ -225,9 +218,9 @@ def _source(grammar: Grammar) -> str:
     source = grammar.source
     match grammar.kind:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)  # type: ignore[arg-type]
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(source, defaults=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(source, defaults=JSON_OPTIONS)  # type: ignore[arg-type]
         case "regex":
             return LLMatcher.grammar_from_regex(source)
         case "choice":

@@ -12,12 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.request import ChatFormat, Grammar
+from model.request import JSON_OPTIONS, ChatFormat, Grammar
 from service.schemas.json_schema import named_only
 from service.schemas.tools import Thinking, Tool, Tools
 
-# As model/decoding/grammar.py has JSON written everywhere.
-JSON_OPTIONS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 TEXT = r"/(.|\n)*/"
 LEXEMES = re.compile(r'"[^"]*"|[{}]|[^"{}]+|"')  # texts are cut as JSON is, so that JSON may stand in their place
 

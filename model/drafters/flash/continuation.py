@@ -54,7 +54,7 @@ class Continuation:
             return []
         row = logits[len(path)]
         if self._after is not None:
-            row = row + self._after @ self._state(slot, (slot, int(self._newest[slot]), *path))
+            row = row + self._after @ self._state((slot, int(self._newest[slot]), *path))
         places = np.flatnonzero(allowed if self._offered is None else allowed[self._offered])
         if not len(places):
             return []
@@ -66,13 +66,13 @@ class Continuation:
         tokens = places[order] if self._offered is None else self._offered[places[order]]
         return [(int(token), float(scores[at]) - total) for token, at in zip(tokens, order, strict=True)]
 
-    def _state(self, slot: int, path: tuple[int, ...]) -> np.ndarray:
+    def _state(self, path: tuple[int, ...]) -> np.ndarray:
         """Return the sequential head's state behind a path, (rank,). path: the slot, its newest token, and others."""
         if (state := self._states.get(path)) is None:
             assert self._before is not None
-            entering = _numbers(self._before[path[-1]]) + self._rows[slot][1][len(path) - 2]
+            entering = _numbers(self._before[path[-1]]) + self._rows[path[0]][1][len(path) - 2]
             if len(path) > 2:
-                entering = entering + self._state_weight @ self._state(slot, path[:-1])
+                entering = entering + self._state_weight @ self._state(path[:-1])
             self._states[path] = state = entering / (1.0 + np.exp(-entering))
         return state
 
