@@ -17,7 +17,7 @@ import pytest
 
 from docker.monitoring import dashboard
 from loadtest import media
-from loadtest.client import Answer, Question, Variant
+from loadtest.client import Answer, Question, Variant, data_uri
 from tests.e2e.server import EngineServer
 from tests.e2e.test_bundled_model import CLIP, SCENE
 from tests.monitoring import vllm_queries
@@ -50,12 +50,21 @@ def asked(demo_server: EngineServer, tmp_path_factory: pytest.TempPathFactory) -
         answers: list[Answer] = []
         while time.time() < start + 12:
             answers += demo_server.ask_all([(question, way) for question in shown for way in ways])
+            show_again_by_uuid(demo_server)
         demo_server.chat(temperature=9)
         demo_server.wait_idle()
         time.sleep(3)
         yield prometheus, answers, start, time.time()
     finally:
         prometheus.close()
+
+
+def show_again_by_uuid(server: EngineServer) -> None:
+    """Send a picture under a uuid, then the uuid alone; without speculation, whose figures tests compare."""
+    for source in ({"image_url": {"url": data_uri(SCENE)}}, {}):
+        content = [{"type": "image_url", "uuid": "a scene"} | source, {"type": "text", "text": "What is it?"}]
+        answer = server.chat(messages=[{"role": "user", "content": content}], max_tokens=1, speculation="off")
+        assert answer.status_code == 200, answer.text
 
 
 def has_data(prometheus: ProjectPrometheus, expr: str, start: float, end: float) -> bool:
