@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +29,16 @@ if TYPE_CHECKING:
     from model.engine.engine import Engine
     from service.schemas.media_options import MediaOptions
 
-ENGINE, SAMPLING, VIDEO, MEDIA = "Model", "Sampling", "Video", "Images and videos"
+ENGINE, SAMPLING, STRUCTURED = "Model", "Sampling", "Structured output (one at most)"
+VIDEO, MEDIA = "Video", "Images and videos"
+# The options of structured output, as fields of `structured_outputs`.
+STRUCTURED_OPTIONS = {
+    "json": "--json-schema",
+    "json_object": "--json-object",
+    "regex": "--regex",
+    "choice": "--choice",
+    "grammar": "--grammar",
+}
 
 
 def generate(
@@ -55,6 +66,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=SAMPLING)
     ] = None,
+    stop_token_ids: Annotated[
+        list[int] | None,
+        typer.Option("--stop-token-id", help="Token that ends the answer; repeatable.", rich_help_panel=SAMPLING),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue past the end-of-sequence token.", rich_help_panel=SAMPLING)
     ] = False,
@@ -63,6 +78,31 @@ def generate(
     frequency_penalty: Annotated[float, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=SAMPLING)] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 0; 1: none.", rich_help_panel=SAMPLING)] = 1.0,
     speculation: Annotated[str, typer.Option(help="auto or off.", rich_help_panel=SAMPLING)] = "auto",
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            help="The answer is JSON of this schema: a file, or JSON text.",
+            metavar="FILE|JSON",
+            rich_help_panel=STRUCTURED,
+        ),
+    ] = None,
+    json_object: Annotated[
+        bool, typer.Option("--json-object", help="The answer is a JSON object.", rich_help_panel=STRUCTURED)
+    ] = False,
+    regex: Annotated[
+        str | None, typer.Option(help="The answer matches this regular expression.", rich_help_panel=STRUCTURED)
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The answer is one of these texts; repeatable.", rich_help_panel=STRUCTURED)
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            help="The answer follows the grammar in this file, in GBNF or Lark.",
+            metavar="FILE",
+            rich_help_panel=STRUCTURED,
+        ),
+    ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames sampled per video.", rich_help_panel=VIDEO)] = None,
     fps: Annotated[
         float | None, typer.Option(help="Or: frames sampled per second of video.", rich_help_panel=VIDEO)
@@ -93,6 +133,7 @@ def generate(
     Prints the text as it is generated. Media come before the prompt: images first, then videos, each in their order.
     The limits are those of serve, with the same FLASH_* variables.
     """
+    structured: dict[str, Any] = {"json_object": json_object, "regex": regex, "choice": choice or None}
     files: list[tuple[Path, Kind]] = [(path, "image") for path in image or ()]
     files += [(path, "video") for path in video or ()]
     values = {
@@ -101,7 +142,7 @@ def generate(
         **{"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty},
         **{"repetition_penalty": repetition_penalty, "speculation": speculation},
         **{"num_frames": num_frames, "fps": fps, "min_pixels": min_pixels, "max_pixels": max_pixels},
-        "mm_processor_kwargs": mm_processor_kwargs,
+        **{"mm_processor_kwargs": mm_processor_kwargs, "stop_token_ids": stop_token_ids and json.dumps(stop_token_ids)},
     }
     options = {
         "model": model,
@@ -121,6 +162,9 @@ def generate(
     try:
         settings = Settings(**options, **({"trust_remote_code": True} if trust_remote_code else {}))  # type: ignore[arg-type]
         # Validate like POST /v1/generate: build the form that its client would send.
+        structured["json"] = schema_text(json_schema)
+        structured["grammar"] = grammar and file_text(grammar, "--grammar")
+        values["structured_outputs"] = json.dumps(structured)
         texts = [(name, str(value)) for name, value in values.items() if value is not None]
         texts += [("stop", text) for text in stop or ()]
         form = Form(texts, [("media", path.read_bytes()) for path, _ in files])
@@ -139,12 +183,14 @@ def generate(
         clamp_max_tokens, speculates = fields.requested_max_tokens() is None, fields.speculation != "off"
         request = Request("generate", (message,), params, speculates, clamp_max_tokens=clamp_max_tokens)
         text, last = run(engine, request, (lambda _: None) if as_json else write)
-    except (ConfigError, RequestError, ServiceError, OSError) as error:
+    except (RequestError, ServiceError) as error:
+        fail(with_options(error.message))
+    except (ConfigError, OSError) as error:
         fail(str(error))
     except ValidationError as error:
         fail("; ".join(error_messages(error)))
     if last.finish_reason == "error":
-        fail(last.error or "the engine failed on this prompt")
+        fail(with_options(last.error or "") or "the engine failed on this prompt")
     if as_json:
         typer.echo(json.dumps(result(text, last, media_seconds), ensure_ascii=False))
     else:
@@ -155,6 +201,33 @@ def fail(message: str) -> Any:
     """Print an error and exit with 1."""
     typer.echo(f"flashserve: {message}", err=True)
     raise typer.Exit(1)
+
+
+def schema_text(value: str | None) -> str | None:
+    """Return a JSON schema that is the value itself, or stands in the file of this name."""
+    if value is None or value.lstrip().startswith("{"):
+        return value
+    return file_text(Path(value), "--json-schema")
+
+
+def file_text(path: Path, option: str) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{option}: {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option}: {str(path)!r} is not text in UTF-8") from None
+
+
+def with_options(message: str) -> str:
+    """Name the options in an error that names the fields of a request. Names that are plain words stay as they are."""
+    names = {f"structured_outputs.{field}": option for field, option in STRUCTURED_OPTIONS.items()}
+    names |= {name: f"--{name.replace('_', '-')}" for name in inspect.signature(generate).parameters if "_" in name}
+    names |= {"stop_token_ids": "--stop-token-id"}
+    fields = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    # Errors about the processor's options go on to list them, some of which have the names of fields.
+    most = 1 if message.startswith("mm_processor_kwargs") else 0
+    return re.sub(rf"(?<![\w-])(?:{fields})\b", lambda found: names[found[0]], message, count=most)
 
 
 def hide_progress_bars() -> None:

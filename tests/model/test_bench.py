@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import runpy
@@ -13,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
-from typer.testing import CliRunner
 
 from model.bench import __main__ as bench
 from model.bench import equality, figures, floor, profile
@@ -33,11 +30,6 @@ from model.engine.native_round import NativeRound
 from model.engine.round import TorchRound
 from model.engine.speculation import SpeculationController
 from model.request import Message, SamplingParams
-from service.cli import app
-from service.commands.generate import generate
-from service.schemas.media_options import MediaFields
-from service.schemas.sampling import SamplingFields
-from service.schemas.structured import StructuredFields
 from tests.model import tiny
 
 
@@ -301,90 +293,3 @@ def test_a_benchmark_explains_in_one_line_what_it_cannot_do(
     with pytest.raises(SystemExit, match="error: (device|model) '(cuda|/nowhere)' .*") as ended:
         runpy.run_module(f"model.bench.{module}", run_name="__main__")
     assert "\n" not in str(ended.value)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.fromarray(tiny.picture(0)[0]).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
-
-
-def test_generate_prints_the_answer_of_the_engine(
-    tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
-) -> None:
-    request = tiny.ask("a", tiny.image(0), "Describe the image.", max_tokens=10, ignore_eos=False)
-    expected = tiny.text_of(tiny.drain(plain_engine, [request])["a"])
-    options = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "10"]
-    options += models(tiny_checkpoint, tiny_draft)
-    plain = CliRunner().invoke(app, options)
-    assert (plain.exit_code, plain.stdout) == (0, expected + "\n")
-    answer = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
-    assert answer["text"] == expected
-    assert set(answer) == {"text", "finish_reason", "usage", "speculation", "timings"}
-    assert answer["usage"]["completion_tokens"] <= 10
-    assert answer["speculation"]["drafts"] > 0
-    assert answer["timings"]["time_to_first_token"] > answer["timings"]["media"] > 0
-
-
-@pytest.mark.parametrize(
-    ("more", "complaint"),
-    [
-        (["--temperature", "5"], "temperature: Expected `float` <= 2.0"),
-        (["--min-tokens", "9", "--max-tokens", "8"], "min_tokens must be at most max_tokens"),
-        (["--speculation", "maybe"], "speculation: Invalid enum value"),
-        (["--num-frames", "33", "--fps", "1"], "send num_frames or fps, not both"),
-        (["--drafter", "eagle"], "one for --drafter flash"),
-        (["--model", "/nowhere"], "model '/nowhere' cannot be loaded: there is no such folder"),
-        (["--model", "./nowhere"], "there is no such folder"),
-    ],
-)
-def test_generate_explains_what_it_cannot_do(more: list[str], complaint: str) -> None:
-    done = CliRunner().invoke(app, ["generate", "--prompt", "hello", *more])
-    assert done.exit_code == 1
-    assert complaint in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_generate_takes_what_the_route_takes(
-    tiny_checkpoint: Path, tiny_draft: Path, plain_engine: Engine, picture: Path
-) -> None:
-    """A second list of fields and ranges once lacked the fields that were added later."""
-    names = set(inspect.signature(generate).parameters)
-    not_for_one_answer = {"n", "stream", "logprobs", "top_logprobs", "logit_bias"}
-    # Forms, and names and notations of other servers' clients, are the HTTP API's alone so far.
-    own = set(StructuredFields.__struct_fields__) - set(MediaFields.__struct_fields__)
-    of_clients = own | {"cache_salt", "media_io_kwargs", "stop_token_ids"}
-    assert set(SamplingFields.__struct_fields__) - not_for_one_answer - of_clients <= names
-    params: dict[str, Any] = {
-        "ignore_eos": True,
-        "repetition_penalty": 3.0,
-        "presence_penalty": 2.0,
-        "frequency_penalty": -1.0,
-    }
-    request = tiny.ask("a", tiny.image(0), "Describe the image.", max_tokens=12, min_tokens=4, **params)
-    expected = tiny.text_of(tiny.drain(plain_engine, [request])["a"])
-    options = ["generate", "--image", str(picture), "--prompt", "Describe the image.", "--max-tokens", "12", "--json"]
-    options += ["--min-tokens", "4", "--ignore-eos", "--repetition-penalty", "3", "--presence-penalty", "2"]
-    options += ["--frequency-penalty", "-1", "--top-k", "-1", "--speculation", "off"]
-    answer = json.loads(CliRunner().invoke(app, [*options, *models(tiny_checkpoint, tiny_draft)]).stdout)
-    assert (answer["text"], answer["speculation"]["drafts"]) == (expected, 0)
-    assert answer["usage"]["completion_tokens"] == 12
-
-
-def test_generate_has_the_limits_of_the_service(
-    tiny_checkpoint: Path, tiny_draft: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["generate", "--prompt", "hello", "--image", str(picture), *models(tiny_checkpoint, tiny_draft)]
-
-    def complaint(*more: str) -> str:
-        done = CliRunner().invoke(app, [*options, *more])
-        assert done.exit_code == 1
-        return done.stderr
-
-    assert "num_frames is for videos, and there is none" in complaint("--num-frames", "2")
-    monkeypatch.setenv("FLASH_MAX_FRAMES", "3")
-    assert "num_frames must be at most 3" in complaint("--num-frames", "4")
-    monkeypatch.setenv("FLASH_MAX_PIXELS", "64")
-    assert "pixels" in complaint()
-    monkeypatch.setenv("FLASH_PORT", "abc")
-    assert "--port (FLASH_PORT): Input should be a valid integer" in complaint()
