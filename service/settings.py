@@ -274,7 +274,7 @@ class Settings(BaseSettings):
         "Limits", 30, "Seconds for request line and headers to arrive; also the keep-alive timeout.", ge=1
     )
     max_body_bytes: int = option("Limits", 64 * MIB, "Maximum request body, bytes.", ge=1024)
-    max_text_bytes: int = option("Limits", 512 * 1024, "Maximum request body without its media, bytes.", ge=1024)
+    max_text_bytes: int = option("Limits", 2 * MIB, "Maximum request body without its media, bytes.", ge=1024)
     max_media: int = option("Limits", 8, "Maximum images and videos per request.", ge=0)
     max_media_bytes: int = option("Limits", 32 * MIB, "Maximum size of one encoded image or video, bytes.", ge=1)
     max_pixels: int = option("Limits", 50_000_000, "Maximum pixels of one image, as sent.", ge=1)
@@ -290,9 +290,9 @@ class Settings(BaseSettings):
     max_frames: int = option(
         "Limits", 32, "Maximum frames sampled from one video; fewer if the model's context holds fewer.", ge=1
     )
-    max_prompt_chars: int = option("Limits", 32_768, "Maximum characters of text per request.", ge=1)
-    max_messages: int = option("Limits", 64, "Maximum chat messages per request.", ge=1)
-    max_parts: int = option("Limits", 1024, "Maximum texts, images and videos of all messages of a request.", ge=1)
+    max_prompt_chars: int = option("Limits", 1_000_000, "Maximum characters of text per request.", ge=1)
+    max_messages: int = option("Limits", 2048, "Maximum chat messages per request.", ge=1)
+    max_parts: int = option("Limits", 4096, "Maximum texts, images and videos of all messages of a request.", ge=1)
     max_new_tokens: int = option("Limits", 2048, "Largest max_tokens that a request may set.", ge=1)
     default_max_tokens: int = option("Limits", 256, "max_tokens of requests that do not set it.", ge=1)
     max_n: int = option("Limits", 8, "Maximum choices (n) per request.", ge=1)

@@ -118,7 +118,7 @@ def test_fields_that_samplers_take_arrive(client: openai.OpenAI, server: Server)
         ({"prompt": [[1], [2**63]]}, "prompt[1][0]", "<= 2147483648"),
         ({"prompt": ["a"] * 33}, "prompt", "33 prompts; at most 32"),
         ({"prompt": ["a"] * 30, "n": 4}, "prompt", "30 prompts with n 4 are 120 answers; at most 80"),
-        ({"prompt": ["x" * 20_000] * 2}, "prompt", "40000 characters"),
+        ({"prompt": ["x" * 600_000] * 2}, "prompt", "1200000 characters"),
         ({"prompt": "x " * 2001}, "prompt", "too long"),
         ({"prompt": ["a", "x " * 2001]}, "prompt[1]", "too long"),
         ({"prompt": [[1], [2], [3] * 2001], "n": 2}, "prompt[2]", "too long"),

@@ -88,7 +88,7 @@ def test_media_are_no_text_whatever_a_prompt_says_of_them(server: Server) -> Non
         parts.append({"type": "image_url", "image_url": {"url": url}})
     body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
     assert server.http.post("/v1/chat/completions", json=body).status_code == 200
-    assert refusal(server.chat(user="data:" + "x" * 3_000_000 + '"' + "x" * 600_000), 413)["code"] == "too_much_text"
+    assert refusal(server.chat(user="data:" + "x" * 3_000_000 + '"' + "x" * 2_400_000), 413)["code"] == "too_much_text"
 
 
 def test_what_an_error_quotes_is_cut(server: Server) -> None:
@@ -104,8 +104,8 @@ def test_what_an_error_quotes_is_cut(server: Server) -> None:
 def test_the_parts_of_all_messages_are_counted(server: Server) -> None:
     """A worker took seconds for millions of empty ones, and let everybody else wait."""
     part = {"type": "text", "text": ""}
-    messages = [{"role": "user", "content": [part] * 1022}, USER, USER]
+    messages = [{"role": "user", "content": [part] * 4094}, USER, USER]
     assert server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).status_code == 200
     error = refusal(server.http.post("/v1/chat/completions", json={"messages": [*messages, USER]}), 400)
     assert error["param"] == "messages"
-    assert "1024" in error["message"]
+    assert "4096" in error["message"]

@@ -194,7 +194,7 @@ def test_base64_is_read_in_all_its_forms_and_does_not_count_as_text(server: Serv
     forms.append(base64.b64encode(padded + bytes(600_000)).decode())  # what follows a PNG's end is ignored
     answers = {said(post(server, [image() | {"source": source | {"data": data}}])) for data in forms}
     assert len(answers) == 1
-    long = post(server, [image() | {"source": source | {"data": "A" * 10}}, text("x" * 600_000)])
+    long = post(server, [image() | {"source": source | {"data": "A" * 10}}, text("x" * 2_400_000)])
     assert (long.status_code, long.json()["error"]["code"]) == (413, "too_much_text")
 
 
@@ -248,7 +248,7 @@ def test_max_tokens_is_an_upper_bound(server: Server) -> None:
         ({"messages": [user({"type": "thinking", "thinking": "x"})]}, "messages[0].content[0].type", "not_built"),
         ({"messages": []}, "messages", None),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_field"),
-        ({"messages": [{"role": "user", "content": "x " * 40_000}]}, "messages", "prompt_too_long"),
+        ({"messages": [{"role": "user", "content": "x " * 600_000}]}, "messages", "prompt_too_long"),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"stop_sequences": ["x"] * 99}, "stop_sequences", None),
         ({"stop_sequences": [""]}, "stop_sequences", None),

@@ -215,7 +215,7 @@ def test_a_url_may_stand_alone(client: openai.OpenAI, kind: str, place: str) -> 
 
 def test_a_url_alone_is_media_and_no_text(client: openai.OpenAI) -> None:
     """However long it is; and what is wrong with it is said of its part."""
-    url = image_part()["image_url"]["url"] + "A" * 4 * (1 << 18)  # more than --max-text-bytes; rubbish after the end
+    url = image_part()["image_url"]["url"] + "A" * 4 * (1 << 20)  # more than --max-text-bytes; rubbish after the end
     assert ask(client, [{"type": "image_url", "image_url": url}]).choices
     for wrong, code, param in (
         ("x.png", "unsupported_url", "messages[0].content[0]"),

@@ -222,7 +222,7 @@ def test_images_count_and_so_does_their_order(client: openai.OpenAI) -> None:
             "input[1].content[0]",
             None,
         ),
-        ({"input": "x " * 40_000}, "input", "prompt_too_long"),
+        ({"input": "x " * 600_000}, "input", "prompt_too_long"),
         ({"max_output_tokens": 0}, "max_output_tokens", None),
         ({"max_output_tokens": 10**6}, "max_output_tokens", None),
         ({"temperature": 9}, "temperature", None),

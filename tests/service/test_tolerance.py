@@ -169,7 +169,7 @@ def test_messages_that_cannot_be_used_are_refused_by_name(message: dict[str, Any
 
 
 def test_thoughts_and_calls_count_as_text_of_the_prompt() -> None:
-    long = "x" * 40_000
+    long = "x" * 1_200_000
     call = {"function": {"name": "f", "arguments": json.dumps({"a": long})}}
     for message in (
         {"role": "assistant", "content": "x", "reasoning": long},
