@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from model.config import DRAFTERS, DTYPES, DrafterName, EngineConfig, drafter_of
 from model.errors import ConfigError
 from model.request import SamplingParams
+
+if TYPE_CHECKING:
+    from model.train.manifest import Forms
 
 ARMS = ("generate", "off", *(name for name in DRAFTERS if name not in ("auto", "off")))
 TASKS = ("image caption", "image question", "video caption", "video question")  # of the bundled scenes
@@ -58,6 +61,7 @@ class Options:
     prompt: str | None
     output: Path | None
     profile: bool
+    forms: Forms | None = None  # that lines of --dataset may ask for
 
     @property
     def draft(self) -> str | None:

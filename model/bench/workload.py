@@ -16,10 +16,10 @@ from model.bench.reference import Conversation
 from model.demo import prompts
 from model.engine.engine import Engine
 from model.errors import ConfigError
-from model.request import Medium, Request, RequestError, SamplingParams
+from model.request import Grammar, Medium, Request, RequestError, SamplingParams
 from model.train import manifest
 from model.train.data import Unusable
-from model.train.manifest import Decode, File, Item, Turn
+from model.train.manifest import Decode, File, Forms, Item, Turn
 
 WARM_UP = 50_000  # the first number of the scenes that are never measured
 WARM_UP_TOKENS = 32
@@ -30,11 +30,12 @@ Decoding = Callable[[Engine], AbstractContextManager[Decode]]
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt. max_tokens: of its answer."""
+    """One prompt. max_tokens and grammar: of its answer."""
 
     conversation: Conversation
     task: str
     max_tokens: int
+    grammar: Grammar | None = None
 
 
 class Workload:
@@ -52,6 +53,11 @@ class Workload:
             self.tasks = options.tasks or tuple(self._items)
             if unknown := [task for task in self.tasks if task not in self._items]:
                 raise ConfigError(f"--tasks: no prompt is of {unknown[0]!r}; there are {', '.join(self._items)}")
+        bound = (item.where for task in self.tasks for item in self._items.get(task, ()) if item.grammar is not None)
+        if "generate" in options.arms and (where := next(bound, None)):
+            raise ConfigError(
+                f"{where}: transformers' generate follows no grammars: leave it out (--drafters off,flash)"
+            )
 
     @property
     def is_own(self) -> bool:
@@ -86,17 +92,27 @@ def scene(number: int, task: prompts.Task, max_tokens: int) -> Sample:
 
 
 def requests_of(samples: list[Sample], params: SamplingParams) -> list[Request]:
-    """Turn samples into requests; request i is sampled with seed `params.seed + i`."""
+    """Turn samples into requests; request i is sampled with seed `params.seed + i`, within the sample's grammar if it
+    has one."""
     return [
-        Request(str(i), each.conversation, replace(params, max_tokens=each.max_tokens, seed=params.seed + i))
+        Request(
+            str(i),
+            each.conversation,
+            replace(
+                params,
+                max_tokens=each.max_tokens,
+                seed=params.seed + i,
+                grammar=each.grammar or params.grammar,
+            ),
+        )
         for i, each in enumerate(samples)
     ]
 
 
-def read_dataset(path: Path) -> tuple[Item, ...]:
+def read_dataset(path: Path, forms: Forms | None = None) -> tuple[Item, ...]:
     """Read all prompts of a JSONL file or folder (see model/train/manifest.py). Raises ConfigError, which lists every
     line that cannot be used: a benchmark that left some out would not be of this data."""
-    data = manifest.read(path)
+    data = manifest.read(path, forms=forms)
     if data.problems:
         raise ConfigError("--dataset: " + "\n  ".join((f"{len(data.problems)} unusable:", *data.problems[:10])))
     return data.items
@@ -108,8 +124,8 @@ def decode_items(items: list[Item], engine: Engine, decoding: Decoding, max_toke
     with decoding(engine) as decode:
         for item in items:
             try:
-                sample = Sample(item.messages(decode), item.kind, item.max_tokens or max_tokens)
-                params = SamplingParams(max_tokens=sample.max_tokens)
+                sample = Sample(item.messages(decode), item.kind, item.max_tokens or max_tokens, item.grammar)
+                params = SamplingParams(max_tokens=sample.max_tokens, grammar=sample.grammar)
                 engine.prepare(Request(item.where, sample.conversation, params))
             except Unusable as error:
                 raise ConfigError(str(error)) from error
@@ -137,7 +153,7 @@ def pillow(_: Engine) -> Iterator[Decode]:
 
 def _own_items(options: Options) -> tuple[Item, ...]:
     if options.dataset is not None:
-        return read_dataset(options.dataset)
+        return read_dataset(options.dataset, options.forms)
     prompt = options.prompt or ""
     turns = [(path, Turn("user", (File(path, "image"), prompt))) for path in options.images]
     return tuple(Item((turn,), str(path), OWN_IMAGE) for path, turn in turns)

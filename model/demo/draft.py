@@ -26,17 +26,22 @@ def main() -> None:
     parser.add_argument("--drafter", choices=checkpoint.KINDS, default="flash")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="for answers, checkpoints and the draft")
     parser.add_argument("--target", type=Path, help="the target's folder (default: FOLDER/target)")
+    parser.add_argument("--init", type=Path, help="a draft to go on from (default: an untrained one)")
     parser.add_argument("--examples", type=int, default=2000)
+    parser.add_argument("--schemas", type=int, default=0, help="further examples, whose answers follow JSON schemas")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=TrainConfig.rate)
+    parser.add_argument("--precision", choices=("bf16", "off"), default="bf16", help="mixed, or float32")
+    parser.add_argument("--name", help="of the draft's folder in FOLDER (default: draft, or draft-DRAFTER)")
     parser.add_argument("--save-every", type=float, default=45.0, help="seconds")
     parser.add_argument("--frames", type=int, default=LONG_FRAMES["demo"], help="of a long video (default: 24)")
     parser.add_argument("--held-out", type=int, default=32, help="prompts of each kind to measure on")
     arguments = parser.parse_args()
     folder, drafter = arguments.folder, arguments.drafter
     model = str(arguments.target or folder / "target")
-    name = "draft" if drafter == "flash" else f"draft-{drafter}"
+    name = arguments.name or ("draft" if drafter == "flash" else f"draft-{drafter}")
     plain = EngineConfig(model=model, drafter="off", dtype="bfloat16", max_num_seqs=16, max_model_len=ROOM).resolved()
     together = team.gather()
     settings = Settings(
@@ -47,15 +52,18 @@ def main() -> None:
         train=TrainConfig(
             steps=arguments.steps,
             batch=arguments.batch,
+            rate=arguments.rate,
             seed=arguments.seed,
             save_every=arguments.save_every,
             evaluate_every=300,
+            autocast=arguments.precision == "bf16",
         ),
+        init=arguments.init,
         work=folder / f"run-{name}",
         answers=folder / "answers.jsonl",
         final_prompts=arguments.held_out,
     )
-    prompts = Scenes(arguments.examples, arguments.frames, arguments.held_out)
+    prompts = Scenes(arguments.examples, arguments.frames, arguments.held_out, arguments.schemas)
     with interrupt.on_signals() as stop:
         try:
             figures = run(settings, open_target(plain, drafter), prompts, together, stop)

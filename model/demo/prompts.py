@@ -1,22 +1,26 @@
 """Generate prompts about the demo's scenes by number, for training and for measuring drafts.
 
 Numbers are split by kind, so that a batch can have one kind: image caption, image question, video caption, video
-question. Drafts also train on two images at once and on long videos, which serving brings.
+question. Drafts also train on two images at once, on long videos, and on answers that follow a JSON schema, which
+serving brings.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from model.demo import captions, scenes
-from model.request import Medium, Message
+from model.demo import captions, scenes, schemas
+from model.request import Grammar, Medium, Message
 
 Split = Literal["train", "heldout"]
 
 Task = Literal["image caption", "image question", "video caption", "video question"]
-Kind = Task | Literal["two images", "long video"]
+Form = Literal["image, JSON", "video, JSON"]  # answers that follow a schema
+Kind = Task | Form | Literal["two images", "long video"]
 TASKS: tuple[Task, ...] = ("image caption", "image question", "video caption", "video question")
 # Tasks of ten successive prompts. Captions are long, so they make up most of the tokens.
 _CYCLE: tuple[Task, ...] = (
@@ -26,6 +30,7 @@ _CYCLE: tuple[Task, ...] = (
 SIDE = 192
 NUM_FRAMES = 6
 KINDS: tuple[Kind, ...] = (*TASKS, "two images", "long video")
+FORMS: tuple[Form, ...] = ("image, JSON", "video, JSON")
 LONG_FRAMES = {"demo": 24, "demo-qwen": 64}  # as many as fit into each model's context
 ROOM = 4096  # positions of a sequence with that many frames
 
@@ -70,6 +75,19 @@ def long_video(number: int, split: Split, frames: int) -> tuple[Message, ...]:
     return (Message("user", (Medium("video", scenes.render_clip(clip, frames, SIDE)), turn.question)),)
 
 
+def in_json(number: int, split: Split, form: Form) -> tuple[Message, ...]:
+    """Return a prompt whose answer follows a schema. Some mention that, as people do."""
+    rng = random.Random(f"{split} {number} {form}")
+    tasks: tuple[Task, Task] = ("image caption", "image question")
+    if form == "video, JSON":
+        tasks = "video caption", "video question"
+    (message,) = messages(number, split=split, task=tasks[rng.random() >= 0.8])
+    medium, question = message.content
+    return (Message("user", (medium, f"{question}{rng.choice(('', '', rng.choice(_MENTIONS)))}")),)
+
+
+_MENTIONS = (" Answer in JSON.", " Return JSON.", " Answer with a JSON object.")
+FORMED = 500_000_000  # the number of the first training prompt whose answer follows a schema
 HELD_OUT = 1_000_000_000  # the number of the first held-out prompt
 _WIDER: dict[int, Kind] = {7: "two images", 13: "two images", 17: "long video"}  # in every twenty training prompts
 
@@ -78,50 +96,69 @@ _WIDER: dict[int, Kind] = {7: "two images", 13: "two images", 17: "long video"} 
 class Scenes:
     """Offer drawn scenes as `model.train.data.Prompts`.
 
-    examples: number of training prompts. frames: frames of a long video. each: number of held-out prompts of each kind.
+    examples: number of training prompts with free answers. frames: frames of a long video. each: number of held-out
+    prompts of each kind. formed: number of training prompts whose answers follow schemas.
     """
 
     examples: int
     frames: int
     each: int = 32
+    formed: int = 0
 
     @property
-    def train(self) -> range:
+    def train(self) -> Sequence[int]:
         """Return the numbers of the training prompts."""
-        return range(self.examples)
+        return [*range(self.examples), *range(FORMED, FORMED + self.formed)]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return the kinds that prompts are of."""
+        return KINDS + FORMS if self.formed else KINDS
 
     @property
     def held_out(self) -> range:
         """Return the numbers of the held-out prompts, of all kinds in turn."""
-        return range(HELD_OUT, HELD_OUT + len(KINDS) * self.each)
+        return range(HELD_OUT, HELD_OUT + len(self.kinds) * self.each)
 
     @property
     def digest(self) -> str:
         """Identify the prompts by their parameters."""
-        return f"scenes {self.examples}, long videos of {self.frames} frames"
+        formed = f", {self.formed} under schemas" if self.formed else ""
+        return f"scenes {self.examples}, long videos of {self.frames} frames{formed}"
 
     @property
     def summary(self) -> str:
         """Describe the data in one line for the model card."""
+        formed = f"; {self.formed} more whose answers follow JSON schemas" if self.formed else ""
         return (
             f"{self.examples} drawn scenes with questions, of them a tenth with two images, and one of twenty a video "
-            f"of {self.frames} frames; {self.each} others of each kind held out"
+            f"of {self.frames} frames{formed}; {self.each} others of each kind held out"
         )
 
     def messages(self, number: int) -> tuple[Message, ...]:
         """Return the conversation of prompt `number`, training or held-out."""
         split: Split = "heldout" if number >= HELD_OUT else "train"
-        place = (number - HELD_OUT) // len(KINDS) if split == "heldout" else number
+        place = (number - HELD_OUT) // len(self.kinds) if split == "heldout" else number
         match self.kind(number):
             case "two images":
                 return two_images(place, split)
             case "long video":
                 return long_video(place, split, self.frames)
+            case ("image, JSON" | "video, JSON") as form:
+                return in_json(place, split, form)
             case task:
                 return messages(place, split=split, task=task if split == "heldout" else None)
+
+    def grammar(self, number: int) -> Grammar | None:
+        """Return the schema that the answer to prompt `number` follows, if it does: another one for each prompt."""
+        if self.kind(number) not in FORMS:
+            return None
+        return Grammar("json_schema", json.dumps(schemas.drawn(random.Random(f"schema {number}"))))
 
     def kind(self, number: int) -> Kind:
         """Return the kind of prompt `number`."""
         if number >= HELD_OUT:
-            return KINDS[(number - HELD_OUT) % len(KINDS)]
+            return self.kinds[(number - HELD_OUT) % len(self.kinds)]
+        if number >= FORMED:
+            return "video, JSON" if number % 4 == 3 else "image, JSON"
         return _WIDER.get(number % 20) or task_of(number)

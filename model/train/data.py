@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from model.engine.engine import Engine
-from model.request import Message, Request, RequestError, SamplingParams
+from model.request import Grammar, Message, Request, RequestError, SamplingParams
 
 TEMPERATURES = (0.0, 0.0, 0.7, 1.0)
 MAX_TOKENS = 160
@@ -62,6 +62,10 @@ class Prompts(Protocol):
         """Return the conversation up to the point where the target answers. Raises Unusable."""
         ...
 
+    def grammar(self, number: int) -> Grammar | None:
+        """Return the grammar that the answer to a prompt follows; None if it may be any text."""
+        ...
+
     def kind(self, number: int) -> str:
         """Name the kind of a prompt. All prompts of a batch have one kind, and figures are reported by kind."""
         ...
@@ -77,10 +81,11 @@ def by_kind(prompts: Prompts) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class Example:
-    """Hold the number of a prompt and the token ids of the target's answer to it."""
+    """Hold the number of a prompt, the token ids of the target's answer to it, and the grammar that it follows."""
 
     number: int
     answer: tuple[int, ...]
+    grammar: Grammar | None = None
 
 
 def write_answers(
@@ -89,6 +94,7 @@ def write_answers(
     numbers: Iterable[int],
     file: Path,
     *,
+    grammar: Callable[[int], Grammar | None] = lambda _: None,
     temperatures: tuple[float, ...] = TEMPERATURES,
     max_tokens: int = MAX_TOKENS,
     seed: int = 0,
@@ -98,7 +104,8 @@ def write_answers(
 
     Each finished answer is appended to `file` as one JSON line. A prompt that cannot be used is reported once and
     written to `file` as well, so that later runs do not try it again. Prompt `number` is sampled at
-    `temperatures[number % len(temperatures)]`.
+    `temperatures[number % len(temperatures)]`, within `grammar(number)`; one that cannot be compiled makes the prompt
+    unusable.
 
     Returns the examples in ascending order of prompt number. Raises Interrupted once `stop()` is true; unfinished
     answers are lost.
@@ -124,6 +131,7 @@ def write_answers(
                     max_tokens=max_tokens,
                     temperature=temperatures[number % len(temperatures)],
                     seed=number + 1_000_003 * seed,
+                    grammar=grammar(number),
                 )
                 try:
                     engine.add(Request(str(number), messages(number), params))

@@ -28,13 +28,15 @@ class Anchors:
 
     places: (batch, anchors), position of the newest token. newest: (batch, anchors), id of that token. labels: (drafts,
     block), ids of the tokens after it, -100 beyond the end of the answer. taught: (drafts, block, tokens offered), the
-    target's log-probabilities for those tokens.
+    target's log-probabilities for those tokens. chosen: (drafts, block), false where a grammar left no choice: such
+    tokens are written without a draft, which cannot know the grammar.
     """
 
     places: Tensor
     newest: Tensor
     labels: Tensor
     taught: Tensor
+    chosen: Tensor
 
     @classmethod
     def of(cls, seen: list[Seen], block: int, count: int, rng: random.Random) -> Anchors:
@@ -42,7 +44,7 @@ class Anchors:
 
         A position is that of the newest known token: any answer token except the last. Answers need two or more.
         """
-        places, newest, labels, taught = [], [], [], []
+        places, newest, labels, taught, chosen = [], [], [], [], []
         for each in seen:
             ids = each.ids
             # The last token has no label, so no draft begins with it.
@@ -51,7 +53,9 @@ class Anchors:
                 places.append(p)
                 newest.append(ids[p])
                 labels.append([ids[p + 1 + j] if p + 1 + j < len(ids) else -100 for j in range(block)])
-                taught.append(each.taught[[min(p + j, len(ids) - 1) - first + 1 for j in range(block)]])
+                rows = [min(p + j, len(ids) - 1) - first + 1 for j in range(block)]
+                taught.append(each.taught[rows])
+                chosen.append(each.chosen[rows])
         device = seen[0].aux_hidden_states.device
         by_answer = (len(seen), count)
         return cls(
@@ -59,6 +63,7 @@ class Anchors:
             torch.tensor(newest, device=device).view(by_answer),
             torch.tensor(labels, device=device),
             torch.stack(taught).float(),
+            torch.stack(chosen),
         )
 
     @property
@@ -121,7 +126,8 @@ def draft_loss(
             drafted = eagle_logits(learner, network, seen, places)
         case MedusaNetwork():
             drafted = medusa_logits(learner, network, seen, places)
-    return block_loss(drafted.float(), places.taught, learner.labels(places.labels), gamma=gamma)
+    labels = learner.labels(places.labels).masked_fill(~places.chosen, -100)
+    return block_loss(drafted.float(), places.taught, labels, gamma=gamma)
 
 
 # --- logits of each drafter: (drafts, block, tokens offered)

@@ -10,26 +10,32 @@ its folder:
 
 Answers at the end of "messages" are dropped, because the target writes its own. A line may also have "task", a name
 under which its figures are reported, and "max_tokens", the longest answer in a benchmark (training has one limit for
-all lines). A line with any other key is rejected.
+all lines). Where `Forms` are passed, it may have the fields of a request that bind the answer to a form, such as
+"response_format". A line with any other key is rejected.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from model.errors import ConfigError
-from model.request import Medium, Message
+from model.request import Grammar, GrammarKind, Medium, Message
 from model.train.data import Unusable
 
 Kind = Literal["image", "video"]
 Decode = Callable[[Path, Kind | None], Medium]  # kind None: detect it; raises Unusable without naming the path
 KINDS: dict[str, Kind | None] = {"image": "image", "video": "video", "media": None}  # manifest key -> kind
+FORM_NAMES: dict[GrammarKind, str] = {  # in the names of groups
+    **{"json_schema": "JSON", "json_object": "JSON", "regex": "regex", "choice": "choice"},
+    **{"lark": "grammar", "gbnf": "grammar"},
+}
 SUFFIXES: dict[str, Kind] = {
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"), "image"),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"), "video"),
@@ -43,6 +49,17 @@ DEFAULT_PROMPTS: dict[Kind, tuple[str, ...]] = {
     ),
     "video": ("Describe the video.", "What happens in the video, from first to last?", "What moves in the video?"),
 }
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Know the fields of a request that bind its answer to a form.
+
+    fields: their names. grammar: returns what a line's fields say; raises ValueError, naming the field.
+    """
+
+    fields: frozenset[str] = frozenset()
+    grammar: Callable[[Mapping[str, Any]], Grammar | None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -65,13 +82,14 @@ class Turn:
 class Item:
     """Hold one conversation up to the point where the target answers.
 
-    where: its file and line, for error messages.
+    where: its file and line, for error messages. grammar: of its answer, None if that may be any text.
     """
 
     turns: tuple[Turn, ...]
     where: str
     task: str | None = None
     max_tokens: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def files(self) -> tuple[File, ...]:
@@ -80,9 +98,14 @@ class Item:
 
     @property
     def kind(self) -> str:
-        """Name the group in which its figures are reported: its task, else its media, such as "image" or "2 media"."""
+        """Name the group in which its figures are reported: its task, else its media and form, such as "image",
+        "2 media" or "image, JSON"."""
         if self.task is not None:
             return self.task
+        return self._media if self.grammar is None else f"{self._media}, {FORM_NAMES[self.grammar.kind]}"
+
+    @property
+    def _media(self) -> str:
         if len(self.files) != 1:
             return f"{len(self.files)} media" if self.files else "text"
         return self.files[0].kind or SUFFIXES.get(self.files[0].path.suffix.lower(), "image")
@@ -113,18 +136,29 @@ class Data:
     root: Path
 
 
-def read(path: Path, prompts: Sequence[str] = ()) -> Data:
+def read(
+    path: Path,
+    prompts: Sequence[str] = (),
+    *,
+    forms: Forms | None = None,
+    grammars: Sequence[Grammar] = (),
+    grammar_share: float = 0.0,
+) -> Data:
     """Read a folder, combining each of its files with each prompt; or read a manifest.
 
-    Without prompts, each file of a folder gets one of DEFAULT_PROMPTS in turn. Raises ConfigError if `path` does not
-    exist, if prompts are passed together with a manifest, or if no prompt can be used.
+    Without prompts, each file of a folder gets one of DEFAULT_PROMPTS in turn. forms: the fields that a line of a
+    manifest may have to bind its answer. grammars, grammar_share: the answers to this share of a folder's prompts
+    follow one of these grammars each. Raises ConfigError if `path` does not exist, if prompts or grammars are passed
+    together with a manifest, or if no prompt can be used.
     """
     if path.is_dir():
-        data = Data(tuple(_of_folder(path, prompts)), (), path)
+        data = Data(tuple(_bound(_of_folder(path, prompts), grammars, grammar_share)), (), path)
     elif path.is_file():
         if prompts:
             raise ConfigError("--prompt goes with a folder; a manifest says itself what is asked")
-        data = _of_manifest(path)
+        if grammars:
+            raise ConfigError("--json-schema goes with a folder; a line of a manifest has its own response_format")
+        data = _of_manifest(path, forms or Forms())
     else:
         raise ConfigError(f"data {str(path)!r} is neither a folder nor a JSONL file")
     if not data.items:
@@ -146,7 +180,14 @@ def _of_folder(folder: Path, prompts: Sequence[str]) -> Iterator[Item]:
         number += 1
 
 
-def _of_manifest(manifest: Path) -> Data:
+def _bound(items: Iterator[Item], grammars: Sequence[Grammar], share: float) -> Iterator[Item]:
+    """Let a share of the items, drawn by number, have answers that follow one of the grammars."""
+    for number, item in enumerate(items):
+        rng = random.Random(number)
+        yield replace(item, grammar=rng.choice(grammars)) if grammars and rng.random() < share else item
+
+
+def _of_manifest(manifest: Path, forms: Forms) -> Data:
     """Parse a manifest line by line; a bad line becomes a problem and does not stop the others."""
     items: list[Item] = []
     problems: list[str] = []
@@ -155,7 +196,7 @@ def _of_manifest(manifest: Path) -> Data:
             continue
         where = f"{manifest.name}:{number}"
         try:
-            item = _item(json.loads(line), where, manifest.parent)
+            item = _item(json.loads(line), where, manifest.parent, forms)
             if missing := [file for file in item.files if not file.path.is_file()]:
                 raise ValueError(f"{missing[0].kind or 'media'}: no such file: {missing[0].path}")
         except json.JSONDecodeError as error:
@@ -167,19 +208,22 @@ def _of_manifest(manifest: Path) -> Data:
     return Data(tuple(items), tuple(problems), manifest.parent)
 
 
-def _item(row: Any, where: str, folder: Path) -> Item:
+def _item(row: Any, where: str, folder: Path, forms: Forms) -> Item:
     """Check one parsed line and convert it to an item. Raises ValueError, naming the field."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     known = {"task", "max_tokens"} | ({"messages"} if "messages" in row else {"prompt", *KINDS})
-    if unknown := sorted(row.keys() - known):  # a misspelt "image" would train on answers written without the image
-        raise ValueError(f"unknown key {unknown[0]!r}; known here: {', '.join(sorted(known))}")
+    # A misspelt "image" would train on answers written without the image.
+    if unknown := sorted(row.keys() - known - forms.fields):
+        others = "; and a request's fields for the form of its answer, such as response_format" if forms.fields else ""
+        raise ValueError(f"unknown key {unknown[0]!r}; known here: {', '.join(sorted(known))}{others}")
     task, max_tokens = row.get("task"), row.get("max_tokens")
     if "task" in row:
         _text(row, "task")
     if "max_tokens" in row and (type(max_tokens) is not int or max_tokens < 1):
         raise ValueError(f"max_tokens: must be a whole number, at least 1; got {max_tokens!r}")
-    return Item(_turns(row, folder), where, task, max_tokens)
+    grammar = forms.grammar({name: row[name] for name in row if name in forms.fields})
+    return Item(_turns(row, folder), where, task, max_tokens, grammar)
 
 
 def _turns(row: dict[str, Any], folder: Path) -> tuple[Turn, ...]:
@@ -270,7 +314,7 @@ class FilePrompts:
 
     @cached_property
     def digest(self) -> str:
-        """Hash prompts, tasks, file names and file sizes, together with the split."""
+        """Hash prompts, tasks, grammars, file names and file sizes, together with the split."""
         digest = hashlib.sha256(json.dumps([self.held_out]).encode())
         for item in self._data.items:
             for turn in item.turns:
@@ -280,6 +324,8 @@ class FilePrompts:
                 digest.update(json.dumps([turn.role, parts]).encode())
             if item.task is not None:
                 digest.update(json.dumps([item.task]).encode())
+            if item.grammar is not None:
+                digest.update(json.dumps([item.grammar.kind, item.grammar.source]).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -295,6 +341,11 @@ class FilePrompts:
     def kind(self, number: int) -> str:
         """Return the group, such as "image" or a task, in which an item's figures are reported."""
         return self._data.items[number].kind
+
+    def grammar(self, number: int) -> Grammar | None:
+        """Return the grammar of one item's answer. Its errors name the line."""
+        item = self._data.items[number]
+        return item.grammar and replace(item.grammar, param=f"{item.where}: {item.grammar.param}")
 
     def messages(self, number: int) -> tuple[Message, ...]:
         """Decode the media of one item. Raises Unusable, naming line and file."""

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from model.engine.engine import Engine
-from model.request import Message, Request, RequestError, SamplingParams
+from model.request import Grammar, Message, Request, RequestError, SamplingParams
 from model.train.data import Unusable
 
 
@@ -65,6 +65,7 @@ def acceptance(
     messages: Callable[[int], tuple[Message, ...]],
     numbers: Sequence[int],
     *,
+    grammar: Callable[[int], Grammar | None] = lambda _: None,
     max_tokens: int = 160,
     temperature: float = 0.0,
     seconds: float | None = None,
@@ -81,7 +82,9 @@ def acceptance(
     while True:
         while pending and len(engine.scheduler.waiting) + len(engine.scheduler.running) < engine.info.max_num_seqs:
             number = pending.pop()
-            params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=number)
+            params = SamplingParams(
+                max_tokens=max_tokens, temperature=temperature, seed=number, grammar=grammar(number)
+            )
             try:
                 engine.add(Request(str(number), messages(number), params))
             except (Unusable, RequestError):

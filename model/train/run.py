@@ -8,6 +8,7 @@ This module reads no media files; prompts come from `model.train.data.Prompts`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from model.drafters.checkpoint import DraftShape, Network
 from model.drafters.presets import Sizes
 from model.engine.engine import Engine
 from model.errors import ConfigError
+from model.request import Grammar, RequestError
 from model.targets.base import Target
 from model.targets.registry import load_target
 from model.train import card, plots
@@ -41,6 +43,7 @@ from model.train.data import (
 )
 from model.train.data import write_answers as write
 from model.train.measure import Acceptance, acceptance, miscalibration
+from model.train.seen import grammars_of
 from model.train.team import Team
 from model.train.trainer import Row, TrainConfig, train
 
@@ -62,6 +65,7 @@ class Settings:
     output: Path
     command: str
     train: TrainConfig = field(default_factory=TrainConfig)
+    init: Path | None = None  # a draft to go on from; None: an untrained one
     sizes: Sizes = field(default_factory=Sizes)
     temperatures: tuple[float, ...] = TEMPERATURES
     max_tokens: int = MAX_TOKENS  # of an answer
@@ -89,6 +93,16 @@ def open_target(config: EngineConfig, drafter: str) -> Target:
     return load_target(config, presets.TAP_LAYERS.get(drafter))
 
 
+def check_grammars(grammars: Sequence[Grammar], target: Target) -> None:
+    """Raise ConfigError for a grammar that cannot be compiled for this target."""
+    compiler = grammars_of(target)
+    for grammar in grammars:
+        try:
+            compiler.begin(grammar)
+        except RequestError as error:
+            raise ConfigError(str(error)) from error
+
+
 def anchors(batch: int, shape: DraftShape) -> int:
     """Choose the default number of drafts per answer and step, so that their logits are likely to fit into memory."""
     return max(1, min(MOST_ANCHORS, LOGITS // (batch * shape.block * (shape.vocabulary or shape.vocab_size))))
@@ -107,10 +121,10 @@ def run(
     ConfigError if the output folder belongs to other settings, and Interrupted after having saved.
     """
     torch.manual_seed(settings.train.seed)
-    network = presets.new(settings.drafter, target, sizes=settings.sizes).to(target.device).train()
+    network = first(settings, target).train()
     claim(settings, target, network, prompts, team)
     examples = answer(settings, target, prompts, team, stop)
-    if network.offered is not None:
+    if network.offered is not None and settings.init is None:
         chosen = frequent(examples, len(network.offered), target.eos_ids)
         network.offered.copy_(torch.tensor(chosen))
 
@@ -119,7 +133,7 @@ def run(
         engine = served(settings, target, network, settings.run / "draft")
         numbers = spread(prompts.held_out, settings.evaluate_prompts)
         limit = {"max_tokens": settings.max_tokens, "seconds": settings.evaluate_seconds}
-        measured = acceptance(engine, prompts.messages, numbers, stop=stop, **limit)  # type: ignore[arg-type]
+        measured = acceptance(engine, prompts.messages, numbers, grammar=prompts.grammar, stop=stop, **limit)  # type: ignore[arg-type]
         return None if stop() else measured.as_json()
 
     file = settings.run / "state.pt"
@@ -134,6 +148,22 @@ def run(
         figures = finish(settings, target, network, prompts, len(examples), history, stop)
     team.wait()
     return figures
+
+
+def first(settings: Settings, target: Target) -> Network:
+    """Create the network that the training begins with: an untrained one, or a copy of the draft in `settings.init`.
+
+    Raises ConfigError if that draft cannot be read, was trained for another target, or is of another drafter or shape.
+    """
+    if settings.init is None:
+        return presets.new(settings.drafter, target, sizes=settings.sizes).to(target.device)
+    if (found := checkpoint.described(settings.init).drafter) != settings.drafter:
+        raise ConfigError(f"--init: draft {str(settings.init)!r} is of --drafter {found}, not {settings.drafter}")
+    chosen = [name for name, value in asdict(settings.sizes).items() if value is not None]
+    if chosen:
+        raise ConfigError(f"--init keeps the shape of its draft: leave out the option for its {chosen[0]}")
+    network: Network = checkpoint.load(settings.init, target).float().requires_grad_(True)
+    return network
 
 
 # --- a run resumes only with the settings that it began with
@@ -175,6 +205,7 @@ def identity(settings: Settings, target: Target, network: Network, prompts: Prom
         "target": checkpoint.fingerprint(target),
         "drafter": settings.drafter,
         "draft": asdict(network.config),
+        "init": settings.init and hashlib.sha256((settings.init / "model.safetensors").read_bytes()).hexdigest()[:16],
         "data": prompts.digest,
         **{name: config[name] for name in shaping},
         "batches per step": settings.train.accumulate * team.size,
@@ -205,6 +236,7 @@ def answer(settings: Settings, target: Target, prompts: Prompts, team: Team, sto
             prompts.messages,
             missing[team.rank :: team.size],
             file if team.rank == 0 else file.with_stem(f"{file.stem}-{team.rank}"),
+            grammar=prompts.grammar,
             temperatures=settings.temperatures,
             max_tokens=settings.max_tokens,
             seed=settings.train.seed,
@@ -214,7 +246,7 @@ def answer(settings: Settings, target: Target, prompts: Prompts, team: Team, sto
     if settings.strict and (bad := [reason for each in answer_files(file) for reason in unusable(each).values()]):
         raise ConfigError(f"{len(bad)} prompts cannot be used, and --strict: {bad[0]}")
     known = {e.number: e for each in answer_files(file) for e in read_answers(each)}
-    examples = [known[number] for number in prompts.train if number in known]
+    examples = [replace(known[n], grammar=prompts.grammar(n)) for n in prompts.train if n in known]
     if not any(len(e.answer) > 2 for e in examples):
         raise ConfigError("no prompt got an answer of three tokens or more: there is nothing to learn from")
     return examples
@@ -258,7 +290,9 @@ def finish(
     measured: dict[str, Acceptance] = {}
     for kind, numbers in sorted(by_kind(prompts).items()):
         some = spread(numbers, settings.final_prompts)
-        measured[kind] = acceptance(engine, prompts.messages, some, max_tokens=settings.max_tokens, stop=stop)
+        measured[kind] = acceptance(
+            engine, prompts.messages, some, grammar=prompts.grammar, max_tokens=settings.max_tokens, stop=stop
+        )
         if stop():
             raise Interrupted
     whole, calibration = sum(measured.values(), Acceptance()), engine.load.calibration()

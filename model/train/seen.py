@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from model.backends.attention import AttentionMetadata, MaskKind
 from model.backends.kv_cache import KVCache
+from model.config import EngineConfig
+from model.decoding.grammar import Grammars
 from model.drafters.checkpoint import Network
 from model.drafters.eagle.network import EagleNetwork
 from model.request import Message
@@ -27,13 +29,15 @@ class Seen:
 
     aux_hidden_states: (positions, num_taps * hidden). embeds: (positions, hidden), the input embeddings; (0, hidden)
     for drafts that do not read them. taught: (answer tokens + 1, tokens offered), row i the log-probabilities that
-    answer token i was chosen from. ids: token ids of prompt and answer. prompt: without its media, whose pixels would
-    take more memory than all the rest.
+    answer token i was chosen from: among all tokens, or among those that its grammar allowed. chosen: (answer tokens +
+    1), false for a token that the grammar left no choice for, and which no draft has to find. ids: token ids of prompt
+    and answer. prompt: without its media, whose pixels would take more memory than all the rest.
     """
 
     aux_hidden_states: Tensor
     embeds: Tensor
     taught: Tensor
+    chosen: Tensor
     ids: list[int]
     prompt: TokenizedPrompt
 
@@ -44,11 +48,16 @@ class Seen:
 
 
 def capture(
-    target: Target, prompts: list[TokenizedPrompt], answers: list[tuple[int, ...]], network: Network
+    target: Target,
+    prompts: list[TokenizedPrompt],
+    answers: list[tuple[int, ...]],
+    network: Network,
+    allowed: Sequence[Tensor | None] | None = None,
 ) -> list[Seen]:
     """Run one causal pass over prompts and answers, padded on the right, and capture the states that this draft reads.
 
-    Returns one Seen for each prompt, in order.
+    allowed: for each answer the tokens that its grammar left for each of its tokens, (answer tokens + 1, vocab) bool;
+    None where it had none. Returns one Seen for each prompt, in order.
     """
     ids = [p.ids + list(a) for p, a in zip(prompts, answers, strict=True)]
     width, batch = max(map(len, ids)), len(ids)
@@ -80,13 +89,43 @@ def capture(
     seen = []
     for b, (each, prompt) in enumerate(zip(ids, prompts, strict=True)):
         first, end = len(prompt.ids) - 1, len(each)
-        taught = target.logits(hidden[b, first:end]).float().log_softmax(-1).to(target.dtype)
+        logits = target.logits(hidden[b, first:end]).float()
+        chosen = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        if allowed is not None and (mask := allowed[b]) is not None:
+            mask = mask.to(logits.device)
+            logits, chosen = logits.masked_fill(~mask, -torch.inf), mask.sum(-1) > 1
+        taught = logits.log_softmax(-1).to(target.dtype)
         if network.offered is not None:
             taught = taught[:, network.offered]
         read = end if isinstance(network, EagleNetwork) else 0
         kept = aux_hidden_states[b, :end].clone(), embeds[b, :read].clone()
-        seen.append(Seen(*kept, taught, each, replace(prompt, media=())))
+        seen.append(Seen(*kept, taught, chosen, each, replace(prompt, media=())))
     return seen
+
+
+def allowed_tokens(example: Example, grammars: Grammars, vocab_size: int) -> Tensor | None:
+    """Follow an answer through its grammar: which tokens might have been chosen for each of its tokens, and behind it.
+
+    Returns (answer tokens + 1, vocab) bool; None if the example has no grammar.
+    """
+    if example.grammar is None:
+        return None
+    guide = grammars.begin(example.grammar)
+    rows = torch.ones(len(example.answer) + 1, vocab_size, dtype=torch.bool)
+    for row, token in zip(rows, example.answer, strict=False):
+        if (mask := guide.mask(())) is not None:
+            row.copy_(torch.from_numpy(mask))
+        guide.commit([token])
+    return rows
+
+
+def grammars_of(target: Target) -> Grammars:
+    """Return what compiles grammars for a target, with the limits that an engine has by default."""
+    return Grammars(
+        *(target.tokenizer, target.vocab_size, target.eos_ids),
+        num_cached=EngineConfig.grammar_cache,
+        max_symbols=EngineConfig.max_grammar_symbols,
+    )
 
 
 def _written(target: Target, answer: tuple[int, ...]) -> dict[str, Tensor]:
@@ -111,6 +150,7 @@ class Memory:
     def __init__(self, budget: int) -> None:
         self._budget = budget
         self._captured: dict[int, Seen] = {}
+        self._grammars: Grammars | None = None
 
     def seen(
         self,
@@ -124,8 +164,11 @@ class Memory:
         fresh: dict[int, Seen] = {}
         if missing:
             prompts = [target.prompt(messages(e.number)) for e in missing]
+            if self._grammars is None:
+                self._grammars = grammars_of(target)
+            allowed = [allowed_tokens(e, self._grammars, target.vocab_size) for e in missing]
             with torch.no_grad():
-                captured = capture(target, prompts, [e.answer for e in missing], network)
+                captured = capture(target, prompts, [e.answer for e in missing], network, allowed)
             fresh = {e.number: seen for e, seen in zip(missing, captured, strict=True)}
         for number, seen in fresh.items():
             if seen.num_bytes <= self._budget:

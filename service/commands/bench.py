@@ -46,6 +46,9 @@ def _bench(argv: list[str]) -> None:
         help="instead: check that every way of decoding gives the same tokens; has options of its own: add --help",
     )
     chosen = options.read_options(parser, parser.parse_args(argv))
+    from service.commands.forms import api_forms  # it loads torch, which --help does not need
+
+    chosen = replace(chosen, forms=api_forms())
     command = shlex.join([*PROG.split(), *argv])
     if chosen.profile:
         from model.bench.profile import profile

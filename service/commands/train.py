@@ -32,6 +32,17 @@ def train(
         list[str] | None,
         typer.Option(help="Prompt for every file of a folder; repeatable.", rich_help_panel=DATA),
     ] = None,
+    json_schema: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSON schema for answers to a folder's prompts, a file or JSON text; repeatable.",
+            metavar="FILE|JSON",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    schema_share: Annotated[
+        float, typer.Option(help="Share of a folder's prompts that get one of the schemas.", rich_help_panel=DATA)
+    ] = 0.3,
     evaluation_share: Annotated[
         float, typer.Option("--held-out", help="Share of the data kept for evaluation, 0 to 1.", rich_help_panel=DATA)
     ] = 0.05,
@@ -47,6 +58,10 @@ def train(
         typer.Option(help="Sampling temperatures of the target's answers, used in turn.", rich_help_panel=DATA),
     ] = TEMPERATURES,
     max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.", rich_help_panel=DATA)] = 160,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a draft to go on from, instead of an untrained one.", rich_help_panel=DRAFT),
+    ] = None,
     hidden_size: Annotated[
         int | None,
         typer.Option(
@@ -173,19 +188,23 @@ def train(
         fail(f"{wrong[0]} must be at least 1", 2)
     if rate <= 0.0 or gamma <= 0.0 or (epochs is not None and epochs <= 0.0) or evaluate_every < 0:
         fail("--rate, --gamma and --epochs must be above 0, and --evaluate-every at least 0", 2)
+    if not 0.0 <= schema_share <= 1.0:
+        fail(f"--schema-share must be between 0 and 1; got {schema_share}", 2)
     sampling_temperatures = _temperatures(temperatures)
 
-    from model.drafters import presets
+    from model.drafters import checkpoint, presets
     from model.targets.frames import most_frames
     from model.train import interrupt, manifest
     from model.train import run as training
     from model.train import team as teams
     from model.train.data import Interrupted, Unusable
     from model.train.trainer import TrainConfig
+    from service.commands.forms import api_forms, read_schemas
     from service.commands.generate import hide_progress_bars
 
     try:
-        read = manifest.read(data, prompt or ())
+        schemas = read_schemas(json_schema or ())
+        read = manifest.read(data, prompt or (), forms=api_forms(), grammars=schemas, grammar_share=schema_share)
         team = teams.gather()
         _report(read.problems, strict=strict, verbose=team.rank == 0)
         hide_progress_bars()
@@ -200,6 +219,7 @@ def train(
             max_model_len=max_model_len,
         ).resolved()
         opened_target = training.open_target(config, drafter)
+        training.check_grammars(schemas, opened_target)
         limits = MediaLimits()
         fitting = most_frames(opened_target, config.context(opened_target.max_positions))
         limits = replace(limits, max_frames=min(limits.max_frames, fitting))
@@ -221,7 +241,7 @@ def train(
                 sequential_rank=rank,
                 vocabulary=vocabulary,
             )
-            shape = presets.shape(drafter, opened_target, sizes)
+            shape = checkpoint.described(init).config if init else presets.shape(drafter, opened_target, sizes)
             settings = training.Settings(
                 target=config,
                 drafter=drafter,
@@ -241,6 +261,7 @@ def train(
                     autocast=precision == "bf16",
                     memory_bytes=int(memory * (1 << 30)),
                 ),
+                init=init,
                 sizes=sizes,
                 temperatures=sampling_temperatures,
                 max_tokens=max_tokens,

@@ -33,6 +33,9 @@ class Pictures:
     def messages(self, number: int) -> tuple[Message, ...]:
         return (Message("user", ("Look:", cases.image(number, 61 + 4 * number, 47), "What is it?")),)
 
+    def grammar(self, number: int) -> None:
+        return None
+
     def kind(self, number: int) -> str:
         return "image"
 

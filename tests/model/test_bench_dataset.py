@@ -173,3 +173,30 @@ def test_a_folder_is_a_dataset_and_a_file_that_is_not_there_is_none(folder: Path
     done = CliRunner().invoke(app, ["bench", "--dataset", str(folder), "--image", "0.png", "--prompt", "What?"])
     assert done.exit_code == 2
     assert "--dataset" in done.stderr
+
+
+def test_answers_follow_what_their_lines_ask_for(tiny_checkpoint: Path, tiny_draft: Path, folder: Path) -> None:
+    """With the fields of a request; and not where transformers answers, which knows none."""
+    choice = {"structured_outputs": {"choice": ["red", "green"]}}
+    data = write(
+        folder,
+        {"image": "0.png", "prompt": "What is this?", "max_tokens": 40, "regex": "[0-9]{20}"},
+        {"image": "0.png", "prompt": "Which colour?", "max_tokens": 40, **choice},
+        {"image": "1.png", "prompt": "What is this?", "max_tokens": 4},
+    )
+    once = ("--batches", "1", "--repeats", "1", "--prompts", "1")
+    done = invoke(tiny_checkpoint, tiny_draft, data, *once, "--drafters", "off,flash")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {row["task"] for row in rows} == {"image, regex", "image, choice", "image"}
+    assert all(row["same_tokens_as_plain"] == 1.0 for row in rows)
+    longest = {row["task"]: row["tokens"] for row in rows}
+    assert longest["image"] == 4
+    assert longest["image, choice"] < 10 < longest["image, regex"] <= 21
+    refused = invoke(tiny_checkpoint, tiny_draft, data, *once)
+    assert refused.exit_code == 1
+    assert "data.jsonl:1: transformers' generate follows no grammars" in refused.stderr
+    bad = write(folder, {"image": "0.png", "prompt": "What?", "json_schema": {"type": "strin"}})
+    refused = invoke(tiny_checkpoint, tiny_draft, bad, *once, "--drafters", "off")
+    assert refused.exit_code == 1
+    assert "data.jsonl:1: json_schema: the json schema cannot be compiled" in refused.stderr

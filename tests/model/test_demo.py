@@ -7,12 +7,14 @@ import math
 import random
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from model.bench import grammars as bench_grammars
 from model.config import DEMO_WEIGHTS
 from model.demo import build, captions, evaluate, motion, prompts, scenes, vision
 from model.demo.captions import Claim
@@ -351,3 +353,35 @@ def test_an_evaluation_writes_only_where_it_is_asked_to(
     for _, *asked in stages:
         Path(asked[0]).mkdir()
         assert run(*asked) == told == (Path(asked[0]) / "evaluation.json").read_text()
+
+
+def test_schemas_that_drafts_learn_from_differ_from_each_other_and_from_the_benchmarks() -> None:
+    """Otherwise the benchmark would measure how well a draft knows five schemas by heart."""
+    drawn = prompts.Scenes(examples=4, frames=9, each=3, formed=40)
+    bound = [number for number in drawn.train if drawn.grammar(number) is not None]
+    assert bound == [number for number in drawn.train if number >= prompts.FORMED]
+    assert len(bound) == 40
+    assert {drawn.kind(number) for number in bound} == set(prompts.FORMS)
+    assert [number for number in drawn.held_out if drawn.grammar(number)] == [
+        number for number in drawn.held_out if drawn.kind(number) in prompts.FORMS
+    ]
+    sources = {grammar.source for number in (*bound, *drawn.held_out) if (grammar := drawn.grammar(number))}
+    assert len(sources) > 40
+    benchmark = {name for schema in bench_grammars.SCHEMAS.values() for name in keys(schema)}
+    assert {"caption", "detections", "lines", "box", "color"} <= benchmark
+    assert not benchmark & {name for source in sources for name in keys(json.loads(source))}
+    for number in bound[:8]:
+        ((medium, question),) = (message.content for message in drawn.messages(number))
+        assert not isinstance(medium, str)
+        assert isinstance(question, str)
+        assert drawn.kind(number).startswith(medium.kind)
+        assert drawn.grammar(number) == prompts.Scenes(9, 9, 9, 99).grammar(number), "whatever else is drawn"
+
+
+def keys(schema: Any) -> set[str]:
+    """Return the names of all properties in a schema."""
+    if isinstance(schema, list):
+        return set().union(*map(keys, schema))
+    if not isinstance(schema, dict):
+        return set()
+    return set(schema.get("properties", ())).union(*map(keys, schema.values()))

@@ -366,7 +366,8 @@ def test_eagles_passes_are_those_it_was_trained_with(
             place = len(seen.prompt.ids) + len(sequence.tokens) - 1
             coming = torch.tensor(seen.ids[place : place + 3])
             anchors = Anchors(
-                torch.tensor([[place]]), coming[:1][None], torch.tensor([seen.ids[place + 1 : place + 6]]), coming
+                *(torch.tensor([[place]]), coming[:1][None], torch.tensor([seen.ids[place + 1 : place + 6]])),
+                *(coming, torch.ones(1, 5, dtype=torch.bool)),
             )
             taught = loss.eagle_logits(Learner(target, drafter.network), drafter.network, [seen], anchors)[0]
             slots = slot + 1

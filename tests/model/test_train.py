@@ -6,7 +6,9 @@ import gc
 import json
 import math
 import random
+import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from model.config import TRAINED
 from model.drafters import checkpoint, presets
 from model.drafters.flash.network import DraftNetwork
 from model.engine.engine import Engine
-from model.request import Medium, Message, Request, SamplingParams
+from model.request import Grammar, Medium, Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import loss as taught
 from model.train.data import Example, frequent, read_answers, write_answers
 from model.train.loss import Anchors, Learner, block_loss, draft_loss
-from model.train.seen import Memory, capture
+from model.train.seen import Memory, allowed_tokens, capture, grammars_of
 from model.train.trainer import TrainConfig, train
 from tests.model import tiny
 
@@ -307,3 +309,38 @@ def test_only_what_was_asked_for_is_returned(tiny_checkpoint: Path, tmp_path: Pa
     engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=4))
     write_answers(engine, messages, range(4), tmp_path / "a.jsonl", max_tokens=5)
     assert [e.number for e in write_answers(engine, messages, range(2), tmp_path / "a.jsonl", max_tokens=5)] == [0, 1]
+
+
+# -- answers that follow a grammar
+
+
+DIGITS = Grammar("regex", "[0-9]{5}x[0-9]{3}")
+
+
+def test_a_draft_is_taught_what_the_grammar_left_of_the_targets_choice(
+    tiny_checkpoint: Path, tiny_target: Target, tmp_path: Path
+) -> None:
+    """An answer under a grammar is chosen among few tokens, and its draft is judged by the same choice."""
+    engine = Engine(tiny.config(tiny_checkpoint, drafter="off", max_num_seqs=2))
+    only = {0: DIGITS}
+    wrote = write_answers(engine, messages, range(2), tmp_path / "a.jsonl", grammar=only.get, temperatures=(0.0,))
+    assert re.fullmatch("[0-9]{5}x[0-9]{3}", engine.target.tokenizer.decode(wrote[0].answer, skip_special_tokens=True))
+    bound, free = replace(wrote[0], grammar=DIGITS), wrote[1]
+    allowed = allowed_tokens(bound, grammars_of(tiny_target), tiny_target.vocab_size)
+    assert allowed is not None
+    assert allowed_tokens(free, grammars_of(tiny_target), tiny_target.vocab_size) is None
+    assert all(row[token] for row, token in zip(allowed, bound.answer, strict=False))
+    one, other = Memory(1 << 30).seen(tiny_target, [bound, free], messages, fresh(tiny_target))
+    for row, token, may in zip(one.taught, bound.answer, allowed, strict=False):
+        assert row.argmax() == token, "the likeliest allowed token, which a greedy answer has"
+        assert row.exp()[~may].sum() == 0.0
+        assert row.float().exp().sum().item() == pytest.approx(1.0, abs=0.02)
+    x = len("00000")
+    assert one.taught[x].exp().max() == 1.0, "what must come is certain"
+    assert torch.isfinite(other.taught).all(), "free text may be anything"
+    assert [*one.chosen[: len(bound.answer)]] == [True] * 5 + [False] + [True] * 3 + [False], "nor must a draft find it"
+    assert other.chosen.all()
+    loss, _ = draft_loss(
+        Learner(tiny_target, fresh(tiny_target)), [one, other], anchors=4, gamma=5.0, rng=random.Random(0)
+    )
+    assert torch.isfinite(loss)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from model.errors import ConfigError
-from model.request import Medium
+from model.request import Grammar, Medium
 from model.train import manifest
 from model.train.data import Unusable
-from model.train.manifest import Data, File, FilePrompts
+from model.train.manifest import Data, File, FilePrompts, Forms
 from tests.model import tiny
 
 
@@ -144,3 +144,75 @@ def test_a_file_that_cannot_be_decoded_is_named_with_its_line(tmp_path: Path) ->
     of_folder = FilePrompts(manifest.read(tmp_path), decode, 0.5)
     with pytest.raises(Unusable, match=r"^[^:]*b\.png: broken$"):
         of_folder.messages(1)
+
+
+# -- answers that follow grammars
+
+
+def regex(fields: Any) -> Grammar | None:
+    """Know one field, as the service knows many."""
+    if "regex" not in fields:
+        return None
+    if not isinstance(fields["regex"], str):
+        raise ValueError("regex: must be a text")
+    return Grammar("regex", fields["regex"], "regex")
+
+
+FORMS = Forms(frozenset({"regex"}), regex)
+
+
+def test_a_line_says_which_grammar_its_answer_follows(tmp_path: Path) -> None:
+    files(tmp_path, "a.png", "b.png")
+    rows: list[Any] = [
+        {"image": "a.png", "prompt": "How many?", "regex": "[0-9]"},
+        {"image": "b.png", "prompt": "How many?"},
+        {"prompt": "How many?", "regex": "[a-z]", "task": "letters"},
+        {"prompt": "How many?", "regex": 3},
+        {"prompt": "How many?", "regexp": "[0-9]"},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = manifest.read(tmp_path / "data.jsonl", forms=FORMS)
+    assert [item.grammar and item.grammar.source for item in data.items] == ["[0-9]", None, "[a-z]"]
+    assert [item.kind for item in data.items] == ["image, regex", "image", "letters"], "figures of their own"
+    assert data.problems[0] == "data.jsonl:4: regex: must be a text"
+    assert "unknown key 'regexp'" in data.problems[1]
+    assert "such as response_format" in data.problems[1]
+    prompts = FilePrompts(data, decode, 0.3)
+    bound = prompts.grammar(0)
+    assert bound is not None
+    assert bound.param == "data.jsonl:1: regex", "so that an error names the line"
+    assert prompts.grammar(1) is None
+    without = manifest.read(tmp_path / "data.jsonl")
+    assert "unknown key 'regex'" in without.problems[0], "it would train on answers of another form"
+    assert not without.problems[0].endswith("response_format")
+
+
+def test_data_of_other_grammars_are_other_data(tmp_path: Path) -> None:
+    files(tmp_path, "a.png", "b.png")
+
+    def digest(*sources: str | None) -> str:
+        rows = [{"image": name, "prompt": "What?"} for name in ("a.png", "b.png")]
+        lines = [row | ({"regex": source} if source else {}) for row, source in zip(rows, sources, strict=True)]
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return FilePrompts(manifest.read(tmp_path / "data.jsonl", forms=FORMS), decode, 0.3).digest
+
+    digests = [digest(None, None), digest("[0-9]", None), digest(None, "[0-9]"), digest("[0-8]", None)]
+    assert len(set(digests)) == 4
+    assert digest("[0-9]", None) == digests[1]
+
+
+def test_a_share_of_a_folders_prompts_gets_one_of_the_grammars(tmp_path: Path) -> None:
+    files(tmp_path, *(f"{number}.png" for number in range(100)))
+    grammars = [Grammar("regex", source) for source in ("[0-9]", "[a-z]")]
+    items = manifest.read(tmp_path, ["What?", "Where?"], grammars=grammars, grammar_share=0.3).items
+    bound = [item for item in items if item.grammar]
+    assert 40 <= len(bound) <= 80
+    assert {item.grammar for item in bound} == set(grammars)
+    assert {item.turns[0].content[1] for item in bound} == {"What?", "Where?"}
+    assert items == manifest.read(tmp_path, ["What?", "Where?"], grammars=grammars, grammar_share=0.3).items
+    for share, count in ((0.0, 0), (1.0, 200)):
+        read = manifest.read(tmp_path, ["What?", "Where?"], grammars=grammars, grammar_share=share)
+        assert sum(item.grammar is not None for item in read.items) == count
+    (tmp_path / "data.jsonl").write_text('{"prompt": "What?"}\n')
+    with pytest.raises(ConfigError, match="--json-schema goes with a folder"):
+        manifest.read(tmp_path / "data.jsonl", grammars=grammars)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from model.drafters.flash.network import DraftConfig
 from model.drafters.presets import Sizes, width
 from model.engine.engine import Engine
 from model.errors import ConfigError
-from model.request import Message, Request, SamplingParams
+from model.request import Grammar, Message, Request, SamplingParams
 from model.targets.base import Target
 from model.train import plots
 from model.train.data import Example, Interrupted, Unusable, frequent, read_answers
@@ -41,6 +43,10 @@ class Tiny:
     summary: str = "eight pictures"
     train: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     held_out: tuple[int, ...] = (6, 7)
+    grammars: Mapping[int, Grammar] = field(default_factory=dict)
+
+    def grammar(self, number: int) -> Grammar | None:
+        return self.grammars.get(number)
 
     def messages(self, number: int) -> tuple[Message, ...]:
         if number == BAD:
@@ -163,6 +169,54 @@ def test_a_run_of_other_settings_is_refused_by_name(tiny_checkpoint: Path, tiny_
     run(replace(asked, train=replace(asked.train, save_every=1.0)), tiny_target, Tiny(), Alone())
 
 
+def test_answers_follow_the_grammars_of_their_prompts(
+    tiny_checkpoint: Path, tiny_target: Target, tmp_path: Path
+) -> None:
+    """Those that are learnt from and those that are measured; one that cannot be compiled is left out with a reason."""
+    three = Grammar("regex", "[a-c]{12}")
+    bad = Grammar("json_schema", '{"type": "strin"}', "data.jsonl:2: json_schema")
+    bound = Tiny(grammars={0: three, 1: bad, 2: three, 6: three})
+    figures = run(settings(tiny_checkpoint, tmp_path), tiny_target, bound, Alone())
+    texts = {
+        each.number: tiny_target.tokenizer.decode(each.answer, skip_special_tokens=True)
+        for each in read_answers(tmp_path / "run" / "answers.jsonl")
+    }
+    assert texts.keys() == {0, 2, 4, 5}
+    assert [bool(re.fullmatch("[a-c]{12}", text)) for _, text in sorted(texts.items())] == [True, True, False, False]
+    assert "data.jsonl:2: json_schema: the json schema cannot be compiled" in (tmp_path / "README.md").read_text()
+    assert figures["video"]["prompts"] == 1
+    engine = Engine(tiny.config(tiny_checkpoint, draft=str(tmp_path), max_num_seqs=2, adaptive_drafting=False))
+    measured = acceptance(engine, bound.messages, (6,), grammar=bound.grammar, max_tokens=20)
+    assert measured.tokens <= 14, "twelve letters and an end, not the twenty tokens of a free answer"
+    assert measured.as_json()["length"] == figures["video"]["length"]
+
+
+def test_a_draft_goes_on_from_another(tiny_checkpoint: Path, tiny_target: Target, tmp_path: Path) -> None:
+    first = settings(tiny_checkpoint, tmp_path / "first", sizes=Sizes(num_latents=4, block=4, vocabulary=80))
+    run(first, tiny_target, Tiny(), Alone())
+    further = settings(tiny_checkpoint, tmp_path / "further", sizes=Sizes(), init=tmp_path / "first", rate=1e-9)
+    run(further, tiny_target, Tiny(train=(4, 5)), Alone())
+    one, other = weights(tmp_path / "first"), weights(tmp_path / "further")
+    assert one.keys() == other.keys()
+    assert one["offered"].equal(other["offered"]), "its vocabulary too, whatever the new answers have"
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name].float(), weight.float(), rtol=0.02, atol=1e-4)
+    run(
+        replace(further, output=tmp_path / "learnt", train=replace(further.train, rate=5e-3)),
+        *(tiny_target, Tiny(), Alone()),
+    )
+    assert not same(tmp_path / "first", tmp_path / "learnt"), "its weights learn"
+    run(replace(first, output=tmp_path / "other", train=replace(first.train, seed=3)), *(tiny_target, Tiny(), Alone()))
+    for wrong, complaint in (
+        (replace(further, init=tmp_path / "other"), "init was .*, now "),
+        (replace(further, init=tmp_path / "nothing", output=tmp_path / "new"), "cannot be read"),
+        (replace(further, drafter="medusa", output=tmp_path / "new"), "is of --drafter flash, not medusa"),
+        (replace(further, sizes=Sizes(block=5), output=tmp_path / "new"), "leave out the option for its block"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            run(wrong, tiny_target, Tiny(train=(4, 5)), Alone())
+
+
 def test_strict_refuses_what_cannot_be_used(tiny_checkpoint: Path, tiny_target: Target, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.jsonl:4: broken"):
         run(settings(tiny_checkpoint, tmp_path, strict=True), tiny_target, Tiny(), Alone())
@@ -212,12 +266,13 @@ from pathlib import Path
 import torch
 from model.train.run import open_target, run
 from model.train.team import gather
-from tests.model.test_train_run import Tiny, settings
+from tests.model.test_train_run import TWO_BOUND, Tiny, settings
 torch.set_num_threads(1)
 team = gather()
 asked = settings(Path(sys.argv[1]), Path(sys.argv[2]))
-run(asked, open_target(asked.target, asked.drafter), Tiny(), team)
+run(asked, open_target(asked.target, asked.drafter), Tiny(grammars=TWO_BOUND), team)
 """
+TWO_BOUND = {number: Grammar("regex", "[a-c]{9}") for number in (1, 2)}
 
 
 @pytest.mark.slow
@@ -242,7 +297,7 @@ def test_two_processes_end_where_one_of_twice_the_accumulation_does(tiny_checkpo
     alone = settings(tiny_checkpoint, tmp_path / "one", accumulate=2)
     from model.train.run import open_target
 
-    run(alone, open_target(alone.target, "flash"), Tiny(), Alone())
+    run(alone, open_target(alone.target, "flash"), Tiny(grammars=TWO_BOUND), Alone())
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, weight in one.items():
         # Sums in another order round differently, and drafts are stored in bfloat16.

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from model.config import DEMO_WEIGHTS
 from model.engine.engine import Engine
 from service.cli import app
 from tests.model import tiny
@@ -117,6 +121,98 @@ def test_a_folder_of_pictures_and_clips_becomes_a_draft_that_is_served(target: P
     answers = tiny.drain(engine, [tiny.ask("x", tiny.image(1), "What is this?", max_tokens=8)])
     assert len(tiny.token_ids(answers["x"])) == 8
     assert engine.pop_stats().drafts > 0
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+CLOSED = {**SCHEMA, "additionalProperties": False}
+SHORT = ["--steps", "2", "--batch", "2", "--anchors", "2", "--max-tokens", "24", "--evaluate-every", "0"]
+SHORT += ["--final-prompts", "1", "--precision", "off", "--device", "cpu", "--temperatures", "1"]
+
+
+def pictures(folder: Path, count: int) -> list[str]:
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return [f"{number}.png" for number in range(count)]
+
+
+def written(output: Path) -> list[str]:
+    """Return the texts of the bundled target's answers."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_WEIGHTS / "target")
+    rows = map(json.loads, (output / "run" / "answers.jsonl").read_text().splitlines())
+    return [tokenizer.decode(row["answer"], skip_special_tokens=True) for row in rows if "answer" in row]
+
+
+def test_answers_have_the_form_that_their_lines_ask_for(tmp_path: Path) -> None:
+    """With the fields of a request over HTTP, of any server that we understand; a bad one is reported with its line."""
+    forms: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
+        {"structured_outputs": {"json": CLOSED}},
+        {"guided_json": json.dumps(SCHEMA)},
+        {"json_schema": SCHEMA},
+    ]
+    names = pictures(tmp_path, 6)
+    rows = [{"image": name, "prompt": "How many?", **form} for name in names for form in forms]
+    wrong = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}}
+    rows += [{"image": name, "prompt": "How many?", **wrong} for name in names]
+    bad: list[dict[str, Any]] = [
+        {"response_format": {"type": "jason"}},
+        {"response_format": {"type": "json_object"}, "regex": "[0-9]"},
+        {"response_form": {"type": "json_object"}},
+    ]
+    rows += [{"image": names[0], "prompt": "How many?", **form} for form in bad]
+    data, output = tmp_path / "data.jsonl", tmp_path / "draft"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["train", "--data", str(data), "--output", str(output), "--held-out", "0.1", *SHORT]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    texts = written(output)
+    assert len(texts) >= 12
+    assert all(re.fullmatch(r'\{"n": [0-9]\}', text) for text in texts), "no other property, as serving has it"
+    assert "held-out acceptance length, all" in result.stdout
+    assert "of image, JSON" in json.loads((output / "config.json").read_text())["data"]
+    assert "data.jsonl:31: response_format.type: Invalid enum value 'jason'" in result.stderr
+    assert "data.jsonl:32: response_format and regex both say" in result.stderr
+    assert "data.jsonl:33: unknown key 'response_form'" in result.stderr
+    reason = r"- data\.jsonl:(2[5-9]|30): response_format\.json_schema\.schema: the json schema cannot be compiled"
+    assert 4 <= len(re.findall(reason, (output / "README.md").read_text())) <= 5, "but for those held out"
+    rows[0]["response_format"] = {"type": "json_object"}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "holds a training of other settings (data was" in result.stderr
+
+
+def test_a_share_of_a_folders_answers_follows_the_schemas_of_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pictures(tmp_path / "data", 6)
+    files = {"n": json.dumps(SCHEMA), "list": "[1]", "bad": '{"type": "strin"}', "not": "{", "empty": ""}
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    where = ["train", "--data", str(tmp_path / "data"), "--held-out", "0.1"]
+
+    def attempt(output: str, *schemas: str, more: tuple[str, ...] = ()) -> Any:
+        named = [word for schema in schemas for word in ("--json-schema", str(tmp_path / f"{schema}.json"))]
+        return CliRunner().invoke(app, [*where, "--output", str(tmp_path / output), *SHORT, *named, *more])
+
+    result = attempt("draft", "n", more=("--schema-share", "0.5", "--init", str(DEMO_WEIGHTS / "draft")))
+    assert result.exit_code == 0, result.output
+    texts = written(tmp_path / "draft")
+    assert 0 < sum(bool(re.fullmatch(r'\{"n": [0-9]\}', text)) for text in texts) < len(texts)
+    assert attempt("draft", "n", more=("--schema-share", "0.6")).exit_code == 1
+    for schema, reason in (
+        ("list", "is not a JSON object"),
+        ("bad", "cannot be compiled"),
+        ("not", "is not a JSON object"),
+        ("empty", "the file is empty"),
+        ("gone", "cannot be read: No such file"),
+    ):
+        result = attempt("new", "n", schema)
+        assert result.exit_code == 1
+        assert re.search(rf"--json-schema:? '?{tmp_path / schema}\.json", result.stderr), result.stderr
+        assert reason in result.stderr, result.stderr
+    assert attempt("new", "n", more=("--schema-share", "1.5")).exit_code == 2
+    assert not (tmp_path / "new").exists()
 
 
 def complaint(*arguments: str) -> tuple[int, str]:
