@@ -106,13 +106,18 @@ class Instance:
         terminate(self.process)
 
 
+def addresses(instances: list[Instance]) -> list[str]:
+    return [instance.address for instance in instances]
+
+
 class Nginx:
     """Run nginx on a free port, unprivileged, with its configuration in `folder`."""
 
-    def __init__(self, folder: Path, instances: list[Instance]) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, addresses: list[str], *, buffering: bool = False) -> None:
+        """buffering: hold answers back as nginx does by default, instead of passing on each token as it comes."""
+        self.folder, self.port, self.buffering = folder, free_port(), buffering
         self.config = folder / "nginx.conf"
-        self.write(instances)
+        self.write(addresses)
         self.process = subprocess.Popen([binary(), "-p", str(folder), "-c", str(self.config), "-e", "error.log"])
         wait_for(
             lambda: httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200, self.process, folder / "error.log"
@@ -122,18 +127,21 @@ class Nginx:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def write(self, instances: list[Instance]) -> None:
+    def write(self, addresses: list[str]) -> None:
         template = (Path(__file__).parent / "nginx.conf.j2").read_text()
-        addresses = [instance.address for instance in instances]
         self.config.write_text(
             jinja2.Template(template, trim_blocks=True).render(
-                folder=self.folder, port=self.port, instances=addresses, as_root=os.geteuid() == 0
+                folder=self.folder,
+                port=self.port,
+                addresses=addresses,
+                buffering=self.buffering,
+                as_root=os.geteuid() == 0,
             )
         )
 
-    def reload(self, instances: list[Instance]) -> None:
+    def reload(self, addresses: list[str]) -> None:
         """Send new connections to these instances; connections in progress are not cut."""
-        self.write(instances)
+        self.write(addresses)
         self.process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
@@ -245,7 +253,7 @@ def loaded(url: str, options: argparse.Namespace) -> Iterator[Tally]:
 def end(instance: Instance, nginx: Nginx, others: list[Instance], timings: Timings, lag: float) -> dict[str, Any]:
     """End an instance as Kubernetes ends a pod; return how long it took and how it ended."""
     began = time.monotonic()
-    leaves = threading.Timer(lag, nginx.reload, (others,))
+    leaves = threading.Timer(lag, nginx.reload, (addresses(others),))
     leaves.start()
     time.sleep(timings.pre_stop)
     instance.process.send_signal(signal.SIGTERM)
@@ -277,7 +285,7 @@ def roll(options: argparse.Namespace, timings: Timings) -> tuple[list[dict[str, 
             instances.append(start(f"first-{number}"))
         for instance in instances:
             instance.await_ready()
-        nginx = Nginx(folder, instances)
+        nginx = Nginx(folder, addresses(instances))
         stack.callback(nginx.stop)
         with loaded(nginx.url, options) as tally:
             time.sleep(PAUSE)
@@ -287,7 +295,7 @@ def roll(options: argparse.Namespace, timings: Timings) -> tuple[list[dict[str, 
                     successor = start(f"second-{number}")
                     successor.await_ready()
                     instances.append(successor)
-                    nginx.reload(instances)
+                    nginx.reload(addresses(instances))
                 instances.remove(old)
                 ends.append(end(old, nginx, instances, timings, options.lag))
                 print(f"instance {number}: {ends[-1]}", file=sys.stderr, flush=True)
@@ -295,7 +303,7 @@ def roll(options: argparse.Namespace, timings: Timings) -> tuple[list[dict[str, 
                     successor = start(f"second-{number}")
                     successor.await_ready()
                     instances.append(successor)
-                    nginx.reload(instances)
+                    nginx.reload(addresses(instances))
                 time.sleep(PAUSE)
         return ends, tally
 
