@@ -42,6 +42,22 @@ class ArgumentsDelta:
 Delta = TextDelta | ReasoningDelta | ToolCallStart | ArgumentsDelta
 
 
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """Join pieces of one kind that follow each other."""
+    result: list[Delta] = []
+    for delta in deltas:
+        match result[-1] if result else None, delta:
+            case (TextDelta(before), TextDelta(text)):
+                result[-1] = TextDelta(before + text)
+            case (ReasoningDelta(before), ReasoningDelta(text)):
+                result[-1] = ReasoningDelta(before + text)
+            case (ArgumentsDelta(index, before), ArgumentsDelta(same, text)) if index == same:
+                result[-1] = ArgumentsDelta(index, before + text)
+            case _:
+                result.append(delta)
+    return result
+
+
 @dataclass
 class Answer:
     """What has arrived of an answer."""

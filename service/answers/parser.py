@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model.request import ChatFormat
-from service.answers.events import ArgumentsDelta, Delta, ReasoningDelta, TextDelta, ToolCallStart
+from service.answers.events import ArgumentsDelta, Delta, ReasoningDelta, TextDelta, ToolCallStart, joined
 from service.answers.scanner import Read, Scanner
 
 Schema = Mapping[str, Any]
@@ -79,7 +79,7 @@ class AnswerParser:
     def _advanced(self) -> list[Delta]:
         next(self._steps, None)
         deltas, self._deltas = self._deltas, []
-        return deltas
+        return joined(deltas)
 
     def _answer(self) -> Read[None]:
         """Parse the whole answer."""

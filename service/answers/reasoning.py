@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from model.request import RequestOutput
+from model.request import RequestOutput, Token
 from service.answers.events import ArgumentsDelta, Delta, ReasoningDelta, TextDelta
+
+
+def num_last_tokens(tokens: Sequence[Token], num_chars: int) -> int:
+    """Return how many of the last tokens hold so many characters."""
+    number = 0
+    while number < len(tokens) and num_chars > 0:
+        number += 1
+        num_chars -= len(tokens[-number].text)
+    return number
 
 
 class ReasoningCounter:
@@ -33,7 +42,5 @@ class ReasoningCounter:
         if others:
             self._ended = True
             chars = sum(len(delta.text) for delta in others if isinstance(delta, TextDelta | ArgumentsDelta))
-            while num_tokens and chars > 0:
-                num_tokens -= 1
-                chars -= len(output.tokens[num_tokens].text)
+            num_tokens -= num_last_tokens(output.tokens, chars)
         self._num_tokens += num_tokens

@@ -17,7 +17,8 @@ from starlette.routing import Route
 from model.request import RequestOutput, TokenLogprobs
 from service import logprobs
 from service.answers.blocks import Added, Block, Blocks, Closed, Opened, Step
-from service.answers.events import Delta
+from service.answers.events import Delta, TextDelta, joined
+from service.answers.reasoning import num_last_tokens
 from service.auth import require_api_key
 from service.body import read_json
 from service.chat import Chat, begin
@@ -82,6 +83,7 @@ class Output:
         self._blocks = Blocks()
         self._logprobs: dict[int, list[ChatLogprob]] = {}  # of texts, by their index
         self._new_logprobs: list[TokenLogprobs] = []  # of tokens whose text is not yet there
+        self._num_reserved = 0  # the last ones, which belong to text that is still to be fed
         self._number = 0
 
     @property
@@ -91,10 +93,16 @@ class Output:
 
     def feed(self, deltas: Iterable[Delta], output: RequestOutput) -> list[bytes]:
         """Append what the parser found in an output."""
+        deltas = joined(deltas)
         self._new_logprobs += output.logprobs or ()
         if output.finish_reason == "length":
             self.complete = False
-        return [event for step in self._blocks.feed(deltas) for event in self._events(step)]
+        begin = max((index for index, delta in enumerate(deltas, 1) if not isinstance(delta, TextDelta)), default=0)
+        text = "".join(delta.text for delta in deltas[begin:] if isinstance(delta, TextDelta))
+        self._num_reserved = num_last_tokens(output.tokens, len(text))
+        events = [event for step in self._blocks.feed(deltas[:begin]) for event in self._events(step)]
+        self._num_reserved = 0
+        return events + [event for step in self._blocks.feed(deltas[begin:]) for event in self._events(step)]
 
     def finish(self) -> list[bytes]:
         """Complete the last item."""
@@ -121,10 +129,10 @@ class Output:
                 tokens = self._take_logprobs(block)
                 return [self.event("response.output_text.delta", **part_place, delta=step.text, logprobs=tokens)]
             case Added() if block.kind == "reasoning":
-                self._new_logprobs.clear()
+                self._pop_logprobs()
                 return [self.event("response.reasoning_text.delta", **part_place, delta=step.text)]
             case Added():
-                self._new_logprobs.clear()
+                self._pop_logprobs()
                 return [self.event("response.function_call_arguments.delta", **place, delta=step.text)]
             case Closed():
                 return [*self._closed(block, place), self._item_done(block)]
@@ -171,10 +179,15 @@ class Output:
         prefix = {"text": "msg", "reasoning": "rs", "call": "fc"}[block.kind]
         return f"{prefix}_{self._suffix}{block.index:02d}"
 
+    def _pop_logprobs(self) -> list[TokenLogprobs]:
+        """Remove and return the new log-probabilities, but for the reserved ones."""
+        end = max(0, len(self._new_logprobs) - self._num_reserved)
+        popped, self._new_logprobs = self._new_logprobs[:end], self._new_logprobs[end:]
+        return popped
+
     def _take_logprobs(self, block: Block) -> list[ChatLogprob]:
         """Move the new log-probabilities to a text, and return them."""
-        tokens = logprobs.to_openai(self._new_logprobs)
-        self._new_logprobs.clear()
+        tokens = logprobs.to_openai(self._pop_logprobs())
         self._logprobs.setdefault(block.index, []).extend(tokens)
         return tokens
 

@@ -130,6 +130,8 @@ RefusedPart = AudioPart | AudioUrlPart | FilePart
 class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     arguments: dict[str, Any] | str | None = None  # JSON text; Ollama's clients send the object
+    parsed_arguments: Any = None  # without effect: openai's parse helper leaves it
+    provider_specific_fields: Any = None  # without effect, here and below: LiteLLM leaves them
 
 
 class CallField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -139,6 +141,7 @@ class CallField(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str | None = None
     type: Literal["function"] | None = None
     index: int | None = None  # without effect: left by clients that put streams together
+    provider_specific_fields: Any = None
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,6 +162,8 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Without effect: labels, and what only answers have.
     id: Any = None
     annotations: Any = None
+    parsed: Any = None
+    provider_specific_fields: Any = None
     cache_control: Any = None
     prompt_cache_breakpoint: Any = None
 

@@ -42,8 +42,9 @@ LOGPROBS = "message.output_text.logprobs"  # in `include`
 
 class Text(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     text: str
-    annotations: Any = None  # of an answer that is sent back; without effect, as are the next two
+    annotations: Any = None  # of an answer that is sent back; without effect, as are the next ones
     logprobs: Any = None
+    parsed: Any = None
     prompt_cache_breakpoint: Any = None
 
 
@@ -293,6 +294,9 @@ class _Messages:
         else:
             for index, item in enumerate(request.input):
                 self._item(item, f"input[{index}]")
+        for message in self._messages:
+            if "tool_calls" not in message:
+                message.setdefault("content", None)  # of reasoning alone
         return self._messages
 
     def _item(self, item: Item, param: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from model.request import RequestOutput, TokenLogprob, TokenLogprobs
+from model.request import RequestOutput, Token, TokenLogprob, TokenLogprobs
 from service.answers.events import ArgumentsDelta, Delta, ReasoningDelta, TextDelta, ToolCallStart
 from service.routes.responses import Output
 from tests.service.server import Server, chat_body
@@ -146,6 +146,10 @@ SENT_BACK = [
         ({"input": HISTORY}, HISTORY),
         ({"input": [HISTORY[0], *SENT_BACK[1:], HISTORY[2]]}, HISTORY),
         (
+            {"input": [HISTORY[0], SENT_BACK[0]]},
+            [HISTORY[0], {"role": "assistant", "content": None, "reasoning_content": ""}],
+        ),
+        (
             {"input": [{"type": "message", "role": "developer", "content": "y"}, user(text("x"))]},
             [{"role": "system", "content": "y"}, {"role": "user", "content": "x"}],
         ),
@@ -161,7 +165,7 @@ SENT_BACK = [
             ],
         ),
     ],
-    ids=["text", "instructions", "history", "sent back", "developer", "images"],
+    ids=["text", "instructions", "history", "sent back", "reasoning last", "developer", "images"],
 )
 def test_the_answer_is_that_of_the_same_conversation(
     server: Server, fields: dict[str, Any], messages: list[Any]
@@ -382,6 +386,48 @@ def test_log_probabilities_go_with_their_text() -> None:
     (item,) = out.items
     assert [entry["token"] for entry in item["content"][0]["logprobs"]] == ["a", "b", "c", "d"]
     assert item["content"][0]["logprobs"][0]["top_logprobs"][0]["logprob"] == -0.5
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["think", "</think>", "text"],
+        ["text", "<call>", "{}", "</call>"],
+        ["text", "<call>", "{}", "more", " text"],
+        ["think", "thought", "</think>", "text", "more", " text"],
+        ["think", "</think>", "text", "<call>", "{}", "more"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_every_text_has_its_log_probabilities_however_tokens_arrive(pieces: list[str], together: int) -> None:
+    """A step that ended the reasoning and began the text once dropped those of the text with those of the reasoning."""
+    deltas: dict[str, list[Delta]] = {
+        "think": [ReasoningDelta("think")],
+        "thought": [ReasoningDelta("thought")],
+        "<call>": [ToolCallStart(0, "call_a", "f")],
+        "{}": [ArgumentsDelta(0, "{}")],
+        **{piece: [TextDelta(piece)] for piece in ("text", "more", " text")},
+    }
+    out = Output("resp_1")
+    events = []
+    for start in range(0, len(pieces), together):
+        part = pieces[start : start + together]
+        entries = tuple(TokenLogprobs(TokenLogprob(1, piece.encode(), -0.5), ()) for piece in part)
+        tokens = tuple(Token(1, piece, "target") for piece in part)
+        step = RequestOutput("r", "".join(part), tokens, logprobs=entries)
+        events += out.feed([delta for piece in part for delta in deltas.get(piece, [])], step)
+    events += out.finish()
+    every = read_events(b"".join(events).decode())
+    streamed = [event for event in every if event["type"] == "response.output_text.delta"]
+    assert streamed
+    for event in streamed:
+        assert event["delta"] in "".join(entry["token"] for entry in event["logprobs"])
+        assert not {"think", "thought"} & {entry["token"] for entry in event["logprobs"]}
+    for item in out.items:
+        if item["type"] == "message":
+            (content,) = item["content"]
+            assert content["text"] in "".join(entry["token"] for entry in content["logprobs"])
 
 
 def test_tokens_are_counted_without_a_response(client: openai.OpenAI, server: Server) -> None:
