@@ -1,8 +1,8 @@
 """Says which tokens may follow, for answers that must match a grammar. Knows tokens only.
 
-A `Guide` follows one answer. It also looks ahead along the paths of a draft tree, with a copy of its matcher, so that a
-node is treated as it would be without a draft. Grammars are compiled and matched by llguidance, which computes masks
-lazily and tells where only one text can follow.
+A `Guide` follows one answer. Copies of it look ahead along the paths of a draft tree, so that a node is treated as it
+would be without a draft. Grammars are compiled and matched by llguidance, which computes masks lazily and tells where
+only one text can follow.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from model.request import JSON_OPTIONS, Grammar, RequestError
 
-Path = Sequence[int]  # tokens behind the answer so far
-
 LONGEST_REASON = 400  # characters of an error that a client sees
-WORD = 32  # bits of a mask's word
 # Items of llguidance's parser at one token. Ambiguous grammars have many, and may hold up a whole batch.
 MOST_STEP_ITEMS = 5000
 
@@ -90,127 +87,94 @@ class Grammars:
 
 
 class Guide:
-    """Follows one answer through its grammar.
+    """Follows one answer through its grammar, token by token; copies of it look ahead.
 
-    A path is the tokens of a draft tree between the answer so far and a node. `error` is set, and every token allowed
-    from then on, once a step is beyond llguidance's limits.
+    Once a token leaves the grammar, or a step is beyond llguidance's limits, `error` says so, and every token is
+    allowed.
     """
 
+    # llguidance could roll back instead of being copied, but its masks are then wrong at times.
+    __slots__ = ("_bits", "_coming", "_eos_ids", "_length", "_matcher", "_right", "_vocab_size", "ended", "error")
+
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        # `_matcher` stands where the answer ends. `_ahead` is a copy that stands at the path `_at`. llguidance could
-        # roll back instead, but its masks are then wrong at times.
         self._matcher, self._vocab_size, self._eos_ids = matcher, vocab_size, eos_ids
-        self._ahead: LLMatcher | None = None
-        self._at: tuple[int, ...] = ()
-        self._masks: dict[tuple[int, ...], np.ndarray | None] = {}
-        # Where text is forced: the path at its start and its tokens. And paths behind which none is.
-        self._chains: list[tuple[tuple[int, ...], list[int]]] = []
-        self._open: set[tuple[int, ...]] = set()
-        self._errors: dict[tuple[int, ...], str] = {}  # of masks; they count once their token is in the answer
+        self._bits: bytes | None = None  # which tokens may follow, once computed
+        self._coming: list[int] | None = None  # the rest of forced text, once looked for
+        self._length, self._right = 0, 0  # tokens of the answer so far; those before the error
+        self.ended = False  # whether a token that ends the answer has come since it was copied
         self.error: str | None = None
 
-    def forced(self, path: Path = ()) -> list[int]:
-        """Return the tokens that must follow a path because the grammar leaves no other text; often none.
+    def copy(self) -> Guide:
+        """Return a guide that stands at the same place, and moves on by itself."""
+        other = Guide(self._matcher.deep_copy(), self._vocab_size, self._eos_ids)
+        other._bits, other._coming, other.error = self._bits, self._coming, self.error
+        return other
+
+    def forced(self) -> list[int]:
+        """Return the tokens that must follow because the grammar leaves no other text; often none.
 
         Such text is written to its end with the tokens that were found at its start.
         """
-        key = tuple(path)
-        if key in self._open:
-            return []
-        for start, tokens in self._chains:
-            if (rest := _behind(key, start, tokens)) is not None:
-                return rest
-        tokens = []
-        if (matcher := self._moved(key)) is not None:
-            tokens = matcher.compute_ff_tokens()
-            if not tokens and len(self._eos_ids) == 1 and matcher.is_stopped():
-                tokens = list(self._eos_ids)
-        if tokens:
-            self._chains.append((key, tokens))
-        else:
-            self._open.add(key)
-        return tokens
+        if self._coming is None:
+            self._coming = [] if self.error is not None else self._matcher.compute_ff_tokens()
+            if not self._coming and len(self._eos_ids) == 1 and self.error is None and self._matcher.is_stopped():
+                self._coming = list(self._eos_ids)
+        return self._coming
 
-    def allows(self, path: Path, token: int) -> bool:
-        """Return whether a token may follow a path."""
-        words = self._words(tuple(path))
-        return words is None or bool(words[token // WORD] >> (token % WORD) & 1)
-
-    def mask(self, path: Path) -> np.ndarray | None:
-        """Return which tokens may follow a path, (vocab,) bool; None if all may, or if the path itself is none."""
-        words = self._words(tuple(path))
-        if words is None:
-            return None
-        return np.unpackbits(words.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
-
-    def accepts(self, path: Path, token: int) -> bool:
-        """Return whether a token can continue a path. Cheaper than `allows`, which is the truth: a token of forced text
-        may pass here although the text is to be written with other tokens."""
-        if forced := self.forced(path):
+    def allows(self, token: int) -> bool:
+        """Return whether a token may follow."""
+        if forced := self.forced():
             return forced[0] == token
-        return self.allows(path, token) if token in self._eos_ids else self._moved((*path, token)) is not None
+        bits = self.bits()
+        return bits is None or bool(bits[token >> 3] >> (token & 7) & 1)
 
-    def commit(self, tokens: Path) -> None:
-        """Append tokens to the answer. An end-of-sequence token, which is the last, leaves the matcher where it is."""
-        path = tuple(tokens[:-1] if tokens and tokens[-1] in self._eos_ids else tokens)
-        num = len(path)
-        for each, reason in self._errors.items():
-            if len(each) < len(tokens) and path[: len(each)] == each:
-                self.error = reason
-        self._errors.clear()
-        if self._ahead is not None and self._at == path:
-            self._matcher = self._ahead  # it has computed masks on the way, and is quicker for that
-        elif self._matcher.try_consume_tokens(list(path)) < num and self.error is None:
-            self.error = self._matcher.get_error() or "the answer left the grammar"
-        self._ahead = None
-        self._open.clear()
-        self._masks = {each[num:]: words for each, words in self._masks.items() if each[:num] == path}
-        chains, self._chains = self._chains, []
-        for start, forced in chains:
-            if start[:num] == path:
-                self._chains.append((start[num:], forced))
-            elif rest := _behind(path, start, forced):
-                self._chains.append(((), rest))
+    def bits(self) -> bytes | None:
+        """Return which tokens may follow, a bit for each, the lowest of a byte first; None if all may."""
+        if self._bits is None and self.error is None:
+            if forced := self.forced():
+                self._bits = (1 << forced[0]).to_bytes(-(-self._vocab_size // 8), "little")
+                return self._bits
+            self._bits = self._matcher.compute_bitmask()
+            if self._matcher.is_error():
+                self._fail("the mask cannot be computed")
+        return self._bits
 
-    def _words(self, path: tuple[int, ...]) -> np.ndarray | None:
-        """Compute the mask behind a path as bits of 32-bit words; None if there is none."""
-        if path in self._masks:
-            return self._masks[path]
-        words: np.ndarray | None = None
-        if forced := self.forced(path):
-            words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
-            words[forced[0] // WORD] = 1 << forced[0] % WORD
-        elif (matcher := self._moved(path)) is not None:
-            words = np.zeros(-(-self._vocab_size // WORD), np.uint32)
-            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            if matcher.is_error():
-                self._errors[path], words = matcher.get_error(), None
-                self._ahead = None
-        self._masks[path] = words
-        return words
-
-    def _moved(self, path: tuple[int, ...]) -> LLMatcher | None:
-        """Return a matcher that stands at a path; None if the grammar has no such path."""
-        if self.error is not None:
+    def mask(self) -> np.ndarray | None:
+        """Return which tokens may follow, (vocab,) bool; None if all may."""
+        if (bits := self.bits()) is None:
             return None
-        if not path:
-            return self._matcher
-        if self._ahead is None or path[: len(self._at)] != self._at:
-            self._ahead, self._at = self._matcher.deep_copy(), ()
-        if rest := list(path[len(self._at) :]):
-            self._at += tuple(rest[: self._ahead.try_consume_tokens(rest)])
-        if self._ahead.is_error():
-            self._ahead = None
-            return None
-        return self._ahead if self._at == path else None
+        return np.unpackbits(np.frombuffer(bits, np.uint8), count=self._vocab_size, bitorder="little").view(bool)
 
+    def fitting(self, tokens: list[int]) -> int:
+        """Return how many of these tokens fit the grammar one after the other. Quicker than `allows`, which is the
+        truth: forced text may pass here that is to be written with other tokens."""
+        return 0 if self.error is not None else self._matcher.validate_tokens(tokens)
 
-def _behind(path: tuple[int, ...], start: tuple[int, ...], forced: list[int]) -> list[int] | None:
-    """Return what follows a path of the text that is forced at `start`; None if the path does not end within it."""
-    num = len(path) - len(start)
-    if not 0 <= num < len(forced) or path[: len(start)] != start or list(path[len(start) :]) != forced[:num]:
-        return None
-    return forced[num:]
+    def advance(self, token: int) -> None:
+        """Append a token to the answer. One that ends it leaves the guide where it is."""
+        if token in self._eos_ids:
+            self.ended = True
+        else:
+            forced = self.forced()
+            self._coming = forced[1:] or None if forced and forced[0] == token else None
+            self._bits = None
+            if self.error is None and not self._matcher.consume_token(token):
+                self._fail("the answer left the grammar")
+        self._length += 1
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the answer that were chosen by copies' masks. Fails where those have failed."""
+        for token in tokens:
+            self.bits()
+            self.advance(token)
+
+    def failure(self, length: int) -> str | None:
+        """Return the error if it concerns one of the first `length` tokens."""
+        return self.error if self._right < length else None
+
+    def _fail(self, reason: str) -> None:
+        self.error, self._right = self._matcher.get_error() or reason, self._length
+        self._bits = None
 
 
 def _source(grammar: Grammar) -> str:

@@ -68,28 +68,34 @@ def processing(
 def _allowed(guide: Guide, paths: list[list[int]], logits: Tensor) -> Tensor:
     """Return which tokens a grammar allows behind every path: (rows, vocab) bool."""
     allowed = np.ones(logits.shape, bool)
-    for row, path in enumerate(paths):
-        if (mask := guide.mask(path)) is not None:
+    places: dict[tuple[int, ...], Guide] = {(): guide}
+    for row, path in enumerate(paths):  # a parent comes before its children
+        if path:
+            places[tuple(path)] = places[tuple(path[:-1])].copy()
+            places[tuple(path)].advance(path[-1])
+        if (mask := places[tuple(path)].mask()) is not None:
             allowed[row] = mask
     return upload(allowed, logits.device)
 
 
 def follow(guide: Guide, trees: Trees, b: int, likeliest: np.ndarray, logits: Tensor) -> None:
-    """Replace the greedy tokens of tree b, likeliest (rows,), by the likeliest tokens that a grammar allows.
+    """Replace the greedy tokens of tree b by the likeliest tokens that a grammar allows, and move its guide on.
 
     Only at the nodes that are visited: down from the root, to the child that carries the token chosen at its parent.
-    logits: (rows, vocab).
+    likeliest: (batch, rows); logits: (batch, rows, vocab).
     """
-    size = int(trees.sizes[b])
-    tokens, parents = trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist()
-    row, path = 0, list[int]()
+    size, row = int(trees.sizes[b]), 0
+    tokens, parents = (trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist()) if size > 1 else ([], [])
     while row >= 0:
-        if forced := guide.forced(path):
-            likeliest[row] = forced[0]
-        elif not guide.allows(path, int(likeliest[row])) and (mask := guide.mask(path)) is not None:
-            likeliest[row] = int(logits[row].masked_fill(~upload(mask, logits.device), -torch.inf).argmax())
-        path.append(int(likeliest[row]))
-        row = next((r for r in range(row + 1, size) if parents[r] == row and tokens[r] == path[-1]), -1)
+        token = int(likeliest[b, row])
+        if not guide.allows(token):
+            if forced := guide.forced():
+                token = forced[0]
+            elif (mask := guide.mask()) is not None:
+                token = int(logits[b, row].masked_fill(~upload(mask, logits.device), -torch.inf).argmax())
+            likeliest[b, row] = token
+        guide.advance(token)
+        row = next((r for r in range(row + 1, size) if parents[r] == row and tokens[r] == token), -1)
 
 
 def token_logprobs(

@@ -283,6 +283,8 @@ class Engine:
         logits = target.logits(hidden[:, -1:])
         process = choice.processing([sequence], lambda _: [[]], self.target.eos_ids)
         first = [int(sampling.choose(logits, [sequence.request.params], lambda _: [0], process=process)[0, 0])]
+        if sequence.guide is not None:
+            sequence.guide.follow(first)
         return [self._emit(sequence, first, 0, choice.token_logprobs(self.vocabulary, sequence, logits[0], first))]
 
     def _begin(self, sequence: Sequence) -> int:
@@ -359,7 +361,7 @@ class Engine:
                 chosen = choice.choose_at_nodes(by_slot, trees, likeliest, logits, self.target.eos_ids)
         for slot, owner in enumerate(by_slot):
             if owner is not None and owner.guide is not None and owner.takes_likeliest:
-                choice.follow(owner.guide, trees, slot, chosen[slot], logits[slot])
+                choice.follow(owner.guide, trees, slot, chosen, logits)
         sizes = trees.sizes.tolist()
         accepted = now.commit(chosen)
         self._verified = sum(sizes) - batch
@@ -368,6 +370,8 @@ class Engine:
             assert sequence.slot is not None
             tokens, size = accepted[sequence.slot], sizes[sequence.slot]
             sequence.computed += len(tokens)
+            if sequence.guide is not None and not sequence.takes_likeliest:
+                sequence.guide.follow(tokens)
             if nodes and sequence.slot not in undrafted:
                 load.drafted(sequence, len(tokens) - 1)
             token_logprobs = None
@@ -418,10 +422,8 @@ class Engine:
                 break
         emitted[-1].source = "target"
         sequence.tokens += tokens[: len(emitted)]
-        if guide is not None:
-            guide.commit(tokens[: len(emitted)])
-            if guide.error is not None:
-                return self._finish(sequence, "error", f"the grammar cannot be followed: {guide.error}")
+        if guide is not None and (failure := guide.failure(len(sequence.tokens))):
+            return self._finish(sequence, "error", f"the grammar cannot be followed: {failure}")
         if finish is None and sequence.remaining == 0:
             finish = "length"
         self.counters.generation_tokens += len(emitted)

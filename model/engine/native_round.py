@@ -152,7 +152,8 @@ class NativeRound:
         if guided or (nodes and flash is None and self.drafter is not None):
             with self._counters.timed("draft"):
                 newest, budgets = self.newest[:batch], self.budgets[:batch]
-                trees = guided_trees.drafted(self.drafter, self.load.admitted, newest, budgets, guided)
+                admitted, worth = self.load.admitted, self.load.worth(batch)
+                trees = guided_trees.drafted(self.drafter, admitted, newest, budgets, guided, worth)
             rows = trees.rows
         elif flash is not None:
             rows += min(nodes, self._most_nodes)

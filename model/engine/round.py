@@ -103,7 +103,8 @@ class TorchRound:
         newest, budgets = self.newest[:batch], self.budgets[:batch]
         if nodes or guided:
             with self._counters.timed("draft"):
-                trees = guided_trees.drafted(self.drafter, self.load.admitted, newest, budgets, guided)
+                admitted, worth = self.load.admitted, self.load.worth(batch)
+                trees = guided_trees.drafted(self.drafter, admitted, newest, budgets, guided, worth)
         else:
             trees = tree.roots(newest)
         with self._counters.timed("verify"):

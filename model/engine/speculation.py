@@ -17,12 +17,14 @@ tensors, and nothing of how trees are drafted.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from model.decoding import tree
+from model.decoding.guided_trees import Worth
 from model.decoding.tree import IDLE, Trees
 from model.engine.sequence import Sequence
 
@@ -181,6 +183,14 @@ class SpeculationController:
         """Prune trees to the nodes that are worth verifying. budgets: (batch,), as for `Round`."""
         active = int((budgets != IDLE).sum())
         return tree.admitted(trees, active, self._curve, self._chances) if self.known else trees
+
+    def worth(self, batch: int) -> Worth:
+        """Return what a node is worth to one of `batch` sequences, if the others draft as much."""
+        seconds = [1.0] * (self.nodes + 1)
+        if self.known:
+            seconds = (self._curve[: batch * self.nodes + 1 : batch] / batch).tolist()
+        chance = self.chance.tolist()
+        return Worth(seconds, lambda score: chance[min(int(FINENESS * math.sqrt(max(-score, 0.0))), BINS - 1)])
 
     def _chances(self, scores: np.ndarray) -> np.ndarray:
         """Return the acceptance probabilities of nodes with these cumulative log-probabilities."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from model.decoding import guided_trees, tree
 from model.decoding.detokenize import Detokenizer, Vocabulary
 from model.decoding.grammar import Grammars
-from model.decoding.guided_trees import Guided
+from model.decoding.guided_trees import Guided, Worth
 from model.engine.engine import Engine
 from model.request import Grammar, RequestError
 from tests.model import tiny
@@ -27,6 +27,7 @@ SCHEMA = {
     "required": ["count", "shape"],
     "additionalProperties": False,
 }
+EVERY = Worth([1.0] * 16, lambda _: 1.0)  # node is worth verifying
 JSON = Grammar("json_schema", json.dumps(SCHEMA))
 
 
@@ -50,23 +51,37 @@ def ids(engine: Engine, text: str) -> list[int]:
     return list(engine.target.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def test_a_guide_allows_what_continues_the_grammar_at_any_path(engine: Engine) -> None:
-    """A guide that looked ahead and did not come back would allow the tokens of another node."""
+def test_a_guide_allows_what_continues_the_grammar(engine: Engine) -> None:
+    """A copy that looked ahead and moved the guide would allow the tokens of another place."""
     guide = grammars(engine).begin(Grammar("regex", "ab|ac|xyz"))
     tokens = {letter: ids(engine, letter)[0] for letter in "abcxyz"}
 
     def allowed(path: str) -> str:
-        mask = guide.mask([tokens[letter] for letter in path])
+        place = guide.copy()
+        for letter in path:
+            place.advance(tokens[letter])
+        mask = place.mask()
         assert mask is not None
+        assert [bool(each) for each in mask] == [place.allows(token) for token in range(len(mask))]
         return "".join(letter for letter, token in tokens.items() if mask[token])
 
     for path, expected in {"": "ax", "a": "bc", "x": "y", "xy": "z", "ab": ""}.items():
-        for _ in range(2):  # from wherever the one before has left the guide
+        for _ in range(2):
             assert allowed(path) == expected, path
-    assert guide.mask([tokens["y"]]) is None, "no such path"
-    guide.commit([tokens["a"]])
+    assert guide.fitting([tokens["a"], tokens["c"]]) == 2
+    assert guide.fitting([tokens["a"], tokens["x"], tokens["c"]]) == 1
+    guide.advance(tokens["a"])
     assert allowed("") == "bc"
     assert guide.error is None
+
+
+def test_a_guide_fails_at_the_token_that_leaves_the_grammar(engine: Engine) -> None:
+    guide = grammars(engine).begin(Grammar("regex", "ab|ac|xyz"))
+    guide.follow([ids(engine, letter)[0] for letter in "aab"])
+    assert guide.mask() is None
+    assert guide.forced() == []
+    assert guide.error
+    assert [bool(guide.failure(length)) for length in range(4)] == [False, False, True, True]
 
 
 def test_forced_text_is_known_to_the_end(engine: Engine) -> None:
@@ -74,7 +89,7 @@ def test_forced_text_is_known_to_the_end(engine: Engine) -> None:
     forced = guide.forced()
     assert engine.target.tokenizer.decode(forced).startswith('{"count')
     over = grammars(engine).begin(Grammar("choice", '["yes"]'))
-    over.commit(ids(engine, "yes"))
+    over.follow(ids(engine, "yes"))
     assert over.forced() == list(engine.target.eos_ids), "nothing can follow but the end"
 
 
@@ -82,12 +97,14 @@ def test_trees_lose_what_the_grammar_refuses_and_gain_what_it_forces(engine: Eng
     guide = grammars(engine).begin(Grammar("regex", "(ab|ac)xyzq"))
     a, b, c, x = (ids(engine, letter)[0] for letter in "abcx")
     drafted = tree.chains(np.array([0, 0]), [[a, x, b], [a, b]])  # x cannot follow a
-    fitted = guided_trees.fit(drafted, {0: Guided(guide, 5)}, None)
-    assert fitted.paths(0)[1:] == [[a]], "b or c: nothing is forced, and nobody drafts on"
-    assert fitted.paths(1) == drafted.paths(1), "a sequence without a grammar is left alone"
-    guide.commit([a])
-    drafted = tree.chains(np.array([0]), [[c]])
-    paths = guided_trees.fit(drafted, {0: Guided(guide, 4)}, None).paths(0)
+    untouched = drafted.paths(1)
+    guided_trees.fit(drafted, {0: Guided(guide, 3)}, None, EVERY)
+    assert drafted.paths(0)[1:] == [[a]], "b or c: nothing is forced, and nobody drafts on"
+    assert drafted.paths(1) == untouched, "a sequence without a grammar is left alone"
+    guide.advance(a)
+    drafted = tree.chains(np.array([0, 0]), [[c], [x, b, a, a]])
+    guided_trees.fit(drafted, {0: Guided(guide, 4)}, None, EVERY)
+    paths = drafted.paths(0)
     assert [len(path) for path in paths] == [0, 1, 2, 3, 4]
     assert engine.target.tokenizer.decode(paths[-1]) == "cxyz"
 
@@ -126,9 +143,9 @@ def test_a_grammar_that_fails_at_its_first_token_is_refused_before(engine: Engin
 def test_answers_with_one_grammar_do_not_share_their_place(engine: Engine) -> None:
     known, a = grammars(engine), ids(engine, "a")
     one, other = (known.begin(Grammar("regex", "ab|ac|xyz")) for _ in range(2))
-    one.commit(a)
+    one.follow(a)
     third = known.begin(Grammar("regex", "ab|ac|xyz"))
-    assert [guide.allows((), a[0]) for guide in (one, other, third)] == [False, True, True]
+    assert [guide.allows(a[0]) for guide in (one, other, third)] == [False, True, True]
 
 
 def test_an_ambiguous_grammar_ends_its_own_answer_alone(engine: Engine) -> None:
@@ -220,10 +237,10 @@ def test_spaces_and_bytes_of_sentencepiece_follow_grammars(grammar: Grammar) -> 
         guide, detokenizer = known.begin(grammar), Detokenizer(vocabulary, frozenset([end]))
         rng, text, token = np.random.default_rng(seed), "", -1
         while token != end:
-            mask = guide.mask(())
+            mask = guide.mask()
             assert mask is not None
             token = int(rng.choice(np.flatnonzero(mask)))
-            guide.commit([token])
+            guide.advance(token)
             text += detokenizer.decode(token)
         assert guide.error is None
         texts.add(text + detokenizer.flush())

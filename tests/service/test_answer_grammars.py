@@ -48,13 +48,13 @@ def allowed(kind: str, grammar: Grammar | None, text: str) -> bool:
     compiler, _ = engine_side(kind)
     guide: Guide = compiler.begin(grammar)
     words = scripted.tokenizer(kind)
-    path: list[int] = []
-    for token in words(text, add_special_tokens=False).input_ids:
-        if not guide.accepts(path, token):
+    tokens = words(text, add_special_tokens=False).input_ids
+    for token in tokens:  # one by one, and not by masks: the text may be written with other tokens than forced text is
+        if not guide.fitting([token]):
             return False
-        path.append(token)
+        guide.advance(token)
     assert guide.error is None
-    return guide.allows(path, words.eos_token_id)
+    return guide.allows(words.eos_token_id)
 
 
 def of(kind: str, tools: Tools, form: Grammar | None = None, thinking: Thinking = "none") -> Grammar | None:

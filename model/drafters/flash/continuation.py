@@ -39,10 +39,11 @@ class Continuation:
         self._rows.clear()
         self._states.clear()
 
-    def best(self, slot: int, path: Seq[int], allowed: np.ndarray, num: int) -> list[tuple[int, float]]:
+    def best(self, slot: int, path: Seq[int], allowed: bytes, num: int) -> list[tuple[int, float]]:
         """Return the `num` likeliest allowed tokens behind a path, each with its log-probability among those.
 
-        allowed: (vocab,) bool. Empty if the block does not reach so far or is not for this slot.
+        allowed: a bit for each token, the lowest of a byte first. Empty if the block
+        does not reach so far or is not for this slot.
         """
         if self._logits is None or slot >= len(self._drafting) or not self._drafting[slot]:
             return []
@@ -55,7 +56,8 @@ class Continuation:
         row = logits[len(path)]
         if self._after is not None:
             row = row + self._after @ self._state((slot, int(self._newest[slot]), *path))
-        places = np.flatnonzero(allowed if self._offered is None else allowed[self._offered])
+        bits = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little")
+        places = np.flatnonzero(bits if self._offered is None else bits[self._offered])
         if not len(places):
             return []
         scores = row[places]

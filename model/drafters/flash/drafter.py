@@ -269,6 +269,6 @@ class FlashDrafter:
         nodes = tree.candidates(newest, logits, along, self._ends, width=self.width, offered=self.network.offered)
         return nodes, logits, contexts
 
-    def best(self, slot: int, path: Seq[int], allowed: np.ndarray, num: int) -> list[tuple[int, float]]:
+    def best(self, slot: int, path: Seq[int], allowed: bytes, num: int) -> list[tuple[int, float]]:
         """Choose the likeliest allowed tokens behind a path of the last block (see guided_trees.Continuing)."""
         return self._continuation.best(slot, path, allowed, num)
