@@ -7,9 +7,9 @@ from typing import Any, Literal
 import msgspec
 
 from service.errors import BadRequest, ServiceError
-from service.schemas.conversion import FieldNames, chat_request, missing, not_built, sampling_fields
+from service.schemas.conversion import FieldNames, chat_request, medium_part, missing, not_built, sampling_fields
 from service.schemas.media_options import ImageFields, MediaFields
-from service.schemas.openai import ChatRequest
+from service.schemas.openai import ChatRequest, Uuid
 from service.schemas.sampling import SamplingFields
 from service.settings import Settings
 
@@ -69,7 +69,8 @@ class TextBlock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class ImageBlock(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="image"):
-    source: Base64Source | UrlSource | FileSource
+    source: Base64Source | UrlSource | FileSource | None = None
+    uuid: Uuid | None = None
     transformations: Any = None  # without effect: images of any allowed size are scaled as the model needs them
     cache_control: Any = None
 
@@ -77,7 +78,8 @@ class ImageBlock(ImageFields, frozen=True, kw_only=True, forbid_unknown_fields=T
 class VideoBlock(MediaFields, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="video"):
     """A video; Anthropic has none."""
 
-    source: Base64Source | UrlSource | FileSource
+    source: Base64Source | UrlSource | FileSource | None = None
+    uuid: Uuid | None = None
     cache_control: Any = None
 
 
@@ -373,9 +375,9 @@ def _part(block: Block, param: str) -> dict[str, Any]:
         case TextBlock():
             return {"type": "text", "text": block.text}
         case ImageBlock():
-            return {"type": "image_url", "image_url": {"url": _url(block.source, param)}, **_media_fields(block)}
+            return medium_part("image", _url(block, param), block)
         case VideoBlock():
-            return {"type": "video_url", "video_url": {"url": _url(block.source, param)}, **_media_fields(block)}
+            return medium_part("video", _url(block, param), block)
         case DocumentBlock():
             return {"type": "text", "text": _document(block, param)}
         case _:
@@ -383,12 +385,16 @@ def _part(block: Block, param: str) -> dict[str, Any]:
             raise not_built(f"{param}.type", "leave it out of messages of this role", f" {kind!r}")
 
 
-def _url(source: Base64Source | UrlSource | FileSource, param: str) -> str:
-    match source:
-        case Base64Source():
-            return f"data:{source.media_type};base64,{source.data}"
-        case UrlSource():
-            return source.url
+def _url(block: ImageBlock | VideoBlock, param: str) -> dict[str, Any] | None:
+    match block.source:
+        case Base64Source(media_type=media_type, data=data):
+            return {"url": f"data:{media_type};base64,{data}"}
+        case UrlSource(url=url):
+            return {"url": url}
+        case None:
+            if not block.uuid:
+                raise missing(f"{param}.source")
+            return None
         case FileSource():
             raise not_built(f"{param}.source.type", "files are not stored; send 'base64' or 'url'", " 'file'")
 
@@ -397,11 +403,6 @@ def _document(block: DocumentBlock, param: str) -> str:
     if not isinstance(block.source, TextSource):
         raise not_built(f"{param}.source", "send pages as images, or the text in a source of type 'text'")
     return "\n\n".join(filter(None, (block.title, block.context, block.source.data)))
-
-
-def _media_fields(block: ImageFields) -> dict[str, Any]:
-    names = (MediaFields if isinstance(block, MediaFields) else ImageFields).__struct_fields__
-    return {name: value for name in names if (value := getattr(block, name)) is not None}
 
 
 def _tools(request: MessagesRequest, names: FieldNames) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from service.errors import BadRequest, ServiceError
+from service.schemas.media_options import ImageFields, MediaFields
 from service.schemas.openai import ChatRequest
 from service.schemas.sampling import SamplingFields
 from service.validation import as_bad_request
@@ -59,6 +60,17 @@ class FieldNames:
 def sampling_fields(request: SamplingFields) -> dict[str, Any]:
     """Return the fields that a request has in common with a chat completion, without those at their default."""
     fields = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def medium_part(kind: Literal["image", "video"], url: dict[str, Any] | None, part: ImageFields) -> dict[str, Any]:
+    """Return the part of a chat completion for a medium, with the options and the `uuid` that its own part has.
+
+    url: as `image_url` has it; None for a medium that was sent before.
+    """
+    names = (MediaFields if isinstance(part, MediaFields) else ImageFields).__struct_fields__
+    fields = {name: getattr(part, name) for name in (*names, "uuid")}
+    fields = {"type": f"{kind}_url", f"{kind}_url": url} | fields
     return {name: value for name, value in fields.items() if value is not None}
 
 

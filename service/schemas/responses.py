@@ -11,9 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from service.errors import BadRequest
-from service.schemas.conversion import FieldNames, chat_request, missing, not_built, sampling_fields
+from service.schemas.conversion import FieldNames, chat_request, medium_part, missing, not_built, sampling_fields
 from service.schemas.media_options import ImageFields, MediaFields
-from service.schemas.openai import ChatRequest
+from service.schemas.openai import ChatRequest, Uuid
 from service.schemas.sampling import SamplingFields
 
 # Fields that ask for what this service does not do, unless their value is one of these; and what to do instead.
@@ -78,6 +78,7 @@ class InputImage(
     image_url: str | None = None
     file_id: str | None = None
     detail: str | None = None  # without effect
+    uuid: Uuid | None = None
     prompt_cache_breakpoint: Any = None  # without effect
 
 
@@ -86,7 +87,8 @@ class InputVideo(
 ):
     """A video; OpenAI has none."""
 
-    video_url: str
+    video_url: str | None = None
+    uuid: Uuid | None = None
 
 
 class InputFile(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="input_file"):
@@ -394,21 +396,18 @@ def _part(part: Part, param: str) -> dict[str, Any]:
         case InputImage():
             if part.file_id is not None:
                 raise not_built(f"{param}.file_id", "files are not stored; send the image in image_url")
-            if part.image_url is None:
+            if part.image_url is None and not part.uuid:
                 raise missing(f"{param}.image_url")
             url = {"url": part.image_url} | ({} if part.detail is None else {"detail": part.detail})
-            return {"type": "image_url", "image_url": url, **_media_fields(part)}
+            return medium_part("image", url, part)
         case InputVideo():
-            return {"type": "video_url", "video_url": {"url": part.video_url}, **_media_fields(part)}
+            if part.video_url is None and not part.uuid:
+                raise missing(f"{param}.video_url")
+            return medium_part("video", {"url": part.video_url}, part)
         case InputFile():
             raise not_built(f"{param}.type", "send pages as images", " 'input_file'")
         case InputAudio():
             raise not_built(f"{param}.type", "send text, images or videos", " 'input_audio'")
-
-
-def _media_fields(part: ImageFields) -> dict[str, Any]:
-    names = (MediaFields if isinstance(part, MediaFields) else ImageFields).__struct_fields__
-    return {name: value for name in names if (value := getattr(part, name)) is not None}
 
 
 def _tools(request: ResponsesRequest, names: FieldNames) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,44 @@ def test_what_is_not_remembered_is_a_400_that_says_to_send_it_again(server: Serv
         assert "send it again" in error["message"]
     refused(ask(server, alone("sku-1"), stream=True, key="bob"), "media_not_cached")
     assert "256" in refused(ask(server, named(FIRST, "x" * 257)), "invalid_request")["message"]
+
+
+def of_responses(kind: str, data: bytes | None, uuid: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    url = {} if data is None else {f"{kind}_url": part(data, kind)[f"{kind}_url"]["url"]}
+    content = [{"type": f"input_{kind}", "uuid": uuid, **url, **options}]
+    return "/v1/responses", {"input": [{"role": "user", "content": content}], "max_output_tokens": 4}
+
+
+def of_messages(kind: str, data: bytes | None, uuid: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    source = {"type": "base64", "media_type": "image/png", "data": data and base64.b64encode(data).decode()}
+    content = [{"type": kind, "uuid": uuid, **({"source": source} if data else {}), **options}]
+    return "/v1/messages", {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
+
+
+@pytest.mark.parametrize("dialect", [of_responses, of_messages])
+def test_other_apis_name_media_too(server: Server, dialect: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    """A name means the same file by every route; options are of each part."""
+
+    def send(*part: Any, **options: Any) -> httpx.Response:
+        path, fields = dialect(*part, **options)
+        return server.http.post(path, json=fields, headers={"Authorization": "Bearer alice"})
+
+    name = dialect.__name__
+    ok(send("image", FIRST, f"image {name}"))
+    ok(send("video", CLIP, f"clip {name}", num_frames=2))
+    for asked in (lambda: send("image", None, f"image {name}"), lambda: ask(server, alone(f"image {name}"))):
+        ok(ask(server, part(SECOND, "image")))
+        ok(asked())
+        assert is_picture(server, 1)
+    ok(send("video", None, f"clip {name}", num_frames=4))
+    assert levels(arrived(server)[0]) == [0, 1, 2, 3]
+    at = "input[0].content[0]" if dialect is of_responses else "messages[0].content[0]"
+    for uuid, complaint in (("never sent", "send it again"), ("", f"{at}.")):
+        for kind in ("image", "video"):
+            refusal = send(kind, None, uuid)
+            assert refusal.status_code == 400
+            assert complaint in refusal.json()["error"]["message"]
+    assert send("image", None, "x" * 257).status_code == 400
 
 
 def test_a_name_is_of_one_client_only(server: Server) -> None:
