@@ -24,16 +24,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from model.errors import ConfigError
-from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams, VideoMetadata
+from model.request import EngineStats, Message, Request, RequestError, RequestOutput, SamplingParams
 from service import cores
 from service.pool import messages as m
 from service.pool.arena import ArenaReader
 from service.pool.draft_loader import DraftLoader, DraftRead, SwappableEngine
+from service.pool.preparer import PreparedRequest, Preparer, PreparingEngine, Rejection
 
 STATS_INTERVAL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -42,28 +42,14 @@ EXIT_ENGINE_FAILED, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
 log = logging.getLogger("flashserve.worker")
 
 
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A request in the engine's own form, ready for `add`."""
-
-    request_id: str
-    sequence: Any
-
-
-Rejection = m.Refused | m.Outputs  # ends a request that could not be prepared
 Event = m.ToWorker | PreparedRequest | Rejection | m.Reply | DraftRead
 
 
-class EngineProtocol(SwappableEngine, Protocol):
+class EngineProtocol(SwappableEngine, PreparingEngine, Protocol):
     """What a worker calls on an engine: `model.engine.engine.Engine`, or a fake one in tests."""
 
     @property
     def has_work(self) -> bool: ...
-    def prepare(self, request: Request) -> Any: ...
-    def sample_frames(self, source: VideoMetadata, num_frames: int | None, fps: float | None) -> list[int] | None: ...
-    def tokenize(self, request: Request) -> list[int]: ...
-    def token_names(self, ids: Sequence[int]) -> list[str]: ...
-    def detokenize(self, ids: Sequence[int]) -> str: ...
     def add(self, request: Any) -> None: ...
     def abort(self, request_id: str) -> RequestOutput | None: ...
     def step(self) -> list[RequestOutput]: ...
@@ -80,15 +66,15 @@ def load_engine(options: dict[str, Any]) -> EngineProtocol:
 
 
 class Link:
-    """The worker's end of the socket. A thread receives messages, prepares requests and samples frames while the
-    engine computes."""
+    """The worker's end of the socket. A thread receives messages while the engine computes, and passes requests and
+    questions to the preparer."""
 
     def __init__(self, sock: socket.socket, arena: ArenaReader | None = None) -> None:
         """arena: holds the pixels that messages refer to."""
-        self.engine: EngineProtocol | None = None  # prepares requests; set before any are sent
         self._sock = sock
         self._decoder = m.to_worker(arena)
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.preparer = Preparer(self._inbox.put)
         self._unsent: deque[memoryview] = deque()
         self._stopping = False
         threading.Thread(target=self._receive_forever, name="link", daemon=True).start()
@@ -133,11 +119,9 @@ class Link:
             while (payload := m.receive_frame(self._sock)) is not None:
                 message = self._decoder.decode(payload)
                 self._stopping |= isinstance(message, m.Stop)
-                if isinstance(message, m.Submit):
-                    self._inbox.put(self._prepare(message))
-                elif isinstance(message, m.Question):
-                    self._inbox.put(self._answer(message))
-                else:
+                if isinstance(message, m.Submit | m.Question):
+                    self.preparer.add(message)
+                elif not (isinstance(message, m.Abort) and self.preparer.abort(message.request_id)):
                     self._inbox.put(message)
         except OSError:
             pass
@@ -145,44 +129,6 @@ class Link:
             log.exception("the API process sent an invalid message")
         # The API process is gone. The main thread may be loading or computing for minutes: do not wait for it.
         os._exit(0 if self._stopping else EXIT_ORPHANED)
-
-    def _prepare(self, submit: m.Submit) -> PreparedRequest | Rejection:
-        """Tokenize a request and lay out its prompt; return the message that ends it where that fails."""
-        try:
-            if self.engine is None:
-                raise RuntimeError("the engine is not loaded yet")
-            return PreparedRequest(submit.request_id, self.engine.prepare(submit.request))
-        except RequestError as error:
-            return m.Refused(submit.request_id, error.message, error.param, error.code)
-        except Exception as error:
-            # Templates and tokenizers read untrusted text here: an exception fails this request only.
-            log.exception("request %s could not be prepared", submit.request_id)
-            return m.Outputs((RequestOutput(submit.request_id, "", (), "error", error=repr(error)),))
-
-    def _answer(self, question: m.Question) -> m.Reply:
-        """Answer a question about the target: which frames of a video it wants, which tokens a text has."""
-        try:
-            if self.engine is None:
-                raise RuntimeError("the engine is not loaded yet")
-            return _answer(self.engine, question)
-        except RequestError as error:
-            return m.NotAnswered(question.number, error.message, error.param, error.code)
-        except Exception:  # processors and tokenizers read what a client sent: an exception fails this request only
-            log.exception("a question could not be answered: %.1000r", question)
-            return m.NotAnswered(question.number, None)
-
-
-def _answer(engine: EngineProtocol, question: m.Question) -> m.Reply:
-    """Ask the engine. Raises RequestError, and what tokenizers and processors raise."""
-    match question:
-        case m.Sample():
-            indices = engine.sample_frames(question.source, question.num_frames, question.fps)
-            return m.Sampled(question.number, None if indices is None else tuple(map(int, indices)))
-        case m.Tokenize():
-            ids = engine.tokenize(question.request)
-            return m.Tokenized(question.number, tuple(ids), tuple(engine.token_names(ids)))
-        case m.Detokenize():
-            return m.Detokenized(question.number, engine.detokenize(question.ids))
 
 
 def serve(engine: EngineProtocol, link: Link) -> None:
@@ -269,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         log.exception("loading failed")
         link.send(m.LoadFailed(f"{type(error).__name__}: {error}"))
         return EXIT_LOAD_FAILED
-    link.engine = engine
+    link.preparer.engine = engine
     gc.freeze()  # keeps model and libraries out of collections, which would take as long as many steps
     link.send(m.Ready(engine.info))
     try:
