@@ -113,9 +113,9 @@ def allowed_tokens(example: Example, grammars: Grammars, vocab_size: int) -> Ten
     guide = grammars.begin(example.grammar)
     rows = torch.ones(len(example.answer) + 1, vocab_size, dtype=torch.bool)
     for row, token in zip(rows, example.answer, strict=False):
-        if (mask := guide.mask(())) is not None:
+        if (mask := guide.mask()) is not None:
             row.copy_(torch.from_numpy(mask))
-        guide.commit([token])
+        guide.advance(token)
     return rows
 
 
