@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from starlette.requests import Request
 
-from model.request import ChatFormat, FinishReason, RequestOutput
+from model.request import ChatFormat, RequestOutput
 from service import chat_input
 from service.answers import grammars
 from service.answers.events import Answer, Delta, ReasoningDelta
@@ -22,7 +21,7 @@ from service.deps import service_of
 from service.errors import BadRequest
 from service.request_context import RequestContext
 from service.schemas import openai, tools
-from service.schemas.answers import Usage
+from service.schemas.answers import ChatFinishReason, Usage
 from service.schemas.sampling import sampling_params
 from service.stream import cancel_on_disconnect
 from service.uploads import Upload
@@ -45,6 +44,7 @@ class Chat:
     running_stats: bool
     parsers: list[AnswerParser]
     include_reasoning: bool = True
+    as_functions: bool = False  # whether a call is answered in OpenAI's former way
     answers: list[Answer] = field(init=False)  # one per choice, as far as it has arrived
     counters: list[ReasoningCounter] = field(init=False)
 
@@ -75,10 +75,12 @@ class Chat:
         async for _ in self.deltas():
             pass
 
-    def finish_reason(self, index: int) -> FinishReason | Literal["tool_calls"] | None:
-        """Return why a choice ended: as the engine says, or "tool_calls" where it ended with calls."""
+    def finish_reason(self, index: int) -> ChatFinishReason | None:
+        """Return why a choice ended: as the engine says, or that it ended with calls."""
         reason = self.context.choices[index].finish_reason
-        return "tool_calls" if reason == "stop" and self.answers[index].tool_calls else reason
+        if reason != "stop" or not self.answers[index].tool_calls:
+            return reason
+        return "function_call" if self.as_functions else "tool_calls"
 
 
 async def begin(
@@ -133,7 +135,7 @@ async def begin(
     with_usage = bool(stream_options.include_usage)
     running_stats = with_usage and bool(stream_options.continuous_usage_stats)
     include_reasoning = body.include_reasoning is not False
-    chat = Chat(context, bool(body.stream), with_usage, running_stats, parsers, include_reasoning)
+    chat = Chat(context, bool(body.stream), with_usage, running_stats, parsers, include_reasoning, offered.as_functions)
     clamp_max_tokens = clamp_max_tokens or body.requested_max_tokens() is None
     speculation, cache_salt = body.speculation, body.cache_salt
     del body  # frees its media

@@ -81,7 +81,7 @@ class _Writer:
         source = "%llguidance {}\n" + "\n".join(self._rules) + "\n"
         if self._others:
             source = json.dumps({"grammars": [{"name": "answer", "lark_grammar": source}, *self._others]})
-        return Grammar("lark", source, "tools" if form is None or tools.tools else form.param)
+        return Grammar("lark", source, tools.param if form is None or tools.tools else form.param)
 
     def _reasoning(self, thinking: Thinking) -> str:
         """Write the rules of the reasoning; return what stands for it before the rest."""

@@ -67,7 +67,7 @@ def _completion(chat: Chat) -> ChatCompletion:
         "choices": [
             {
                 "index": index,
-                "message": _message(answer),
+                "message": _message(answer, as_functions=chat.as_functions),
                 "logprobs": _logprobs(chat.context.choices[index].logprobs),
                 "finish_reason": chat.finish_reason(index),
             }
@@ -77,11 +77,13 @@ def _completion(chat: Chat) -> ChatCompletion:
     }
 
 
-def _message(answer: Answer) -> ChatAnswer:
+def _message(answer: Answer, *, as_functions: bool) -> ChatAnswer:
     message: ChatAnswer = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.reasoning is not None:
         message["reasoning_content"] = message["reasoning"] = answer.reasoning
-    if calls := answer.tool_calls:
+    if (calls := answer.tool_calls) and as_functions:
+        message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+    elif calls:
         message["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in calls
@@ -89,13 +91,17 @@ def _message(answer: Answer) -> ChatAnswer:
     return message
 
 
-def _fields(delta: Delta) -> ChatDelta:
+def _fields(delta: Delta, *, as_functions: bool) -> ChatDelta:
     """Return the `delta` of a chunk."""
     match delta:
         case TextDelta():
             return {"content": delta.text}
         case ReasoningDelta():
             return {"reasoning_content": delta.text, "reasoning": delta.text}  # the names that clients know it by
+        case ToolCallStart() if as_functions:
+            return {"function_call": {"name": delta.name, "arguments": ""}}
+        case ArgumentsDelta() if as_functions:
+            return {"function_call": {"arguments": delta.text}}
         case ToolCallStart():
             function: FunctionDelta = {"name": delta.name, "arguments": ""}
             return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
@@ -139,7 +145,7 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
     try:
         async for index, deltas, output in chat.deltas():
             # A token may have log-probabilities before its text is complete.
-            fields = [_fields(delta) for delta in deltas]
+            fields = [_fields(delta, as_functions=chat.as_functions) for delta in deltas]
             if not fields and output.logprobs:
                 fields = [{"content": ""}]
             chunks = b"".join(

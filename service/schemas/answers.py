@@ -221,6 +221,7 @@ class ChatAnswer(TypedDict):
     reasoning_content: NotRequired[str]
     reasoning: NotRequired[str]  # the same, by vLLM's and OpenRouter's name
     tool_calls: NotRequired[list[CallOfTool]]
+    function_call: NotRequired[CalledFunction]  # OpenAI's former way, where `functions` were sent
 
 
 class ChatLogprobs(TypedDict):
@@ -228,7 +229,7 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
-ChatFinishReason = FinishReason | Literal["tool_calls"]
+ChatFinishReason = FinishReason | Literal["tool_calls", "function_call"]
 
 
 class ChatChoice(TypedDict):
@@ -267,6 +268,7 @@ class ChatDelta(TypedDict):
     reasoning_content: NotRequired[str]
     reasoning: NotRequired[str]
     tool_calls: NotRequired[list[CallDelta]]
+    function_call: NotRequired[FunctionDelta]
 
 
 class ChunkChoice(TypedDict):

@@ -20,8 +20,6 @@ from service.settings import Settings
 
 # By field, the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"], []),
     "audio": (),
     "prediction": (),
@@ -189,8 +187,6 @@ class ChatRequest(ToolFields, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_completion_tokens: int | None = None
     stream_options: StreamOptions | None = None
 
-    functions: Any = None
-    function_call: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None

@@ -26,6 +26,8 @@ class ToolFields(SamplingFields, kw_only=True, frozen=True, forbid_unknown_field
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None  # OpenAI's former name of tools, and of the choice among them
+    function_call: Any = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's, as are the next ones
     include_reasoning: bool | None = None
@@ -51,13 +53,22 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a request says of tools. tools: those that may be called; named: the one that must be; parallel: whether
-    several calls may be made at once."""
+    """What a request says of tools.
+
+    tools: those that may be called; named: the one that must be; parallel: whether several calls may be made at once;
+    as_functions: they came in OpenAI's former way, as `functions`, and a call is answered so.
+    """
 
     tools: tuple[Tool, ...] = ()
     choice: Choice = "auto"
     named: bool = False
     parallel: bool = True
+    as_functions: bool = False
+
+    @property
+    def param(self) -> str:
+        """The field that errors name."""
+        return "functions" if self.as_functions else "tools"
 
     @property
     def schemas(self) -> dict[str, Mapping[str, Any]]:
@@ -67,33 +78,43 @@ class Tools:
 
 def read(fields: ToolFields, settings: Settings) -> Tools:
     """Check tools and the choice among them. Raises BadRequest, and TooLarge for schemas of too many bytes."""
-    if fields.tools is not None and len(fields.tools) > settings.max_tools:
-        raise BadRequest(f"tools: at most {settings.max_tools} are allowed", param="tools")
-    tools = [_tool(tool, f"tools[{index}]", settings) for index, tool in enumerate(fields.tools or ())]
+    former = bool(fields.functions)
+    if former and (fields.tools or fields.tool_choice is not None):
+        raise BadRequest("functions are the former name of tools; send tools and tool_choice alone", param="functions")
+    field = "functions" if former else "tools"
+    sent = (fields.functions if former else fields.tools) or []
+    if len(sent) > settings.max_tools:
+        raise BadRequest(f"{field}: at most {settings.max_tools} are allowed", param=field)
+    tools: list[Tool] = []
+    for index, function in enumerate(sent):
+        path = f"{field}[{index}]"
+        if not former:
+            path, function = f"{path}.function", _function_of(function, path)
+        tool = _function(function, path, settings)
+        if tool.name in (other.name for other in tools):
+            raise BadRequest(f"{path}.name: there are two {field} with the name {tool.name!r}", param=f"{path}.name")
+        tools.append(tool)
     names = [tool.name for tool in tools]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            param = f"tools[{index}].function.name"
-            raise BadRequest(f"{param}: there are two tools with the name {name!r}", param=param)
     size = sum(len(msgspec.json.encode(tool.shown)) for tool in tools)
     if size > settings.max_tools_bytes:
-        raise TooLarge(f"tools have {size} bytes; at most {settings.max_tools_bytes} are allowed", param="tools")
-    parallel = fields.parallel_tool_calls is not False
-    choice, allowed = _choice(fields.tool_choice, names)
+        raise TooLarge(f"{field} have {size} bytes; at most {settings.max_tools_bytes} are allowed", param=field)
+    parallel = fields.parallel_tool_calls is not False and not former
+    choice, allowed = _choice_of_function(fields.function_call, names if former else [])
+    if not former:
+        choice, allowed = _choice(fields.tool_choice, names)
     if not tools or choice == "none":
         return Tools(choice="none")
     kept = tuple(tool for tool in tools if allowed is None or tool.name in allowed)
     named = allowed is not None and choice == "required" and len(allowed) == 1
-    return Tools(kept, choice, named, parallel and not named)
+    return Tools(kept, choice, named, parallel and not named, former)
 
 
 def template_options(fields: ToolFields, tools: Tools, chat: ChatFormat) -> TemplateOptions:
     """Return what the chat template gets beside the messages. Raises BadRequest for what the model is not served with,
     and for fields that contradict."""
     if tools.tools and not chat.calls:
-        raise BadRequest(
-            "tools: this model is served without tools; leave them out", param="tools", code="not_supported"
-        )
+        message = f"{tools.param}: this model is served without tools; leave them out"
+        raise BadRequest(message, param=tools.param, code="not_supported")
     goes_on = bool(fields.continue_final_message)
     if goes_on and fields.add_generation_prompt:
         raise BadRequest(
@@ -128,16 +149,20 @@ def thinking(options: TemplateOptions, chat: ChatFormat) -> Thinking:
     return "open" if chat.thinks_off else "none"
 
 
-def _tool(value: Any, path: str, settings: Settings) -> Tool:
-    """Check one tool."""
+def _function_of(value: Any, path: str) -> dict[str, Any]:
+    """Return the function that a tool is."""
     kind = _member(value, "type", path, str, "function")
     if kind != "function":
         param = f"{path}.type"
         raise BadRequest(
             f"{param} {kind[:64]!r} is not supported yet; only 'function' is", param=param, code="not_built"
         )
-    path = f"{path}.function"
-    function = _member(value, "function", path.rpartition(".")[0], dict)
+    function: dict[str, Any] = _member(value, "function", path, dict)
+    return function
+
+
+def _function(function: Any, path: str, settings: Settings) -> Tool:
+    """Check one function."""
     name = _member(function, "name", path, str)
     if not NAME.match(name):
         param = f"{path}.name"
@@ -194,6 +219,17 @@ def _choice(value: Any, names: list[str]) -> tuple[Choice, list[str] | None]:
         if found[-1] not in names:
             raise BadRequest(f"{at}.name {found[-1][:64]!r} is none of the tools", param=f"{at}.name")
     return _as_choice(mode), found
+
+
+def _choice_of_function(value: Any, names: list[str]) -> tuple[Choice, list[str] | None]:
+    """The same of OpenAI's former `function_call`."""
+    param = "function_call"
+    if value in (None, "auto", "none"):
+        return _as_choice(value or "auto"), None
+    name = _member(value, "name", param, str)
+    if name not in names:
+        raise BadRequest(f"{param}.name {name[:64]!r} is none of the functions", param=f"{param}.name")
+    return "required", [name]
 
 
 def _as_choice(value: str) -> Choice:

@@ -55,8 +55,6 @@ def test_wrong_fields_are_named(server: Server, fields: dict[str, Any], param: s
 @pytest.mark.parametrize(
     "field",
     [
-        {"functions": [{"name": "f"}]},
-        {"function_call": {"name": "f"}},
         {"modalities": ["audio"]},
         {"moderation": {}},
         {"moderation": {"model": "omni-moderation-latest"}},

@@ -56,6 +56,17 @@ def clients() -> Iterator[Clients]:
         yield client
 
 
+def put_together_function(chunks: list[Any]) -> tuple[str | None, str, Any, str]:
+    """The same of a stream in OpenAI's former way: text, name and arguments of the one call, finish_reason."""
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    calls = [delta.function_call for delta in deltas if delta.function_call]
+    assert not any(delta.tool_calls for delta in deltas)
+    assert [call.name for call in calls[1:]] == [None] * (len(calls) - 1)
+    text = "".join(delta.content or "" for delta in deltas)
+    arguments = json.loads("".join(call.arguments for call in calls))
+    return text or None, calls[0].name, arguments, chunks[-1].choices[0].finish_reason
+
+
 @pytest.fixture(scope="module")
 def client(clients: Clients) -> openai.OpenAI:
     return clients("hermes")
@@ -170,6 +181,70 @@ def test_a_forced_call_is_what_the_model_would_say_where_it_says_one(client: ope
     for index in (0, 1):
         own = [chunk for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
         assert put_together(own)[2:] == ([("get_weather", PARIS), ("clock", {})], "tool_calls")
+
+
+FUNCTIONS = {"tools": None, "functions": [WEATHER["function"], CLOCK["function"]]}
+
+
+def test_functions_are_tools_and_are_answered_in_openais_former_way(client: openai.OpenAI) -> None:
+    """LangChain's older agents and AutoGen still send them."""
+    two = "Let me see.\n" + call("hermes", "get_weather", PARIS) + "\n" + call("hermes", "clock", {})
+    (choice,) = ask(client, say(two), **FUNCTIONS).choices
+    assert choice.finish_reason == "function_call"
+    made = choice.message
+    assert (made.content, made.tool_calls) == ("Let me see.", None)
+    assert (made.function_call.name, json.loads(made.function_call.arguments)) == ("get_weather", PARIS)
+    streamed = put_together_function(list(ask(client, say(two), stream=True, **FUNCTIONS)))
+    assert streamed == ("Let me see.", "get_weather", PARIS, "function_call")
+    tools = ask(client, say(two), parallel_tool_calls=False).choices[0].message
+    assert calls_of(tools) == [("get_weather", PARIS)], "the prompt is that of tools"
+
+
+def test_a_function_is_forced_or_forbidden(client: openai.OpenAI) -> None:
+    (choice,) = ask(client, say("No."), function_call={"name": "get_weather"}, **FUNCTIONS).choices
+    assert (choice.finish_reason, choice.message.function_call.name) == ("function_call", "get_weather")
+    assert set(json.loads(choice.message.function_call.arguments)) == {"city", "days"}
+    written = call("hermes", "clock", {})
+    (choice,) = ask(client, say(written), function_call="none", **FUNCTIONS).choices
+    assert (choice.finish_reason, choice.message.function_call, choice.message.content) == ("stop", None, written)
+    (choice,) = ask(client, say("Good day."), function_call="auto", **FUNCTIONS).choices
+    assert (choice.finish_reason, choice.message.content) == ("stop", "Good day.")
+
+
+def test_a_round_of_functions_reaches_the_model(client: openai.OpenAI) -> None:
+    script = say(call("hermes", "get_weather", PARIS), "It rains.")
+    history = [{"role": "user", "content": script}]
+    message = ask(client, history, **FUNCTIONS).choices[0].message
+    history += [message.model_dump(), {"role": "function", "name": "get_weather", "content": "rain"}]
+    (choice,) = ask(client, history, **FUNCTIONS).choices
+    assert (choice.finish_reason, choice.message.content) == ("stop", "It rains.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [CLOCK]}, "functions"),
+        ({"tool_choice": "auto"}, "functions"),
+        ({"functions": [{}]}, "functions[0].name"),
+        ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions[1].name"),
+        ({"functions": [{"name": "f", "parameters": {"type": "array"}}]}, "functions[0].parameters.type"),
+        ({"functions": [CLOCK["function"]], "function_call": {"name": "g"}}, "function_call.name"),
+        ({"function_call": "maybe"}, "function_call"),
+        ({"functions": None, "function_call": {"name": "clock"}}, "function_call.name"),
+        (
+            {
+                "functions": [{"name": "f", "parameters": {"properties": {"a": {"type": "text"}}}}],
+                "function_call": {"name": "f"},
+            },
+            "functions",
+        ),
+    ],
+    ids=lambda value: str(value)[:70],
+)
+def test_functions_that_cannot_be_used_are_named(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, "Hello", **FUNCTIONS | fields)
+    assert error.value.param == param
 
 
 def test_no_tool_is_called_where_none_may_be(client: openai.OpenAI) -> None:
