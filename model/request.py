@@ -78,6 +78,8 @@ class SamplingParams:
     grammar: Grammar | None = None  # None: the answer may be any text
     shown_tokens: tuple[int, ...] = ()  # special tokens whose text is part of the answer's
     stop_token_ids: tuple[int, ...] = ()  # these tokens end the answer, as an end-of-sequence token does
+    include_stop: bool = False  # the text ends with the stop string that ended the answer, not before it
+    skip_special_tokens: bool = True  # False: the names of all special tokens are part of the text
 
     @property
     def processes(self) -> bool:
@@ -230,7 +232,8 @@ class TemplateOptions:
     tools: a list of tools in OpenAI's form as JSON text, "" for none; variables: further variables of the template, a
     JSON object as JSON text, "" for none; continue_final_message: the answer continues the last message, whose turn
     stays open; add_generation_prompt: the prompt ends where an answer begins; add_special_tokens: for a text in place
-    of messages, add the tokens that the tokenizer adds by itself.
+    of messages, add the tokens that the tokenizer adds by itself; max_tokens: keep no more than the last so many tokens
+    of the prompt, None for all.
     """
 
     tools: str = ""
@@ -238,6 +241,7 @@ class TemplateOptions:
     continue_final_message: bool = False
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

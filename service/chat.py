@@ -22,7 +22,7 @@ from service.errors import BadRequest
 from service.request_context import RequestContext
 from service.schemas import openai, tools
 from service.schemas.answers import ChatFinishReason, Usage
-from service.schemas.sampling import sampling_params
+from service.schemas.sampling import max_prompt_tokens, sampling_params
 from service.stream import cancel_on_disconnect
 from service.uploads import Upload
 from service.usage import usage
@@ -45,12 +45,16 @@ class Chat:
     parsers: list[AnswerParser]
     include_reasoning: bool = True
     as_functions: bool = False  # whether a call is answered in OpenAI's former way
+    tokens_as_ids: bool = False  # whether log-probabilities name tokens by their ids
+    prompt_token_ids: list[int] | None = None  # None: token ids are not wanted
     answers: list[Answer] = field(init=False)  # one per choice, as far as it has arrived
     counters: list[ReasoningCounter] = field(init=False)
+    token_ids: list[list[int]] = field(init=False)  # of each choice so far, where wanted
 
     def __post_init__(self) -> None:
         self.answers = [Answer() for _ in self.parsers]
         self.counters = [ReasoningCounter() for _ in self.parsers]
+        self.token_ids = [[] for _ in self.parsers]
 
     @property
     def usage(self) -> Usage:
@@ -68,6 +72,8 @@ class Chat:
             if not self.include_reasoning:
                 deltas = [delta for delta in deltas if not isinstance(delta, ReasoningDelta)]
             self.answers[index].add(deltas)
+            if self.prompt_token_ids is not None:
+                self.token_ids[index] += [token.id for token in output.tokens]
             yield index, deltas, output
 
     async def finish(self) -> None:
@@ -103,7 +109,10 @@ async def begin(
     openai.check(body, settings)
     params = sampling_params(body, settings, default_temperature=DEFAULT_TEMPERATURE)
     offered = tools.read(body, settings)
-    template = tools.template_options(body, offered, service.chat_format)
+    template = replace(
+        tools.template_options(body, offered, service.chat_format),
+        max_tokens=max_prompt_tokens(body, service.pool.info, params.max_tokens),
+    )
     n = body.n or 1
     if n > service.max_choices:
         raise BadRequest(f"n must be at most {service.max_choices}", param="n")
@@ -114,6 +123,7 @@ async def begin(
         with upload:
             loader = service.media_loader(context.count_decoded)
             chat_in = await chat_input.from_chat(body, options, upload, loader, template)
+        tokenized = await service.pool.tokenize(chat_in.messages, template=template) if body.return_token_ids else None
     chat_format = service.chat_format
     thinking = tools.thinking(template, chat_format)
     params = replace(
@@ -131,11 +141,18 @@ async def begin(
         )
         for index in range(n)
     ]
-    stream_options = body.stream_options or openai.StreamOptions()
-    with_usage = bool(stream_options.include_usage)
-    running_stats = with_usage and bool(stream_options.continuous_usage_stats)
-    include_reasoning = body.include_reasoning is not False
-    chat = Chat(context, bool(body.stream), with_usage, running_stats, parsers, include_reasoning, offered.as_functions)
+    with_usage, running_stats = body.with_usage()
+    chat = Chat(
+        context,
+        bool(body.stream),
+        with_usage,
+        running_stats,
+        parsers,
+        include_reasoning=body.include_reasoning is not False,
+        as_functions=offered.as_functions,
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        prompt_token_ids=None if tokenized is None else list(tokenized.ids),
+    )
     clamp_max_tokens = clamp_max_tokens or body.requested_max_tokens() is None
     speculation, cache_salt = body.speculation, body.cache_salt
     del body  # frees its media

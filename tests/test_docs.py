@@ -10,7 +10,8 @@ import pytest
 from service.media import refusal
 from service.schemas.completions import CompletionRequest
 from service.schemas.generate import GenerateRequest
-from service.schemas.openai import ChatRequest, StreamOptions
+from service.schemas.openai import ChatRequest
+from service.schemas.sampling import StreamOptions
 from tests.documents import (
     FENCE,
     ROOT,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
@@ -42,7 +43,7 @@ class Vocabulary:
         # a leading space at the start of a text.
         self.context_free = self._backend is not None and type(self._backend.decoder).__name__ == "ByteLevel"
         self._known: dict[int, bytes] = {}
-        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self.added = frozenset(tokenizer.added_tokens_decoder)  # special tokens, and others beside the vocabulary
 
     def text(self, ids: list[int]) -> str:
         """Decode ids to text, without special tokens."""
@@ -65,7 +66,7 @@ class Vocabulary:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(name, str):
             return b""  # a model may have more outputs than its vocabulary has tokens
-        if token in self._added:
+        if token in self.added:
             return name.encode()
         if self.context_free and all(character in BYTE_LEVEL for character in name):
             return bytes(BYTE_LEVEL[character] for character in name)
@@ -78,7 +79,7 @@ class Detokenizer:
     """Decodes one answer. A character that is spread over several tokens comes with the last of them."""
 
     def __init__(
-        self, vocabulary: Vocabulary, skip: frozenset[int], follows: Seq[int] = (), named: Seq[int] = ()
+        self, vocabulary: Vocabulary, skip: frozenset[int], follows: Seq[int] = (), named: Collection[int] = ()
     ) -> None:
         """Start an answer. skip: tokens without text, such as the end of sequence; follows: the tokens of a text that
         the answer continues, so that it keeps a leading space; named: special tokens whose names are text here."""
@@ -129,9 +130,9 @@ class Detokenizer:
 class StopStrings:
     """Passes text through until a stop string appears. Holds back text that may be the beginning of a stop string."""
 
-    def __init__(self, stops: Seq[str]) -> None:
-        """Search for these strings; none: pass everything."""
-        self._stops = tuple(stops)
+    def __init__(self, stops: Seq[str], *, include: bool = False) -> None:
+        """Search for these strings; none: pass everything. include: pass the one that is found, too."""
+        self._stops, self._include = tuple(stops), include
         self._pending = ""
         self.found: str | None = None  # the stop string that appeared first; the shortest of those at one place
 
@@ -146,8 +147,8 @@ class StopStrings:
         self._pending += text
         found = [(at, len(stop), stop) for stop in self._stops if (at := self._pending.find(stop)) >= 0]
         if found:
-            at, _, self.found = min(found)
-            out, self._pending = self._pending[:at], ""
+            at, length, self.found = min(found)
+            out, self._pending = self._pending[: at + length * self._include], ""
             return out
         keep = max(
             (n for stop in self._stops for n in range(1, len(stop)) if self._pending.endswith(stop[:n])), default=0

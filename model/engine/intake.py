@@ -53,17 +53,31 @@ def prepare(
     for medium in prompt.media:
         _ = medium.digest  # computed here, off the engine's thread, and cached for the encoder cache
     goes_on = request.prompt is not None or request.template.continue_final_message
-    detokenizer = Detokenizer(
-        vocabulary, target.eos_ids, follows=prompt.ids if goes_on else (), named=request.params.shown_tokens
-    )
-    return Sequence(request, prompt, detokenizer, StopStrings(request.params.stop), guide)
+    params, follows = request.params, prompt.ids if goes_on else ()
+    if params.skip_special_tokens:
+        detokenizer = Detokenizer(vocabulary, target.eos_ids, follows, params.shown_tokens)
+    else:  # but not the token that ends the answer, as the stop string does not show
+        ends = frozenset[int]() if params.include_stop else params.ends(target.eos_ids)
+        detokenizer = Detokenizer(vocabulary, ends, follows, vocabulary.added)
+    return Sequence(request, prompt, detokenizer, StopStrings(params.stop, include=params.include_stop), guide)
 
 
 def tokenize(request: Request, target: Target) -> TokenizedPrompt:
     """Tokenise a request's conversation, or the raw prompt in place of one. Raises RequestError."""
+    template = request.template
     if request.prompt is None:
-        return target.prompt(request.messages, request.template)
-    return raw_prompt(request.prompt, target, add_special_tokens=request.template.add_special_tokens)
+        prompt = target.prompt(request.messages, template)
+    else:
+        prompt = raw_prompt(request.prompt, target, add_special_tokens=template.add_special_tokens)
+    if template.max_tokens is None or len(prompt.ids) <= template.max_tokens:
+        return prompt
+    if prompt.media:
+        raise RequestError(
+            f"truncate_prompt_tokens: the prompt has {len(prompt.ids)} tokens, and one with images or videos cannot be "
+            "cut",
+            param="truncate_prompt_tokens",
+        )
+    return TokenizedPrompt(prompt.ids[-template.max_tokens :], (), ())
 
 
 def _frames_hint(request: Request, target: Target, max_tokens: int, max_model_len: int) -> str:

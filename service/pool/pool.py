@@ -132,7 +132,11 @@ class Pool:
         return reply.indices
 
     async def tokenize(
-        self, messages: tuple[Message, ...] = (), *, template: TemplateOptions, prompt: str | None = None
+        self,
+        messages: tuple[Message, ...] = (),
+        *,
+        template: TemplateOptions,
+        prompt: str | tuple[int, ...] | None = None,
     ) -> m.Tokenized:
         """Return the tokens of a conversation or of a text. Raises what `Questions.ask` raises."""
         return await self._questions.ask(

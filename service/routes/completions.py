@@ -26,8 +26,7 @@ from service.openapi.operation import Operation
 from service.request_context import RequestContext
 from service.schemas import completions as schema
 from service.schemas.answers import Completion, CompletionChoice, CompletionLogprobs
-from service.schemas.openai import StreamOptions
-from service.schemas.sampling import sampling_params
+from service.schemas.sampling import max_prompt_tokens, sampling_params
 from service.state import Service
 from service.stream import DONE, EventStream, LastEvent, cancel_on_disconnect, event, json_response
 from service.usage import usage
@@ -48,16 +47,18 @@ async def completions(request: Request) -> Response:
         params = sampling_params(body, service.settings, default_temperature=DEFAULT_TEMPERATURE)
         n = body.n or 1
         _check_number(service, n, len(prompts))
+        template = TemplateOptions(
+            add_special_tokens=body.add_special_tokens is not False,
+            max_tokens=max_prompt_tokens(body, service.pool.info, params.max_tokens),
+        )
         context.reserve(n * len(prompts))
         resources.enter_context(cancel_on_disconnect(request.receive))
         async with context.time_limit():
             echoed = [await _text(service, prompt) if body.echo else "" for prompt in prompts]
-        options = body.stream_options or StreamOptions()
-        with_usage = bool(options.include_usage)
-        running_stats = with_usage and bool(options.continuous_usage_stats)
-        add_special_tokens = body.add_special_tokens is not False
+            token_ids = [await _token_ids(service, prompt, template) for prompt in prompts if body.return_token_ids]
+        with_usage, running_stats = body.with_usage()
         await context.submit(
-            ChatInput((), 0, 0.0, prompts=prompts, template=TemplateOptions(add_special_tokens=add_special_tokens)),
+            ChatInput((), 0, 0.0, prompts=prompts, template=template),
             params,
             n=n,
             speculation=body.speculation,
@@ -66,7 +67,13 @@ async def completions(request: Request) -> Response:
             own_seeds=body.seed is None,
             cache_salt=body.cache_salt,
         )
-        answer = _Answer(context, [echoed[index // n] for index in range(n * len(prompts))], len(prompts))
+        answer = _Answer(
+            context,
+            [echoed[index // n] for index in range(n * len(prompts))],
+            len(prompts),
+            prompt_token_ids=[token_ids[index // n] for index in range(n * len(token_ids))],
+            tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        )
         if body.stream:
             return EventStream(
                 _events(answer, with_usage=with_usage, running_stats=running_stats),
@@ -98,20 +105,38 @@ async def _text(service: Service, prompt: schema.Prompt) -> str:
         raise BadRequest(error.message.replace("tokens", "prompt", 1), param="prompt", code=error.code) from None
 
 
+async def _token_ids(service: Service, prompt: schema.Prompt, template: TemplateOptions) -> list[int]:
+    """Return the tokens of a prompt as the model reads it."""
+    return list((await service.pool.tokenize(template=template, prompt=prompt)).ids)
+
+
 class _Answer:
     """Renders what a request answers, whole or in chunks."""
 
-    def __init__(self, context: RequestContext, echoed: list[str], num_prompts: int) -> None:
-        """echoed: of each choice, the prompt's text, where it is wanted before the answer."""
+    def __init__(
+        self,
+        context: RequestContext,
+        echoed: list[str],
+        num_prompts: int,
+        *,
+        prompt_token_ids: list[list[int]],
+        tokens_as_ids: bool,
+    ) -> None:
+        """echoed: of each choice, the prompt's text, where it is wanted before the answer; prompt_token_ids: of each
+        choice, if token ids are wanted; tokens_as_ids: whether log-probabilities name tokens by their ids."""
         self.context = context
         self.echoed = echoed
+        self.prompt_token_ids = prompt_token_ids
         self._num_prompts = num_prompts
-        self._logprobs = [TextLogprobs(len(text)) for text in echoed]
+        self._logprobs = [TextLogprobs(len(text), as_ids=tokens_as_ids) for text in echoed]
 
     async def whole(self) -> Completion:
         """Wait until every choice is finished and return the answer."""
         columns: dict[int, list[CompletionLogprobs]] = {}
+        token_ids: list[list[int]] = [[] for _ in self.context.choices]
         async for index, output in self.context.outputs():
+            if self.prompt_token_ids:
+                token_ids[index] += [token.id for token in output.tokens]
             if (part := self.logprobs(index, output)) is not None:
                 columns.setdefault(index, []).append(part)
         choices: list[CompletionChoice] = [
@@ -123,6 +148,9 @@ class _Answer:
             }
             for index, choice in enumerate(self.context.choices)
         ]
+        if self.prompt_token_ids:
+            for each, prompt_ids, ids in zip(choices, self.prompt_token_ids, token_ids, strict=True):
+                each["prompt_token_ids"], each["token_ids"] = prompt_ids, ids
         return self.completion(choices, with_usage=True)
 
     def completion(self, choices: list[CompletionChoice], *, with_usage: bool | None) -> Completion:
@@ -165,15 +193,25 @@ async def _events(answer: _Answer, *, with_usage: bool, running_stats: bool) -> 
         return event(answer.completion([choice], with_usage=usage_of_chunks))
 
     for index, text in enumerate(answer.echoed):
-        if text:
-            yield chunk({"index": index, "text": text, "logprobs": None, "finish_reason": None})
+        opening: CompletionChoice = {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        if answer.prompt_token_ids:
+            opening["prompt_token_ids"], opening["token_ids"] = answer.prompt_token_ids[index], []
+        if text or answer.prompt_token_ids:
+            yield chunk(opening)
     last = b""
     try:
         async for index, output in context.outputs():
-            if not (output.text or output.logprobs or output.finish_reason):
+            if not (output.text or output.logprobs or output.finish_reason or answer.prompt_token_ids):
                 continue
-            logprobs, reason = answer.logprobs(index, output), output.finish_reason
-            part = chunk({"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": reason})
+            choice: CompletionChoice = {
+                "index": index,
+                "text": output.text,
+                "logprobs": answer.logprobs(index, output),
+                "finish_reason": output.finish_reason,
+            }
+            if answer.prompt_token_ids:
+                choice["token_ids"] = [token.id for token in output.tokens]
+            part = chunk(choice)
             if context.finished:
                 last = part
             else:

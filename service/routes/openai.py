@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from model.request import TokenLogprobs
+from model.request import RequestOutput, TokenLogprobs
 from service import logprobs
 from service.answers.events import Answer, ArgumentsDelta, Delta, ReasoningDelta, TextDelta, ToolCallStart
 from service.auth import require_api_key
@@ -59,7 +59,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 def _completion(chat: Chat) -> ChatCompletion:
-    return {
+    completion: ChatCompletion = {
         "id": chat.context.id,
         "object": "chat.completion",
         "created": chat.context.created,
@@ -68,13 +68,18 @@ def _completion(chat: Chat) -> ChatCompletion:
             {
                 "index": index,
                 "message": _message(answer, as_functions=chat.as_functions),
-                "logprobs": _logprobs(chat.context.choices[index].logprobs),
+                "logprobs": _logprobs(chat, chat.context.choices[index].logprobs),
                 "finish_reason": chat.finish_reason(index),
             }
             for index, answer in enumerate(chat.answers)
         ],
         "usage": chat.usage,
     }
+    if chat.prompt_token_ids is not None:
+        completion["prompt_token_ids"] = chat.prompt_token_ids
+        for choice, token_ids in zip(completion["choices"], chat.token_ids, strict=True):
+            choice["token_ids"] = token_ids
+    return completion
 
 
 def _message(answer: Answer, *, as_functions: bool) -> ChatAnswer:
@@ -113,7 +118,7 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
     """Yield a chunk that opens each choice, one per delta, one that closes each choice; then usage, if requested."""
     context = chat.context
 
-    def whole(choices: list[ChunkChoice], *, with_usage: bool) -> bytes:
+    def whole(choices: list[ChunkChoice], *, with_usage: bool, opens: bool = False) -> bytes:
         head: ChatChunk = {
             "id": context.id,
             "object": "chat.completion.chunk",
@@ -123,33 +128,39 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
         }
         if chat.with_usage:
             head["usage"] = chat.usage if with_usage else None
+        if opens and chat.prompt_token_ids is not None:
+            head["prompt_token_ids"] = chat.prompt_token_ids
         return event(head)
 
     def chunk(
         index: int,
         delta: ChatDelta,
         finish_reason: ChatFinishReason | None = None,
-        tokens: Seq[TokenLogprobs] | None = None,
+        output: RequestOutput | None = None,
+        *,
+        opens: bool = False,
     ) -> bytes:
         choice: ChunkChoice = {
             "index": index,
             "delta": delta,
-            "logprobs": _logprobs(tokens),
+            "logprobs": _logprobs(chat, output.logprobs) if output else None,
             "finish_reason": finish_reason,
         }
-        return whole([choice], with_usage=chat.running_stats)
+        if output and chat.prompt_token_ids is not None:
+            choice["token_ids"] = [token.id for token in output.tokens]
+        return whole([choice], with_usage=chat.running_stats, opens=opens)
 
     for index in range(len(chat.answers)):
-        yield chunk(index, {"role": "assistant", "content": ""})
+        yield chunk(index, {"role": "assistant", "content": ""}, opens=True)
     last = b""
     try:
         async for index, deltas, output in chat.deltas():
-            # A token may have log-probabilities before its text is complete.
+            # Tokens may come before their text is complete.
             fields = [_fields(delta, as_functions=chat.as_functions) for delta in deltas]
-            if not fields and output.logprobs:
+            if not fields and (output.logprobs or (output.tokens and chat.prompt_token_ids is not None)):
                 fields = [{"content": ""}]
             chunks = b"".join(
-                chunk(index, delta, tokens=None if number else output.logprobs) for number, delta in enumerate(fields)
+                chunk(index, delta, output=None if number else output) for number, delta in enumerate(fields)
             )
             if output.finish_reason is not None:
                 chunks += chunk(index, {}, chat.finish_reason(index))
@@ -164,8 +175,8 @@ async def _events(chat: Chat) -> AsyncGenerator[bytes, None]:
         yield LastEvent(event(error.envelope()) + DONE)
 
 
-def _logprobs(tokens: Seq[TokenLogprobs] | None) -> ChatLogprobs | None:
-    return {"content": logprobs.to_openai(tokens), "refusal": None} if tokens else None
+def _logprobs(chat: Chat, tokens: Seq[TokenLogprobs] | None) -> ChatLogprobs | None:
+    return {"content": logprobs.to_openai(tokens, as_ids=chat.tokens_as_ids), "refusal": None} if tokens else None
 
 
 ROUTES = [Route("/v1/chat/completions", chat_completions, methods=["POST"])]

@@ -56,6 +56,10 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_token_ids: NotRequired[
+        list[int]
+    ]  # vLLM's, with `return_token_ids`; in a stream in each choice's first chunk
+    token_ids: NotRequired[list[int]]
 
 
 class Completion(TypedDict):
@@ -237,6 +241,7 @@ class ChatChoice(TypedDict):
     message: ChatAnswer
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    token_ids: NotRequired[list[int]]  # vLLM's, with `return_token_ids`
 
 
 class ChatCompletion(TypedDict):
@@ -246,6 +251,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class FunctionDelta(TypedDict):
@@ -276,6 +282,7 @@ class ChunkChoice(TypedDict):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatChunk(TypedDict):
@@ -287,6 +294,7 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChunkChoice]
     usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]  # in the first chunks
 
 
 # POST /v1/responses

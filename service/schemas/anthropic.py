@@ -7,10 +7,10 @@ from typing import Any, Literal
 import msgspec
 
 from service.errors import BadRequest, ServiceError
-from service.schemas.conversion import FieldNames, chat_request, medium_part, missing, not_built, sampling_fields
+from service.schemas.conversion import FieldNames, chat_request, medium_part, missing, sampling_fields
 from service.schemas.media_options import ImageFields, MediaFields
 from service.schemas.openai import ChatRequest, Uuid
-from service.schemas.sampling import SamplingFields
+from service.schemas.sampling import SamplingFields, not_built
 from service.settings import Settings
 
 # Fields that ask for what this service does not do, unless their value is one of these; and what to do instead.

@@ -8,38 +8,27 @@ import msgspec
 
 from service.errors import BadRequest
 from service.schemas import media_options, sampling
-from service.schemas.openai import StreamOptions
-from service.schemas.sampling import SamplingFields, TokenId
+from service.schemas.sampling import EngineFields, TokenId
 from service.settings import Settings
 
 DEFAULT_MAX_TOKENS = 16  # as OpenAI's
 # Refused unless the value means "none".
-NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "use_beam_search": (False,),
-    "prompt_logprobs": (),
-    "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
-}
+NOT_BUILT: dict[str, tuple[Any, ...]] = {"suffix": ("",), "prompt_embeds": (), **sampling.NOT_BUILT}
 
 Prompt = str | tuple[int, ...]
 
 
-class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(EngineFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/completions."""
 
     prompt: str | list[str | TokenId | list[TokenId]]  # one or several texts, or one or several lists of token ids
     echo: bool | None = None
     best_of: Annotated[int, msgspec.Meta(ge=1)] | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None  # type: ignore[assignment]  # chat: a boolean
-    stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None  # vLLM's; None: true
 
     suffix: Any = None
-    use_beam_search: Any = None
-    prompt_logprobs: Any = None
     prompt_embeds: Any = None
-    truncate_prompt_tokens: Any = None
 
     user: Any = None
 
@@ -79,10 +68,7 @@ def prompts(request: CompletionRequest, settings: Settings) -> tuple[Prompt, ...
 def check(request: CompletionRequest, settings: Settings) -> None:
     """Raise BadRequest for whatever is invalid beside the prompt."""
     sampling.check_model(request.model, settings)
-    for name, harmless in NOT_BUILT.items():
-        value = getattr(request, name)
-        if value is not None and value not in harmless:
-            raise BadRequest(f"{name} is not supported; leave it out", param=name, code="not_built")
+    sampling.refuse_not_built(request, NOT_BUILT)
     if request.best_of not in (None, request.n or 1):
         raise BadRequest(f"best_of must be equal to n, {request.n or 1}, or left out", param="best_of")
     if request.stream_options is not None and not request.stream:

@@ -84,10 +84,5 @@ def chat_request(fields: dict[str, Any], names: FieldNames) -> ChatRequest:
         raise bad from None
 
 
-def not_built(param: str, instead: str, value: str = "") -> BadRequest:
-    """Return the error for what this service does not do. instead: what to do."""
-    return BadRequest(f"{param}{value} is not supported; {instead}", param=param, code="not_built")
-
-
 def missing(param: str) -> BadRequest:
     return BadRequest(f"{param} is missing", param=param, code="missing_field")

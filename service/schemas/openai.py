@@ -27,32 +27,12 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "moderation": (),
     # vLLM's
-    "use_beam_search": (False,),
     "best_of": (1,),
-    "prompt_logprobs": (False,),
-    "logprob_token_ids": ([],),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "truncate_prompt_tokens": (),
     "echo": (False,),
     "add_special_tokens": (False,),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
     "documents": ([],),
     "chat_template": ("",),
-    "thinking_token_budget": (),
-    "watermarking": (False,),
-    "repetition_detection": (),
-    "logits_processors": ([],),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
-    "return_token_offsets": (False,),
-    "return_prompt_text": (False,),
-    # SGLang's
-    "stop_regex": ("", []),
-    "no_stop_trim": (False,),
-    "lora_path": ("",),
-    "custom_logit_processor": ("",),
+    **sampling.NOT_BUILT,
 }
 # The same for messages.
 NOT_BUILT_IN_MESSAGES: dict[str, tuple[Any, ...]] = {"audio": (), "prefix": (False,), "partial": (False,)}
@@ -174,18 +154,11 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cast("list[Part]", self.content or [])
 
 
-class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # vLLM's: usage so far, in every chunk
-    include_obfuscation: bool | None = None
-
-
 class ChatRequest(ToolFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
-    stream_options: StreamOptions | None = None
 
     modalities: Any = None
     audio: Any = None
@@ -193,31 +166,11 @@ class ChatRequest(ToolFields, frozen=True, kw_only=True, forbid_unknown_fields=T
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
-    use_beam_search: Any = None
     best_of: Any = None
-    prompt_logprobs: Any = None
-    logprob_token_ids: Any = None
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    truncate_prompt_tokens: Any = None
     echo: Any = None
     add_special_tokens: Any = None
-    skip_special_tokens: Any = None
-    include_stop_str_in_output: Any = None
     documents: Any = None
     chat_template: Any = None
-    thinking_token_budget: Any = None
-    watermarking: Any = None
-    repetition_detection: Any = None
-    logits_processors: Any = None
-    return_tokens_as_token_ids: Any = None
-    return_token_ids: Any = None
-    return_token_offsets: Any = None
-    return_prompt_text: Any = None
-    stop_regex: Any = None
-    no_stop_trim: Any = None
-    lora_path: Any = None
-    custom_logit_processor: Any = None
 
     user: Any = None
     metadata: Any = None
@@ -238,7 +191,7 @@ class ChatRequest(ToolFields, frozen=True, kw_only=True, forbid_unknown_fields=T
 def check(request: ChatRequest, settings: Settings) -> None:
     """Raise BadRequest for whatever is invalid before media are decoded and the prompt is tokenized."""
     sampling.check_model(request.model, settings)
-    _refuse_not_built(request, NOT_BUILT)
+    sampling.refuse_not_built(request, NOT_BUILT)
     if request.max_completion_tokens is not None:
         if request.max_completion_tokens < 1:
             raise BadRequest("max_completion_tokens must be at least 1", param="max_completion_tokens")
@@ -326,14 +279,6 @@ def media_options(request: ChatRequest, settings: Settings, info: EngineInfo | N
     return ChatMediaOptions(general, tuple(parts))
 
 
-def _refuse_not_built(struct: ChatRequest | ChatMessage, fields: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
-    """Raise BadRequest for a field with a value that is not one of those that mean "none"."""
-    for name, harmless in fields.items():
-        value = getattr(struct, name)
-        if value is not None and not any(value == each and type(value) is type(each) for each in harmless):
-            raise _not_built(f"{prefix}{name}", "leave it out")
-
-
 def _url(value: ImageUrl | VideoUrl | str | None) -> str | None:
     """Return the URL of a part, or None where it is absent, null or empty."""
     return (value if isinstance(value, str) or value is None else value.url) or None
@@ -341,7 +286,7 @@ def _url(value: ImageUrl | VideoUrl | str | None) -> str | None:
 
 def _check_message(message: ChatMessage, path: str) -> None:
     """Raise BadRequest for a message that has what is not supported, or no content."""
-    _refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{path}.")
+    sampling.refuse_not_built(message, NOT_BUILT_IN_MESSAGES, f"{path}.")
     if message.content is msgspec.UNSET and not (message.tool_calls or message.function_call or message.refusal):
         raise BadRequest(f"{path}.content is missing", param=f"{path}.content", code="missing_field")
     if message.role != "assistant":
@@ -351,8 +296,4 @@ def _check_message(message: ChatMessage, path: str) -> None:
     for index, part in enumerate(message.content if isinstance(message.content, list) else ()):
         if isinstance(part, RefusedPart):
             kind = type(part).__struct_config__.tag
-            raise _not_built(f"{path}.content[{index}].type", "send text, images or videos", value=f" {kind!r}")
-
-
-def _not_built(param: str, instead: str, value: str = "") -> BadRequest:
-    return BadRequest(f"{param}{value} is not supported yet; {instead}", param=param, code="not_built")
+            raise sampling.not_built(f"{path}.content[{index}].type", "send text, images or videos", value=f" {kind!r}")

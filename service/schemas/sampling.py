@@ -25,6 +25,24 @@ LEAST_TOP_P = 1e-9  # a nucleus of the likeliest token alone: in any vocabulary 
 MAX_BIAS = 100.0
 MAX_NAMED = 8  # invalid keys that an error lists
 TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,17})\Z")
+# By field, the values that ask for nothing; others are refused. vLLM's, then SGLang's.
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "use_beam_search": (False,),
+    "prompt_logprobs": (False,),
+    "logprob_token_ids": ([],),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "thinking_token_budget": (),
+    "watermarking": (False,),
+    "repetition_detection": (),
+    "logits_processors": ([],),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "stop_regex": ("", []),
+    "no_stop_trim": (False,),
+    "lora_path": ("",),
+    "custom_logit_processor": ("",),
+}
 
 
 class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +67,8 @@ class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool | None = None
+    include_stop_str_in_output: bool | None = None  # vLLM's, as is the next
+    skip_special_tokens: bool | None = None  # None: true
     cache_salt: Annotated[str, msgspec.Meta(max_length=1024)] | None = None  # parts the caches, as vLLM's
     speculation: Literal["auto", "off"] | None = None  # None: auto
 
@@ -59,6 +79,65 @@ class SamplingFields(StructuredFields, kw_only=True, frozen=True, forbid_unknown
     def requested_logprobs(self) -> int | None:
         """The number of likeliest tokens to report with each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: usage so far, in every chunk
+    include_obfuscation: bool | None = None
+
+
+class EngineFields(SamplingFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Fields that chats and raw prompts have in common."""
+
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None  # vLLM's, as are the next ones
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1)] | None = None  # keep the last ones; -1: what fits
+
+    use_beam_search: Any = None
+    prompt_logprobs: Any = None
+    logprob_token_ids: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    thinking_token_budget: Any = None
+    watermarking: Any = None
+    repetition_detection: Any = None
+    logits_processors: Any = None
+    return_token_offsets: Any = None
+    return_prompt_text: Any = None
+    stop_regex: Any = None
+    no_stop_trim: Any = None
+    lora_path: Any = None
+    custom_logit_processor: Any = None
+
+    def with_usage(self) -> tuple[bool, bool]:
+        """Return whether a stream tells the usage at its end, and whether it does in every chunk."""
+        options = self.stream_options or StreamOptions()
+        return bool(options.include_usage), bool(options.include_usage and options.continuous_usage_stats)
+
+
+def refuse_not_built(struct: msgspec.Struct, fields: dict[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """Raise BadRequest for a field with a value that is not one of those that mean "none"."""
+    for name, harmless in fields.items():
+        value = getattr(struct, name)
+        if value is not None and not any(value == each and type(value) is type(each) for each in harmless):
+            raise not_built(f"{prefix}{name}", "leave it out")
+
+
+def not_built(param: str, instead: str, value: str = "") -> BadRequest:
+    """Return the error for what this service does not do. instead: what to do."""
+    return BadRequest(f"{param}{value} is not supported yet; {instead}", param=param, code="not_built")
+
+
+def max_prompt_tokens(fields: EngineFields, info: EngineInfo | None, max_tokens: int) -> int | None:
+    """Return how many of the prompt's tokens are kept, the last ones; None for all. Raises BadRequest."""
+    number = fields.truncate_prompt_tokens
+    if number == 0:
+        raise BadRequest("truncate_prompt_tokens must be at least 1, or -1", param="truncate_prompt_tokens")
+    if number == -1:
+        return None if info is None else max(1, info.max_model_len - max_tokens)
+    return number
 
 
 def check_model(name: str | None, settings: Settings) -> None:
@@ -134,6 +213,8 @@ def sampling_params(fields: SamplingFields, settings: Settings, *, default_tempe
             repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
             logit_bias=_logit_bias(fields.logit_bias or {}, settings),
             logprobs=_logprobs(fields, settings),
+            include_stop=bool(fields.include_stop_str_in_output),
+            skip_special_tokens=fields.skip_special_tokens is not False,
             stop_token_ids=_stop_token_ids(fields.stop_token_ids or [], settings),
             grammar=structured.grammar(fields, settings),
         )

@@ -11,7 +11,7 @@ import msgspec
 
 from model.request import ChatFormat, TemplateOptions
 from service.errors import BadRequest, TooLarge
-from service.schemas.sampling import SamplingFields
+from service.schemas.sampling import EngineFields
 from service.schemas.structured import check_depth
 from service.settings import Settings
 
@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-class ToolFields(SamplingFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class ToolFields(EngineFields, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Fields that ChatRequest has beside those of messages; None means the default."""
 
     tools: list[Any] | None = None

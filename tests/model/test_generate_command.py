@@ -81,6 +81,7 @@ def test_generate_takes_what_the_route_takes(
     not_for_one_answer = {"n", "stream", "logprobs", "top_logprobs", "logit_bias", "cache_salt"}
     # Other servers' names of structured output are the HTTP API's alone; of media_io_kwargs there are --fps and others.
     of_clients = set(StructuredFields.__struct_fields__) - set(MediaFields.__struct_fields__) | {"media_io_kwargs"}
+    of_clients |= {"include_stop_str_in_output", "skip_special_tokens"}
     assert set(SamplingFields.__struct_fields__) - not_for_one_answer - of_clients <= names
     params: dict[str, Any] = {
         "ignore_eos": True,
