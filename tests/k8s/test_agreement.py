@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -231,6 +232,7 @@ def pods_are_confined_and_keys_are_secret(objects: list[Object]) -> None:
         assert not [name for name in config["data"] if re.search("KEY|TOKEN", name)]
 
 
+NAMESPACE_NAME = "kubernetes.io/metadata.name"  # a label that every namespace has
 PRIVATE = ("10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "127.0.0.1", "fd00::1", "fe80::1")
 
 
@@ -245,6 +247,28 @@ def no_pod_reaches_a_private_address(objects: list[Object]) -> None:
             for address in map(ipaddress.ip_address, PRIVATE):
                 if block is not None and address in ipaddress.ip_network(block["cidr"]):
                     assert any(address in network for network in networks), address
+
+
+def traces_reach_the_collector(objects: list[Object]) -> None:
+    """The base lets nothing out, not even a question for the collector's address."""
+    if (endpoint := settings_of(objects).otlp_endpoint) is None:
+        return
+    url = urlsplit(endpoint)
+    service, _, namespace = str(url.hostname).partition(".")
+    assert service
+    allowed = {
+        (peer.get("namespaceSelector", {}).get("matchLabels", {}).get(NAMESPACE_NAME), port["port"])
+        for policy in of_kind(objects, "NetworkPolicy")
+        for rule in policy["spec"].get("egress", [])
+        for peer in rule["to"]
+        for port in rule["ports"]
+    }
+    assert {(namespace, url.port), ("kube-system", 53)} <= allowed
+    variables = {each["name"]: each for each in main_container(objects)["env"]}
+    known = re.findall(r"\$\((\w+)\)", variables["OTEL_RESOURCE_ATTRIBUTES"]["value"])
+    fields = [variables[name]["valueFrom"]["fieldRef"]["fieldPath"] for name in known]
+    assert fields == ["metadata.name", "metadata.namespace"]
+    assert list(variables).index("OTEL_RESOURCE_ATTRIBUTES") > max(map(list(variables).index, known)), "not expanded"
 
 
 CHECKS: tuple[Callable[[list[Object]], None], ...] = (
@@ -262,6 +286,7 @@ CHECKS: tuple[Callable[[list[Object]], None], ...] = (
     selectors_find_pods,
     pods_are_confined_and_keys_are_secret,
     no_pod_reaches_a_private_address,
+    traces_reach_the_collector,
 )
 
 
@@ -302,6 +327,9 @@ FAULTS: list[tuple[Callable[[list[Object]], None], str, str, Any]] = [
     (pods_are_confined_and_keys_are_secret, "Deployment", f"{MAIN}/securityContext/readOnlyRootFilesystem", False),
     (pods_are_confined_and_keys_are_secret, "ConfigMap", "data/FLASH_ADMIN_KEY", "x"),
     (no_pod_reaches_a_private_address, "NetworkPolicy", "spec/egress", [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}]),
+    (traces_reach_the_collector, "ConfigMap", "data/FLASH_OTLP_ENDPOINT", "http://collector.observability:4317"),
+    (traces_reach_the_collector, "ConfigMap", "data/FLASH_OTLP_ENDPOINT", "http://collector.tracing:4318"),
+    (traces_reach_the_collector, "Deployment", f"{MAIN}/env", []),
 ]  # fmt: skip
 
 

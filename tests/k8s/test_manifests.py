@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from tests.k8s.manifests import (
     render,
 )
 from tests.k8s.schemas import violations
-from tests.k8s.test_agreement import METRICS
+from tests.k8s.test_agreement import METRICS, traces_reach_the_collector
 
 pytestmark = needs_kubectl
 
@@ -120,6 +122,17 @@ def test_what_the_readme_names_is_there() -> None:
         kustomize(ROOT / folder)
     families = {re.sub("_(bucket|count|sum)$", "", name) for name in METRICS}
     assert set(re.findall(r"flash_\w+", readme)) <= families
+
+
+def test_the_readme_says_how_traces_go_to_another_collector(tmp_path: Path) -> None:
+    block = re.search(r"### Traces.*?```\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    paths = {"resources": [K8S / "overlays/cpu"], "components": [K8S / "components/traces"]}
+    relative = {key: [os.path.relpath(path, tmp_path) for path in found] for key, found in paths.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(relative) + block[1])
+    objects = list(yaml.safe_load_all(kustomize(tmp_path)))
+    assert one(objects, "ConfigMap")["data"]["FLASH_OTLP_ENDPOINT"] == "http://otel.tracing:4318"
+    traces_reach_the_collector(objects)
 
 
 # -- the schemas find faults
