@@ -20,8 +20,11 @@ from pathlib import Path
 from model.config import DEMO_WEIGHTS
 
 DRAFT = ["--examples", "12000", "--steps", "1800"]
+# The first draft goes on from that, on answers that follow schemas beside free ones.
+SCHEMAS = ["--examples", "1600", "--schemas", "1500", "--steps", "700", "--rate", "1e-3", "--precision", "off"]
 FEW_STEPS = ["--steps", "3"]
 SHORT_DRAFT = ["--examples", "48", "--held-out", "1", *FEW_STEPS]
+SHORT_SCHEMAS = ["--schemas", "16", *SHORT_DRAFT]
 FEW_SCENES = ["--scenes", "4", "--clips", "2"]
 LARGEST = 45_000_000  # bytes of all weights together, since the repository contains them
 
@@ -45,11 +48,12 @@ def stages(folder: str, *, rehearse: bool) -> list[list[str]]:
     """List the modules to run in order, each with its options."""
     qwen, first = ["--folder", f"{folder}/qwen", "--target", f"{folder}/qwen-target"], ["--first", f"{folder}/target"]
     learn, look = (FEW_STEPS, FEW_SCENES) if rehearse else ([], [])
-    draft = SHORT_DRAFT if rehearse else DRAFT
+    draft, schemas = (SHORT_DRAFT, SHORT_SCHEMAS) if rehearse else (DRAFT, SCHEMAS)
     return [
         ["model.demo.vision", "--folder", folder, *learn],
         ["model.demo.target", "--folder", folder, *learn],
-        ["model.demo.draft", "--folder", folder, *draft],
+        ["model.demo.draft", "--folder", folder, "--name", "draft-free", *draft],
+        ["model.demo.draft", "--folder", folder, "--init", f"{folder}/draft-free", *schemas],
         _evaluation(f"{folder}/target", look),
         ["model.demo.qwen_vision", "--folder", folder, *first, *learn],
         ["model.demo.qwen_target", "--folder", folder, *first, *learn],
