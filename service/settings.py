@@ -32,35 +32,29 @@ from service import cores, extras
 MIB = 1024 * 1024
 # Fields that are passed to the engine unchanged; None means the engine's default.
 ENGINE_OPTIONS = (
-    *(
-        "model",
-        "revision",
-        "trust_remote_code",
-        "chat_template",
-        "tool_call_parser",
-        "reasoning_parser",
-        "draft",
-        "dtype",
-        "drafter",
-        "max_num_seqs",
-        "max_model_len",
-        "kv_cache_bytes",
-    ),
-    *(
-        "prefill_chunk",
-        "max_decode_slowdown",
-        "adaptive_drafting",
-        "max_nodes",
-        "max_verify_tokens",
-        "encoder_cache_bytes",
-        "grammar_cache",
-        "max_grammar_symbols",
-        "prefix_cache",
-        "tensor_parallel",
-    ),
+    "model",
+    "revision",
+    "trust_remote_code",
+    "chat_template",
+    "tool_call_parser",
+    "reasoning_parser",
+    "draft",
+    "dtype",
+    "drafter",
+    "max_num_seqs",
+    "max_model_len",
+    "kv_cache_bytes",
+    "prefill_chunk",
+    "max_decode_slowdown",
+    "adaptive_drafting",
+    "max_nodes",
+    "max_verify_tokens",
+    "encoder_cache_bytes",
+    "grammar_cache",
+    "max_grammar_symbols",
+    "prefix_cache",
+    "tensor_parallel",
 )
-
-
 # Former names of fields, which still work as options, variables and arguments.
 FORMER_NAMES = {
     "max_decode_slowdown": "prefill_stretch",

@@ -30,9 +30,9 @@ class Questions:
         self._waiting: set[asyncio.Future[None]] = set()  # resolved when a worker may be free, or none is left
 
     async def ask(self, task: str, question: Callable[[int], m.Question], reply: type[Reply]) -> Reply:
-        """Send a question to a worker and return the reply. task: for errors; question: builds it,
-        with its number.
+        """Send a question to a worker and return the reply.
 
+        task: names the work in errors; question: builds the question from its number; reply: type of the reply.
         Raises BadRequest where the target refuses, EngineFailure where the engine fails or workers die of it, and what
         `choose_worker` raises.
         """

@@ -41,7 +41,6 @@ EXIT_ENGINE_FAILED, EXIT_LOAD_FAILED, EXIT_ORPHANED = 1, 2, 3
 
 log = logging.getLogger("flashserve.worker")
 
-
 Event = m.ToWorker | PreparedRequest | Rejection | m.Reply | DraftRead
 
 
