@@ -10,8 +10,10 @@ from model.engine.sequence import Sequence
 from model.request import Medium, Request, RequestError
 from model.targets.base import Target
 from model.targets.frames import fitting_frames
-from model.targets.prompt import TokenizedPrompt
+from model.targets.prompt import TokenizedPrompt, checked
 from model.targets.raw_prompt import raw_prompt
+
+CHARS_PER_TOKEN = 16  # texts with fewer are tokenised at once; hardly any has more on average
 
 
 def prepare(
@@ -26,6 +28,7 @@ def prepare(
             raise RequestError(
                 f"this model's {medium.kind} processor does not take {min(unknown_names)}", code="unknown_option"
             )
+    _check_beginning(request, target, max_model_len)
     prompt = tokenize(request, target)
     length, max_tokens = len(prompt.ids), request.params.max_tokens
     if request.clamp_max_tokens and 0 < (room := max_model_len - length) < max_tokens:
@@ -33,14 +36,8 @@ def prepare(
         min_tokens = min(request.params.min_tokens, room)
         request = replace(request, params=replace(request.params, max_tokens=room, min_tokens=min_tokens))
     if length + max_tokens > max_model_len:
-        raise RequestError(
-            # Clients know the case by these words, up to "is".
-            f"the prompt is too long: this model's maximum context length is {max_model_len} tokens, the "
-            f"prompt takes {length} and max_tokens is {max_tokens}; send fewer or shorter media, a shorter prompt, "
-            f"or a smaller max_tokens{_frames_hint(request, target, max_tokens, max_model_len)}",
-            param="max_tokens" if length < max_model_len else "messages" if request.prompt is None else "prompt",
-            code="context_length_exceeded",
-        )
+        hint = _frames_hint(request, target, max_tokens, max_model_len)
+        raise _too_long(request, length, max_tokens, max_model_len, hint)
     if unknown := [token for token, _ in request.params.logit_bias if not 0 <= token < target.vocab_size]:
         raise RequestError(
             f"logit_bias names token {unknown[0]}; tokens are 0 to {target.vocab_size - 1}", param="logit_bias"
@@ -60,6 +57,36 @@ def prepare(
         ends = frozenset[int]() if params.include_stop else params.ends(target.eos_ids)
         detokenizer = Detokenizer(vocabulary, ends, follows, vocabulary.added)
     return Sequence(request, prompt, detokenizer, StopStrings(params.stop, include=params.include_stop), guide)
+
+
+def _check_beginning(request: Request, target: Target, max_model_len: int) -> None:
+    """Refuse a text that is much too long by its beginning: all of it takes up to seconds, in which no other request is
+    prepared. Raises RequestError."""
+    if request.template.max_tokens is not None or isinstance(request.prompt, tuple):
+        return
+    parts = (part for message in request.messages for part in message.content if isinstance(part, str))
+    texts = list(parts) if request.prompt is None else [request.prompt]
+    most = max_model_len * CHARS_PER_TOKEN
+    if sum(map(len, texts)) <= most:
+        return
+    beginning = "\n".join(texts)[:most]
+    beginning = checked(beginning, "messages" if request.prompt is None else "prompt")
+    length = len(target.tokenizer(beginning, add_special_tokens=False).input_ids) - len(texts)
+    if length >= max_model_len:
+        raise _too_long(request, f"more than {length}", request.params.max_tokens, max_model_len)
+
+
+def _too_long(request: Request, length: int | str, max_tokens: int, max_model_len: int, hint: str = "") -> RequestError:
+    """Return the error for a prompt that does not fit. length: tokens; hint: what would fit."""
+    is_short = isinstance(length, int) and length < max_model_len
+    return RequestError(
+        # Clients know the case by these words, up to "is".
+        f"the prompt is too long: this model's maximum context length is {max_model_len} tokens, the "
+        f"prompt takes {length} and max_tokens is {max_tokens}; send fewer or shorter media, a shorter prompt, "
+        f"or a smaller max_tokens{hint}",
+        param="max_tokens" if is_short else "messages" if request.prompt is None else "prompt",
+        code="context_length_exceeded",
+    )
 
 
 def tokenize(request: Request, target: Target) -> TokenizedPrompt:

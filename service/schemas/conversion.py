@@ -15,6 +15,9 @@ from service.schemas.openai import ChatRequest
 from service.schemas.sampling import SamplingFields
 from service.validation import as_bad_request
 
+# The path of a field. A single word is none: it may be plain English.
+PATH = re.compile(r"(?<![\w.])(?:[^\W_]+_\w*|\w+(?:\.\w+|\[\d+\]))(?:\.\w+|\[\d+\])*")
+
 
 class FieldNames:
     """Maps fields of a chat completion to those of the request that it was made from.
@@ -48,12 +51,7 @@ class FieldNames:
 
     def rename(self, error: ServiceError) -> None:
         """Name the fields of the request in an error. Words such as "messages" may be plain English in its text."""
-        names = {name for name in (*self._names, error.param or "") if re.search(r"[_.\[]", name)}
-        if names:
-            longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-            error.message = re.sub(
-                rf"(?<![\w.])(?:{longest_first})(?!\w)", lambda found: self.own(found[0]), error.message
-            )
+        error.message = PATH.sub(lambda found: self.own(found[0]), error.message)
         error.param = error.param and self.own(error.param)
 
 

@@ -398,3 +398,24 @@ def test_names_in_a_message_are_changed_where_they_are_names() -> None:
     names.rename(error)
     assert error.message == "input[2].content: 3 messages, max_output_tokens and input[2]"
     assert error.param == "input[2].content"
+
+
+def test_errors_of_long_conversations_are_named_at_once() -> None:
+    """One pattern of all names took seconds to compile, in which no other request went on."""
+    names = FieldNames({"messages": "input", "max_tokens": "max_output_tokens"})
+    for index in range(5000):
+        names.add(f"messages[{index}]", f"input[{index + 1}]")
+        names.add(f"messages[{index}].tool_calls[0].function", f"input[{index + 1}]")
+    for index in range(1, 5000, 50):
+        error = BadRequest(
+            f"messages[{index}].tool_calls[0].function.name and messages[{index}].content[3].text are no messages. "
+            "max_tokens is all right, so is x.max_tokens; leave the messages.",
+            param=f"messages[{index}].content",
+        )
+        names.rename(error)
+        own = f"input[{index + 1}]"
+        assert error.param == f"{own}.content"
+        assert error.message == (
+            f"{own}.name and {own}.content[3].text are no messages. "
+            "max_output_tokens is all right, so is x.max_tokens; leave the messages."
+        )
