@@ -50,6 +50,9 @@ class RequestContext:
         self.media_seconds = 0.0
         self._loop = asyncio.get_running_loop()
         self.deadline = self._loop.time() + service.settings.request_timeout
+        self.keep_alive = (
+            service.settings.sse_keepalive_seconds
+        )  # seconds of silence before a stream sends a comment; 0: never
         self._service = service
         self._arrived = time.monotonic()
         self._load_at: float | None = None

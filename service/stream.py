@@ -15,6 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.request_context import RequestContext
+
 LINGER = 2.0  # seconds in which a refused client may go on sending its body
 SLOW_READER_GRACE = 2.0  # seconds past the deadline in which a client may read the last event
 
@@ -91,20 +93,18 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes, None],
         resources: ExitStack,
+        context: RequestContext,
         *,
-        deadline: float,
-        keep_alive: float,
         keep_alive_event: bytes = KEEP_ALIVE,
     ) -> None:
-        """deadline: of the event loop's clock; keep_alive: seconds of silence before a comment is sent, 0: never;
+        """context: says when the stream ends at the latest, and after how long a silence a comment is sent;
         keep_alive_event: what is sent instead of a comment."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         del self.headers["content-length"]
         self._events = events
         self._resources = resources
-        self._deadline = deadline
-        self._keep_alive = keep_alive
+        self._deadline, self._keep_alive = context.deadline, context.keep_alive
         self._keep_alive_event = keep_alive_event
         self._sending = asyncio.Lock()
         self._sent_at = 0.0

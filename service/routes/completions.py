@@ -76,10 +76,7 @@ async def completions(request: Request) -> Response:
         )
         if body.stream:
             return EventStream(
-                _events(answer, with_usage=with_usage, running_stats=running_stats),
-                resources.pop_all(),
-                deadline=context.deadline,
-                keep_alive=service.settings.sse_keepalive_seconds,
+                _events(answer, with_usage=with_usage, running_stats=running_stats), resources.pop_all(), context
             )
         return json_response(await answer.whole())
 

@@ -59,12 +59,7 @@ async def generate(request: Request) -> Response:
             cache_salt=fields.cache_salt,
         )
         if fields.stream:
-            return EventStream(
-                _events(context),
-                resources.pop_all(),
-                deadline=context.deadline,
-                keep_alive=service.settings.sse_keepalive_seconds,
-            )
+            return EventStream(_events(context), resources.pop_all(), context)
         await context.finish()
         return json_response(_result(context))
 

@@ -49,13 +49,7 @@ async def create_message(request: Request) -> Response:
             del body, converted  # frees its media
             chat = await answer
         if chat.stream:
-            return EventStream(
-                _events(chat),
-                resources.pop_all(),
-                deadline=context.deadline,
-                keep_alive=service.settings.sse_keepalive_seconds,
-                keep_alive_event=PING,
-            )
+            return EventStream(_events(chat), resources.pop_all(), context, keep_alive_event=PING)
         content = Content()
         async for _, deltas, output in chat.deltas():
             content.feed(deltas, output)

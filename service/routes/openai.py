@@ -48,12 +48,7 @@ async def chat_completions(request: Request) -> Response:
         body = read_json(upload, openai.ChatRequest, service.settings)
         chat = await begin(request, await body, context, upload, resources)
         if chat.stream:
-            return EventStream(
-                _events(chat),
-                resources.pop_all(),
-                deadline=context.deadline,
-                keep_alive=service.settings.sse_keepalive_seconds,
-            )
+            return EventStream(_events(chat), resources.pop_all(), context)
         await chat.finish()
         return json_response(_completion(chat))
 

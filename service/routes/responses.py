@@ -48,12 +48,7 @@ async def create_response(request: Request) -> Response:
             del body  # frees its media
             chat = await answer
         if chat.stream:
-            return EventStream(
-                _events(chat, echo),
-                resources.pop_all(),
-                deadline=context.deadline,
-                keep_alive=service.settings.sse_keepalive_seconds,
-            )
+            return EventStream(_events(chat, echo), resources.pop_all(), context)
         output = Output(context.id)
         async for _, deltas, step in chat.deltas():
             output.feed(deltas, step)

@@ -241,10 +241,10 @@ class ScriptedTarget(LlavaTarget):
         at: int | None = 0
         for token in before[len(prompt) :]:
             at = script.after(at, token)
-        said: list[int | None] = []
+        places: list[int | None] = []
         for row, parent in enumerate(rows.parents[b, :count].tolist()):
-            said.append(script.after(at if parent < 0 else said[parent], tokens[row]))
-        return [-1 if place is None else script.next(place) for place in said] + none[count:]
+            places.append(script.after(at if parent < 0 else places[parent], tokens[row]))
+        return [-1 if place is None else script.next(place) for place in places] + none[count:]
 
     def _prompt(self, slot: int, context: list[int]) -> tuple[int, ...] | None:
         """Return the prompt with which a context begins: the slot's latest, or the longest known."""

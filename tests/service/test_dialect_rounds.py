@@ -63,13 +63,13 @@ PAGE = Page(title="Übersicht", boxes=[Box(label="red", left=1, top=22)])
 SAID = [json.dumps(PAGE.model_dump(), ensure_ascii=False), f"Sure! {PAGE.model_dump_json()}"]
 
 
-@pytest.mark.parametrize("said", SAID, ids=["keeps to it", "would not"])
-def test_a_response_is_parsed(of_openai: openai.OpenAI, said: str) -> None:
-    content: Any = [responses.user(responses.image(), responses.text(say(said)))]
+@pytest.mark.parametrize("script", SAID, ids=["keeps to it", "would not"])
+def test_a_response_is_parsed(of_openai: openai.OpenAI, script: str) -> None:
+    content: Any = [responses.user(responses.image(), responses.text(say(script)))]
     fields: Any = {"model": "demo", "input": content, "temperature": 0, "max_output_tokens": 500}
     answer = of_openai.responses.parse(**fields, text_format=Page)
     assert answer.output_parsed is not None
-    assert said != SAID[0] or answer.output_parsed == PAGE
+    assert script != SAID[0] or answer.output_parsed == PAGE
     assert answer.text is not None
     assert answer.text.format is not None
     assert answer.text.format.type == "json_schema"
@@ -81,13 +81,13 @@ def test_a_response_is_parsed(of_openai: openai.OpenAI, said: str) -> None:
     assert isinstance(json.loads(listed.output_text), dict)
 
 
-@pytest.mark.parametrize("said", SAID, ids=["keeps to it", "would not"])
-def test_a_message_is_parsed(of_anthropic: anthropic.Anthropic, server: Server, said: str) -> None:
-    content: Any = [messages.user(messages.image(), messages.text(say(said)))]
+@pytest.mark.parametrize("script", SAID, ids=["keeps to it", "would not"])
+def test_a_message_is_parsed(of_anthropic: anthropic.Anthropic, server: Server, script: str) -> None:
+    content: Any = [messages.user(messages.image(), messages.text(say(script)))]
     fields: Any = {"model": "demo", "messages": content, "max_tokens": 500, "extra_body": {"temperature": 0}}
     answer = of_anthropic.messages.parse(**fields, output_format=Page)
     assert answer.parsed_output is not None
-    assert said != SAID[0] or answer.parsed_output == PAGE
+    assert script != SAID[0] or answer.parsed_output == PAGE
     with of_anthropic.messages.stream(**fields, output_format=Page) as stream:
         final = stream.get_final_message()
     assert final.parsed_output == answer.parsed_output
@@ -208,20 +208,20 @@ def test_a_round_of_messages_with_tools(of_anthropic: anthropic.Anthropic, serve
     assert (second.content[1].text, second.stop_reason) == ("It is a dog.", "end_turn")
 
 
-@pytest.mark.parametrize("said", ["I would rather not.", call("qwen3", "stop", {}), THOUGHT + "No."])
-def test_a_call_can_be_forced(of_openai: openai.OpenAI, of_anthropic: anthropic.Anthropic, said: str) -> None:
+@pytest.mark.parametrize("script", ["I would rather not.", call("qwen3", "stop", {}), THOUGHT + "No."])
+def test_a_call_can_be_forced(of_openai: openai.OpenAI, of_anthropic: anthropic.Anthropic, script: str) -> None:
     """Whatever the model would say: the grammar binds it to the call and its arguments to their schema."""
-    prompt = say(said)
-    thinks = said.startswith(THOUGHT)
+    prompt = say(script)
+    thinks = script.startswith(THOUGHT)
     fields: Any = {"model": "demo", "input": prompt, "tools": TOOLS, "temperature": 0, "max_output_tokens": 900}
     fields |= {} if thinks else {"reasoning": {"effort": "none"}}
     allowed: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "look"}]}
     named: Any = {"type": "function", "name": "look"}
     for choice in (named, allowed):
         answer = of_openai.responses.create(**fields, tool_choice=choice)
-        (made,) = [item for item in answer.output if item.type == "function_call"]
-        assert made.name == "look"
-        jsonschema.validate(json.loads(made.arguments), SCHEMA)
+        (called,) = [item for item in answer.output if item.type == "function_call"]
+        assert called.name == "look"
+        jsonschema.validate(json.loads(called.arguments), SCHEMA)
     conversation: Any = [messages.user(messages.text(prompt))]
     tool: Any = {"type": "tool", "name": "look", "disable_parallel_tool_use": True}
     fields = {"model": "demo", "messages": conversation, "tools": INPUT_TOOLS, "max_tokens": 900}

@@ -55,7 +55,7 @@ def post(server: Server, content: Any = "hello", **fields: Any) -> httpx.Respons
     return server.http.post("/v1/messages", json=body | fields)
 
 
-def said(response: httpx.Response) -> str:
+def text_of(response: httpx.Response) -> str:
     return "".join(block["text"] for block in response.json()["content"])
 
 
@@ -182,7 +182,7 @@ def test_the_answer_is_that_of_the_same_conversation(
 ) -> None:
     response = server.http.post("/v1/messages", json=fields | {"temperature": 0, "max_tokens": 9})
     chat = server.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 9})
-    assert said(response) == chat.json()["choices"][0]["message"]["content"]
+    assert text_of(response) == chat.json()["choices"][0]["message"]["content"]
     assert response.json()["usage"]["input_tokens"] == chat.json()["usage"]["prompt_tokens"]
 
 
@@ -192,14 +192,14 @@ def test_base64_is_read_in_all_its_forms_and_does_not_count_as_text(server: Serv
     padded = base64.b64decode(source["data"])
     forms = [source["data"], base64.encodebytes(padded).decode(), source["data"].rstrip("=")]
     forms.append(base64.b64encode(padded + bytes(600_000)).decode())  # what follows a PNG's end is ignored
-    answers = {said(post(server, [image() | {"source": source | {"data": data}}])) for data in forms}
+    answers = {text_of(post(server, [image() | {"source": source | {"data": data}}])) for data in forms}
     assert len(answers) == 1
     long = post(server, [image() | {"source": source | {"data": "A" * 10}}, text("x" * 2_400_000)])
     assert (long.status_code, long.json()["error"]["code"]) == (413, "too_much_text")
 
 
 def test_a_stop_sequence_is_named(server: Server) -> None:
-    words = said(post(server)).split()
+    words = text_of(post(server)).split()
     for stops in ([words[3]], ["never", words[2], words[5]]):
         answer = post(server, stop_sequences=stops).json()
         assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", stops[len(stops) // 2])
@@ -307,14 +307,14 @@ def test_what_has_no_effect_is_accepted(server: Server) -> None:
         "mcp_servers": [],
         **cached,
     }
-    whole = said(post(server))
-    assert said(post(server, **fields)) == whole
-    assert said(post(server, [text("hello", **cached)])) == whole
+    whole = text_of(post(server))
+    assert text_of(post(server, **fields)) == whole
+    assert text_of(post(server, [text("hello", **cached)])) == whole
     for name, value in fields.items():
-        assert said(post(server, **{name: value})) == whole, name
+        assert text_of(post(server, **{name: value})) == whole, name
     headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "x-2025-01-01"}
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
-    assert said(server.http.post("/v1/messages?beta=true", json=body, headers=headers)) == whole
+    assert text_of(server.http.post("/v1/messages?beta=true", json=body, headers=headers)) == whole
 
 
 @pytest.mark.parametrize("at", [1, 7])

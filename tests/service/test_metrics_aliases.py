@@ -67,11 +67,11 @@ def choice(
     *, finish: str | None = "stop", num_tokens: int = 5, stats: RequestStats | None = None, max_tokens: int = 99
 ) -> Choice:
     generation = Generation(Submit("r", (), SamplingParams(max_tokens=max_tokens), True), lambda _: None)
-    made = Choice(generation)
-    made.add(RequestOutput("r", "", (Token(1, "", "target"),)), 10.0)
+    answer = Choice(generation)
+    answer.add(RequestOutput("r", "", (Token(1, "", "target"),)), 10.0)
     rest = (Token(1, "", "target"),) * (num_tokens - 1)
-    made.add(RequestOutput("r", "", rest, finish, stats or RequestStats(30, 5, 2, 6, 3, 0.25, 1.0, 2.0, 10)), 12.0)  # type: ignore[arg-type]
-    return made
+    answer.add(RequestOutput("r", "", rest, finish, stats or RequestStats(30, 5, 2, 6, 3, 0.25, 1.0, 2.0, 10)), 12.0)  # type: ignore[arg-type]
+    return answer
 
 
 def record(*choices: Choice, outcome: str = "abort", num_prompts: int = 1) -> RequestRecord:

@@ -115,9 +115,9 @@ def check_events(events: list[dict[str, Any]]) -> None:
 def test_the_clients_stream_helper_accepts_the_events(client: openai.OpenAI) -> None:
     whole = create(client, max_output_tokens=200)
     with client.responses.stream(model="demo", input="hello", temperature=0, max_output_tokens=200) as stream:
-        said = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        words = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
         final = stream.get_final_response()
-    assert said == final.output_text == whole.output_text
+    assert words == final.output_text == whole.output_text
     assert final.status == "completed"
 
 
@@ -172,8 +172,8 @@ def test_the_answer_is_that_of_the_same_conversation(
 ) -> None:
     response = server.http.post("/v1/responses", json=fields | {"temperature": 0, "max_output_tokens": 9})
     chat = server.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 9})
-    said = response.json()["output"][0]["content"][0]["text"]
-    assert said == chat.json()["choices"][0]["message"]["content"]
+    words = response.json()["output"][0]["content"][0]["text"]
+    assert words == chat.json()["choices"][0]["message"]["content"]
     assert response.json()["usage"]["input_tokens"] == chat.json()["usage"]["prompt_tokens"]
 
 
@@ -326,14 +326,17 @@ def test_each_kind_of_item_has_its_events() -> None:
     events, items = rendered(ANSWER)
     added, done = "response.output_item.added", "response.output_item.done"
     part_added, part_done = "response.content_part.added", "response.content_part.done"
-    thought, said, arguments = "response.reasoning_text", "response.output_text", "response.function_call_arguments"
+    thought, words, arguments = "response.reasoning_text", "response.output_text", "response.function_call_arguments"
     assert [(event.get("output_index"), event["type"]) for event in events] == [
         *((0, kind) for kind in (added, part_added, f"{thought}.delta", f"{thought}.delta")),
         *((0, kind) for kind in (f"{thought}.done", part_done, done)),
-        *((1, kind) for kind in (added, part_added, f"{said}.delta", f"{said}.delta", f"{said}.done", part_done, done)),
+        *(
+            (1, kind)
+            for kind in (added, part_added, f"{words}.delta", f"{words}.delta", f"{words}.done", part_done, done)
+        ),
         *((2, kind) for kind in (added, f"{arguments}.delta", f"{arguments}.delta", f"{arguments}.done", done)),
         *((3, kind) for kind in (added, f"{arguments}.done", done)),
-        *((4, kind) for kind in (added, part_added, f"{said}.delta", f"{said}.done", part_done, done)),
+        *((4, kind) for kind in (added, part_added, f"{words}.delta", f"{words}.done", part_done, done)),
     ]
     check_events([*events, final(events, items)])
     assert [item["type"] for item in items] == ["reasoning", "message", "function_call", "function_call", "message"]

@@ -191,9 +191,9 @@ def test_functions_are_tools_and_are_answered_in_openais_former_way(client: open
     two = "Let me see.\n" + call("hermes", "get_weather", PARIS) + "\n" + call("hermes", "clock", {})
     (choice,) = ask(client, say(two), **FUNCTIONS).choices
     assert choice.finish_reason == "function_call"
-    made = choice.message
-    assert (made.content, made.tool_calls) == ("Let me see.", None)
-    assert (made.function_call.name, json.loads(made.function_call.arguments)) == ("get_weather", PARIS)
+    message = choice.message
+    assert (message.content, message.tool_calls) == ("Let me see.", None)
+    assert (message.function_call.name, json.loads(message.function_call.arguments)) == ("get_weather", PARIS)
     streamed = put_together_function(list(ask(client, say(two), stream=True, **FUNCTIONS)))
     assert streamed == ("Let me see.", "get_weather", PARIS, "function_call")
     tools = ask(client, say(two), parallel_tool_calls=False).choices[0].message
