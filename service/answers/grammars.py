@@ -1,7 +1,7 @@
 """Writes grammars of whole answers: reasoning, tool calls and text in the order and notation of the model.
 
-A forced call has a name among the tools and arguments that match the tool's schema. Where a model's own notation is not
-JSON, forced calls are Hermes'; the parser reads both.
+A forced call has a name among the tools and arguments that match the tool's schema. Where a model's own notation cannot
+be forced, calls are Hermes'; the parser reads both.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ HERMES = Notation('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call
 NOTATIONS = {
     "llama3_json": Notation('{"name": "', '", "parameters": ', "}", "; "),
     "mistral": Notation('{"name": "', '", "arguments": ', "}", ", ", "[TOOL_CALLS][", "]"),
+    "pythonic": Notation("", "(", ")", ", ", "[", "]"),
+}
+# What the schema of a call in Python's notation may say beside its properties, which become arguments.
+OF_PYTHONIC = {
+    *("type", "properties", "required", "additionalProperties", "$defs", "definitions"),
+    *("$schema", "title", "description", "x-guidance"),
 }
 MISTRAL_NEW = Notation("[TOOL_CALLS]", "[ARGS]", "")
 
@@ -48,7 +54,7 @@ def of_answer(chat: ChatFormat, tools: Tools, form: Grammar | None, thinking: Th
     """
     if tools.choice == "required":
         return _Writer(chat).written(tools, "calls", None, thinking)
-    strict = any(tool.strict for tool in tools.tools) and (chat.calls in NOTATIONS or chat.calls == "hermes")
+    strict = any(tool.strict for tool in tools.tools) and (chat.calls == "hermes" or _is_own(chat, tools.tools))
     if form is not None:
         if tools.tools:
             return _Writer(chat).written(tools, "calls | form", form, thinking)
@@ -69,6 +75,7 @@ class _Writer:
 
     def written(self, tools: Tools, body: str, form: Grammar | None, thinking: Thinking) -> Grammar:
         """Write the grammar. body: the alternatives that may follow the reasoning."""
+        self._notation = self._notation_for(tools.tools)
         start = self._reasoning(thinking)
         self._rules.append(f"start: {start} body")
         self._rules.append(f"body: {body}")
@@ -102,9 +109,32 @@ class _Writer:
         """Write the rules of arguments; yield what stands for a call of each tool."""
         notation = self._notation
         for index, tool in enumerate(tools):
-            self._rules.append(f"arguments_{index}: %json {json.dumps(_schema(tool))}")
+            if notation is NOTATIONS["pythonic"]:
+                self._python_arguments(f"arguments_{index}", _schema(tool))
+            else:
+                self._rules.append(f"arguments_{index}: %json {json.dumps(_schema(tool))}")
             head = self._literal(f"{notation.begin}{tool.name}{notation.middle}")
             yield f"{head} arguments_{index} {self._literal(notation.end)}"
+
+    def _python_arguments(self, name: str, schema: dict[str, Any]) -> None:
+        """Write the rule of arguments such as a=1, b="x", in the order of the schema. Rule `name_i` is what may stand
+        from property i on, where none stands before; `name_more_i` where one does."""
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
+        self._rules.append(f"{name}: {name}_0")
+        for index, (key, each) in enumerate(properties.items()):
+            value = _python_value({} if each is True else each, shared)
+            following = f"{name}_value_{index} {name}_more_{index + 1}"
+            first, more = [f'"{key}=" {following}'], [f'", {key}=" {following}']
+            if key not in required:
+                first.append(f"{name}_{index + 1}")
+                more.append(f"{name}_more_{index + 1}")
+            self._rules += [
+                f"{name}_value_{index}: {value}",
+                f"{name}_{index}: {' | '.join(first)}",
+                f"{name}_more_{index}: {' | '.join(more)}",
+            ]
+        self._rules += [f'{name}_{len(properties)}: ""', f'{name}_more_{len(properties)}: ""']
 
     def _form(self, form: Grammar) -> None:
         """Write the rule of content that must match a grammar."""
@@ -132,7 +162,7 @@ class _Writer:
         trigger = notation.before or notation.begin
         marker = re.match(r"<tool_call>|\[TOOL_CALLS\]", trigger)
         if marker is None:  # nothing marks a call but that it comes first
-            self._rules.append("free: calls | TEXT?\nTEXT: /[^{\\s](.|\\n)*/")
+            self._rules.append(f"free: calls | TEXT?\nTEXT: /[^\\{trigger[0]}\\s](.|\\n)*/")
             self._calls(tools.tools, parallel=tools.parallel)
             return
         begin = trigger[len(marker[0]) :]
@@ -147,11 +177,12 @@ class _Writer:
             rest = "call"
         self._rules += [f"marked: {self._up_to(marker[0])} {rest}", f"call: {' | '.join(calls)}"]
 
-    @property
-    def _notation(self) -> Notation:
+    def _notation_for(self, tools: Sequence[Tool]) -> Notation:
+        if not _is_own(self._chat, tools):
+            return HERMES
         if self._chat.calls == "mistral" and "[ARGS]" in self._tokens:
             return MISTRAL_NEW
-        return NOTATIONS.get(self._chat.calls, HERMES)
+        return NOTATIONS[self._chat.calls]
 
     def _literal(self, text: str) -> str:
         """Write a text; those parts of it that are tokens of their own are named by these."""
@@ -175,6 +206,39 @@ class _Writer:
         else:
             self._rules.append(f"{name}[suffix={json.dumps(text)}]: {TEXT}")
         return name
+
+
+def _is_own(chat: ChatFormat, tools: Iterable[Tool]) -> bool:
+    """Return whether a grammar can write calls of these tools in the model's own notation, and this is not Hermes'."""
+    return chat.calls in NOTATIONS and (
+        chat.calls != "pythonic" or all(_has_arguments(_schema(tool)) for tool in tools)
+    )
+
+
+def _has_arguments(schema: dict[str, Any]) -> bool:
+    """Return whether a schema says no more of its object than which properties it has, with names for Python."""
+    properties = schema.get("properties", {})
+    return (
+        set(schema) <= OF_PYTHONIC
+        and schema.get("additionalProperties", False) is False
+        and all(key.isidentifier() and key.isascii() for key in properties)
+        and all(isinstance(each, dict) or each is True for each in properties.values())
+        and set(schema.get("required", ())) <= set(properties)
+    )
+
+
+def _python_value(schema: dict[str, Any], shared: dict[str, Any]) -> str:
+    """Write what an argument may be: JSON and, for strings and booleans of no further rules, Python's way. shared: what
+    the schema refers to."""
+    rules, kind = set(schema) - {"title", "description", "default"}, schema.get("type")
+    if rules == {"type"} and kind == "boolean":
+        return '"True" | "False"'
+    value = [f"%json {json.dumps(schema | shared)}"]
+    if rules == {"type"} and kind == "string":
+        value.append(r"/'([^'\\\n]|\\['\\nt])*'/")
+    elif rules <= {"type", "enum"} and kind in ("string", None):
+        value += (json.dumps(repr(each)) for each in schema.get("enum", ()) if isinstance(each, str))
+    return " | ".join(value)
 
 
 def _schema(tool: Tool) -> dict[str, Any]:

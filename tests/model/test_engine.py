@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from model.drafters.flash.drafter import FlashDrafter
-from model.engine import intake
 from model.engine.encoder_cache import EncoderCache
 from model.engine.engine import Engine
 from model.errors import ConfigError
-from model.request import EngineStats, Medium, Message, Request, RequestError, RequestOutput, SamplingParams
+from model.request import EngineStats, Medium, Request, RequestError, RequestOutput
 from tests.model import tiny
 from tests.model.oracle import with_oracle
 
@@ -114,34 +113,6 @@ def test_what_cannot_fit_is_refused_with_the_figures(crowd: Engine) -> None:
         crowd.add(tiny.ask("r", *(tiny.image(i) for i in range(16)), max_tokens=1))
     assert caught.value.param == "messages"
     tiny.assert_idle(crowd)
-
-
-@pytest.mark.parametrize(
-    "texts", [["word " * 200_000], ["word " * 200] * 1000, ["x" * 1_000_000], ["", "\u754c " * 300_000]], ids=len
-)
-@pytest.mark.parametrize("is_raw", [False, True])
-def test_a_text_that_is_much_too_long_is_refused_by_its_beginning(
-    crowd: Engine, monkeypatch: pytest.MonkeyPatch, texts: list[str], is_raw: bool
-) -> None:
-    """A million characters take a second, in which no other request is prepared."""
-    monkeypatch.setattr(intake, "tokenize", lambda *_: pytest.fail("all of it was tokenized"))
-    messages = () if is_raw else tuple(Message("user", (text,)) for text in texts)
-    request = Request("r", messages, SamplingParams(max_tokens=5), prompt="".join(texts) if is_raw else None)
-    with pytest.raises(
-        RequestError, match="maximum context length is 256 tokens, the prompt takes more than"
-    ) as caught:
-        crowd.prepare(request)
-    assert (caught.value.param, caught.value.code) == ("prompt" if is_raw else "messages", "context_length_exceeded")
-
-
-def test_a_text_of_few_long_tokens_is_not_refused_for_its_length(
-    crowd: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(intake, "CHARS_PER_TOKEN", 1)
-    text = "the " * 100
-    assert len(text) > crowd.max_model_len
-    request = Request("r", (), SamplingParams(max_tokens=1), prompt=text)
-    assert crowd.prepare(request).prompt.ids == crowd.tokenize(request)
 
 
 def test_what_just_fits_is_served(crowd: Engine) -> None:
