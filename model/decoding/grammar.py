@@ -86,6 +86,9 @@ class Grammars:
         return self._vocabulary
 
 
+_Place = tuple[int, list[int], bytes | None]  # the token that comes next, what is forced, and which tokens may follow
+
+
 class Guide:
     """Follows one answer through its grammar, token by token; copies of it look ahead.
 
@@ -94,12 +97,29 @@ class Guide:
     """
 
     # llguidance could roll back instead of being copied, but its masks are then wrong at times.
-    __slots__ = ("_bits", "_coming", "_eos_ids", "_length", "_matcher", "_right", "_vocab_size", "ended", "error")
+    __slots__ = (
+        "_ahead",
+        "_bits",
+        "_coming",
+        "_eos_ids",
+        "_length",
+        "_matcher",
+        "_right",
+        "_trail",
+        "_unread",
+        "_vocab_size",
+        "ended",
+        "error",
+    )
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self._eos_ids = matcher, vocab_size, eos_ids
+        self._unread: list[int] = []  # the latest tokens, which the matcher has not consumed yet
         self._bits: bytes | None = None  # which tokens may follow, once computed
         self._coming: list[int] | None = None  # the rest of forced text, once looked for
+        # Of a copy, the places that it has left; and those ahead that a copy has found, the last one first.
+        self._trail: list[_Place] | None = None
+        self._ahead: list[_Place] = []
         self._length, self._right = 0, 0  # tokens of the answer so far; those before the error
         self.ended = False  # whether a token that ends the answer has come since it was copied
         self.error: str | None = None
@@ -107,8 +127,16 @@ class Guide:
     def copy(self) -> Guide:
         """Return a guide that stands at the same place, and moves on by itself."""
         other = Guide(self._matcher.deep_copy(), self._vocab_size, self._eos_ids)
-        other._bits, other._coming, other.error = self._bits, self._coming, self.error
+        other._unread, other._bits, other._coming = self._unread.copy(), self._bits, self._coming
+        other._trail = []
+        other._length, other._right, other.error = self._length, self._right, self.error
         return other
+
+    def foresee(self, other: Guide) -> None:
+        """Use what a copy that has moved on from here has found, as long as the answer goes the same way."""
+        if other._trail:
+            self._ahead = other._trail[::-1]
+            _, self._coming, self._bits = self._ahead[-1]
 
     def forced(self) -> list[int]:
         """Return the tokens that must follow because the grammar leaves no other text; often none.
@@ -116,9 +144,11 @@ class Guide:
         Such text is written to its end with the tokens that were found at its start.
         """
         if self._coming is None:
-            self._coming = [] if self.error is not None else self._matcher.compute_ff_tokens()
-            if not self._coming and len(self._eos_ids) == 1 and self.error is None and self._matcher.is_stopped():
-                self._coming = list(self._eos_ids)
+            self._coming = []
+            if (matcher := self._read()) is not None:
+                self._coming = matcher.compute_ff_tokens()
+                if not self._coming and len(self._eos_ids) == 1 and matcher.is_stopped():
+                    self._coming = list(self._eos_ids)
         return self._coming
 
     def allows(self, token: int) -> bool:
@@ -133,10 +163,12 @@ class Guide:
         if self._bits is None and self.error is None:
             if forced := self.forced():
                 self._bits = (1 << forced[0]).to_bytes(-(-self._vocab_size // 8), "little")
-                return self._bits
-            self._bits = self._matcher.compute_bitmask()
-            if self._matcher.is_error():
-                self._fail("the mask cannot be computed")
+            elif (matcher := self._read()) is not None:
+                bits = matcher.compute_bitmask()
+                if matcher.is_error():
+                    self._fail(self._length)
+                else:
+                    self._bits = bits
         return self._bits
 
     def mask(self) -> np.ndarray | None:
@@ -148,19 +180,24 @@ class Guide:
     def fitting(self, tokens: list[int]) -> int:
         """Return how many of these tokens fit the grammar one after the other. Quicker than `allows`, which is the
         truth: forced text may pass here that is to be written with other tokens."""
-        return 0 if self.error is not None else self._matcher.validate_tokens(tokens)
+        return 0 if (matcher := self._read()) is None else matcher.validate_tokens(tokens)
 
     def advance(self, token: int) -> None:
         """Append a token to the answer. One that ends it leaves the guide where it is."""
+        self._length += 1
         if token in self._eos_ids:
             self.ended = True
-        else:
-            forced = self.forced()
-            self._coming = forced[1:] or None if forced and forced[0] == token else None
-            self._bits = None
-            if self.error is None and not self._matcher.consume_token(token):
-                self._fail("the answer left the grammar")
-        self._length += 1
+            return
+        forced = self.forced()
+        self._unread.append(token)
+        if self._trail is not None:
+            self._trail.append((token, forced, self._bits))
+        self._coming = forced[1:] or None if forced and forced[0] == token else None
+        self._bits = None
+        if self._ahead and self._ahead.pop()[0] != token:
+            self._ahead = []
+        if self._ahead:
+            _, self._coming, self._bits = self._ahead[-1]
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Append tokens to the answer that were chosen by copies' masks. Fails where those have failed."""
@@ -170,11 +207,20 @@ class Guide:
 
     def failure(self, length: int) -> str | None:
         """Return the error if it concerns one of the first `length` tokens."""
+        self._read()
         return self.error if self._right < length else None
 
-    def _fail(self, reason: str) -> None:
-        self.error, self._right = self._matcher.get_error() or reason, self._length
-        self._bits = None
+    def _read(self) -> LLMatcher | None:
+        """Return a matcher that has consumed the whole answer; None once that has failed."""
+        if self._unread and self.error is None:
+            num = self._matcher.try_consume_tokens(self._unread)
+            if num < len(self._unread):
+                self._fail(self._length - len(self._unread) + num)
+        self._unread.clear()
+        return self._matcher if self.error is None else None
+
+    def _fail(self, right: int) -> None:
+        self.error, self._right = self._matcher.get_error() or "the answer left the grammar", right
 
 
 def _source(grammar: Grammar) -> str:

@@ -178,6 +178,7 @@ class _Fitting:
             for token, logprob in found[1:]:
                 self._branch(place, row, token, logprob)
             row = self._step(place, row, *found[0])
+        self._guide.foresee(place)
 
     def _best(self, place: Guide) -> list[tuple[int, float]]:
         """Return the draft's likeliest tokens behind the likeliest path, of those that the grammar allows."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from model.decoding import processors, sampling
@@ -78,22 +77,22 @@ def _allowed(guide: Guide, paths: list[list[int]], logits: Tensor) -> Tensor:
     return upload(allowed, logits.device)
 
 
-def follow(guide: Guide, trees: Trees, b: int, likeliest: np.ndarray, logits: Tensor) -> None:
+def follow(guide: Guide, trees: Trees, b: int, chosen: np.ndarray, likeliest: Callable[[int, int, bytes], int]) -> None:
     """Replace the greedy tokens of tree b by the likeliest tokens that a grammar allows, and move its guide on.
 
     Only at the nodes that are visited: down from the root, to the child that carries the token chosen at its parent.
-    likeliest: (batch, rows); logits: (batch, rows, vocab).
+    chosen: (batch, rows); likeliest: see `Round`.
     """
     size, row = int(trees.sizes[b]), 0
     tokens, parents = (trees.tokens[b, :size].tolist(), trees.parents[b, :size].tolist()) if size > 1 else ([], [])
     while row >= 0:
-        token = int(likeliest[b, row])
+        token = int(chosen[b, row])
         if not guide.allows(token):
             if forced := guide.forced():
                 token = forced[0]
-            elif (mask := guide.mask()) is not None:
-                token = int(logits[b, row].masked_fill(~upload(mask, logits.device), -torch.inf).argmax())
-            likeliest[b, row] = token
+            elif (allowed := guide.bits()) is not None:
+                token = likeliest(b, row, allowed)
+            chosen[b, row] = token
         guide.advance(token)
         row = next((r for r in range(row + 1, size) if parents[r] == row and tokens[r] == token), -1)
 

@@ -361,7 +361,7 @@ class Engine:
                 chosen = choice.choose_at_nodes(by_slot, trees, likeliest, logits, self.target.eos_ids)
         for slot, owner in enumerate(by_slot):
             if owner is not None and owner.guide is not None and owner.takes_likeliest:
-                choice.follow(owner.guide, trees, slot, chosen, logits)
+                choice.follow(owner.guide, trees, slot, chosen, now.likeliest)
         sizes = trees.sizes.tolist()
         accepted = now.commit(chosen)
         self._verified = sum(sizes) - batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
@@ -129,6 +130,7 @@ class NativeRound:
         )
         self._arguments = like.dtype is torch.bfloat16, ctypes.byref(self._struct)
         self._draft_and_verify, self._commit = functions().flash_draft_and_verify, functions().flash_commit
+        self._go_on, self._likeliest = functions().flash_go_on, functions().flash_likeliest
 
     def use(self, drafter: Proposing | None) -> None:
         """Draft with this drafter from the next round on. Links a native FLASH draft into the round's structure."""
@@ -137,7 +139,11 @@ class NativeRound:
         if isinstance(drafter, FlashDrafter) and (step := drafter.step) is not None:
             self.flash, self._most_nodes = drafter, step.most_nodes
             self._vocabulary = step.head.outputs
-            self._drafted = self.logits.new_empty(self.cache.num_slots * step.block * self._vocabulary)
+            block_rows = self.cache.num_slots * step.block
+            self._drafted = self.logits.new_empty(block_rows * self._vocabulary)
+            # Of the sequential head, which goes on from them where a grammar has cut a tree. One number at least.
+            self._contexts = self.logits.new_empty(max(1, block_rows * step.struct.candidates.rank))
+            step.struct.candidates.contexts = pointer(self._contexts)
             struct.draft_logits, struct.last_context = pointer(self._drafted), pointer(drafter.tails)
             struct.draft = ctypes.pointer(step.struct)
             struct.draft_cache = described_cache(drafter.cache)
@@ -145,19 +151,19 @@ class NativeRound:
     def draft_and_verify(
         self, batch: int, nodes: int, guided: Mapping[int, Guided] = NONE_GUIDED
     ) -> tuple[Trees, np.ndarray, Tensor]:
-        """Draft and verify in one native call (see `Round`). Drafters that do not run in it propose before it, and so
-        does every drafter where trees are fitted to a grammar."""
+        """Draft and verify in one native call (see `Round`), or in two where trees are fitted to a grammar in between.
+        Drafters that do not run in it propose before it."""
         struct, flash, trees = self._struct, self.flash, None
         rows = 1
-        if guided or (nodes and flash is None and self.drafter is not None):
+        if flash is not None:
+            rows += max(min(nodes, self._most_nodes), *(each.nodes for each in guided.values()), 0)
+            struct.worth.seconds = self.load.curve_at
+        elif guided or (nodes and self.drafter is not None):
             with self._counters.timed("draft"):
                 newest, budgets = self.newest[:batch], self.budgets[:batch]
-                admitted, worth = self.load.admitted, self.load.worth(batch)
+                admitted, worth = self.load.admitted, self.load.worth
                 trees = guided_trees.drafted(self.drafter, admitted, newest, budgets, guided, worth)
             rows = trees.rows
-        elif flash is not None:
-            rows += min(nodes, self._most_nodes)
-            struct.worth.seconds = self.load.curve_at
         shape = self._shapes.get((batch, rows))
         if shape is None:
             shape = self._shapes[batch, rows] = _Shape(self, batch, rows)
@@ -168,9 +174,37 @@ class NativeRound:
         if trees is not None:
             shape.trees.fill(trees)
         struct.has_trees = trees is not None
+        if flash is not None and guided:
+            with self._counters.timed("draft"):
+                self._draft_fitting(shape.trees, guided)
         self._guided = guided
         self._draft_and_verify(*self._arguments)
         return shape.trees, shape.chosen, shape.logits
+
+    def _draft_fitting(self, trees: Trees, guided: Mapping[int, Guided]) -> None:
+        """Draft natively, and fit trees to grammars before they are verified."""
+        for slot, each in guided.items():
+            if not each.needs_draft:
+                self.budgets[slot] = min(0, self.budgets[slot])
+        self._struct.only_drafts = True
+        self._draft_and_verify(*self._arguments)
+        self._struct.only_drafts, self._struct.has_trees = False, True
+        guided_trees.fit(trees, guided, self, self.load.worth)
+
+    def best(self, slot: int, path: Seq[int], allowed: bytes, num: int) -> list[tuple[int, float]]:
+        """Choose the likeliest allowed tokens behind a path of the native draft (see guided_trees.Continuing)."""
+        flash = self.flash
+        assert flash is not None
+        if self.budgets[slot] <= 0 or len(path) >= flash.block:
+            return []
+        known = (ctypes.c_int64 * len(path))(*path)
+        tokens, scores = (ctypes.c_int64 * num)(), (ctypes.c_double * num)()
+        found = self._go_on(*self._arguments, slot, known, len(path), allowed, num, tokens, scores)
+        return list(zip(tokens[:found], scores[:found], strict=True))
+
+    def likeliest(self, slot: int, row: int, allowed: bytes) -> int:
+        """Choose natively among the allowed tokens (see `Round`)."""
+        return int(self._likeliest(*self._arguments, slot, row, allowed))
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
         """Keep the accepted nodes in one native call (see `Round`). Drafters that do not run in it observe after it."""

@@ -24,6 +24,7 @@ from model.drafters.base import Proposing
 from model.engine.speculation import SpeculationController
 from model.engine.stats import Counters
 from model.targets.base import Target
+from model.transfer import upload
 
 NONE_GUIDED: Mapping[int, Guided] = {}
 
@@ -56,6 +57,11 @@ class Round(Protocol):
         """
         ...
 
+    def likeliest(self, slot: int, row: int, allowed: bytes) -> int:
+        """Return the target's likeliest token at a node, of those that are allowed: a bit for each token, the lowest of
+        a byte first."""
+        ...
+
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
         """Keep the nodes that agree with the target's tokens, chosen (batch, rows) int64, and drop the others.
 
@@ -85,7 +91,7 @@ class TorchRound:
         self.newest, self.budgets = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self.roots = np.zeros(slots, np.int32)
         self._trees = tree.roots(self.newest)
-        self._taps = torch.empty(0)
+        self._taps = self._logits = torch.empty(0)
         self._guided = NONE_GUIDED
         self.passes = None
         if recorder is not None and load.nodes < MAX_ROWS:
@@ -103,7 +109,7 @@ class TorchRound:
         newest, budgets = self.newest[:batch], self.budgets[:batch]
         if nodes or guided:
             with self._counters.timed("draft"):
-                admitted, worth = self.load.admitted, self.load.worth(batch)
+                admitted, worth = self.load.admitted, self.load.worth
                 trees = guided_trees.drafted(self.drafter, admitted, newest, budgets, guided, worth)
         else:
             trees = tree.roots(newest)
@@ -113,8 +119,14 @@ class TorchRound:
             rows = AttentionMetadata(self.cache, 0, trees.rows, starts, counts, MaskKind.TREE, trees.parents)
             places = (self.roots[:batch, None] + trees.depths)[None]
             logits, aux_hidden_states = self.answers(trees.tokens, np.repeat(places, self.target.num_axes, 0), rows)
-        self._trees, self._taps, self._guided = trees, aux_hidden_states, guided
+        self._trees, self._taps, self._logits, self._guided = trees, aux_hidden_states, logits, guided
         return trees, None, logits
+
+    def likeliest(self, slot: int, row: int, allowed: bytes) -> int:
+        row_logits = self._logits[slot, row]
+        bits = np.unpackbits(np.frombuffer(allowed, np.uint8), count=len(row_logits), bitorder="little")
+        refused = upload(bits == 0, row_logits.device)
+        return int(row_logits.masked_fill(refused, -torch.inf).argmax())
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:
         """Keep the accepted nodes in both caches (see `Round`)."""

@@ -83,6 +83,7 @@ class SpeculationController:
         # Rounds with a grammar, without drafting and with it: seconds relative to a plain round, running mean.
         self._guided = [1.0, 1.0]
         self._brought_guided = float(nodes)  # accepted nodes of a drafting round with a grammar, running mean
+        self._worth: Worth | None = None  # for the present batch size
         self._verified: dict[int, float] = {}  # batch size -> nodes per sequence, running mean
         self._passed_over = 0  # refused sequences since the last accepted one
         self._plain_runs: dict[int, tuple[int, int]] = {}  # batch size -> its last `_since`, `_patience`
@@ -118,6 +119,7 @@ class SpeculationController:
             return
         upper = min(bisect_right(self.batches, batch), len(self.batches) - 1)
         lower = max(0, upper - 1)
+        self._worth = None
         low, high = self.batches[lower], self.batches[upper]
         share = 0.0 if high == low else min(1.0, (batch - low) / (high - low))
         if batch != self._batch:
@@ -184,13 +186,18 @@ class SpeculationController:
         active = int((budgets != IDLE).sum())
         return tree.admitted(trees, active, self._curve, self._chances) if self.known else trees
 
-    def worth(self, batch: int) -> Worth:
-        """Return what a node is worth to one of `batch` sequences, if the others draft as much."""
-        seconds = [1.0] * (self.nodes + 1)
-        if self.known:
-            seconds = (self._curve[: batch * self.nodes + 1 : batch] / batch).tolist()
-        chance = self.chance.tolist()
-        return Worth(seconds, lambda score: chance[min(int(FINENESS * math.sqrt(max(-score, 0.0))), BINS - 1)])
+    @property
+    def worth(self) -> Worth:
+        """Return what a node is worth to one sequence, if the others draft as much."""
+        if self._worth is None:
+            seconds = [1.0] * (self.nodes + 1)
+            if self.known:
+                seconds = (self._curve[: self._batch * self.nodes + 1 : self._batch] / self._batch).tolist()
+            chance = self.chance.tolist()
+            self._worth = Worth(
+                seconds, lambda score: chance[min(int(FINENESS * math.sqrt(max(-score, 0.0))), BINS - 1)]
+            )
+        return self._worth
 
     def _chances(self, scores: np.ndarray) -> np.ndarray:
         """Return the acceptance probabilities of nodes with these cumulative log-probabilities."""

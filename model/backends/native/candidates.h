@@ -42,10 +42,26 @@ struct Continuations {
   float log_sum;
 };
 
+// What to add to the logits of LANES places of the draft's vocabulary: nothing where `allowed`, a bit for each token,
+// has the token, and else so much that it is never chosen.
+inline Vector refusal(const Draft& draft, const uint8_t* allowed, int place) {
+  float lanes[LANES];
+  for (int i = 0; i < LANES; i++) {
+    if (place + i >= draft.vocab) {
+      lanes[i] = 0.0f;  // left out already
+      continue;
+    }
+    const int token = draft.draft_vocab ? draft.draft_vocab[place + i] : place + i;
+    lanes[i] = allowed[token >> 3] >> (token & 7) & 1 ? 0.0f : -1e30f;
+  }
+  return load(lanes);
+}
+
 // Find the continuations of each of `num` tokens. states: of the sequential head, round_up(rank, K_STEP) numbers apart;
-// null if there is no such head.
+// null if there is no such head; allowed: the tokens that may follow, a bit for each, null for all.
 template <class T>
-void find_continuations(const Draft& draft, const T* logits, const Kept<T>* states, int num, Continuations* found) {
+void find_continuations(const Draft& draft, const T* logits, const Kept<T>* states, int num, Continuations* found,
+                        const uint8_t* allowed = nullptr) {
   const int panels = (draft.vocab + LANES - 1) / LANES;
   const long k = round_up(draft.rank, K_STEP);
   alignas(64) float bias[MAX_WIDTH * PANELS * LANES] = {};
@@ -63,7 +79,8 @@ void find_continuations(const Draft& draft, const T* logits, const Kept<T>* stat
     for (int p = 0; p < some; p++) {
       const int token = (panel + p) * LANES;
       const int left = draft.vocab - token;
-      const Vector drafted = first_lanes(load_some(logits + token, left), left, -1e30f);
+      Vector drafted = first_lanes(load_some(logits + token, left), left, -1e30f);
+      if (allowed) drafted += refusal(draft, allowed, token);
       for (int n = 0; n < num; n++) {
         const Vector score = drafted + load(bias + n * stride + p * LANES);
         if (any_larger(score, most[n])) {
@@ -302,6 +319,23 @@ double expand(const Draft& draft, const Trees& trees, int b, Growth& growth) {
     frontier.advance(draft, growth, depth, trees.budgets[b], found);
   }
   return head;
+}
+
+// Find what may follow a path behind the root of tree b.
+template <class T>
+void go_on(const Draft& draft, const Trees& trees, int b, const int64_t* path, int length, const uint8_t* allowed,
+           Continuations& found) {
+  Frontier frontier(trees, b);
+  alignas(64) Kept<T> memory[MAX_WIDTH * MAX_RANK];
+  Kept<T>* states = draft.before ? memory : nullptr;
+  if (states) {
+    memset((void*)states, 0, round_up(draft.rank, K_STEP) * sizeof *states);
+    for (int depth = 0; depth <= length; depth++) {
+      if (depth) frontier.nodes[0].token = path[depth - 1];
+      advance_states<T>(draft, frontier, b, depth, states, depth ? 1 : 0);
+    }
+  }
+  find_continuations<T>(draft, logits_of<T>(draft, b, length), states, 1, &found, allowed);
 }
 
 template <class T>

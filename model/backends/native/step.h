@@ -271,7 +271,9 @@ void draft_and_verify(Round& round) {
     }
   }
   round.seconds[GROWING] = 0.0;
-  if (!round.has_trees && rows > 1) {
+  bool drafts = false;
+  for (int b = 0; b < batch; b++) drafts = drafts || round.budgets[b] > 0;
+  if (!round.has_trees && rows > 1 && drafts) {
     const int block = round.draft->candidates.block;
     for (int b = 0; b < batch; b++) round.counts[b] = round.budgets[b] > 0 ? block : 0;
     const Rows drafted = rows_of(round.draft_cache, batch, block, FULL, round.counts, nullptr, nullptr);
@@ -279,6 +281,8 @@ void draft_and_verify(Round& round) {
                round.seconds[GROWING]);
   }
   const double drafted = now();
+  round.seconds[PROPOSING] = drafted - begun - round.seconds[GROWING];
+  if (round.only_drafts) return;
   for (int b = 0; b < batch; b++) {
     CHECK(1 <= trees.sizes[b] && trees.sizes[b] <= rows);
     round.counts[b] = round.budgets[b] == IDLE ? 0 : trees.sizes[b];
@@ -289,8 +293,46 @@ void draft_and_verify(Round& round) {
   const Rows verified = rows_of(round.target_cache, batch, rows, TREE, round.counts, trees.parents, round.positions);
   verify<T>(*round.target, verified, round.embeddings, round.embedding_scale, trees.tokens, round.head,
             round.num_tokens, round.aux_hidden_states, round.logits, round.chosen);
-  round.seconds[PROPOSING] = drafted - begun - round.seconds[GROWING];
   round.seconds[VERIFYING] = now() - drafted;
+}
+
+// Find the target's likeliest token at a row of a slot's tree, of those that are allowed, a bit for each; the first
+// one among equals.
+template <class T>
+int64_t likeliest(const Round& round, int slot, int row, const uint8_t* allowed) {
+  CHECK(0 <= slot && slot < round.batch && 0 <= row && row < round.rows);
+  const long vocab = round.head.outputs;
+  const T* logits = (const T*)round.logits + (slot * (long)round.rows + row) * vocab;
+  int64_t best = -1;
+  for (long token = 0; token < vocab; token++) {
+    if (!allowed[token >> 3]) {
+      token |= 7;
+    } else if (allowed[token >> 3] >> (token & 7) & 1) {
+      if (best < 0 || to_float(logits[token]) > to_float(logits[best])) best = token;
+    }
+  }
+  return best < 0 ? 0 : best;
+}
+
+// Find the likeliest of the allowed tokens behind a path of slot b's draft, at most `num`, with their log-probabilities
+// among those. Returns how many there are.
+template <class T>
+int go_on(const Round& round, int b, const int64_t* path, int length, const uint8_t* allowed, int num, int64_t* tokens,
+          double* scores) {
+  Draft draft = round.draft->candidates;
+  check_draft(draft);
+  CHECK(0 <= b && b < round.batch && 0 <= length && length < draft.block && draft.contexts);
+  draft.logits = round.draft_logits;
+  Continuations found;
+  tiles_begin();
+  go_on<T>(draft, round.trees, b, path, length, allowed, found);
+  tiles_end();
+  if (found.best.num < num) num = found.best.num;
+  for (int i = 0; i < num; i++) {
+    tokens[i] = found.best.candidates[i].token;
+    scores[i] = found.best.candidates[i].score - found.log_sum;
+  }
+  return num;
 }
 
 // Find the accepted path (model/decoding/verify.py): descend to the child whose token the target chose, as long as

@@ -98,17 +98,15 @@ class DraftStep:
 
     def propose(
         self, newest: np.ndarray, budgets: np.ndarray, rows: AttentionMetadata, last_context: Tensor
-    ) -> tuple[Trees, Tensor, Tensor]:
+    ) -> tuple[Trees, Tensor]:
         """Draft a block behind the newest token of each slot, and grow a tree from it.
 
         newest, budgets: (batch,) int64; rows: the block's, none where a slot does not draft; last_context: (slots,
-        hidden), the last row of each context. Returns the trees, and what they are grown from: the logits (batch,
-        block, vocab), and the sequential head's contexts (batch, block, rank), empty without such a head.
+        hidden), the last row of each context. Returns the trees, and the logits that they are grown from (batch, block,
+        vocab).
         """
         trees = roots(newest, 1 + min(int(budgets.max()), self.most_nodes))
         logits = last_context.new_empty(len(newest), self.block, self.head.outputs)
-        contexts = last_context.new_empty(len(newest), self.block, self.struct.candidates.rank)
-        self.struct.candidates.contexts = pointer(contexts) if contexts.numel() else None
         functions().flash_propose(
             self._bfloat16,
             ctypes.byref(self.struct),
@@ -117,8 +115,7 @@ class DraftStep:
             logits.data_ptr(),
             ctypes.byref(described_trees(trees, budgets)),
         )
-        self.struct.candidates.contexts = None
-        return trees, logits, contexts
+        return trees, logits
 
     def observe(self, aux: Tensor, paths: np.ndarray, rows: AttentionMetadata, last_context: Tensor) -> None:
         """Add what the target kept to each context.

@@ -144,6 +144,7 @@ struct Round {
   Cache target_cache, draft_cache;
   int32_t batch, rows, axes;
   int32_t has_trees;                // whether a drafter has filled in the trees already
+  int32_t only_drafts;              // whether the trees are to be drafted, and not verified yet
   int32_t num_tokens;               // of the vocabulary: rows of embeddings
   const int64_t *newest, *budgets;  // (batch,) last token; nodes at most, IDLE or PLAIN (model/decoding/tree.py)
   const int32_t* roots;             // (batch,) position ids of the roots
@@ -311,6 +312,7 @@ const Fact FACTS[] = {
     FIELD(Round, rows),
     FIELD(Round, axes),
     FIELD(Round, has_trees),
+    FIELD(Round, only_drafts),
     FIELD(Round, num_tokens),
     FIELD(Round, newest),
     FIELD(Round, budgets),

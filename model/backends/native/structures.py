@@ -112,7 +112,7 @@ class Round(Structure):
         ("head", Linear),
         ("draft", POINTER(DraftNetwork)),
         *_fields(Cache, "target_cache draft_cache"),
-        *_fields(c_int32, "batch rows axes has_trees num_tokens"),
+        *_fields(c_int32, "batch rows axes has_trees only_drafts num_tokens"),
         *_fields(c_void_p, "newest budgets roots"),
         ("trees", Trees),
         ("worth", Worth),
@@ -139,6 +139,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "flash_propose": (None, c_bool, POINTER(DraftNetwork), POINTER(Rows), c_void_p, c_void_p, POINTER(Trees)),
     "flash_observe": (None, c_bool, POINTER(DraftNetwork), POINTER(Rows), c_void_p, c_int, c_void_p, c_void_p),
     "flash_draft_and_verify": (None, c_bool, POINTER(Round)),
+    "flash_likeliest": (c_int64, c_bool, POINTER(Round), c_int32, c_int32, c_char_p),
+    "flash_go_on": (c_int32, c_bool, POINTER(Round), c_int32, c_void_p, c_int32, c_char_p, c_int32, c_void_p, c_void_p),
     "flash_commit": (None, c_bool, POINTER(Round)),
 }
 

@@ -196,4 +196,17 @@ void flash_commit(bool bfloat16, Round* round) {
   ENTER;
   BY_TYPE(commit, *round);
 }
+
+// Find the target's likeliest token at a row of a slot's tree, of those that are allowed, a bit for each.
+int64_t flash_likeliest(bool bfloat16, const Round* round, int slot, int row, const uint8_t* allowed) {
+  ENTER;
+  return BY_TYPE(likeliest, *round, slot, row, allowed);
+}
+
+// Go on behind a path of a slot's draft: tokens and scores (num,), of which so many are there as it returns.
+int flash_go_on(bool bfloat16, const Round* round, int slot, const int64_t* path, int length, const uint8_t* allowed,
+                int num, int64_t* tokens, double* scores) {
+  ENTER;
+  return BY_TYPE(go_on, *round, slot, path, length, allowed, num, tokens, scores);
+}
 }

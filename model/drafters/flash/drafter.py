@@ -238,14 +238,13 @@ class FlashDrafter:
         rows = AttentionMetadata(self.cache, 0, self.block, starts, counts, MaskKind.FULL)
         numbers = np.repeat(newest[None, :, None], self.block, 2)
         if self.step is not None:
-            trees, self.drafted, contexts = self.step.propose(newest, budgets, rows, self.tails)
-        elif self._proposals is not None:
+            trees, self.drafted = self.step.propose(newest, budgets, rows, self.tails)
+            return trees
+        if self._proposals is not None:
             nodes, self.drafted, contexts = self._proposals(rows, numbers)
         else:
             nodes, self.drafted, contexts = self._propose(rows.plan, upload(numbers, self.target.device), None)
         self._continuation.take(newest, budgets > 0, self.drafted, contexts)
-        if self.step is not None:
-            return trees
         found = nodes.cpu().numpy()
         if self._fixed is not None:
             return tree.planted(newest, found, self._fixed, budgets)
@@ -270,5 +269,6 @@ class FlashDrafter:
         return nodes, logits, contexts
 
     def best(self, slot: int, path: Seq[int], allowed: bytes, num: int) -> list[tuple[int, float]]:
-        """Choose the likeliest allowed tokens behind a path of the last block (see guided_trees.Continuing)."""
+        """Choose the likeliest allowed tokens behind a path of the last block (see guided_trees.Continuing). A native
+        round does that itself."""
         return self._continuation.best(slot, path, allowed, num)
