@@ -25,7 +25,7 @@ ID_FIELDS = ("_token_id", "_token_index")
 @dataclass(frozen=True)
 class Published:
     """A published checkpoint. family: of the tiny checkpoint with its processor; parameters: billions; token_bytes: of
-    the KV cache a token, in bfloat16, where no layer has a window; layers: fewest that have one of each kind."""
+    the KV cache a token, in bfloat16, where no layer has a window; layers: that `build` leaves."""
 
     name: str
     family: str
@@ -67,12 +67,12 @@ def soft_tokens(processor: Any) -> None:
 PUBLISHED = (
     Published("Qwen3-VL-2B-Instruct", "qwen3_vl", 2.13, 28 * 2 * 8 * 128 * 2),
     Published("Qwen3-VL-8B-Instruct", "qwen3_vl", 8.77, 36 * 2 * 8 * 128 * 2),
-    Published("Qwen3.5-4B", "qwen3_5", 4.54, 8 * 2 * 4 * 256 * 2, 4),
+    Published("Qwen3.5-4B", "qwen3_5", 4.54, 8 * 2 * 4 * 256 * 2),
     Published("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8.29, 28 * 2 * 4 * 128 * 2),
-    Published("gemma-3-4b-it", "gemma3", 4.30, None, 6, tiles(896, 256)),
-    Published("gemma-4-E4B-it", "gemma4", 7.63, None, 6, soft_tokens),
-    Published("InternVL3_5-8B-HF", "internvl_qwen3", 8.53, 36 * 2 * 8 * 128 * 2, 2, tiles(448, 256)),
-    Published("SmolVLM2-2.2B-Instruct", "smolvlm", 2.25, 24 * 2 * 32 * 64 * 2, 2, tiles(384, 81)),
+    Published("gemma-3-4b-it", "gemma3", 4.30, None, sizes=tiles(896, 256)),
+    Published("gemma-4-E4B-it", "gemma4", 7.63, None, sizes=soft_tokens),
+    Published("InternVL3_5-8B-HF", "internvl_qwen3", 8.53, 36 * 2 * 8 * 128 * 2, sizes=tiles(448, 256)),
+    Published("SmolVLM2-2.2B-Instruct", "smolvlm", 2.25, 24 * 2 * 32 * 64 * 2, sizes=tiles(384, 81)),
     Published("GLM-4.1V-9B-Thinking", "glm4v", 10.29, 40 * 2 * 2 * 128 * 2),
     Published("PaddleOCR-VL", "paddleocr_vl", 0.91, 18 * 2 * 2 * 128 * 2),
     Published("Mistral-Small-3.1-24B-Instruct-2503", "mistral3", 24.01, 40 * 2 * 8 * 128 * 2, 1),
@@ -80,16 +80,18 @@ PUBLISHED = (
 
 
 def config_of(published: Published, tiny: Checkpoint) -> Any:
-    """Return the config with few layers, and with the tokens of a tiny checkpoint."""
+    """Return the config with few layers, one of each kind at least, and with the tokens of a tiny checkpoint."""
     described = published.described
+    kinds = getattr(AutoConfig.for_model(**published.described).get_text_config(), "layer_types", None)
     text, vision = described.get("text_config", described), described["vision_config"]
     vocabulary = zoo.vocabulary(tiny.processor.tokenizer)
     text |= {"vocab_size": vocabulary, "num_hidden_layers": published.layers}
     for field, value in (("vocab_size_per_layer_input", vocabulary), ("num_kv_shared_layers", 0)):
         if field in text:
             text[field] = value
-    if "layer_types" in text:
-        text["layer_types"] = text["layer_types"][: published.layers]
+    if kinds is not None:
+        text["layer_types"] = [*dict.fromkeys(kinds), *kinds][: published.layers]
+        assert set(text["layer_types"]) == set(kinds)
     for field in LAYER_FIELDS:
         if field in vision:
             vision[field] = 2

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from docker.monitoring import dashboard
-from tests.service.server import ROOT
+from tests.service.forking import ROOT
 
 FOLDER = ROOT / "docker" / "monitoring"
 RULES = sorted((FOLDER / "rules").glob("*.yml"))

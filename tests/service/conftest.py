@@ -19,10 +19,10 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     """Starts servers of one's own; all are ended with the test, and each must end well."""
     servers: list[Server] = []
 
-    def start(fake: dict[str, Any] | None = None, *, wait: bool = True, **settings: Any) -> Server:
+    def start(fake: dict[str, Any] | None = None, *, wait: bool = True, forked: bool = True, **settings: Any) -> Server:
         folder = tmp_path / str(len(servers))
         folder.mkdir()
-        servers.append(Server(folder, fake or {}, settings, wait=wait))
+        servers.append(Server(folder, fake or {}, settings, wait=wait, forked=forked))
         return servers[-1]
 
     yield start
@@ -36,7 +36,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
 def server() -> Iterator[Server]:
     """One server with default limits, shared by all tests that leave it as they found it."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), {}, {})
+        server = Server(Path(folder), {}, {}, forked=False)
         yield server
         code = server.close()
         assert code == 0, server.log_text()

@@ -15,25 +15,33 @@ from typing import Any
 import httpx
 import psutil
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+from tests.service import forking
 
 
 class Server:
-    """One server process; `settings` are FLASH_* variables, `fake` FAKE_* ones."""
+    """One server process; `settings` are FLASH_* variables, `fake` FAKE_* ones.
 
-    def __init__(self, folder: Path, fake: dict[str, Any], settings: dict[str, Any], *, wait: bool = True) -> None:
+    It is forked from a process that has everything imported, unless a test needs one with a command line of its own.
+    """
+
+    def __init__(
+        self, folder: Path, fake: dict[str, Any], settings: dict[str, Any], *, wait: bool = True, forked: bool = True
+    ) -> None:
         self.log = folder / "server.log"
         env = {key: value for key, value in os.environ.items() if not key.startswith("FLASH_")}
-        env |= {"PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}", "FLASH_ENGINE": "fake_engine:load", "FLASH_PORT": "0"}
+        env |= {"PYTHONPATH": forking.PATH, "FLASH_ENGINE": "fake_engine:load", "FLASH_PORT": "0"}
         env |= {"FLASH_MEDIA_WORKERS": "1", "FLASH_VIDEO_WORKERS": "0", "FLASH_SPARE_MEDIA_WORKERS": "0"}
         env |= {"FAKE_CRASH_DIR": str(folder)}
         env |= {f"FLASH_{name.upper()}": str(value) for name, value in settings.items()}
         env |= {f"FAKE_{name.upper()}": str(value) for name, value in fake.items()}
+        self.process: subprocess.Popen[bytes] | forking.Popen
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", "serve"], env=env, cwd=folder, stdout=log, stderr=log
-            )
+            if forked:
+                modules = forking.ENGINE if "engine" in settings else forking.SERVICE
+                self.process = forking.Popen(modules, env, folder, log)
+            else:
+                command = [sys.executable, "-m", "service.cli", "serve"]
+                self.process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
         self.http = httpx.Client(timeout=30)
         try:
             port = self._await(lambda: re.search(r"running on http://[\d.]+:(\d+)", self.log_text()))[1]

@@ -85,7 +85,7 @@ def is_set_up(pid: int) -> bool:
 def test_no_child_knows_the_keys(start_server: StartServer) -> None:
     """The API process alone checks them; children run models and strangers' files."""
     keys = {"api_key": "key-of-clients,another-key", "admin_key": "key-of-operators"}
-    server = start_server(workers=2, **keys)
+    server = start_server(workers=2, forked=False, **keys)
     children = psutil.Process(server.process.pid).children(recursive=True)
     assert len(children) >= 3, "two workers and a media child"
     for child in children:
