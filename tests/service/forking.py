@@ -137,12 +137,13 @@ def run_server(env: dict[str, str], cwd: str, log: str) -> NoReturn:
         from service import cli
         from service.pool import supervisor
 
-        supervisor.asyncio = AsyncioOfSupervisor()  # type: ignore[assignment]
+        vars(supervisor)["asyncio"] = AsyncioOfSupervisor()
         try:
             cli.app()
         finally:  # what the interpreter does at its end
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
+        sys.exit()
 
 
 class AsyncioOfSupervisor:

@@ -147,7 +147,7 @@ def test_a_bound_stream_outlives_its_worker(temperature: float) -> None:
     fields: dict[str, Any] = {"response_format": named(case.schema), "max_tokens": 500, "temperature": temperature}
     prompt = say(CHATTY)
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), {"step": 0.03}, ENGINE)
+        server = Server(Path(folder), {"step": 0.01}, ENGINE)
         whole = server.chat(prompt, seed=4, **fields).json()["choices"][0]
         with streaming(server, prompt, seed=4, **fields) as stream:
             events = [next(stream) for _ in range(6)]
