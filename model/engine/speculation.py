@@ -191,7 +191,7 @@ class SpeculationController:
         """Return what a node is worth to one sequence, if the others draft as much."""
         if self._worth is None:
             seconds = [1.0] * (self.nodes + 1)
-            if self.known:
+            if self.known and self._batch:
                 seconds = (self._curve[: self._batch * self.nodes + 1 : self._batch] / self._batch).tolist()
             chance = self.chance.tolist()
             self._worth = Worth(

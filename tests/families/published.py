@@ -69,7 +69,7 @@ PUBLISHED = (
     Published("Qwen3-VL-8B-Instruct", "qwen3_vl", 8.77, 36 * 2 * 8 * 128 * 2),
     Published("Qwen3.5-4B", "qwen3_5", 4.54, 8 * 2 * 4 * 256 * 2),
     Published("Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8.29, 28 * 2 * 4 * 128 * 2),
-    Published("gemma-3-4b-it", "gemma3", 4.30, None, sizes=tiles(896, 256)),
+    Published("gemma-3-4b-it", "gemma3", 4.30, None, 4, tiles(896, 256)),
     Published("gemma-4-E4B-it", "gemma4", 7.63, None, sizes=soft_tokens),
     Published("InternVL3_5-8B-HF", "internvl_qwen3", 8.53, 36 * 2 * 8 * 128 * 2, sizes=tiles(448, 256)),
     Published("SmolVLM2-2.2B-Instruct", "smolvlm", 2.25, 24 * 2 * 32 * 64 * 2, sizes=tiles(384, 81)),
