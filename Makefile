@@ -46,7 +46,7 @@ test: $(READY) ## run the whole test suite; its slowest twenty tests are listed 
 	$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal --durations=20 $(ARGS)
 
 # The sanitizers' library comes first in every process, and the standard library with it, whose exceptions it watches.
-SANITIZE_TESTS ?= tests/model/test_native.py tests/model/test_native_border.py tests/model/test_drafters.py tests/model/test_equality.py
+SANITIZE_TESTS ?= tests/model/test_native.py tests/model/test_native_border.py tests/model/test_guided_native.py tests/model/test_drafters.py tests/model/test_equality.py
 sanitize: $(READY) ## run the native library's tests with AddressSanitizer, UBSan and checks of indices (minutes)
 	FLASH_SANITIZE=1 FLASH_BUILDS=avx2 $(BIN)/python -m model.backends.native.builds
 	env FLASH_SANITIZE=1 FLASH_NATIVE=avx2 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
