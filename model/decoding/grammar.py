@@ -86,6 +86,11 @@ class Grammars:
         return self._vocabulary
 
 
+def unpacked(bits: bytes, vocab_size: int) -> np.ndarray:
+    """Return which tokens are allowed, (vocab,) bool. bits: one for each token, the lowest of a byte first."""
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=vocab_size, bitorder="little").view(bool)
+
+
 _Place = tuple[int, list[int], bytes | None]  # the token that comes next, what is forced, and which tokens may follow
 
 
@@ -175,7 +180,7 @@ class Guide:
         """Return which tokens may follow, (vocab,) bool; None if all may."""
         if (bits := self.bits()) is None:
             return None
-        return np.unpackbits(np.frombuffer(bits, np.uint8), count=self._vocab_size, bitorder="little").view(bool)
+        return unpacked(bits, self._vocab_size)
 
     def fitting(self, tokens: list[int]) -> int:
         """Return how many of these tokens fit the grammar one after the other. Quicker than `allows`, which is the

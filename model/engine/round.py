@@ -18,6 +18,7 @@ from model.backends.attention import AttentionMetadata, AttentionTensors, MaskKi
 from model.backends.graphs import MAX_ROWS, Recorder, Replays
 from model.backends.kv_cache import KVCache
 from model.decoding import guided_trees, tree, verify
+from model.decoding.grammar import unpacked
 from model.decoding.guided_trees import Guided
 from model.decoding.tree import IDLE, PLAIN, Trees
 from model.drafters.base import Proposing
@@ -124,8 +125,7 @@ class TorchRound:
 
     def likeliest(self, slot: int, row: int, allowed: bytes) -> int:
         row_logits = self._logits[slot, row]
-        bits = np.unpackbits(np.frombuffer(allowed, np.uint8), count=len(row_logits), bitorder="little")
-        refused = upload(bits == 0, row_logits.device)
+        refused = upload(~unpacked(allowed, len(row_logits)), row_logits.device)
         return int(row_logits.masked_fill(refused, -torch.inf).argmax())
 
     def commit(self, chosen: np.ndarray) -> list[list[int]]:

@@ -42,8 +42,8 @@ class Continuation:
     def best(self, slot: int, path: Seq[int], allowed: bytes, num: int) -> list[tuple[int, float]]:
         """Return the `num` likeliest allowed tokens behind a path, each with its log-probability among those.
 
-        allowed: a bit for each token, the lowest of a byte first. Empty if the block
-        does not reach so far or is not for this slot.
+        allowed: a bit for each token, the lowest of a byte first. Empty if the block does not reach so far or is not
+        for this slot.
         """
         if self._logits is None or slot >= len(self._drafting) or not self._drafting[slot]:
             return []
